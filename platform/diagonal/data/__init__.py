@@ -1,0 +1,1 @@
+"""What training reads: prompts, trajectories, and the embedded world."""

@@ -1,0 +1,295 @@
+"""The oracle of the embedded world: reads colour, shape, motion and saturation back from pixels alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagonal.data.world import (
+    DIRECTIONS,
+    PALETTE,
+    SHAPES,
+    SPEEDS_PX,
+    Floats,
+    Pixels,
+    Scene,
+    WorldConfig,
+    cover,
+)
+
+FAINTEST_CHROMA = 0.12  # a frame whose object is greyer than this holds no object
+OBJECT_QUANTILE = 0.95  # every shape covers more than 5 % of a frame, so this quantile lies on it
+MASK_SHARE, CORE_SHARE = 0.35, 0.8  # of the object's chroma: what counts as object, and as its core
+SMOOTHING_FRAMES = 5
+TURN_PX = 2.5  # a track has turned once it has come back this far (at 32 px)
+STANDSTILL_SHARE = 0.5  # of the slow speed: below it nothing moves
+
+
+@dataclass(frozen=True)
+class FrameReadings:
+    """What each pixel frame shows on its own; `first_pixel_frame` is where these frames stand in their clip."""
+
+    config: WorldConfig
+    first_pixel_frame: int
+    present: NDArray[np.bool_]  # [f]
+    centroid_px: Floats  # [f 2], x and y
+    colour_match: Floats  # [f 6], cosine to each palette colour's hue; 0 where absent
+    shape_match: Floats  # [f 3], soft intersection over union with each shape; 0 where absent
+    saturation: Floats  # [f], share of the palette colour's chroma; 0 where absent
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a clip shows: None for an attribute that cannot be seen, 0 for a measure of it."""
+
+    colour: str | None
+    shape: str | None
+    direction: str | None
+    speed: str | None
+    smoothness: float
+    saturation: float
+    frames: FrameReadings
+
+    def cut(self, start: int, stop: int) -> Reading:
+        """The reading of pixel frames [start, stop) alone."""
+        old = self.frames
+        piece = slice(start, stop)
+        return summarise(
+            FrameReadings(
+                old.config,
+                old.first_pixel_frame + len(old.present[:start]),
+                old.present[piece],
+                old.centroid_px[piece],
+                old.colour_match[piece],
+                old.shape_match[piece],
+                old.saturation[piece],
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Agreement of a reading with a scene: 0 or 1 for the attributes, the measures as they were read."""
+
+    colour: float
+    shape: float
+    direction: float
+    speed: float
+    smoothness: float
+    saturation: float
+
+
+def read_clip(pixels: Pixels, config: WorldConfig) -> Reading:
+    """Read a clip, uint8 [f h w 3] of any length, from its pixels alone.
+
+    ValueError when the clip is not uint8 or not of the config's size.
+    """
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (config.size_px, config.size_px, 3):
+        raise ValueError(
+            f"pixels = {pixels.dtype} {pixels.shape}: must be uint8 (frames, {config.size_px}, {config.size_px}, 3)"
+        )
+    return summarise(read_frames(pixels, config))
+
+
+def score(reading: Reading, scene: Scene) -> Scores:
+    """Compare a reading with what its caption promised.
+
+    A piece that starts after a clip's first frame may lie on any leg of a bouncing track: there the axis counts.
+    """
+    direction = float(reading.direction == scene.direction)
+    if reading.direction and reading.frames.config.edge == "bounce" and reading.frames.first_pixel_frame > 0:
+        seen, promised = DIRECTIONS[reading.direction], DIRECTIONS[scene.direction]
+        direction = float(np.abs(seen).tolist() == np.abs(promised).tolist())
+    return Scores(
+        colour=float(reading.colour == scene.colour),
+        shape=float(reading.shape == scene.shape),
+        direction=direction,
+        speed=float(reading.speed == scene.speed),
+        smoothness=reading.smoothness,
+        saturation=reading.saturation,
+    )
+
+
+def mean_scores(scores: Sequence[Scores]) -> dict[str, dict[str, float]]:
+    """`{name: {"mean", "half_width"}}` with 95 % confidence: Wilson's interval for rates, the normal one for measures.
+
+    Wilson's interval is not centred on the mean: the half-width is that of the interval. ValueError when empty.
+    """
+    if not scores:
+        raise ValueError("scores = []: must hold at least one clip's scores")
+    summary = {}
+    for field in fields(Scores):
+        values = np.asarray([getattr(one, field.name) for one in scores], np.float64)
+        half_width = _normal(values) if field.name in ("smoothness", "saturation") else _wilson(values)
+        summary[field.name] = {"mean": float(values.mean()), "half_width": half_width}
+    return summary
+
+
+def _wilson(hits: NDArray[np.float64], z: float = 1.96) -> float:
+    count, rate = len(hits), hits.mean()
+    return float(z / (1 + z * z / count) * np.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count)))
+
+
+def _normal(values: NDArray[np.float64], z: float = 1.96) -> float:
+    return float(z * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def read_frames(pixels: Pixels, config: WorldConfig) -> FrameReadings:
+    """Measure each pixel frame of a clip, uint8 [f h w 3]."""
+    colours = _smooth(pixels.astype(np.float32) / 255, config)
+    chroma = colours.max(-1) - colours.min(-1)
+    peak = np.quantile(chroma.reshape(len(chroma), -1), OBJECT_QUANTILE, axis=1, method="nearest").astype(np.float32)
+    present = peak >= FAINTEST_CHROMA
+    peak = np.maximum(peak, FAINTEST_CHROMA)[:, None, None]
+    centroid = _centroid(np.maximum(chroma - MASK_SHARE * peak, 0), config)
+    core = (chroma >= CORE_SHARE * peak).astype(np.float32)
+    core_colour = np.einsum("fhw,fhwc->fc", core, colours) / np.maximum(core.sum((1, 2)), 1)[:, None]
+    colour_match, saturation = _match_colour(core_colour)
+    mask = _project(colours, core_colour)
+    shape_match = _match_shape(mask, centroid, config)
+    return FrameReadings(
+        config, 0, present, centroid, colour_match * present[:, None], shape_match * present[:, None], saturation * present
+    )
+
+
+def _smooth(images: Floats, config: WorldConfig) -> Floats:
+    """Mean over 3 x 3 pixels: takes two thirds of the noise away, moves no centroid."""
+    for axis in (1, 2):
+        images = (np.roll(images, 1, axis) + images + np.roll(images, -1, axis)) / 3
+    return images
+
+
+def _centroid(weight: Floats, config: WorldConfig) -> Floats:
+    """Weighted centroid of each frame, in pixels, [f 2] (x, y): circular on the torus, ordinary in the box."""
+    grid = np.arange(config.size_px, dtype=np.float32) + np.float32(0.5)
+    profiles = weight.sum(1), weight.sum(2)  # along x, along y
+    if config.edge == "wrap":
+        angle = 2 * np.pi * grid / config.size_px
+        turns = [np.arctan2(one @ np.sin(angle), one @ np.cos(angle)) / (2 * np.pi) for one in profiles]
+        return np.stack(turns, 1).astype(np.float32) % 1 * np.float32(config.size_px)
+    mass = np.maximum(weight.sum((1, 2)), 1e-6)
+    return np.stack([one @ grid / mass for one in profiles], 1).astype(np.float32)
+
+
+def _match_colour(core_colour: Floats) -> tuple[Floats, Floats]:
+    """Cosine of each frame's hue to the palette's, [f 6], and chroma as a share of the nearest one's, [f]."""
+    palette = np.asarray(list(PALETTE.values()), np.float32)
+    hues, palette_hues = _hue(core_colour), _hue(palette)
+    lengths = np.linalg.norm(hues, axis=1), np.linalg.norm(palette_hues, axis=1)
+    match = (hues / np.maximum(lengths[0], 1e-6)[:, None]) @ (palette_hues / lengths[1][:, None]).T
+    return match, lengths[0] / lengths[1][match.argmax(1)]
+
+
+def _hue(colours: Floats) -> Floats:
+    return colours - colours.mean(-1, keepdims=True)
+
+
+def _project(colours: Floats, core_colour: Floats) -> Floats:
+    """How far each pixel lies from grey (0) towards the frame's core colour (1), [f h w]."""
+    hue = _hue(core_colour)
+    unit = hue / np.maximum((hue * hue).sum(1, keepdims=True), 1e-6)
+    return np.clip(np.einsum("fhwc,fc->fhw", colours, unit), 0, 1)  # grey is orthogonal to every hue
+
+
+def _match_shape(mask: Floats, centroid: Floats, config: WorldConfig) -> Floats:
+    """Soft intersection over union of each mask, moved to the middle, with each shape's template, [f 3]."""
+    half = config.size_px / 2
+    moved = _shift(mask, half - centroid)
+    centre = np.full((1, 2), half, np.float32)
+    templates = [_smooth(cover(shape, centre, config), config) for shape in SHAPES]
+    overlap = [np.minimum(moved, one).sum((1, 2)) / np.maximum(moved, one).sum((1, 2)) for one in templates]
+    return np.stack(overlap, 1)
+
+
+def _shift(images: Floats, offset_px: Floats) -> Floats:
+    """Move each image on the torus by a sub-pixel offset (x, y), by the Fourier shift theorem."""
+    size = images.shape[1]
+    across, down = np.fft.rfftfreq(size), np.fft.fftfreq(size)
+    turn_x = np.exp(-2j * np.pi * offset_px[:, 0, None] * across)[:, None, :]
+    turn_y = np.exp(-2j * np.pi * offset_px[:, 1, None] * down)[:, :, None]
+    moved = np.fft.irfft2(np.fft.rfft2(images) * turn_x * turn_y, s=(size, size))
+    return np.clip(moved, 0, 1).astype(np.float32)
+
+
+def summarise(frames: FrameReadings) -> Reading:
+    """Join frame readings into one. An object that fewer than half of the frames show is not there."""
+    count = len(frames.present)
+    if count == 0 or 2 * frames.present.sum() < count:
+        return Reading(None, None, None, None, 0.0, 0.0, frames)
+    colour = tuple(PALETTE)[int(frames.colour_match.sum(0).argmax())]
+    shape = SHAPES[int(frames.shape_match.sum(0).argmax())]
+    direction, speed, smoothness = _read_motion(frames)
+    return Reading(colour, shape, direction, speed, smoothness, float(frames.saturation.mean()), frames)
+
+
+def _read_motion(frames: FrameReadings) -> tuple[str | None, str | None, float]:
+    """Direction, speed and smoothness; a lone frame is smooth and has neither direction nor speed."""
+    times = np.flatnonzero(frames.present).astype(np.float64)
+    if len(times) < 2:
+        return None, None, 1.0
+    if frames.config.edge == "wrap":
+        return _read_torus(frames, times)
+    return _read_box(frames, times)
+
+
+def _read_torus(frames: FrameReadings, times: NDArray[np.float64]) -> tuple[str | None, str | None, float]:
+    """The slope of the unwrapped track gives direction and speed; a frame's error cannot turn it."""
+    size = frames.config.size_px
+    places = frames.centroid_px[frames.present].astype(np.float64)
+    phasors = _moving_mean(np.exp(2j * np.pi * places / size))
+    unwrapped = np.unwrap(np.angle(phasors), axis=0) * size / (2 * np.pi)
+    velocity = np.polyfit(times, unwrapped, 1)[0]
+    steps = (np.diff(places, axis=0) + size / 2) % size - size / 2
+    smoothness = _smoothness(steps / np.diff(times)[:, None] - velocity, frames.config)
+    along = {name: float(velocity @ heading) for name, heading in DIRECTIONS.items()}
+    direction = max(along, key=along.__getitem__)
+    if along[direction] < STANDSTILL_SHARE * frames.config.speed_px("slowly"):
+        return None, None, smoothness
+    return direction, _nearest_speed(along[direction], frames.config), smoothness
+
+
+def _read_box(frames: FrameReadings, times: NDArray[np.float64]) -> tuple[str | None, str | None, float]:
+    """The first leg gives the direction, the length of the whole path along its axis the speed."""
+    places = frames.centroid_px[frames.present].astype(np.float64)
+    smoothed = _moving_mean(places)
+    axis = int(np.ptp(smoothed, axis=0).argmax())
+    velocity = np.diff(places, axis=0) / np.diff(times)[:, None]
+    velocity[:, axis] = np.abs(velocity[:, axis])
+    smoothness = _smoothness(velocity - velocity.mean(0), frames.config)
+    sign = _first_turn(smoothed[:, axis], TURN_PX * frames.config.scale)
+    if sign == 0:
+        return None, None, smoothness
+    heading = tuple(sign if one == axis else 0 for one in (0, 1))
+    direction = next(name for name, known in DIRECTIONS.items() if known == heading)
+    pace = np.abs(np.diff(smoothed[:, axis])).sum() / (times[-1] - times[0])
+    return direction, _nearest_speed(pace, frames.config), smoothness
+
+
+def _first_turn(track: NDArray[np.float64], least_px: float) -> int:
+    """Sign of the first excursion of at least `least_px`; 0 where there is none."""
+    rises = np.flatnonzero(track - np.minimum.accumulate(track) >= least_px)
+    falls = np.flatnonzero(np.maximum.accumulate(track) - track >= least_px)
+    first_rise = rises[0] if len(rises) else len(track)
+    first_fall = falls[0] if len(falls) else len(track)
+    return int(np.sign(first_fall - first_rise))
+
+
+def _moving_mean(values: NDArray) -> NDArray:
+    """Mean over a window of up to SMOOTHING_FRAMES frames that stays centred, so that it narrows at the ends."""
+    count = len(values)
+    sums = np.concatenate([np.zeros_like(values[:1]), np.cumsum(values, axis=0)])
+    index = np.arange(count)
+    wing = np.minimum(np.minimum(index, count - 1 - index), SMOOTHING_FRAMES // 2)
+    return (sums[index + wing + 1] - sums[index - wing]) / (2 * wing + 1)[:, None]
+
+
+def _nearest_speed(pace_px: float, config: WorldConfig) -> str:
+    return min(SPEEDS_PX, key=lambda name: abs(config.speed_px(name) - pace_px))
+
+
+def _smoothness(residual: NDArray[np.float64], config: WorldConfig) -> float:
+    """1 / (1 + jitter), jitter being the mean departure from the steady velocity in pixels a frame (at 32 px)."""
+    return float(1 / (1 + np.linalg.norm(residual, axis=1).mean() / config.scale))
