@@ -1,0 +1,358 @@
+"""One configuration tree, saved beside every artefact: presets, `key=value` settings, JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from diagonal.errors import FieldError, require
+from diagonal.geometry import ChunkGeometry
+from diagonal.schedule import StepSchedule
+
+T = TypeVar("T")
+
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+def _positive(owner: object, prefix: str, *names: str) -> None:
+    for name in names:
+        require(getattr(owner, name) > 0, f"{prefix}.{name}", getattr(owner, name), "a number above 0")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Which latent frames a chunk attends to: the first `sink_frames`, the newest others, itself; in training too."""
+
+    window_frames: int = 12
+    sink_frames: int = 3
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the base model lies (diffusers' folder layout, local or s3://; '' is the embedded one) and its text."""
+
+    path: str = ""
+    text_tokens: int = 512
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """A transformer to be trained from nothing by jobs/pretrain.py (embedded preset only)."""
+
+    layers: int = 4
+    heads: int = 4
+    head_dim: int = 32
+    ffn_dim: int = 512
+    frequency_dim: int = 128
+    text_dim: int = 64
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Teacher training from nothing on the embedded world."""
+
+    clips: int = 4096
+    updates: int = 4000
+    batch_size: int = 24
+    lr: float = 2.5e-3
+    level_shift: float = 3.0
+    caption_drop: float = 0.1
+    ema_decay: float = 0.995
+    codec_clips: int = 384
+
+    def __post_init__(self) -> None:
+        _positive(self, "pretrain", "clips", "updates", "batch_size", "lr", "codec_clips")
+        require(0.0 <= self.caption_drop < 1.0, "pretrain.caption_drop", self.caption_drop, "a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Stage 0 data: trajectories of the guided teacher's ODE (METHOD I.7)."""
+
+    prompts: str = ""
+    count: int = 1024
+    solver_steps: int = 40
+    guidance: float = 6.0
+    batch_size: int = 16
+    rows_per_shard: int = 64
+    kept_raw: tuple[int, ...] = (1000, 750, 500, 250, 100, 0)
+    max_bad_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        _positive(self, "pairs", "count", "batch_size", "rows_per_shard")
+        require(
+            self.solver_steps > 0 and self.solver_steps % 20 == 0,
+            "pairs.solver_steps", self.solver_steps, "a multiple of 20, so that every kept raw timestep is a step",
+        )
+        require(0.0 <= self.max_bad_share <= 1.0, "pairs.max_bad_share", self.max_bad_share, "a number in [0, 1]")
+
+
+@dataclass(frozen=True)
+class OdeInitConfig:
+    """Stage 0 training: regression of the trajectory's end under the block-causal mask."""
+
+    updates: int = 3000
+    batch_size: int = 64
+    micro_batch_size: int = 1
+    lr: float = 2e-6
+    ema_decay: float = 0.99
+    checkpoint_every: int = 250
+
+    def __post_init__(self) -> None:
+        _positive(self, "ode_init", "updates", "batch_size", "micro_batch_size", "lr", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of METHOD I.6: spatial*dmd + regression*reg + gamma*(motion*motion_dmd + flow_regression)."""
+
+    spatial: float = 1.0
+    regression: float = 0.0
+    gamma: float = 1.0
+    motion: float = 1.0
+    flow_regression: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in self.__dict__.items():
+            require(value >= 0.0, f"distill.loss.{name}", value, "a number of at least 0")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Stages 1 and 2: distribution matching, first with uniform steps, then with the diagonal schedule."""
+
+    stage1_steps: str = "4"
+    stage1_updates: int = 1000
+    stage2_updates: int = 1000
+    batch_size: int = 64
+    micro_batch_size: int = 1
+    generator_every: int = 5
+    lr: float = 2e-6
+    critic_lr: float = 4e-7
+    beta1: float = 0.0
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    clip_norm: float = 10.0
+    guidance: float = 4.0
+    level_low: float = 0.02
+    level_high: float = 0.98
+    ema_decay: float = 0.99
+    ema_start: int = 200
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 5
+    max_nonfinite: int = 10
+    prompts: str = ""
+    init: str = ""
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        _positive(self, "distill", "batch_size", "micro_batch_size", "generator_every", "checkpoint_every")
+        _positive(self, "distill", "lr", "critic_lr", "clip_norm")
+        for name in ("beta1", "beta2"):
+            require(0.0 <= getattr(self, name) < 1.0, f"distill.{name}", getattr(self, name), "a number in [0, 1)")
+        require(
+            0.0 < self.level_low < self.level_high < 1.0,
+            "distill.level_low", self.level_low, f"a level in (0, 1) below distill.level_high = {self.level_high}",
+        )
+        StepSchedule(self.stage1_steps)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How training runs: workers, sharding and where runs are kept."""
+
+    workers: int = 1
+    gpus_per_worker: float = 1.0
+    cpus_per_worker: float = 1.0
+    shard_group: int = 0
+    checkpoint_activations: bool = True
+    storage: str = "runs"
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 1, "train.workers", self.workers, "a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What one engine replica holds, and the limits of the API."""
+
+    max_sessions: int = 4
+    max_prompt_characters: int = 1000
+    max_seconds: float = 300.0
+    lead_s: float = 1.0
+    decoder_history_frames: int = 24
+    pixel_scale: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "serve", "max_sessions", "max_prompt_characters", "max_seconds", "pixel_scale")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run; one object, saved beside every artefact."""
+
+    preset: str = "wan-1.3b"
+    seed: int = 0
+    geometry: ChunkGeometry = field(default_factory=ChunkGeometry)
+    schedule: StepSchedule = field(default_factory=StepSchedule)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    ode_init: OdeInitConfig = field(default_factory=OdeInitConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+    def __post_init__(self) -> None:
+        chunk, cache = self.geometry.chunk_frames, self.cache
+        require(
+            cache.sink_frames >= 0 and cache.sink_frames % chunk == 0,
+            "cache.sink_frames", cache.sink_frames, f"0 or a multiple of geometry.chunk_frames = {chunk}",
+        )
+        require(
+            cache.window_frames % chunk == 0 and cache.window_frames >= cache.sink_frames + chunk,
+            "cache.window_frames", cache.window_frames,
+            f"a multiple of geometry.chunk_frames = {chunk}, at least sink and current chunk = {cache.sink_frames + chunk}",
+        )
+
+    @classmethod
+    def from_preset(cls, name: str, settings: Iterable[str] = ()) -> Config:
+        """A preset with `key=value` settings applied, such as `distill.generator.lr=1e-6`."""
+        require(name in PRESETS, "preset", name, f"one of {sorted(PRESETS)}")
+        return PRESETS[name].with_settings(settings)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Config:
+        """The tree in `data`; an unknown key or a value of the wrong type raises `FieldError`."""
+        return _build(cls, data, "")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Config:
+        """Read what `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON, whole or not at all."""
+        write_json(path, self.to_dict())
+
+    def with_settings(self, settings: Iterable[str]) -> Config:
+        """A copy with each `dotted.key=value` applied; values are JSON, anything else is a string."""
+        data = self.to_dict()
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            require(bool(equals), "setting", setting, "of the form dotted.key=value")
+            _assign(data, key.strip(), _parse(text.strip()))
+        return self.from_dict(data)
+
+
+def write_json(path: str | os.PathLike[str], data: object) -> None:
+    """Write `data` as JSON beside its final name, then rename, so that no reader ever sees half of it."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+    os.replace(temporary, target)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    node, parts = data, key.split(".")
+    for depth, part in enumerate(parts):
+        require(isinstance(node, dict) and part in node, "setting", key, _allowed_keys(node, parts[:depth]))
+        if depth < len(parts) - 1:
+            node = node[part]
+    node[parts[-1]] = value
+
+
+def _allowed_keys(node: object, parents: list[str]) -> str:
+    place = ".".join(parents) or "the configuration"
+    return f"a key of {place}: {sorted(node)}" if isinstance(node, dict) else f"nothing below {place}, which is a value"
+
+
+def _build(cls: type[T], data: object, path: str) -> T:
+    """Build dataclass `cls` from a mapping, checking keys and types; missing keys keep their defaults."""
+    if not isinstance(data, Mapping):
+        raise FieldError(path or "config", data, "an object with keys")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in data:
+        require(key in names, f"{path}{key}", data[key], f"no such key; known here: {sorted(names)}")
+    return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, f"{path}.")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        require(isinstance(value, list | tuple), path, value, "a list")
+        return tuple(_convert(arguments[0], item, path) for item in value)
+    if origin is Literal:
+        require(value in arguments, path, value, f"one of {list(arguments)}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and path.endswith("steps") and isinstance(value, int):
+        return str(value)  # `--set schedule.steps=4322222` parses as a number
+    right = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+    require(right, path, value, f"a value of type {hint.__name__}")
+    return value
+
+
+def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
+    for argument in arguments:
+        if argument is type(None):
+            if value is None:
+                return None
+            continue
+        try:
+            return _convert(argument, value, path)
+        except FieldError:
+            continue
+    raise FieldError(path, value, " or ".join(str(getattr(a, "__name__", a)) for a in arguments))
+
+
+def _tiny() -> Config:
+    return Config(
+        preset="tiny",
+        geometry=ChunkGeometry(latent_height=4, latent_width=4),
+        model=ModelConfig(text_tokens=12, negative_prompt="", compute_dtype="float32"),
+        pairs=PairsConfig(count=1024, solver_steps=20, guidance=3.0, batch_size=32),
+        ode_init=OdeInitConfig(updates=1200, batch_size=16, micro_batch_size=8, lr=1e-3),
+        distill=DistillConfig(
+            stage1_updates=200, stage2_updates=200, batch_size=8, micro_batch_size=4, guidance=2.0, ema_start=20,
+            checkpoint_every=50, lr=2e-4, critic_lr=4e-4,
+        ),
+        train=TrainConfig(workers=2, gpus_per_worker=0.0, checkpoint_activations=False),
+        serve=ServeConfig(max_sessions=8, pixel_scale=8),
+    )
+
+
+PRESETS: dict[str, Config] = {"tiny": _tiny(), "wan-1.3b": Config(train=TrainConfig(workers=8))}

@@ -1,0 +1,1 @@
+"""The process: flow, noise, rollout and the guided teacher."""

@@ -1,0 +1,35 @@
+"""Noise as a function of (seed, chunk, step): no generator state to carry, the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mixed_seed(*parts: int | str) -> int:
+    """A 63-bit seed of a tuple of numbers and names; nearby tuples give unrelated seeds."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded by a tuple."""
+    return torch.Generator().manual_seed(mixed_seed(*parts))
+
+
+def chunk_noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise of one sample's chunk at one step, `shape` = `[c, f, h, w]`, float32 on the CPU."""
+    return torch.randn(tuple(shape), generator=generator(seed, chunk, step))
+
+
+def batch_noise(seeds: Sequence[int], chunks: Sequence[int], step: int, shape: Sequence[int]) -> Tensor:
+    """`chunk_noise` of several samples, `[b, c, f, h, w]`; a sample's noise does not depend on its neighbours."""
+    return torch.stack([chunk_noise(s, c, step, shape) for s, c in zip(seeds, chunks, strict=True)])
+
+
+def clip_noise(seed: int, chunks: int, shape: Sequence[int]) -> Tensor:
+    """Initial noise (step 0) of a whole clip, `[c, chunks*f, h, w]` for chunks of `shape` = `[c, f, h, w]`."""
+    return torch.cat([chunk_noise(seed, chunk, 0, shape) for chunk in range(chunks)], dim=1)

@@ -1,0 +1,1 @@
+"""How sessions run on one device: state, budget, schedule, loop."""

@@ -1,0 +1,1 @@
+"""How good it is: oracle scores and quality reports."""

@@ -1,0 +1,1 @@
+"""What viewers receive: encoded chunks, and measures of any video."""

@@ -1,0 +1,186 @@
+"""The student network: diffusers' Wan transformer, same modules and names, under a causal forward with a K/V cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import Tensor, nn
+
+from diagonal.errors import require
+from diagonal.model.attention import Rotary, attend, rotary_table, rotate
+from diagonal.model.cache import CacheBatch
+
+TIMESTEPS = 1000.0
+
+
+def timestep(level: Tensor) -> Tensor:
+    """The network's time input, `1000 * level` in float32; formed here and nowhere else (METHOD I.1)."""
+    return level.float() * TIMESTEPS
+
+
+class CausalBlock(WanTransformerBlock):
+    """A Wan block whose self-attention also reads given context K/V: a pure function of its inputs."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        rotary: Rotary,
+        context: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden `[b, t, n]`, modulation `[b, f, 6, n]` by frame, rotary for context and current tokens.
+
+        Returns hidden and the current tokens' keys (before rotary) and values `[b, t, heads, head_dim]`.
+        """
+        table = (self.scale_shift_table.unsqueeze(0) + modulation.float()).unsqueeze(3).unbind(2)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table
+        normed = _modulate(self.norm1(hidden.float()), scale, shift).type_as(hidden)
+        mixed, key, value = self._self_attention(normed, rotary, context, mask)
+        hidden = (hidden.float() + _by_frame(mixed.float(), gate)).type_as(hidden)
+        normed = self.norm2(hidden.float()).type_as(hidden)
+        hidden = hidden + self._cross_attention(normed, text)
+        normed = _modulate(self.norm3(hidden.float()), ffn_scale, ffn_shift).type_as(hidden)
+        hidden = (hidden.float() + _by_frame(self.ffn(normed).float(), ffn_gate)).type_as(hidden)
+        return hidden, key, value
+
+    def _self_attention(
+        self, x: Tensor, rotary: Rotary, context: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attention, tokens = self.attn1, x.shape[1]
+        query = _heads(attention.norm_q(attention.to_q(x)), attention.heads)
+        key = _heads(attention.norm_k(attention.to_k(x)), attention.heads)
+        value = _heads(attention.to_v(x), attention.heads)
+        keys, values = key, value
+        if context is not None:
+            keys = torch.cat((context[0].type_as(key), key), dim=1)
+            values = torch.cat((context[1].type_as(value), value), dim=1)
+        here = (rotary[0][:, -tokens:], rotary[1][:, -tokens:])
+        mixed = attend(rotate(query, here), rotate(keys, rotary), values, mask)
+        return attention.to_out[0](mixed.flatten(2).type_as(x)), key, value
+
+    def _cross_attention(self, x: Tensor, text: Tensor) -> Tensor:
+        attention = self.attn2
+        query = _heads(attention.norm_q(attention.to_q(x)), attention.heads)
+        key = _heads(attention.norm_k(attention.to_k(text)), attention.heads)
+        value = _heads(attention.to_v(text), attention.heads)
+        return attention.to_out[0](attend(query, key, value).flatten(2).type_as(x))
+
+
+class CausalWan(WanTransformer3DModel):
+    """Wan's transformer as a causal generator; loads and saves diffusers checkpoints of `WanTransformer3DModel`."""
+
+    _no_split_modules = ["CausalBlock"]
+    _repeated_blocks = ["CausalBlock"]
+
+    @register_to_config
+    def __init__(  # noqa: PLR0913 (diffusers' own arguments, so that its checkpoints load)
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+    ) -> None:
+        require(tuple(patch_size)[0] == 1, "transformer.patch_size", patch_size, "one that keeps frames apart (1, h, w)")
+        require(image_dim is None, "transformer.image_dim", image_dim, "null: only text-to-video models are supported")
+        super().__init__(
+            patch_size=patch_size, num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim,
+            in_channels=in_channels, out_channels=out_channels, text_dim=text_dim, freq_dim=freq_dim, ffn_dim=ffn_dim,
+            num_layers=num_layers, cross_attn_norm=cross_attn_norm, qk_norm=qk_norm, eps=eps, image_dim=image_dim,
+            added_kv_proj_dim=added_kv_proj_dim, rope_max_seq_len=rope_max_seq_len, pos_embed_seq_len=pos_embed_seq_len,
+        )
+        for block in self.blocks:
+            block.__class__ = CausalBlock  # same parameters, our pure forward; no second allocation
+
+    def forward(  # type: ignore[override]
+        self,
+        latents: Tensor,
+        level: Tensor,
+        text: Tensor,
+        *,
+        cache: CacheBatch | None = None,
+        write: bool = False,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity `[b, c, f, h, w]` in float32 of latents at noise `level` `[b, f]` in [0, 1], given text `[b, l, n]`.
+
+        With `cache`, latents are one chunk that also attends to the cached context, and `write` stores its K/V.
+        Without, latents are a whole clip, under boolean `mask` `[t, t]` when given (else everything sees everything).
+        """
+        frames, height, width = latents.shape[2], *self._token_grid(latents)
+        hidden = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        time, modulation = self._time(level)
+        text = self.condition_embedder.text_embedder(text.type_as(hidden))
+        seen_frames = frames * (1 + (cache.context_chunks if cache else 0))
+        rotary = rotary_table(self.rope, seen_frames, height, width)
+        for layer, block in enumerate(self.blocks):
+            context = cache.context(layer) if cache and cache.context_chunks else None
+            hidden, key, value = block(hidden.contiguous(), text, modulation, rotary, context, mask)
+            if cache and write:
+                cache.write(layer, key, value)
+        shift, scale = (self.scale_shift_table.unsqueeze(0) + time.unsqueeze(2)).unsqueeze(3).unbind(2)
+        hidden = _modulate(self.norm_out(hidden.float()), scale, shift).type_as(hidden)
+        return self._unpatchify(self.proj_out(hidden), frames, height, width).float()
+
+    def _token_grid(self, latents: Tensor) -> tuple[int, int]:
+        _, patch_height, patch_width = self.config.patch_size
+        return latents.shape[3] // patch_height, latents.shape[4] // patch_width
+
+    def _time(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding `[b, f, n]` and block modulation `[b, f, 6, n]`, by frame; the embedding is in float32."""
+        embedder = self.condition_embedder
+        with torch.autocast(level.device.type, enabled=False):
+            waves = embedder.timesteps_proj(timestep(level).flatten())
+            weights_dtype = embedder.time_embedder.linear_1.weight.dtype
+            time = embedder.time_embedder(waves.to(weights_dtype)).float().unflatten(0, level.shape)
+        signal = embedder.act_fn(time).to(embedder.time_proj.weight.dtype)
+        return time, embedder.time_proj(signal).unflatten(-1, (6, -1)).float()
+
+    def _unpatchify(self, tokens: Tensor, frames: int, height: int, width: int) -> Tensor:
+        _, patch_height, patch_width = self.config.patch_size
+        grid = tokens.unflatten(1, (frames, height, width)).unflatten(-1, (patch_height, patch_width, -1))
+        return grid.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def causal(network: WanTransformer3DModel) -> CausalWan:
+    """A causal copy of a Wan network: same configuration, same weights."""
+    config: dict[str, Any] = {k: v for k, v in network.config.items() if not k.startswith("_")}
+    student = CausalWan(**config).to(next(network.parameters()).device)
+    student.load_state_dict(network.state_dict())
+    return student
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1))
+
+
+def _by_frame(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply tokens `[b, f*t, n]` by a factor `[b, f, 1, n]` of their frame."""
+    return (x.unflatten(1, (factor.shape[1], -1)) * factor).flatten(1, 2)
+
+
+def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`x*(1 + scale) + shift` on tokens `[b, f*t, n]` with scale and shift `[b, f, 1, n]` by frame."""
+    return (x.unflatten(1, (scale.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
+
+
+def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Parameters that take gradients."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]

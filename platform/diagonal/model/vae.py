@@ -1,0 +1,146 @@
+"""Codecs: latents to pixels chunk by chunk, with the decoder's state held by the caller, one state a stream."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from diagonal.errors import require
+
+
+@dataclass
+class DecoderState:
+    """What one stream's decoder remembers: latent frames decoded so far, and the features its convolutions keep."""
+
+    frames: int = 0
+    features: list[Tensor | str | None] = field(default_factory=list)
+
+
+class Decoder(ABC):
+    """Turns normalised latents into pixels; equal whether a clip comes whole or chunk by chunk."""
+
+    @abstractmethod
+    def start(self) -> DecoderState:
+        """The state of a stream of which nothing was decoded yet."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
+        """Pixels `[b, pixel_frames, height, width, 3]` uint8 of the next latent frames `[b, c, f, h, w]`.
+
+        The stream's first latent frame gives one pixel frame, each later one gives the temporal stride.
+        """
+
+    def decode_clip(self, latents: Tensor) -> Tensor:
+        """Pixels `[b, pixel_frames, height, width, 3]` uint8 of a whole clip."""
+        return self.decode(latents, self.start())
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """uint8 of pixels in [-1, 1]."""
+    return ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+class WanDecoder(Decoder):
+    """Streaming decode by diffusers' `AutoencoderKLWan`, whose own `decode` forgets its features between calls."""
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self._vae = vae
+        self._mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+        self._std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+
+    def start(self) -> DecoderState:
+        return DecoderState(features=[None] * self._vae._cached_conv_counts["decoder"])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
+        parameter = next(self._vae.parameters())
+        latents = latents * self._std.to(latents.device) + self._mean.to(latents.device)
+        hidden = self._vae.post_quant_conv(latents.to(parameter.device, parameter.dtype))
+        parts = []
+        for frame in hidden.split(1, dim=2):
+            parts.append(
+                self._vae.decoder(frame, feat_cache=state.features, feat_idx=[0], first_chunk=state.frames == 0)
+            )
+            state.frames += 1
+        pixels = torch.cat(parts, dim=2)
+        if self._vae.config.patch_size is not None:
+            pixels = unpatchify(pixels, patch_size=self._vae.config.patch_size)
+        return to_uint8(pixels.permute(0, 2, 3, 4, 1))
+
+
+class LinearCodec(ModelMixin, ConfigMixin):
+    """A linear causal codec: blocks of `temporal_stride` x 8 x 8 pixels to principal components, in closed form.
+
+    The first pixel frame is encoded as a block of equal frames in the same basis (a basis of its own would make the
+    first latent a language that one token in 21 speaks), and decoded to that block's last frame.
+    """
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 16, temporal_stride: int = 4, spatial_stride: int = 8) -> None:
+        super().__init__()
+        size = temporal_stride * spatial_stride * spatial_stride * 3
+        self.basis = nn.Parameter(torch.zeros(latent_channels, size), requires_grad=False)
+        self.centre = nn.Parameter(torch.zeros(size), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(latent_channels), requires_grad=False)
+
+    @classmethod
+    def fit(cls, clips: Tensor, latent_channels: int = 16, temporal_stride: int = 4, spatial_stride: int = 8) -> LinearCodec:
+        """The codec of least squared error on clips `[b, pixel_frames, height, width, 3]` uint8."""
+        codec = cls(latent_channels, temporal_stride, spatial_stride)
+        blocks = codec._blocks(clips).flatten(0, 3)
+        codec.centre.data = blocks.mean(0)
+        centred = (blocks - codec.centre).double()
+        variances, vectors = torch.linalg.eigh(centred.T @ centred / len(blocks))
+        codec.basis.data = vectors[:, -latent_channels:].flip(1).T.float().contiguous()
+        codec.scale.data = variances[-latent_channels:].flip(0).clamp_min(1e-12).sqrt().float()
+        return codec
+
+    def encode(self, clips: Tensor) -> Tensor:
+        """Normalised latents `[b, c, f, h, w]` of clips `[b, pixel_frames, height, width, 3]` uint8."""
+        return torch.einsum("bfhwn,cn->bcfhw", self._blocks(clips) - self.centre, self.basis / self.scale[:, None])
+
+    def decode_blocks(self, latents: Tensor) -> Tensor:
+        """Pixels `[b, f*temporal_stride, height, width, 3]` in [-1, 1] of latents `[b, c, f, h, w]`."""
+        t, s = self.config.temporal_stride, self.config.spatial_stride
+        blocks = torch.einsum("bcfhw,cn->bfhwn", latents.float(), self.basis * self.scale[:, None]) + self.centre
+        grid = blocks.unflatten(-1, (t, s, s, 3)).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        return grid.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+
+    def _blocks(self, clips: Tensor) -> Tensor:
+        t, s = self.config.temporal_stride, self.config.spatial_stride
+        frames = clips.shape[1]
+        require(frames % t == 1, "pixel_frames", frames, f"1 more than a multiple of {t}")
+        pixels = clips.float() / 127.5 - 1.0
+        pixels = torch.cat((pixels[:, :1].expand(-1, t - 1, -1, -1, -1), pixels), dim=1)
+        grid = pixels.unflatten(3, (-1, s)).unflatten(2, (-1, s)).unflatten(1, (-1, t))
+        return grid.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+
+
+class LinearDecoder(Decoder):
+    """Streaming decode by a `LinearCodec`; it keeps no features, only whether the stream has begun."""
+
+    def __init__(self, codec: LinearCodec) -> None:
+        self._codec = codec
+
+    def start(self) -> DecoderState:
+        return DecoderState()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
+        pixels = self._codec.decode_blocks(latents.to(self._codec.basis.device))
+        if state.frames == 0:
+            pixels = pixels[:, self._codec.config.temporal_stride - 1 :]
+        state.frames += latents.shape[2]
+        return to_uint8(pixels)
+
+
+def decoder_of(vae: AutoencoderKLWan | LinearCodec) -> Decoder:
+    """The streaming decoder of a loaded codec."""
+    return WanDecoder(vae) if isinstance(vae, AutoencoderKLWan) else LinearDecoder(vae)

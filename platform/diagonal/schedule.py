@@ -1,0 +1,106 @@
+"""Step schedules: the strictly falling noise levels of each chunk, and how its context is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final, Literal
+
+from diagonal.errors import require
+
+Context = Literal["reuse"] | float
+
+RAW_TIMESTEPS: Final = 1000
+RAW_STEPS: Final[dict[int, tuple[int, ...]]] = {
+    5: (1000, 750, 500, 250, 100),
+    4: (1000, 750, 500, 100),
+    3: (1000, 750, 100),
+    2: (1000, 100),
+    1: (1000,),
+}
+NAMED_STEPS: Final[dict[str, tuple[tuple[int, ...], float]]] = {
+    "self-forcing": ((1000, 750, 500, 250), 0.0),
+}
+ALLOWED: Final = f"a string of digits 1 to 5, one a chunk, such as '4322222', or one of {sorted(NAMED_STEPS)}"
+
+
+def warp(u: float, shift: float) -> float:
+    """Noise level of the uniform time `u` in [0, 1]: `shift*u / (1 + (shift-1)*u)` (METHOD: levels are warped)."""
+    return shift * u / (1.0 + (shift - 1.0) * u)
+
+
+def unwarp(level: float, shift: float) -> float:
+    """The uniform time whose warped level is `level`: `level / (shift - (shift-1)*level)`."""
+    return level / (shift - (shift - 1.0) * level)
+
+
+def raw_level(raw: int, shift: float) -> float:
+    """Noise level of a raw timestep 0 to 1000; exact, never a nearest grid entry."""
+    require(0 <= raw <= RAW_TIMESTEPS, "raw timestep", raw, f"a whole number from 0 to {RAW_TIMESTEPS}")
+    return warp(raw / RAW_TIMESTEPS, shift)
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """Levels by chunk. `steps` is '4322222' (steps by chunk, the last repeats for ever) or a named list.
+
+    `context` says how a finished chunk enters the cache: "reuse" keeps the K/V of its last denoising forward;
+    a level re-noises the finished chunk to it and spends one further forward; None takes the list's own default.
+    """
+
+    steps: str = "4322222"
+    shift: float = 5.0
+    context: Context | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        valid = isinstance(self.steps, str) and (
+            self.steps in NAMED_STEPS or (self.steps != "" and all(c in "12345" for c in self.steps))
+        )
+        require(valid, "schedule.steps", self.steps, ALLOWED)
+        require(self.shift >= 1.0, "schedule.shift", self.shift, "a number of at least 1")
+        is_level = isinstance(self.context, int | float) and not isinstance(self.context, bool)
+        require(
+            self.context in (None, "reuse") or (is_level and 0.0 <= float(self.context) <= 1.0),  # type: ignore[arg-type]
+            "schedule.context", self.context, "'reuse' or a level in [0, 1]",
+        )
+        require(
+            self.resolved_context != "reuse" or min(len(row) for row in self.rows) > 1,
+            "schedule.context", "reuse", f"a level, as {self.steps!r} has a one-step row (reuse would cache pure noise)",
+        )
+
+    @cached_property
+    def rows(self) -> tuple[tuple[float, ...], ...]:
+        """Levels of each listed chunk; the last row stands for every later chunk."""
+        named = NAMED_STEPS.get(self.steps)
+        raw_rows = [named[0]] if named else [RAW_STEPS[int(digit)] for digit in self.steps]
+        return tuple(tuple(raw_level(raw, self.shift) for raw in row) for row in raw_rows)
+
+    @property
+    def resolved_context(self) -> Context:
+        """The context in force: the given one, or the named list's own, or "reuse"."""
+        if self.context is not None:
+            return self.context
+        named = NAMED_STEPS.get(self.steps)
+        return named[1] if named else "reuse"
+
+    def levels(self, chunk: int) -> tuple[float, ...]:
+        """Strictly falling levels of that chunk's denoising forwards."""
+        require(chunk >= 0, "chunk", chunk, "a whole number of at least 0")
+        return self.rows[min(chunk, len(self.rows) - 1)]
+
+    def context_level(self, chunk: int) -> float:
+        """Level of the input of the forward that writes that chunk's cached K/V."""
+        context = self.resolved_context
+        return self.levels(chunk)[-1] if context == "reuse" else float(context)
+
+    def forwards(self, chunk: int) -> int:
+        """Network forwards that chunk costs: its steps, and one more where the context is a level."""
+        return len(self.levels(chunk)) + (self.resolved_context != "reuse")
+
+    def total_steps(self, chunks: int) -> int:
+        """Denoising steps of that many chunks (17 for '4322222' and 7 chunks)."""
+        return sum(len(self.levels(chunk)) for chunk in range(chunks))
+
+    def total_forwards(self, chunks: int) -> int:
+        """Forwards of that many chunks, context passes included (28 + 7 for 'self-forcing' and 7 chunks)."""
+        return sum(self.forwards(chunk) for chunk in range(chunks))
