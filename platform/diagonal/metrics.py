@@ -1,0 +1,172 @@
+"""The project's metrics: names, units, labels and buckets; where the numbers go is passed in as a sink."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Literal, Protocol
+
+from diagonal.errors import FieldError, require
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+FIRST_FRAME_BUCKETS_S = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
+CHUNK_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 3.0, 10.0)
+ENCODE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0)
+PROMPT_BUCKETS_S = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+WINDOW_BUCKETS_S = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0, 30.0)
+UPDATE_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_UNIT_ENDINGS = {"seconds": "_seconds", "bytes": "_bytes"}
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """One metric. `unit` is that of its value; a name carries its unit, and a counter ends in `_total`.
+
+    A label never holds a prompt, a session or anything else that a caller chooses: the number of series stays bounded.
+    """
+
+    name: str
+    kind: Kind
+    unit: str
+    description: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(self.name.startswith("diagonal_"), "metric.name", self.name, "a name that starts with diagonal_")
+        counts = self.name.endswith("_total")
+        require((self.kind == "counter") == counts, "metric.name", self.name, "_total on counters, and on them alone")
+        unit = _UNIT_ENDINGS.get(self.unit, "")
+        ends = self.name.removesuffix("_total").endswith(unit)
+        require(ends, "metric.name", self.name, f"a name that ends in {unit}")
+        bounded = (self.kind == "histogram") == bool(self.buckets)
+        require(bounded, "metric.buckets", self.buckets, "bounds on histograms, and on them alone")
+        rising = all(low < high for low, high in zip((0.0, *self.buckets), self.buckets, strict=False))
+        require(rising, "metric.buckets", self.buckets, "strictly rising numbers above 0")
+
+
+def _counter(name: str, unit: str, description: str, *labels: str) -> MetricSpec:
+    return MetricSpec(name, "counter", unit, description, labels)
+
+
+def _gauge(name: str, unit: str, description: str, *labels: str) -> MetricSpec:
+    return MetricSpec(name, "gauge", unit, description, labels)
+
+
+def _histogram(name: str, description: str, buckets: tuple[float, ...], *labels: str) -> MetricSpec:
+    return MetricSpec(name, "histogram", "seconds", description, labels, buckets)
+
+
+# Frames are pixel frames, as everywhere in the API and in metrics.
+SERVING = (
+    _histogram("diagonal_time_to_first_frame_seconds", "Request to first media byte sent", FIRST_FRAME_BUCKETS_S),
+    _histogram("diagonal_chunk_interval_seconds", "Between two chunks sent to one reader", CHUNK_BUCKETS_S),
+    _histogram("diagonal_chunk_generation_seconds", "Denoising and decoding one chunk", CHUNK_BUCKETS_S),
+    _histogram("diagonal_chunk_encode_seconds", "Encoding one chunk", ENCODE_BUCKETS_S),
+    _counter("diagonal_generated_media_seconds_total", "seconds", "Media generated"),
+    _counter("diagonal_generation_busy_seconds_total", "seconds", "Time spent generating"),
+    _counter("diagonal_frames_generated_total", "frames", "Pixel frames generated"),
+    _counter("diagonal_frames_sent_total", "frames", "Pixel frames sent to readers"),
+    _gauge("diagonal_generation_frames_per_second", "frames/s", "Newest chunk: pixel frames over time"),
+    _counter("diagonal_model_forward_calls_total", "calls", "Forwards of the transformer"),
+    _gauge("diagonal_sessions_active", "sessions", "Sessions that hold a cache"),
+    _gauge("diagonal_sessions_waiting", "sessions", "Sessions that asked for a chunk and wait for it"),
+    _gauge("diagonal_sessions_free", "sessions", "Sessions that could still be admitted"),
+    _histogram("diagonal_session_queue_seconds", "Chunk asked for to generation started", CHUNK_BUCKETS_S),
+    _counter("diagonal_sessions_total", "sessions", "Sessions ended, by how", "outcome"),
+    _counter("diagonal_errors_total", "errors", "Error answers, by code", "code"),
+    _counter("diagonal_rejected_total", "requests", "Requests refused for lack of room", "reason"),
+    _histogram("diagonal_prompt_update_latency_seconds", "Prompt change to first chunk with it", PROMPT_BUCKETS_S),
+    _gauge("diagonal_kv_cache_bytes", "bytes", "Key and value cache held by sessions"),
+    _gauge("diagonal_kv_cache_capacity_bytes", "bytes", "Key and value cache that the pool can hold"),
+    _counter("diagonal_stream_media_seconds_total", "seconds", "Media sent to readers"),
+    _counter("diagonal_stream_stalls_total", "stalls", "Times that playback caught up with generation"),
+    _counter("diagonal_stream_stall_seconds_total", "seconds", "Time that playback waited for generation"),
+    _histogram("diagonal_send_window_media_seconds", "Media ahead of playback at a request", WINDOW_BUCKETS_S),
+)
+
+TRAINING = (
+    _counter("diagonal_updates_total", "updates", "Optimizer updates", "stage", "network"),
+    _histogram("diagonal_update_seconds", "One update", UPDATE_BUCKETS_S, "stage"),
+    _gauge("diagonal_updates_per_second", "updates/s", "Updates a second", "stage"),
+    _gauge("diagonal_loss", "loss", "Newest value of a loss term", "stage", "loss"),
+    _gauge("diagonal_gradient_norm", "norm", "Gradient norm before clipping", "stage", "network"),
+    _counter("diagonal_nonfinite_updates_total", "updates", "Updates skipped for a NaN or an infinity", "stage"),
+    _counter("diagonal_samples_total", "samples", "Samples trained on", "stage"),
+    _gauge("diagonal_checkpoint_age_seconds", "seconds", "Age of the newest checkpoint", "stage"),
+    _counter("diagonal_data_quarantined_total", "samples", "Samples set aside, by reason", "stage", "reason"),
+)
+
+ALL: tuple[MetricSpec, ...] = SERVING + TRAINING
+BY_NAME: Mapping[str, MetricSpec] = {spec.name: spec for spec in ALL}
+
+
+class MetricSink(Protocol):
+    """Where numbers go. Every label of the metric must be given; an unknown metric or label raises `FieldError`."""
+
+    def inc(self, name: str, value: float = 1.0, **labels: str) -> None: ...
+
+    def set(self, name: str, value: float, **labels: str) -> None: ...
+
+    def observe(self, name: str, value: float, **labels: str) -> None: ...
+
+
+class NullSink:
+    """Checks what it is given and keeps nothing."""
+
+    def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
+        _checked(name, "counter", labels)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        _checked(name, "gauge", labels)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        _checked(name, "histogram", labels)
+
+
+class FactorySink:
+    """Sends numbers to the metric classes passed in, made on first use.
+
+    `counter(name, description, tag_keys)`, `gauge(...)` the same, `histogram(name, description, boundaries, tag_keys)`:
+    the shape of `ray.util.metrics` and `ray.serve.metrics`. Their objects take `inc | set | observe(value, tags)`.
+    """
+
+    def __init__(
+        self, counter: Callable[..., Any], gauge: Callable[..., Any], histogram: Callable[..., Any]
+    ) -> None:
+        self._factories = {"counter": counter, "gauge": gauge, "histogram": histogram}
+        self._made: dict[str, Any] = {}
+        self._lock = Lock()
+
+    def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
+        metric = self._metric(name, "counter", labels)
+        if value > 0:  # Ray refuses a counter's increment of 0
+            metric.inc(value, labels)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        self._metric(name, "gauge", labels).set(value, labels)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        self._metric(name, "histogram", labels).observe(value, labels)
+
+    def _metric(self, name: str, kind: Kind, labels: Mapping[str, str]) -> Any:
+        spec = _checked(name, kind, labels)
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = self._make(spec)
+            return self._made[name]
+
+    def _make(self, spec: MetricSpec) -> Any:
+        bounds = [list(spec.buckets)] if spec.buckets else []
+        return self._factories[spec.kind](spec.name, spec.description, *bounds, spec.labels)
+
+
+def _checked(name: str, kind: Kind, labels: Mapping[str, str]) -> MetricSpec:
+    spec = BY_NAME.get(name)
+    if spec is None:
+        raise FieldError("metric", name, f"one of {sorted(BY_NAME)}")
+    require(spec.kind == kind, f"kind of {name}", kind, spec.kind)
+    require(set(labels) == set(spec.labels), f"labels of {name}", sorted(labels), f"exactly {sorted(spec.labels)}")
+    return spec

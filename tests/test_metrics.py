@@ -1,0 +1,99 @@
+"""Metric names, units and labels, and the sinks that carry the numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from diagonal.errors import FieldError
+from diagonal.metrics import ALL, FactorySink, MetricSpec, NullSink
+
+
+class Recorder:
+    """Takes the place of a metrics library: keeps how it was made and every call."""
+
+    made: list[Recorder]
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
+        self.calls: list[tuple[str, float, dict[str, str]]] = []
+        self.made.append(self)
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        self.calls.append(("inc", value, dict(tags)))
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.calls.append(("set", value, dict(tags)))
+
+    def observe(self, value: float, tags: dict[str, str]) -> None:
+        self.calls.append(("observe", value, dict(tags)))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    monkeypatch.setattr(Recorder, "made", [], raising=False)
+    return Recorder.made
+
+
+@pytest.fixture
+def sink(made: list[Recorder]) -> FactorySink:
+    return FactorySink(Recorder, Recorder, Recorder)
+
+
+def test_every_metric_has_its_own_name() -> None:
+    assert len({spec.name for spec in ALL}) == len(ALL)
+
+
+def test_no_label_can_hold_what_a_caller_chooses() -> None:
+    labels = {label for spec in ALL for label in spec.labels}
+    assert labels <= {"code", "outcome", "reason", "stage", "network", "loss"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "unit", "buckets"),
+    [
+        ("frames_total", "counter", "frames", ()),
+        ("diagonal_frames", "counter", "frames", ()),
+        ("diagonal_frames_total", "gauge", "frames", ()),
+        ("diagonal_wait", "gauge", "seconds", ()),
+        ("diagonal_wait_seconds", "histogram", "seconds", ()),
+        ("diagonal_wait_seconds", "histogram", "seconds", (1.0, 1.0)),
+        ("diagonal_wait_seconds", "gauge", "seconds", (1.0,)),
+    ],
+)
+def test_a_metric_that_breaks_the_conventions_is_refused(name, kind, unit, buckets) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(FieldError):
+        MetricSpec(name, kind, unit, "", (), buckets)
+
+
+def test_a_metric_is_made_once_with_its_labels_and_buckets(sink: FactorySink, made: list[Recorder]) -> None:
+    sink.observe("diagonal_update_seconds", 0.5, stage="stage1")
+    sink.observe("diagonal_update_seconds", 0.25, stage="stage2")
+    (metric,) = made
+    name, _, buckets, labels = metric.arguments
+    assert (name, labels) == ("diagonal_update_seconds", ("stage",)) and isinstance(buckets, list)
+    assert metric.calls == [("observe", 0.5, {"stage": "stage1"}), ("observe", 0.25, {"stage": "stage2"})]
+
+
+def test_a_gauge_takes_the_newest_value(sink: FactorySink, made: list[Recorder]) -> None:
+    sink.set("diagonal_sessions_active", 2)
+    sink.set("diagonal_sessions_active", 0)
+    assert [call[1] for call in made[0].calls] == [2, 0]
+
+
+def test_a_counter_is_not_moved_by_zero(sink: FactorySink, made: list[Recorder]) -> None:
+    sink.inc("diagonal_frames_generated_total", 0)
+    sink.inc("diagonal_frames_generated_total", 9)
+    assert made[0].calls == [("inc", 9, {})]
+
+
+@pytest.mark.parametrize("with_factories", [True, False])
+def test_an_unknown_metric_label_or_kind_is_named(with_factories: bool, sink: FactorySink) -> None:
+    target = sink if with_factories else NullSink()
+    with pytest.raises(FieldError, match="diagonal_nothing"):
+        target.inc("diagonal_nothing_total")
+    with pytest.raises(FieldError, match="outcome"):
+        target.inc("diagonal_sessions_total")
+    with pytest.raises(FieldError, match="prompt"):
+        target.set("diagonal_sessions_active", 1, prompt="a red circle")
+    with pytest.raises(FieldError, match="gauge"):
+        target.inc("diagonal_sessions_active")
