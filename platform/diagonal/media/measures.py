@@ -1,4 +1,4 @@
-"""Measures of any video, from its pixels alone: colour, sharpness, motion and flicker; pixel values count from 0 to 1."""
+"""Measures of any video, from its pixels alone: colour, sharpness, motion, flicker; pixel values run from 0 to 1."""
 
 from __future__ import annotations
 

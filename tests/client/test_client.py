@@ -1,0 +1,159 @@
+"""The client and its command line against a server of a few lines, inside the test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from diagonal.client import DiagonalClient, DiagonalError
+from diagonal.client.cli import FAILED, FULL, NO_ANSWER, REFUSED, main
+
+FILE = b"....ftyp the file"
+
+
+def problem(status: int, code: str, message: str, **headers: str) -> httpx.Response:
+    error = {"message": message, "type": "invalid_request_error", "param": "prompt", "code": code}
+    return httpx.Response(status, json={"title": code, "error": error}, headers=headers)
+
+
+class Server:
+    """Two polls to a finished video; remembers every request."""
+
+    def __init__(self, outcome: str = "completed") -> None:
+        self.outcome, self.polls = outcome, 0
+        self.requests: list[tuple[str, str, dict]] = []
+        self.answers: dict[str, httpx.Response] = {}
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content) if request.content else {}
+        self.requests.append((request.method, request.url.path, body))
+        if request.method in self.answers:
+            return self.answers[request.method]
+        if request.url.path.endswith("/content"):
+            return httpx.Response(200, content=FILE)
+        if request.url.path.endswith("/stream"):
+            return httpx.Response(200, content=iter([b"init", b"one", b"two"]))
+        if request.url.path.endswith("/interactions"):
+            return httpx.Response(202, json={"event_id": body["interaction"]["event_id"]})
+        self.polls += request.method == "GET"
+        return httpx.Response(200, json=self.video("in_progress" if self.polls < 2 else self.outcome))
+
+    def video(self, status: str) -> dict:
+        error = {"code": "engine_failed", "message": "it broke"} if status == "failed" else None
+        shape = {"num_frames": 81, "frames_done": 9, "fps": 16, "size": "256x256", "mime": "video/mp4"}
+        return {"id": "video_1", "status": status, "progress": 11, "error": error} | shape
+
+    def client(self, url: str = "http://server") -> DiagonalClient:
+        return DiagonalClient(url, transport=httpx.MockTransport(self))
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def run(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    return lambda *arguments: main([str(argument) for argument in arguments], client=server.client)
+
+
+def test_only_what_was_given_is_sent(server: Server) -> None:
+    with server.client() as client:
+        client.create("a red circle", frames=9, seed=3, pacing="realtime")
+    expected = {"prompt": "a red circle", "num_frames": 9, "seed": 3, "extra": {"pacing": "realtime"}}
+    assert server.requests == [("POST", "/v1/videos", expected)]
+
+
+def test_the_stream_passes_bytes_on(server: Server) -> None:
+    with server.client() as client:
+        assert b"".join(client.stream("video_1")) == b"initonetwo"
+
+
+def test_an_interaction_names_its_event(server: Server) -> None:
+    with server.client() as client:
+        assert client.interact("video_1", "a blue square", event_id="e1", transition_chunks=2) == "e1"
+    interaction = {"event_id": "e1", "event": {"prompt": "a blue square"}, "transition_chunks": 2}
+    assert server.requests[-1][2] == {"interaction": interaction}
+
+
+def test_an_error_answer_carries_what_the_server_said(server: Server) -> None:
+    server.answers["POST"] = problem(429, "server_full", "no room", **{"Retry-After": "3"})
+    with server.client() as client, pytest.raises(DiagonalError, match="no room") as caught:
+        client.create("a red circle")
+    error = caught.value
+    assert (error.status, error.code, error.param, error.retry_after_s) == (429, "server_full", "prompt", 3.0)
+
+
+def test_an_error_answer_that_is_not_json_is_still_told(server: Server) -> None:
+    server.answers["GET"] = httpx.Response(502, text="bad gateway")
+    with server.client() as client, pytest.raises(DiagonalError, match="502"):
+        client.get("video_1")
+    with server.client() as client, pytest.raises(DiagonalError, match="502"):
+        list(client.stream("video_1"))
+
+
+def test_a_video_that_failed_ends_the_wait(server: Server) -> None:
+    server.outcome = "failed"
+    with server.client() as client, pytest.raises(DiagonalError, match="it broke"):
+        client.wait("video_1", poll_s=0)
+
+
+def test_generate_saves_the_file(run: Callable[..., int], server: Server, tmp_path: Path) -> None:
+    assert run("generate", "a red circle", "--frames", 81, "--out", tmp_path / "x.mp4") == 0
+    assert (tmp_path / "x.mp4").read_bytes() == FILE
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
+
+
+def test_stream_writes_the_bytes_to_a_file(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run("stream", "a red circle", "--out", tmp_path / "x.mp4") == 0
+    assert (tmp_path / "x.mp4").read_bytes() == b"initonetwo"
+
+
+def test_steer_changes_the_prompt(run: Callable[..., int], server: Server) -> None:
+    assert run("steer", "video_1", "a blue square") == 0
+    assert server.requests[-1][2]["interaction"]["event"] == {"prompt": "a blue square"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (problem(422, "prompt_empty", "prompt = '': ..."), REFUSED),
+        (problem(429, "server_full", "no room"), FULL),
+        (problem(500, "internal", "sorry"), NO_ANSWER),
+    ],
+)
+def test_each_kind_of_refusal_has_its_exit_code(
+    run: Callable[..., int], server: Server, capsys: pytest.CaptureFixture[str], answer: httpx.Response, code: int
+) -> None:
+    server.answers["POST"] = answer
+    assert run("generate", "a red circle") == code
+    assert capsys.readouterr().err == f"diagonal: {answer.json()['error']['message']}\n"
+
+
+def test_a_failed_video_leaves_no_file(run: Callable[..., int], server: Server, tmp_path: Path) -> None:
+    server.outcome = "failed"
+    assert run("generate", "a red circle", "--out", tmp_path / "x.mp4") == FAILED
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_refused_before_any_work(run: Callable[..., int], server: Server, tmp_path: Path) -> None:
+    assert run("generate", "a red circle", "--out", tmp_path / "none" / "x.mp4") == REFUSED
+    assert server.requests == []
+
+
+def test_no_server_is_an_exit_code_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a red circle", "--url", "http://127.0.0.1:9"]) == NO_ANSWER
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_client_imports_neither_torch_nor_ray() -> None:
+    code = "import sys, diagonal.client.cli; print(sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="platform")
+    assert done.stdout.strip() == "[]", done.stderr
