@@ -1,0 +1,69 @@
+# The commands that a developer learns; .ci/run calls the same ones.
+.DEFAULT_GOAL := help
+.PHONY: help env env-dev demo stop test check lint clean
+
+VENV ?= .venv
+# The first interpreter that starts and has a supported version (a version manager's shim may exist and still refuse).
+PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
+	$$name -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$name && break; done)
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+TORCH_INDEX_URL ?=
+KEEP ?= 1
+FROM_SCRATCH ?= 0
+PYTEST_ARGS ?=
+
+HAS_GPU = $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# `===` compares the version letter by letter, so on a GPU machine a local CPU build can never stand in for the plain one.
+TORCH = $(if $(TORCH_INDEX_URL),torch==2.13.0,$(if $(HAS_GPU),torch===2.13.0,torch==2.13.0))
+PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+
+help: ## show this list
+	@echo "Targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@echo "Variables:"
+	@echo "  PYTHON=...           interpreter for the environment, 3.11 or 3.12 (found by itself)"
+	@echo "  VENV=...             folder of the environment (default .venv)"
+	@echo "  TORCH_INDEX_URL=...  extra package index for torch. Without a GPU, give PyTorch's CPU index here: it holds"
+	@echo "                       $(TORCH) without CUDA and saves several GB. Default: your own pip settings"
+	@echo "  KEEP=0               demo: end everything at the end (default 1: the service stays up until make stop)"
+	@echo "  FROM_SCRATCH=1       demo: train every stage instead of starting from the embedded weights"
+	@echo "  PYTEST_ARGS=...      test: passed to pytest, for example '-k cache' or '-m \"not slow\"'"
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' || \
+		{ echo "Python 3.11 or 3.12 is needed, and none was found: give one with PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "$(PYTHON) has no venv module: install it (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) '$(TORCH)' --editable '.[train,serve]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(PIP_INSTALL) '$(TORCH)' --editable '.[train,serve,dev]'
+	@touch $@
+
+env: $(VENV)/run.stamp ## make the environment that training and serving need
+
+env-dev: $(VENV)/dev.stamp ## add what tests and linters need
+
+demo: env ## distil on Ray, export, serve, stream demo.mp4; leaves the service up (KEEP=0: does not)
+	@KEEP=$(KEEP) FROM_SCRATCH=$(FROM_SCRATCH) $(VENV)/bin/python -m infra.local.demo
+
+stop: ## end the local Ray and the service, by process id
+	@$(VENV)/bin/python -m infra.local.cluster stop
+
+test: env-dev ## run the tests
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+check: lint ## ruff and mypy
+	$(VENV)/bin/python -m mypy platform/diagonal jobs serve infra tests
+
+lint: env-dev ## ruff alone
+	$(VENV)/bin/python -m ruff check .
+
+clean: ## remove caches and build output (not the environment, not runs/)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis platform/*.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,271 @@
+"""A Ray cluster on this machine alone: started in the repository root, described in .diagonal/run.json, ended by pid.
+
+    python -m infra.local.cluster start | stop | status | env
+
+`start` returns 0, 1 on failure, 3 where one is running already. After `eval "$(python -m infra.local.cluster env)"`
+the line `ray job submit -- python jobs/distill.py` works as it stands.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import os
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from infra.local import processes
+from infra.local.run import MARK_NAME, METRIC_PORTS, LocalRun, Ports, load, state_path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FOLDER_PREFIX = "diagonal-"
+# A Unix socket's path holds 107 bytes; Ray appends "/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store".
+LONGEST_FOLDER = 107 - 68
+LOGICAL_CPUS = 8  # Ray Train's workers, Ray Data and Serve wait for each other for ever on fewer
+OBJECT_STORE_BYTES = 512 * 2**20
+ATTEMPTS = 3  # a port that was free may be taken before Ray binds it
+START_S = 120.0
+ANSWER_S = 60.0
+GRACE_S = 5.0  # the GCS and a raylet that lost it do not end on SIGTERM, so a longer wait gains nothing
+ALREADY_RUNNING = 3
+
+
+class ClusterError(RuntimeError):
+    """The local cluster could not be started or stopped; the message says what to do."""
+
+
+class AlreadyRunningError(ClusterError):
+    """A local cluster of this repository is up; `run` describes it."""
+
+    def __init__(self, run: LocalRun) -> None:
+        super().__init__(f"already running: {run.dashboard_url} ({run.folder}); `make stop` ends it")
+        self.run = run
+
+
+def start(root: str | Path = REPOSITORY, cpus: int = 0) -> LocalRun:
+    """Start a head in `root` and wait until its job API answers.
+
+    `cpus` logical CPUs; 0 takes the machine's own number, and at least LOGICAL_CPUS.
+    Raises AlreadyRunningError, or ClusterError with the place of the logs.
+    """
+    root = Path(root).resolve()
+    with _exclusive(root):
+        earlier = load(root)
+        if earlier is not None:
+            if earlier.members:
+                raise AlreadyRunningError(earlier)
+            _forget(earlier)
+        for _ in range(ATTEMPTS - 1):
+            with contextlib.suppress(ClusterError):
+                return _attempt(root, cpus)
+        return _attempt(root, cpus)
+
+
+def _attempt(root: Path, cpus: int) -> LocalRun:
+    """Start once; what a failed attempt left running is ended, and its logs are kept."""
+    run = _prepare(root)
+    run.save()  # before the first process: an interrupted start can be ended too
+    try:
+        _launch(run, cpus or max(LOGICAL_CPUS, os.cpu_count() or 1))
+    except ClusterError as error:
+        processes.end(lambda: run.members, GRACE_S)
+        kept = _keep_logs(run)
+        _forget(run)
+        raise ClusterError(f"{error}; logs: {kept}") from error
+    run.save()
+    return run
+
+
+def stop(root: str | Path = REPOSITORY, keep_logs: bool = False) -> set[processes.Process]:
+    """End every process of the run that .diagonal/run.json describes and remove its folder; returns what was ended.
+
+    With `keep_logs` Ray's logs move to .diagonal/logs first.
+    """
+    root = Path(root).resolve()
+    with _exclusive(root):
+        run = load(root)
+        if run is None:
+            return set()
+        ended = processes.end(lambda: run.members, GRACE_S)
+        if keep_logs:
+            _keep_logs(run)
+        _forget(run)
+        return ended
+
+
+def with_service(run: LocalRun, service_url: str) -> LocalRun:
+    """The same run with the address of the service that was deployed on it, saved."""
+    served = replace(run, service_url=service_url)
+    served.save()
+    return served
+
+
+@contextlib.contextmanager
+def _exclusive(root: Path) -> Iterator[None]:
+    """Hold the repository's lock, so that a start and a stop never run at the same time."""
+    folder = state_path(root).parent
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ClusterError("another start or stop of this repository's cluster is under way") from None
+        yield
+
+
+def _prepare(root: Path) -> LocalRun:
+    """A fresh private folder with a fresh token in it, and free ports."""
+    folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_short_folder())
+    run = LocalRun(str(root), folder, secrets.token_hex(16), Ports.choose())
+    with open(os.open(run.token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    return run
+
+
+def _short_folder() -> str:
+    """A temporary folder whose name leaves room for Ray's socket paths."""
+    room = LONGEST_FOLDER - len(f"/{FOLDER_PREFIX}12345678/r")
+    for folder in (tempfile.gettempdir(), "/tmp"):
+        if len(os.fsencode(folder)) <= room and os.access(folder, os.W_OK):
+            return folder
+    raise ClusterError(f"the temporary folder {tempfile.gettempdir()!r} is longer than {room} bytes; set TMPDIR")
+
+
+def _launch(run: LocalRun, cpus: int) -> None:
+    """Run `ray start` and wait for the job API; ClusterError when either fails."""
+    log = Path(run.folder) / "start.log"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = inherited | run.environment() | {MARK_NAME: run.mark}
+    environment |= {variable: str(getattr(run.ports, name)) for name, variable in METRIC_PORTS.items()}
+    del environment["RAY_ADDRESS"], environment["RAY_API_SERVER_ADDRESS"]  # nothing answers there yet
+    with open(log, "w") as output:
+        try:
+            subprocess.run(
+                _start_command(run, cpus), cwd=run.root, env=environment, check=True, timeout=START_S,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            raise ClusterError(f"ray start failed: {error}") from error
+    _wait_for_answer(run)
+
+
+def _start_command(run: LocalRun, cpus: int) -> list[str]:
+    options = {
+        "port": run.ports.gcs,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": run.ports.dashboard,
+        "dashboard-agent-listen-port": run.ports.agent,
+        "metrics-export-port": run.ports.metrics,
+        "ray-client-server-port": run.ports.client,
+        "min-worker-port": run.ports.first_worker,
+        "max-worker-port": run.ports.last_worker,
+        "num-cpus": cpus,
+        "object-store-memory": OBJECT_STORE_BYTES,
+        "temp-dir": run.ray_folder,
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats", *flags]
+
+
+def _wait_for_answer(run: LocalRun) -> None:
+    deadline = time.monotonic() + ANSWER_S
+    while not answers(run):
+        if time.monotonic() > deadline:
+            raise ClusterError(f"{run.dashboard_url} gave no answer in {ANSWER_S} s")
+        time.sleep(0.2)
+
+
+def answers(run: LocalRun) -> bool:
+    """Whether the job API of `run` accepts the run's token."""
+    request = urllib.request.Request(f"{run.dashboard_url}/api/jobs/")
+    request.add_header("Authorization", f"Bearer {run.token_path.read_text()}")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
+
+
+def _keep_logs(run: LocalRun) -> Path:
+    """Copy Ray's logs (and the output of `ray start`) to .diagonal/logs/<run>, because the run's folder goes."""
+    kept = state_path(run.root).parent / "logs" / Path(run.folder).name
+    kept.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copy(Path(run.folder) / "start.log", kept)
+    if run.logs.is_dir():
+        shutil.copytree(run.logs, kept / "ray", dirs_exist_ok=True)
+    return kept
+
+
+def _forget(run: LocalRun) -> None:
+    """Remove the folder and the description of a run that has ended."""
+    folder = Path(run.folder)
+    if folder.name.startswith(FOLDER_PREFIX) and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+    state_path(run.root).unlink(missing_ok=True)
+
+
+def _describe(run: LocalRun) -> str:
+    lines = [f"dashboard  {run.dashboard_url} (token in {run.token_path})", f"metrics    {run.metrics_url}"]
+    if run.service_url:
+        lines.append(f"service    {run.service_url}")
+    return "\n".join([*lines, f"logs       {run.logs}"])
+
+
+def _start_command_line(root: Path, cpus: int) -> int:
+    try:
+        print(_describe(start(root, cpus)))
+    except AlreadyRunningError as error:
+        print(error, file=sys.stderr)
+        return ALREADY_RUNNING
+    return 0
+
+
+def _stop_command_line(root: Path, keep_logs: bool) -> int:
+    ended = stop(root, keep_logs)
+    print(f"ended {len(ended)} processes" if ended else "nothing was running")
+    return 0
+
+
+def _show_command_line(root: Path, action: str) -> int:
+    run = load(root)
+    if run is None or not run.members:
+        print("not running; `python -m infra.local.cluster start` starts it", file=sys.stderr)
+        return 1
+    if action == "env":
+        print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in run.environment().items()))
+    else:
+        print(_describe(run))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the top of this file."""
+    parser = argparse.ArgumentParser(prog="python -m infra.local.cluster", description="a Ray cluster on this machine")
+    parser.add_argument("action", choices=["start", "stop", "status", "env"])
+    parser.add_argument("--root", type=Path, default=REPOSITORY, help="folder in which jobs run (default: repository)")
+    parser.add_argument("--cpus", type=int, default=0, help=f"logical CPUs (default: physical, >= {LOGICAL_CPUS})")
+    parser.add_argument("--keep-logs", action="store_true", help="stop: move Ray's logs to .diagonal/logs")
+    options = parser.parse_args(arguments)
+    try:
+        if options.action == "start":
+            return _start_command_line(options.root, options.cpus)
+        if options.action == "stop":
+            return _stop_command_line(options.root, options.keep_logs)
+        return _show_command_line(options.root, options.action)
+    except (ClusterError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

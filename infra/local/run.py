@@ -1,0 +1,120 @@
+"""What one local Ray run is: ports, private folder, the variables that reach it; kept in .diagonal/run.json."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from infra.local import ports, processes
+
+MARK_NAME = "DIAGONAL_LOCAL_RUN"
+METRIC_PORTS = {"autoscaler_metrics": "AUTOSCALER_METRIC_PORT", "dashboard_metrics": "DASHBOARD_METRIC_PORT"}
+
+
+@dataclass(frozen=True)
+class Ports:
+    """TCP ports of one local cluster."""
+
+    gcs: int
+    dashboard: int
+    client: int
+    agent: int
+    metrics: int
+    autoscaler_metrics: int
+    dashboard_metrics: int
+    first_worker: int
+    last_worker: int
+
+    @classmethod
+    def choose(cls) -> "Ports":
+        """Free ports, each as near above its preferred number as possible."""
+        first, last = ports.choose_block()
+        preferred = {"gcs": 6379, "dashboard": 8265, "client": 10001, "agent": 52365, "metrics": 8080}
+        preferred |= {"autoscaler_metrics": 44217, "dashboard_metrics": 44227}
+        chosen: dict[str, int] = {}
+        for name, number in preferred.items():
+            chosen[name] = ports.choose(number, chosen.values())
+        return cls(**chosen, first_worker=first, last_worker=last)
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """One started cluster: what is needed to use it and to end it."""
+
+    root: str
+    folder: str
+    mark: str
+    ports: Ports
+    service_url: str | None = None
+
+    @property
+    def token_path(self) -> Path:
+        return Path(self.folder) / "token"
+
+    @property
+    def ray_folder(self) -> Path:
+        return Path(self.folder) / "r"
+
+    @property
+    def logs(self) -> Path:
+        return self.ray_folder / "session_latest" / "logs"
+
+    @property
+    def dashboard_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.dashboard}"
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.ports.gcs}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.metrics}/metrics"
+
+    @property
+    def members(self) -> set[processes.Process]:
+        return processes.marked(f"{MARK_NAME}={self.mark}")
+
+    def environment(self) -> dict[str, str]:
+        """The variables with which `ray job submit`, `serve deploy` and `ray.init()` find this cluster."""
+        root = Path(self.root)
+        return {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "PYTHONPATH": f"{root / 'platform'}{os.pathsep}{root}",
+            "RAY_ADDRESS": self.address,
+            "RAY_API_SERVER_ADDRESS": self.dashboard_url,
+            "RAY_DASHBOARD_ADDRESS": self.dashboard_url,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token_path),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+
+    def save(self) -> None:
+        """Write .diagonal/run.json (mode 0600) under the root."""
+        path = state_path(self.root)
+        document = asdict(self) | {
+            "dashboard_url": self.dashboard_url,
+            "metrics_url": self.metrics_url,
+            "token_path": str(self.token_path),
+            "logs": str(self.logs),
+            "pids": sorted(process.pid for process in self.members),
+        }
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(document, file, indent=2)
+        os.replace(temporary, path)
+
+
+def state_path(root: str | Path) -> Path:
+    return Path(root) / ".diagonal" / "run.json"
+
+
+def load(root: str | Path) -> LocalRun | None:
+    """The run that .diagonal/run.json describes, alive or not; None where there is none."""
+    try:
+        document = json.loads(state_path(root).read_text())
+    except FileNotFoundError:
+        return None
+    fields = {name: document[name] for name in ("root", "folder", "mark", "service_url")}
+    return LocalRun(ports=Ports(**document["ports"]), **fields)

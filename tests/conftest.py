@@ -1,0 +1,88 @@
+"""What every test gets: an environment set before Ray or torch is imported, and one small Ray cluster on demand."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)]),
+}
+STALE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the environment before any test module is imported: Ray and OpenMP read it once, at import."""
+    os.environ.update(ENVIRONMENT)
+    for name in STALE:
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Keep torch, where a test imported it, to one thread; two threaded tests on two cores stand still."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+def need_program(name: str) -> str:
+    """The path of a program that a test runs; skips with a reason that CI turns into a failure."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"needs program: {name}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def ffprobe() -> str:
+    """The path of ffprobe (package ffmpeg)."""
+    return need_program("ffprobe")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of Chromium."""
+    return need_program("chromium")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """One local Ray with eight logical CPUs, started by the first test that asks; gives its address.
+
+    Tests that use it must leave no actor behind; Serve may be started on it (127.0.0.1, a port of the test's own).
+    """
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="dt-")
+    try:
+        context = ray.init(
+            num_cpus=8,
+            object_store_memory=300 * 2**20,
+            include_dashboard=False,
+            _temp_dir=folder,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        yield context.address_info["address"]
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,221 @@
+"""Laws of the local Ray cluster: private, in its own place, and ended exactly."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.local import cluster, ports, processes
+from infra.local.run import LocalRun, load, state_path
+
+JOB = '''
+"""A job that says where it runs."""
+import os, ray
+ray.init(logging_level="ERROR")
+print("job in", os.getcwd(), "cpus", int(ray.cluster_resources()["CPU"]))
+'''
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that stands for the repository: it holds the job of the literal line."""
+    folder = tmp_path_factory.mktemp("repository")
+    (folder / "jobs").mkdir()
+    (folder / "jobs" / "distill.py").write_text(JOB)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(root: Path) -> Iterator[LocalRun]:
+    """A started local cluster, ended after the last test of this file."""
+    try:
+        yield cluster.start(root)
+    finally:
+        cluster.stop(root)
+
+
+def job_api_status(run: LocalRun, token: str | None, body: bytes | None = None) -> int:
+    request = urllib.request.Request(f"{run.dashboard_url}/api/jobs/", data=body)
+    request.add_header("Content-Type", "application/json")
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.slow
+def test_the_literal_line_runs_the_job_in_the_repository_root(run: LocalRun, root: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        ["ray", "job", "submit", "--", "python", "jobs/distill.py"],
+        env=environment | run.environment(), cwd="/", capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"job in {root} cpus {max(cluster.LOGICAL_CPUS, os.cpu_count() or 1)}" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_gives_the_literal_line_a_non_zero_status(run: LocalRun) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        ["ray", "job", "submit", "--", "python", "jobs/absent.py"],
+        env=environment | run.environment(), cwd="/", capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [None, b'{"entrypoint": "id"}'], ids=["list", "submit"])
+def test_the_job_api_refuses_whoever_has_no_token(run: LocalRun, body: bytes | None) -> None:
+    assert job_api_status(run, None, body) == 401
+    assert job_api_status(run, "wrong" * 12, body) in (401, 403)
+    assert job_api_status(run, run.token_path.read_text()) == 200
+
+
+@pytest.mark.slow
+def test_secrets_are_readable_by_the_owner_alone(run: LocalRun, root: Path) -> None:
+    for path in (run.token_path, state_path(root)):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(Path(run.folder).stat().st_mode) == 0o700
+    assert run.token_path.read_text() not in state_path(root).read_text()
+
+
+@pytest.mark.slow
+def test_the_dashboard_is_bound_to_loopback(run: LocalRun) -> None:
+    listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    addresses = {line.split()[1].split(":")[0] for line in listening if line.split()[1].endswith(f":{run.ports.dashboard:04X}")}
+    assert addresses == {"0100007F"}
+
+
+@pytest.mark.slow
+def test_starting_twice_says_where_the_first_one_is(
+    run: LocalRun, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cluster.main(["start", "--root", str(root)]) == cluster.ALREADY_RUNNING
+    message = capsys.readouterr().err
+    assert "already running" in message
+    assert run.dashboard_url in message
+
+
+@pytest.mark.slow
+def test_the_description_names_what_a_person_needs(run: LocalRun, root: Path) -> None:
+    document = json.loads(state_path(root).read_text())
+    assert document["dashboard_url"] == run.dashboard_url
+    assert Path(document["token_path"]) == run.token_path
+    assert Path(document["logs"]).is_dir()
+    assert {process.pid for process in run.members} >= set(document["pids"][:1])
+
+
+@pytest.mark.slow
+def test_a_taken_port_is_moved_and_stopping_leaves_nothing(tmp_path: Path) -> None:
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        chosen = ports.choose(taken.getsockname()[1])
+        assert chosen > taken.getsockname()[1]
+    try:
+        started = cluster.start(tmp_path)
+        members = started.members
+        assert len(members) > 3
+        assert cluster.stop(tmp_path) >= members
+        assert not processes.marked(f"DIAGONAL_LOCAL_RUN={started.mark}")
+        assert not Path(started.folder).exists()
+        assert load(tmp_path) is None
+        assert bystander.poll() is None
+    finally:
+        cluster.stop(tmp_path)
+        bystander.kill()
+        bystander.wait(10)
+
+
+def test_stopping_where_nothing_runs_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cluster.main(["stop", "--root", str(tmp_path)]) == 0
+    assert "nothing was running" in capsys.readouterr().out
+
+
+def test_a_process_id_that_was_given_away_is_not_signalled() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        found = processes.current(child.pid)
+        assert found is not None
+        earlier = processes.Process(child.pid, found[0].start_ticks - 1)
+        assert not processes.send(earlier, signal.SIGKILL)
+        assert child.poll() is None
+        assert processes.send(found[0], signal.SIGKILL)
+        assert child.wait(10) == -signal.SIGKILL
+        assert not processes.send(found[0], signal.SIGKILL)
+    finally:
+        child.kill()
+        child.wait(10)
+
+
+def test_a_marked_process_its_children_and_nobody_else_are_found() -> None:
+    mark = "DIAGONAL_TEST_MARK"
+    below = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'], env={})"
+    own = subprocess.Popen([sys.executable, "-c", below], env={**os.environ, mark: "1"})
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={**os.environ, mark: "12"})
+    try:
+        deadline = time.monotonic() + 20
+        while len(processes.marked(f"{mark}=1")) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        found = processes.marked(f"{mark}=1")
+        assert own.pid in {process.pid for process in found}
+        assert len(found) == 2
+        assert processes.end(lambda: processes.marked(f"{mark}=1"), grace_s=5) == found
+        assert other.poll() is None
+    finally:
+        own.kill()
+        other.kill()
+        own.wait(10)
+        other.wait(10)
+
+
+def test_a_process_that_ignores_the_request_is_killed() -> None:
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == b"up\n"
+        found = processes.current(child.pid)
+        assert found is not None
+        members = {found[0]}
+        assert processes.end(lambda: members, grace_s=0.5, kill_s=10) == members
+        assert child.wait(10) == -signal.SIGKILL
+    finally:
+        child.kill()
+
+
+def test_one_stop_at_a_time(tmp_path: Path) -> None:
+    with cluster._exclusive(tmp_path), pytest.raises(cluster.ClusterError, match="under way"):
+        cluster.stop(tmp_path)
+
+
+def test_a_temporary_folder_with_a_long_name_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    assert cluster._short_folder() == "/tmp"
+
+
+def test_a_description_of_a_dead_run_is_no_obstacle(tmp_path: Path) -> None:
+    run = LocalRun(str(tmp_path), str(tmp_path / "diagonal-gone"), "no-such-mark", ports_of_nothing())
+    state_path(tmp_path).parent.mkdir()
+    run.save()
+    assert load(tmp_path) == run
+    assert cluster.stop(tmp_path) == set()
+    assert load(tmp_path) is None
+
+
+def ports_of_nothing() -> cluster.Ports:
+    return cluster.Ports(*range(1, 10))
