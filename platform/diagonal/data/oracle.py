@@ -20,11 +20,12 @@ from diagonal.data.world import (
     cover,
 )
 
-FAINTEST_CHROMA = 0.12  # a frame whose object is greyer than this holds no object
+FAINTEST_CHROMA = 0.15  # a frame whose object is greyer than this holds no object
 OBJECT_QUANTILE = 0.95  # every shape covers more than 5 % of a frame, so this quantile lies on it
-MASK_SHARE, CORE_SHARE = 0.35, 0.8  # of the object's chroma: what counts as object, and as its core
+MASK_SHARE, CORE_SHARE = 0.35, 0.9  # of the object's chroma: what counts as object, and as its core
 SMOOTHING_FRAMES = 5
-TURN_PX = 2.5  # a track has turned once it has come back this far (at 32 px)
+PACE_FRAMES = 4  # the codec's temporal stride: whole latent frames, so its blur within one does not show
+TURN_PX = 2.5  # an excursion this long (at 32 px) is a leg, a shorter one may be jitter
 STANDSTILL_SHARE = 0.5  # of the slow speed: below it nothing moves
 
 
@@ -252,24 +253,31 @@ def _read_torus(frames: FrameReadings, times: NDArray[np.float64]) -> tuple[str 
 
 
 def _read_box(frames: FrameReadings, times: NDArray[np.float64]) -> tuple[str | None, str | None, float]:
-    """The first leg gives the direction, the length of the whole path along its axis the speed."""
+    """The first leg gives the direction; the pace between the turns gives the speed."""
     places = frames.centroid_px[frames.present].astype(np.float64)
     smoothed = _moving_mean(places)
     axis = int(np.ptp(smoothed, axis=0).argmax())
     velocity = np.diff(places, axis=0) / np.diff(times)[:, None]
     velocity[:, axis] = np.abs(velocity[:, axis])
     smoothness = _smoothness(velocity - velocity.mean(0), frames.config)
-    sign = _first_turn(smoothed[:, axis], TURN_PX * frames.config.scale)
-    if sign == 0:
+    pace = _pace(places[:, axis], times)
+    if pace < STANDSTILL_SHARE * frames.config.speed_px("slowly"):
         return None, None, smoothness
+    sign = _first_swing(smoothed[:, axis], TURN_PX * frames.config.scale)
     heading = tuple(sign if one == axis else 0 for one in (0, 1))
-    direction = next(name for name, known in DIRECTIONS.items() if known == heading)
-    pace = np.abs(np.diff(smoothed[:, axis])).sum() / (times[-1] - times[0])
+    direction = next((name for name, known in DIRECTIONS.items() if known == heading), None)
     return direction, _nearest_speed(pace, frames.config), smoothness
 
 
-def _first_turn(track: NDArray[np.float64], least_px: float) -> int:
-    """Sign of the first excursion of at least `least_px`; 0 where there is none."""
+def _pace(track: NDArray[np.float64], times: NDArray[np.float64]) -> float:
+    """Upper quartile of the speed over a few frames: most of a leg shows it, windows across a turn show less."""
+    span = min(PACE_FRAMES, len(track) - 1)
+    return float(np.quantile(np.abs(track[span:] - track[:-span]) / (times[span:] - times[:-span]), 0.75))
+
+
+def _first_swing(track: NDArray[np.float64], least_px: float) -> int:
+    """Sign of the first excursion of `least_px`, or of half the track's range where that is less; 0 if it is flat."""
+    least_px = max(min(least_px, float(np.ptp(track)) / 2), 1e-6)
     rises = np.flatnonzero(track - np.minimum.accumulate(track) >= least_px)
     falls = np.flatnonzero(np.maximum.accumulate(track) - track >= least_px)
     first_rise = rises[0] if len(rises) else len(track)

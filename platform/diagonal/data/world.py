@@ -34,11 +34,11 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up"
 SPEEDS_PX: dict[str, float] = {"slowly": 0.4, "quickly": 1.0}  # a pixel frame, at 32 px and 16 fps
 EDGES = ("wrap", "bounce")
 
-CIRCLE_RADIUS_PX = 8.0
+CIRCLE_RADIUS_PX = 7.0
 SQUARE_HALF_SIDE_PX = 7.5
-TRIANGLE_CIRCUMRADIUS_PX = 10.5
+TRIANGLE_CIRCUMRADIUS_PX = 11.0
 START_RANGE_PX = 5.0
-EDGE_SOFTNESS_PX = 1.5  # width of the ramp from shape to background
+EDGE_SOFTNESS_PX = 2.5  # width of the ramp from shape to background
 BACKGROUND_LOW, BACKGROUND_HIGH = 0.35, 0.65
 GRADIENT_AMPLITUDE = 0.12
 HELD_OUT_SCENES = 14
