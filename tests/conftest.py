@@ -1,5 +1,6 @@
 """What every test gets: an environment set before Ray or torch is imported, and one small Ray cluster on demand."""
 
+import logging
 import os
 import shutil
 import sys
@@ -74,15 +75,15 @@ def ray_cluster() -> Iterator[str]:
 
     folder = tempfile.mkdtemp(prefix="dt-")
     try:
-        context = ray.init(
+        ray.init(
             num_cpus=8,
             object_store_memory=300 * 2**20,
             include_dashboard=False,
             _temp_dir=folder,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
-        yield context.address_info["address"]
+        yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

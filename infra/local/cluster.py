@@ -150,9 +150,15 @@ def _launch(run: LocalRun, cpus: int) -> None:
     with open(log, "w") as output:
         try:
             subprocess.run(
-                _start_command(run, cpus), cwd=run.root, env=environment, check=True, timeout=START_S,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                _start_command(run, cpus),
+                cwd=run.root,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=START_S,
+                check=True,
+            )
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             raise ClusterError(f"ray start failed: {error}") from error
     _wait_for_answer(run)

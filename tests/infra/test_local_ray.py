@@ -61,8 +61,12 @@ def test_the_literal_line_runs_the_job_in_the_repository_root(run: LocalRun, roo
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
         ["ray", "job", "submit", "--", "python", "jobs/distill.py"],
-        env=environment | run.environment(), cwd="/", capture_output=True, text=True, timeout=90,
-    )  # fmt: skip
+        env=environment | run.environment(),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"job in {root} cpus {max(cluster.LOGICAL_CPUS, os.cpu_count() or 1)}" in done.stdout
 
@@ -72,8 +76,12 @@ def test_a_job_that_fails_gives_the_literal_line_a_non_zero_status(run: LocalRun
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
         ["ray", "job", "submit", "--", "python", "jobs/absent.py"],
-        env=environment | run.environment(), cwd="/", capture_output=True, text=True, timeout=90,
-    )  # fmt: skip
+        env=environment | run.environment(),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
     assert done.returncode != 0
 
 
@@ -95,9 +103,9 @@ def test_secrets_are_readable_by_the_owner_alone(run: LocalRun, root: Path) -> N
 
 @pytest.mark.slow
 def test_the_dashboard_is_bound_to_loopback(run: LocalRun) -> None:
-    listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    addresses = {line.split()[1].split(":")[0] for line in listening if line.split()[1].endswith(f":{run.ports.dashboard:04X}")}
-    assert addresses == {"0100007F"}
+    connections = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = [local.split(":") for _, local, _, state, *_ in connections if state == "0A"]
+    assert [address for address, port in listening if int(port, 16) == run.ports.dashboard] == ["0100007F"]
 
 
 @pytest.mark.slow
@@ -183,7 +191,7 @@ def test_a_marked_process_its_children_and_nobody_else_are_found() -> None:
 
 
 def test_a_process_that_ignores_the_request_is_killed() -> None:
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None and child.stdout.readline() == b"up\n"
