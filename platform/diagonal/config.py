@@ -64,8 +64,8 @@ class NetworkConfig:
 class PretrainConfig:
     """Teacher training from nothing on the embedded world."""
 
-    clips: int = 4096
-    updates: int = 4000
+    clips: int = 6144
+    updates: int = 11000
     batch_size: int = 24
     lr: float = 2.5e-3
     level_shift: float = 3.0
@@ -191,6 +191,7 @@ class ServeConfig:
     """What one engine replica holds, and the limits of the API."""
 
     max_sessions: int = 4
+    batch_sessions: int = 4
     max_prompt_characters: int = 1000
     max_seconds: float = 300.0
     lead_s: float = 1.0
@@ -198,7 +199,8 @@ class ServeConfig:
     pixel_scale: int = 1
 
     def __post_init__(self) -> None:
-        _positive(self, "serve", "max_sessions", "max_prompt_characters", "max_seconds", "pixel_scale")
+        _positive(self, "serve", "max_sessions", "batch_sessions", "decoder_history_frames")
+        _positive(self, "serve", "max_prompt_characters", "max_seconds", "pixel_scale")
 
 
 @dataclass(frozen=True)

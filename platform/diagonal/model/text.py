@@ -19,6 +19,11 @@ class TextEncoder:
         self._encoder = encoder.eval()
         self._text_tokens = text_tokens
 
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Move the encoder; returns itself."""
+        self._encoder.to(device)
+        return self
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings `[len(prompts), text_tokens, text_dim]` in float32; longer prompts are cut."""

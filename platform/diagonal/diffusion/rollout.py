@@ -1,0 +1,188 @@
+"""The denoising loop, one for training, serving and evaluation: a chunk, a rollout of chunks, and the re-cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diagonal.config import Config
+from diagonal.diffusion.flow import blend, to_clean
+from diagonal.diffusion.noise import batch_noise, generator
+from diagonal.geometry import ChunkGeometry
+from diagonal.model.cache import CacheBatch, KVCache, KVPool
+from diagonal.schedule import StepSchedule
+
+StepNoise = Callable[[int], Tensor]
+
+
+class Network(Protocol):
+    """A causal generator: velocity `[b, c, f, h, w]` of a chunk at a level `[b, f]` given text and cached context."""
+
+    def __call__(
+        self, latents: Tensor, level: Tensor, text: Tensor, *, cache: CacheBatch | None = None, write: bool = False
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class DenoisedChunk:
+    """One finished chunk. `clean` is the exit step's prediction (the only one with gradient); `written` is the input
+    of the forward that wrote the cache, and `written_level` its level: what a re-cache needs (METHOD I.9)."""
+
+    clean: Tensor
+    written: Tensor
+    written_level: float
+    forwards: int
+
+
+def denoise_chunk(
+    network: Network,
+    schedule: StepSchedule,
+    chunk: int,
+    text: Tensor,
+    cache: CacheBatch,
+    noise: StepNoise,
+    exit_step: int | None = None,
+) -> DenoisedChunk:
+    """Denoise one chunk of a batch by its row of the schedule and write its K/V as the schedule's context says.
+
+    `noise(step)` gives `[b, c, f, h, w]`. Between steps: predict clean, draw fresh noise, re-noise to the next level.
+    With `exit_step` (training) that step alone carries gradient and its prediction is the sample; the steps after it
+    still run, so that the cache is the one that serving sees. All samples must share the row of `chunk`.
+    """
+    levels, reuse = schedule.levels(chunk), schedule.resolved_context == "reuse"
+    last = len(levels) - 1
+    latents, sample = noise(0), None
+    for step, level in enumerate(levels):
+        with _gradient(exit_step == step):
+            velocity = network(latents, _levels(latents, level), text, cache=cache, write=reuse and step == last)
+            clean = to_clean(latents, velocity, level)
+        if step == (last if exit_step is None else exit_step):
+            sample = clean
+        written, clean = latents, clean.detach()
+        if step < last:
+            latents = blend(clean, noise(step + 1), levels[step + 1])
+    if not reuse:
+        context_level = schedule.context_level(chunk)
+        written = blend(clean, noise(last + 1), context_level)
+        with torch.no_grad():
+            network(written, _levels(written, context_level), text, cache=cache, write=True)
+    assert sample is not None, f"exit_step {exit_step} is not a step of {levels}"
+    return DenoisedChunk(sample, written, schedule.context_level(chunk), schedule.forwards(chunk))
+
+
+def _gradient(wanted: bool) -> AbstractContextManager[object]:
+    return nullcontext() if wanted else torch.no_grad()
+
+
+def _levels(latents: Tensor, level: float) -> Tensor:
+    return torch.full((latents.shape[0], latents.shape[2]), level, dtype=torch.float32, device=latents.device)
+
+
+def chunk_noise_of(
+    geometry: ChunkGeometry, seeds: Sequence[int], chunks: Sequence[int], device: torch.device | str
+) -> StepNoise:
+    """Noise by step for one chunk of several samples, a function of (seed, chunk, step) alone."""
+    shape = geometry.chunk_shape()[1:]
+    return lambda step: batch_noise(seeds, chunks, step, shape).to(device)
+
+
+def new_pool(config: Config, network: torch.nn.Module, pages: int) -> KVPool:
+    """A pool of pages that fit the network's layers and the geometry's chunks, on the network's device."""
+    layout = network.config  # type: ignore[union-attr]
+    return KVPool(
+        layers=layout.num_layers, heads=layout.num_attention_heads, head_dim=layout.attention_head_dim,
+        page_tokens=config.geometry.chunk_tokens, pages=pages, dtype=cache_dtype(config),
+        device=next(network.parameters()).device,
+    )
+
+
+def cache_dtype(config: Config) -> torch.dtype:
+    """Element type of the K/V cache: the compute type."""
+    return torch.bfloat16 if config.model.compute_dtype == "bfloat16" else torch.float32
+
+
+def new_cache(config: Config, pool: KVPool, *, recycle: bool = True) -> KVCache:
+    """A cache with the configured window and sink, counted in chunks."""
+    chunk = config.geometry.chunk_frames
+    return KVCache(
+        pool, window_chunks=config.cache.window_frames // chunk, sink_chunks=config.cache.sink_frames // chunk,
+        recycle=recycle,
+    )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A generated clip: clean latents `[b, c, f, h, w]` (with gradient where exits were asked for) and its cost."""
+
+    clean: Tensor
+    forwards: int
+
+
+def rollout(
+    network: torch.nn.Module,
+    config: Config,
+    text: Tensor,
+    seeds: Sequence[int],
+    *,
+    schedule: StepSchedule | None = None,
+    chunks: int | None = None,
+    exits: Sequence[int] | None = None,
+) -> Rollout:
+    """Generate clips chunk by chunk through a fresh cache. `text` is `[b, l, n]`, one seed a sample.
+
+    `exits` gives the exit step of each chunk (training; see `draw_exits`); no page is then recycled.
+    """
+    schedule = schedule or config.schedule
+    chunks = chunks or config.geometry.clip_chunks
+    window = config.cache.window_frames // config.geometry.chunk_frames
+    pool = new_pool(config, network, len(seeds) * (chunks if exits is not None else min(chunks, window)))
+    caches = [new_cache(config, pool, recycle=exits is None) for _ in seeds]
+    device = pool.keys.device
+    parts, forwards = [], 0
+    for chunk in range(chunks):
+        for cache in caches:
+            cache.begin(chunk)
+        noise = chunk_noise_of(config.geometry, seeds, [chunk] * len(seeds), device)
+        exit_step = None if exits is None else exits[chunk]
+        done = denoise_chunk(network, schedule, chunk, text, CacheBatch(caches), noise, exit_step)
+        parts.append(done.clean)
+        forwards += done.forwards
+    return Rollout(torch.cat(parts, dim=2), forwards)
+
+
+def draw_exits(schedule: StepSchedule, chunks: int, *key: int | str) -> list[int]:
+    """Exit step of each chunk, uniform in [0, s_k), from the key (run seed, update) alone: equal on all ranks."""
+    exits = []
+    for chunk in range(chunks):
+        draw = generator(*key, "exit", chunk)
+        exits.append(int(torch.randint(len(schedule.levels(chunk)), (1,), generator=draw)))
+    return exits
+
+
+@dataclass(frozen=True)
+class KeptChunk:
+    """What a session keeps of a chunk in its window: the input `[c, f, h, w]` of the forward that wrote its K/V."""
+
+    chunk: int
+    written: Tensor
+    level: float
+
+
+@torch.no_grad()
+def recache(network: Network, cache: KVCache, kept: Sequence[KeptChunk], text: Tensor) -> int:
+    """Write the K/V of `kept` chunks anew, oldest first, block-causal, one forward each; returns the forwards.
+
+    One mechanism for prompt change, resume and recovery (METHOD I.9): exact before the first eviction; after it, kept
+    chunks once attended to chunks that are gone. `text` is `[1, l, n]`.
+    """
+    cache.close()
+    for item in kept:
+        cache.begin(item.chunk)
+        written = item.written.unsqueeze(0).to(cache.pool.keys.device)
+        network(written, _levels(written, item.level), text, cache=CacheBatch([cache]), write=True)
+    return len(kept)

@@ -1,0 +1,255 @@
+"""Weights on disk: base models and students in diffusers' layout, local or s3://, and the Release that serving loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+import diagonal
+from diagonal.config import Config, write_json
+from diagonal.errors import FieldError, require
+from diagonal.model.dit import CausalWan
+from diagonal.model.text import TextEncoder
+from diagonal.model.vae import Decoder, LinearCodec, decoder_of
+
+FORMAT_VERSION = 1
+MANIFEST, CONFIG = "manifest.json", "config.json"
+SHARED_FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
+
+
+class ReleaseError(RuntimeError):
+    """A release that must not be served: files missing or changed, or of another format."""
+
+
+def embedded(name: str) -> Path:
+    """A folder of the embedded model: `base`, `ode_init` or `release`."""
+    return Path(diagonal.__file__).parent / "assets" / "tiny" / name
+
+
+def base_folder(config: Config) -> Path:
+    """The base model that a configuration names; an empty path is the embedded one."""
+    return fetch(config.model.path) if config.model.path else embedded("base")
+
+
+def fetch(uri: str, cache: str | os.PathLike[str] | None = None) -> Path:
+    """A local folder with the files of `uri`: itself when local; an s3:// folder is downloaded once, whole or not at all."""
+    if not uri.startswith("s3://"):
+        require(Path(uri).is_dir(), "path", uri, "an existing folder or an s3:// URI")
+        return Path(uri)
+    from pyarrow import fs  # only S3 needs it
+
+    source, path = fs.FileSystem.from_uri(uri)
+    require(source.get_file_info(path).type == fs.FileType.Directory, "path", uri, "an s3:// folder that exists")
+    root = Path(cache or os.environ.get("DIAGONAL_CACHE", Path.home() / ".cache" / "diagonal"))
+    target = root / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    if not target.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(dir=root)
+        fs.copy_files(path, temporary, source_filesystem=source, destination_filesystem=fs.LocalFileSystem())
+        os.replace(temporary, target)
+    return target
+
+
+def _part(folder: Path, name: str) -> Path:
+    require((folder / name).is_dir(), f"{name} folder", str(folder / name), "an existing folder (diffusers' layout)")
+    return folder / name
+
+
+def load_teacher(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+    """diffusers' own network from `folder/transformer`, checked against the geometry; not trainable."""
+    network = WanTransformer3DModel.from_pretrained(_part(folder, "transformer"), torch_dtype=dtype)
+    check_geometry(network, config)
+    return network.eval().requires_grad_(False)
+
+
+def load_causal(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> CausalWan:
+    """The causal generator over the weights in `folder/transformer`, checked against the geometry."""
+    network = CausalWan.from_pretrained(_part(folder, "transformer"), torch_dtype=dtype)
+    check_geometry(network, config)
+    return network.eval()
+
+
+def check_geometry(network: WanTransformer3DModel, config: Config) -> None:
+    """Refuse a network whose channels or patch differ from the configured geometry."""
+    layout, geometry = network.config, config.geometry
+    patch = (1, geometry.patch_height, geometry.patch_width)
+    require(layout.in_channels == geometry.latent_channels, "transformer.in_channels", layout.in_channels,
+            f"geometry.latent_channels = {geometry.latent_channels}")
+    require(tuple(layout.patch_size) == patch, "transformer.patch_size", tuple(layout.patch_size),
+            f"{patch}, as the geometry has it")
+
+
+def load_text(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> TextEncoder:
+    """Tokenizer and umT5 encoder from `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(_part(folder, "tokenizer"))
+    encoder = UMT5EncoderModel.from_pretrained(_part(folder, "text_encoder"), dtype=dtype)
+    return TextEncoder(tokenizer, encoder.requires_grad_(False), config.model.text_tokens)
+
+
+def load_codec(folder: Path, config: Config) -> AutoencoderKLWan | LinearCodec:
+    """The codec in `folder/vae`, by the class its config names, checked against the geometry."""
+    path = _part(folder, "vae")
+    name = json.loads((path / CONFIG).read_text()).get("_class_name")
+    known = {"AutoencoderKLWan": AutoencoderKLWan, "LinearCodec": LinearCodec}
+    require(name in known, "vae._class_name", name, f"one of {sorted(known)}")
+    codec = known[name].from_pretrained(path)
+    channels = codec.config.z_dim if name == "AutoencoderKLWan" else codec.config.latent_channels
+    require(channels == config.geometry.latent_channels, "vae latent channels", channels,
+            f"geometry.latent_channels = {config.geometry.latent_channels}")
+    return codec.eval().requires_grad_(False)
+
+
+def load_decoder(folder: Path, config: Config) -> Decoder:
+    """The streaming decoder of the codec in `folder/vae`."""
+    return decoder_of(load_codec(folder, config))
+
+
+def save_transformer(folder: Path, layout: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write `folder/transformer` so that diffusers' `WanTransformer3DModel.from_pretrained` loads it.
+
+    `layout` is the network's config. Tensors are stored as `dtype`, but for those that Wan keeps in float32.
+    """
+    network = WanTransformer3DModel(**{k: v for k, v in layout.items() if not k.startswith("_")})
+    network.load_state_dict({k: v.detach().cpu() for k, v in state.items()})
+    for parameter_name, parameter in network.named_parameters():
+        if not any(kept in parameter_name for kept in network._keep_in_fp32_modules):
+            parameter.data = parameter.data.to(dtype)
+    target = folder / "transformer"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent))
+    network.save_pretrained(temporary)
+    _replace_folder(temporary, target)
+
+
+def save_student(
+    folder: Path, config: Config, layout: Mapping[str, Any], state: Mapping[str, Tensor], lineage: Mapping[str, Any]
+) -> None:
+    """Write a trained generator: `transformer/` in bfloat16, its config, and `lineage.json` (stage, parent, seed)."""
+    save_transformer(folder, layout, state, torch.bfloat16)
+    config.save(folder / CONFIG)
+    write_json(folder / "lineage.json", dict(lineage))
+
+
+def save_base(
+    folder: Path,
+    config: Config,
+    teacher: WanTransformer3DModel,
+    codec: AutoencoderKLWan | LinearCodec,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: UMT5EncoderModel,
+    lineage: Mapping[str, Any],
+) -> None:
+    """Write a base model in diffusers' layout, with its config and `lineage.json` (command, seed, figures)."""
+    save_student(folder, config, teacher.config, teacher.state_dict(), lineage)
+    codec.save_pretrained(folder / "vae")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    encoder.save_pretrained(folder / "text_encoder")
+    FlowMatchEulerDiscreteScheduler(shift=config.schedule.shift).save_pretrained(folder / "scheduler")
+
+
+def _replace_folder(temporary: Path, target: Path) -> None:
+    temporary.chmod(0o755)
+    if target.exists():
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        os.replace(target, old)
+        os.replace(temporary, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, target)
+
+
+@dataclass(frozen=True)
+class Release:
+    """The only thing serving loads: weights, configuration, lineage and measured quality, checked by hash."""
+
+    folder: Path
+    config: Config
+    manifest: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @classmethod
+    def load(cls, uri: str | os.PathLike[str] | None = None) -> Release:
+        """Open a release (None is the embedded one), local or s3://; `ReleaseError` when it is not whole."""
+        folder = fetch(str(uri)) if uri else embedded("release")
+        manifest_path = folder / MANIFEST
+        if not manifest_path.is_file():
+            raise ReleaseError(f"release {folder}: {MANIFEST} is missing; jobs/export.py writes one")
+        manifest = json.loads(manifest_path.read_text())
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise ReleaseError(
+                f"release {folder}: format_version = {manifest.get('format_version')!r}, allowed is {FORMAT_VERSION}"
+            )
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if not path.is_file() or file_hash(path) != expected["sha256"]:
+                raise ReleaseError(f"release {folder}: {name} is missing or differs from its sha256 in {MANIFEST}")
+        return cls(folder, Config.load(folder / CONFIG), manifest)
+
+    def generator(self, device: torch.device | str = "cpu") -> CausalWan:
+        """The causal generator in the configured compute type."""
+        dtype = getattr(torch, self.config.model.compute_dtype)
+        return load_causal(self.folder, self.config, dtype).to(device).requires_grad_(False)
+
+    def text(self, device: torch.device | str = "cpu") -> TextEncoder:
+        """The text encoder in the configured compute type."""
+        return load_text(self.folder, self.config, getattr(torch, self.config.model.compute_dtype)).to(device)
+
+    def decoder(self, device: torch.device | str = "cpu") -> Decoder:
+        """The streaming decoder."""
+        return decoder_of(load_codec(self.folder, self.config).to(device))
+
+
+def write_release(
+    target: Path, *, name: str, student: Path, base: Path, lineage: Mapping[str, Any], scores: Mapping[str, Any]
+) -> Release:
+    """Write a release from a student folder and its base model's codec and text; whole or not at all.
+
+    Raises `FieldError` when `target` already exists.
+    """
+    if target.exists():
+        raise FieldError("release folder", str(target), "a folder that does not exist yet")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        shutil.copytree(_part(student, "transformer"), temporary / "transformer")
+        for folder in SHARED_FOLDERS:
+            if (base / folder).is_dir():
+                shutil.copytree(base / folder, temporary / folder)
+        shutil.copyfile(student / CONFIG, temporary / CONFIG)
+        files = {
+            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+            for path in sorted(temporary.rglob("*")) if path.is_file()
+        }
+        write_json(temporary / MANIFEST, {
+            "format_version": FORMAT_VERSION, "name": name, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "diagonal": diagonal.__version__, "lineage": dict(lineage), "scores": dict(scores), "files": files,
+        })
+        _replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Release.load(target)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
