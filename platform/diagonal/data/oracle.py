@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagonal.data.world import (
+    ATTRIBUTES,
     DIRECTIONS,
     PALETTE,
     SHAPES,
@@ -20,12 +21,15 @@ from diagonal.data.world import (
     cover,
 )
 
+Track = NDArray[np.float64]  # places of the object, [n 2] in pixels (x, y), or one coordinate of them, [n]
+Times = NDArray[np.float64]  # pixel frames in which the object was seen, [n]
+
 FAINTEST_CHROMA = 0.15  # a frame whose object is greyer than this holds no object
 OBJECT_QUANTILE = 0.95  # every shape covers more than 5 % of a frame, so this quantile lies on it
 MASK_SHARE, CORE_SHARE = 0.35, 0.9  # of the object's chroma: what counts as object, and as its core
 SMOOTHING_FRAMES = 5
-PACE_FRAMES = 4  # the codec's temporal stride: whole latent frames, so its blur within one does not show
-TURN_PX = 2.5  # an excursion this long (at 32 px) is a leg, a shorter one may be jitter
+STRIDE_FRAMES = 4  # pixel frames of a latent frame: over whole ones, the blur within each does not show
+LEG_PX = 2.5  # an excursion this long (at 32 px) is a leg, a shorter one may be jitter
 STANDSTILL_SHARE = 0.5  # of the slow speed: below it nothing moves
 
 
@@ -44,13 +48,19 @@ class FrameReadings:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a clip shows: None for an attribute that cannot be seen, 0 for a measure of it."""
+    """What a clip shows: None for an attribute that cannot be seen; every measure is 0 where there is no object.
+
+    `smoothness` in (0, 1] falls with the jitter of the velocity from frame to frame, `steadiness` with that from one
+    latent frame to the next, which a codec's blur inside a latent frame leaves alone. `saturation` is 1 where the
+    object is as colourful as the palette, more where it is oversaturated.
+    """
 
     colour: str | None
     shape: str | None
     direction: str | None
     speed: str | None
     smoothness: float
+    steadiness: float
     saturation: float
     frames: FrameReadings
 
@@ -80,6 +90,7 @@ class Scores:
     direction: float
     speed: float
     smoothness: float
+    steadiness: float
     saturation: float
 
 
@@ -110,6 +121,7 @@ def score(reading: Reading, scene: Scene) -> Scores:
         direction=direction,
         speed=float(reading.speed == scene.speed),
         smoothness=reading.smoothness,
+        steadiness=reading.steadiness,
         saturation=reading.saturation,
     )
 
@@ -124,7 +136,7 @@ def mean_scores(scores: Sequence[Scores]) -> dict[str, dict[str, float]]:
     summary = {}
     for field in fields(Scores):
         values = np.asarray([getattr(one, field.name) for one in scores], np.float64)
-        half_width = _normal(values) if field.name in ("smoothness", "saturation") else _wilson(values)
+        half_width = _wilson(values) if field.name in ATTRIBUTES else _normal(values)
         summary[field.name] = {"mean": float(values.mean()), "half_width": half_width}
     return summary
 
@@ -140,9 +152,10 @@ def _normal(values: NDArray[np.float64], z: float = 1.96) -> float:
 
 def read_frames(pixels: Pixels, config: WorldConfig) -> FrameReadings:
     """Measure each pixel frame of a clip, uint8 [f h w 3]."""
-    colours = _smooth(pixels.astype(np.float32) / 255, config)
+    colours = _smooth(pixels.astype(np.float32) / np.float32(255))
     chroma = colours.max(-1) - colours.min(-1)
-    peak = np.quantile(chroma.reshape(len(chroma), -1), OBJECT_QUANTILE, axis=1, method="nearest").astype(np.float32)
+    by_frame = chroma.reshape(len(chroma), config.size_px**2)
+    peak = np.quantile(by_frame, OBJECT_QUANTILE, axis=1, method="nearest").astype(np.float32)
     present = peak >= FAINTEST_CHROMA
     peak = np.maximum(peak, FAINTEST_CHROMA)[:, None, None]
     centroid = _centroid(np.maximum(chroma - MASK_SHARE * peak, 0), config)
@@ -151,15 +164,14 @@ def read_frames(pixels: Pixels, config: WorldConfig) -> FrameReadings:
     colour_match, saturation = _match_colour(core_colour)
     mask = _project(colours, core_colour)
     shape_match = _match_shape(mask, centroid, config)
-    return FrameReadings(
-        config, 0, present, centroid, colour_match * present[:, None], shape_match * present[:, None], saturation * present
-    )
+    seen = present[:, None]
+    return FrameReadings(config, 0, present, centroid, colour_match * seen, shape_match * seen, saturation * present)
 
 
-def _smooth(images: Floats, config: WorldConfig) -> Floats:
-    """Mean over 3 x 3 pixels: takes two thirds of the noise away, moves no centroid."""
+def _smooth(images: Floats) -> Floats:
+    """Mean over 3 x 3 pixels, on the torus: takes two thirds of the noise away, moves no centroid."""
     for axis in (1, 2):
-        images = (np.roll(images, 1, axis) + images + np.roll(images, -1, axis)) / 3
+        images = (np.roll(images, 1, axis) + images + np.roll(images, -1, axis)) / np.float32(3)
     return images
 
 
@@ -200,7 +212,7 @@ def _match_shape(mask: Floats, centroid: Floats, config: WorldConfig) -> Floats:
     half = config.size_px / 2
     moved = _shift(mask, half - centroid)
     centre = np.full((1, 2), half, np.float32)
-    templates = [_smooth(cover(shape, centre, config), config) for shape in SHAPES]
+    templates = [_smooth(cover(shape, centre, config)) for shape in SHAPES]
     overlap = [np.minimum(moved, one).sum((1, 2)) / np.maximum(moved, one).sum((1, 2)) for one in templates]
     return np.stack(overlap, 1)
 
@@ -219,63 +231,46 @@ def summarise(frames: FrameReadings) -> Reading:
     """Join frame readings into one. An object that fewer than half of the frames show is not there."""
     count = len(frames.present)
     if count == 0 or 2 * frames.present.sum() < count:
-        return Reading(None, None, None, None, 0.0, 0.0, frames)
+        return Reading(None, None, None, None, 0.0, 0.0, 0.0, frames)
     colour = tuple(PALETTE)[int(frames.colour_match.sum(0).argmax())]
     shape = SHAPES[int(frames.shape_match.sum(0).argmax())]
-    direction, speed, smoothness = _read_motion(frames)
-    return Reading(colour, shape, direction, speed, smoothness, float(frames.saturation.mean()), frames)
-
-
-def _read_motion(frames: FrameReadings) -> tuple[str | None, str | None, float]:
-    """Direction, speed and smoothness; a lone frame is smooth and has neither direction nor speed."""
-    times = np.flatnonzero(frames.present).astype(np.float64)
-    if len(times) < 2:
-        return None, None, 1.0
-    if frames.config.edge == "wrap":
-        return _read_torus(frames, times)
-    return _read_box(frames, times)
-
-
-def _read_torus(frames: FrameReadings, times: NDArray[np.float64]) -> tuple[str | None, str | None, float]:
-    """The slope of the unwrapped track gives direction and speed; a frame's error cannot turn it."""
-    size = frames.config.size_px
     places = frames.centroid_px[frames.present].astype(np.float64)
-    phasors = _moving_mean(np.exp(2j * np.pi * places / size))
-    unwrapped = np.unwrap(np.angle(phasors), axis=0) * size / (2 * np.pi)
-    velocity = np.polyfit(times, unwrapped, 1)[0]
-    steps = (np.diff(places, axis=0) + size / 2) % size - size / 2
-    smoothness = _smoothness(steps / np.diff(times)[:, None] - velocity, frames.config)
+    times = np.flatnonzero(frames.present).astype(np.float64)
+    read_motion = _read_torus if frames.config.edge == "wrap" else _read_box
+    direction, speed = read_motion(places, times, frames.config) if len(times) > 1 else (None, None)
+    smoothness, steadiness = (_smoothness(places, times, span, frames.config) for span in (1, STRIDE_FRAMES))
+    return Reading(colour, shape, direction, speed, smoothness, steadiness, float(frames.saturation.mean()), frames)
+
+
+def _read_torus(places: Track, times: Times, config: WorldConfig) -> tuple[str | None, str | None]:
+    """The slope of the smoothed, unwrapped track gives direction and speed; a frame's error cannot turn it."""
+    turns = np.angle(_moving_mean(np.exp(2j * np.pi * places / config.size_px))) / (2 * np.pi)
+    velocity = np.polyfit(times, np.unwrap(turns, axis=0, period=1) * config.size_px, 1)[0]
     along = {name: float(velocity @ heading) for name, heading in DIRECTIONS.items()}
     direction = max(along, key=along.__getitem__)
-    if along[direction] < STANDSTILL_SHARE * frames.config.speed_px("slowly"):
-        return None, None, smoothness
-    return direction, _nearest_speed(along[direction], frames.config), smoothness
+    speed = _nearest_speed(along[direction], config)
+    return (direction, speed) if speed else (None, None)
 
 
-def _read_box(frames: FrameReadings, times: NDArray[np.float64]) -> tuple[str | None, str | None, float]:
+def _read_box(places: Track, times: Times, config: WorldConfig) -> tuple[str | None, str | None]:
     """The first leg gives the direction; the pace between the turns gives the speed."""
-    places = frames.centroid_px[frames.present].astype(np.float64)
     smoothed = _moving_mean(places)
     axis = int(np.ptp(smoothed, axis=0).argmax())
-    velocity = np.diff(places, axis=0) / np.diff(times)[:, None]
-    velocity[:, axis] = np.abs(velocity[:, axis])
-    smoothness = _smoothness(velocity - velocity.mean(0), frames.config)
-    pace = _pace(places[:, axis], times)
-    if pace < STANDSTILL_SHARE * frames.config.speed_px("slowly"):
-        return None, None, smoothness
-    sign = _first_swing(smoothed[:, axis], TURN_PX * frames.config.scale)
+    speed = _nearest_speed(_pace(places[:, axis], times), config)
+    if speed is None:
+        return None, None
+    sign = _first_swing(smoothed[:, axis], LEG_PX * config.scale)
     heading = tuple(sign if one == axis else 0 for one in (0, 1))
-    direction = next((name for name, known in DIRECTIONS.items() if known == heading), None)
-    return direction, _nearest_speed(pace, frames.config), smoothness
+    return next((name for name, known in DIRECTIONS.items() if known == heading), None), speed
 
 
-def _pace(track: NDArray[np.float64], times: NDArray[np.float64]) -> float:
+def _pace(track: Track, times: Times) -> float:
     """Upper quartile of the speed over a few frames: most of a leg shows it, windows across a turn show less."""
-    span = min(PACE_FRAMES, len(track) - 1)
+    span = min(STRIDE_FRAMES, len(track) - 1)
     return float(np.quantile(np.abs(track[span:] - track[:-span]) / (times[span:] - times[:-span]), 0.75))
 
 
-def _first_swing(track: NDArray[np.float64], least_px: float) -> int:
+def _first_swing(track: Track, least_px: float) -> int:
     """Sign of the first excursion of `least_px`, or of half the track's range where that is less; 0 if it is flat."""
     least_px = max(min(least_px, float(np.ptp(track)) / 2), 1e-6)
     rises = np.flatnonzero(track - np.minimum.accumulate(track) >= least_px)
@@ -294,10 +289,26 @@ def _moving_mean(values: NDArray) -> NDArray:
     return (sums[index + wing + 1] - sums[index - wing]) / (2 * wing + 1)[:, None]
 
 
-def _nearest_speed(pace_px: float, config: WorldConfig) -> str:
+def _nearest_speed(pace_px: float, config: WorldConfig) -> str | None:
+    """The caption's word for a pace in pixels a frame; None for a standstill."""
+    if pace_px < STANDSTILL_SHARE * config.speed_px("slowly"):
+        return None
     return min(SPEEDS_PX, key=lambda name: abs(config.speed_px(name) - pace_px))
 
 
-def _smoothness(residual: NDArray[np.float64], config: WorldConfig) -> float:
-    """1 / (1 + jitter), jitter being the mean departure from the steady velocity in pixels a frame (at 32 px)."""
+def _smoothness(places: Track, times: Times, span: int, config: WorldConfig) -> float:
+    """1 / (1 + jitter); jitter is the mean departure of the velocity over `span` frames from its own mean.
+
+    In pixels a frame at 32 px. Where the shape bounces, the velocity along its axis counts without its sign.
+    """
+    if len(times) <= span:
+        return 1.0
+    steps = places[span:] - places[:-span]
+    if config.edge == "wrap":
+        steps = (steps + config.size_px / 2) % config.size_px - config.size_px / 2
+    velocity = steps / (times[span:] - times[:-span])[:, None]
+    if config.edge == "bounce":
+        axis = int(np.ptp(places, axis=0).argmax())
+        velocity[:, axis] = np.abs(velocity[:, axis])
+    residual = velocity - velocity.mean(0)
     return float(1 / (1 + np.linalg.norm(residual, axis=1).mean() / config.scale))
