@@ -8,12 +8,35 @@ import os
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts the collectives that start inside it: `gathers`, `scatters` (reduce-scatters) and the rest by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def gathers(self) -> int:
+        return self.counts["_allgather_base_"]
+
+    @property
+    def scatters(self) -> int:
+        return self.counts["_reduce_scatter_base_"]
 
 
 class Ranks:
