@@ -1,0 +1,316 @@
+"""The directions and laws of the house, read from the source; each check also sees a breach that it must find."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RANKS = {
+    "": -1, "errors": -1,
+    "geometry": 0, "schedule": 0, "metrics": 0,
+    "config": 1, "model": 2, "diffusion": 3, "data": 4, "media": 4, "training": 5, "engine": 5, "evaluate": 6,
+    "jobs": 7, "serve": 7, "client": 7,
+}  # fmt: skip
+EDGE_LIBRARIES = {"ray", "fastapi", "pydantic", "starlette", "uvicorn"}
+NO_PACKAGE = ("platform", "jobs", "serve")
+LONGEST_FILE, LONGEST_FUNCTION = 450, 60
+MODEL_NUMBERS = {1560, 4680, 32760}
+NETWORK_NAMES = {"network", "generator", "student", "transformer", "model"}
+DRAWS = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
+         "multinomial", "poisson", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}  # fmt: skip
+GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.default_generator", "torch.cuda.manual_seed",
+                "torch.cuda.manual_seed_all"}  # fmt: skip
+SEEDED_NUMPY = {"default_rng", "Generator", "SeedSequence", "PCG64", "Philox", "BitGenerator"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One Python file: its path from the repository's root, with slashes, and its text."""
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text, self.path)
+
+    @property
+    def unit(self) -> str:
+        """What the import directions speak of: a module or folder of the package, or a top-level folder."""
+        parts = Path(self.path).with_suffix("").parts
+        if parts[:2] != ("platform", "diagonal"):
+            return parts[0]
+        return "" if parts[2] == "__init__" else parts[2]
+
+    @property
+    def in_package(self) -> bool:
+        return self.path.startswith("platform/")
+
+    def walk(self, *kinds: type[ast.AST]) -> Iterator[ast.AST]:
+        return (node for node in ast.walk(self.tree) if not kinds or isinstance(node, kinds))
+
+
+def sources() -> list[Source]:
+    paths = (path for top in ("platform", "jobs", "serve", "infra", "tests") for path in (ROOT / top).rglob("*.py"))
+    return [Source(path.relative_to(ROOT).as_posix(), path.read_text()) for path in sorted(paths)]
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a name or an attribute of one; what stands before a call or a subscript is dropped."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}".lstrip(".")
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def imported(source: Source) -> Iterator[str]:
+    """Every module that the file names in an import, wherever it stands; `from a import b` gives a and a.b."""
+    package = source.path.removesuffix(".py").removeprefix("platform/").split("/")
+    for node in source.walk(ast.Import, ast.ImportFrom):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(package[: -node.level]) if node.level else ""
+            module = ".".join(part for part in (start, node.module or "") if part)
+            yield from (name for alias in node.names for name in (module, f"{module}.{alias.name}"))
+
+
+def unit_of(module: str) -> str | None:
+    top, _, rest = module.partition(".")
+    unit = rest.partition(".")[0] if top == "diagonal" else top
+    return unit if unit in RANKS and (top == "diagonal" or unit in ("jobs", "serve")) else None
+
+
+def imports_go_down(source: Source) -> Iterator[str]:
+    """A file imports lower ranks and its own folder only; the client sees nothing above the configuration."""
+    limit = 2 if source.unit == "client" else RANKS.get(source.unit, 99)
+    for module in imported(source):
+        unit = unit_of(module)
+        if unit is not None and unit != source.unit and RANKS[unit] >= limit:
+            yield f"{source.path} imports {module}"
+
+
+def every_unit_has_a_rank(source: Source) -> Iterator[str]:
+    if source.in_package and source.unit not in RANKS:
+        yield f"{source.path}: {source.unit} has no rank"
+
+
+def edge_libraries_stay_at_the_edge(source: Source) -> Iterator[str]:
+    """Ray and the web framework live in jobs/ and serve/; the client does without torch too."""
+    banned = EDGE_LIBRARIES | ({"torch", "diffusers", "transformers"} if source.unit == "client" else set())
+    for module in imported(source) if source.in_package else ():
+        if module.partition(".")[0] in banned:
+            yield f"{source.path} imports {module}"
+
+
+def first_statement_is_a_docstring(source: Source) -> Iterator[str]:
+    if not ast.get_docstring(source.tree):
+        yield f"{source.path} does not say what it is"
+
+
+def files_are_short(source: Source) -> Iterator[str]:
+    if (lines := len(source.text.splitlines())) > LONGEST_FILE:
+        yield f"{source.path} has {lines} lines"
+
+
+def functions_are_short(source: Source) -> Iterator[str]:
+    for node in source.walk(ast.FunctionDef, ast.AsyncFunctionDef):
+        assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+        if (lines := (node.end_lineno or 0) - first.lineno + 1) > LONGEST_FUNCTION:
+            yield f"{source.path}: {node.name} has {lines} lines"
+
+
+def no_file_is_called_utils(source: Source) -> Iterator[str]:
+    if Path(source.path).stem in ("utils", "util"):
+        yield source.path
+
+
+def no_global_statement(source: Source) -> Iterator[str]:
+    yield from (f"{source.path}:{node.lineno}" for node in source.walk(ast.Global) if isinstance(node, ast.Global))
+
+
+def no_work_at_import(source: Source) -> Iterator[str]:
+    """A module defines; it does not call, loop or open anything for its effect when it is imported."""
+    for node in source.tree.body if source.unit != "tests" else ():
+        call = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
+        if call or isinstance(node, ast.For | ast.While | ast.With):
+            yield f"{source.path}:{node.lineno}"
+
+
+def no_broad_except(source: Source) -> Iterator[str]:
+    """Outside tests an `except` names what it expects; the two edges say `edge: why` there."""
+    lines = source.text.splitlines()
+    for node in source.walk(ast.ExceptHandler) if source.unit != "tests" else ():
+        assert isinstance(node, ast.ExceptHandler)
+        kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+        broad = any(kind is None or dotted(kind) in ("Exception", "BaseException") for kind in kinds)
+        if broad and not re.search(r"#.*\bedge:", lines[node.lineno - 1]):
+            yield f"{source.path}:{node.lineno}"
+
+
+def no_second_denoising_loop(source: Source) -> Iterator[str]:
+    """Only `denoise_chunk` runs a network level by level, or predicts and re-noises in one loop."""
+    for function in source.walk(ast.FunctionDef) if source.unit != "tests" else ():
+        assert isinstance(function, ast.FunctionDef)
+        if (source.path, function.name) == ("platform/diagonal/diffusion/rollout.py", "denoise_chunk"):
+            continue
+        for loop in (node for node in ast.walk(function) if isinstance(node, ast.For | ast.While)):
+            over = ast.unparse(loop.iter if isinstance(loop, ast.For) else loop.test)
+            calls = {dotted(node.func).rpartition(".")[2] for node in ast.walk(loop) if isinstance(node, ast.Call)}
+            if ("levels" in over and calls & NETWORK_NAMES) or {"to_clean", "blend"} <= calls:
+                yield f"{source.path}:{loop.lineno} in {function.name}"
+
+
+def denoise_chunk_stands_in_one_place(source: Source) -> Iterator[str]:
+    for node in source.walk(ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef) and node.name == "denoise_chunk":
+            if source.path != "platform/diagonal/diffusion/rollout.py":
+                yield f"{source.path}:{node.lineno}"
+
+
+def nothing_draws_from_the_global_generator(source: Source) -> Iterator[str]:
+    """Each draw names its generator. Building a network may seed the global one inside `torch.random.fork_rng`."""
+    if not source.in_package:
+        return
+    forked = {
+        inner
+        for node in source.walk(ast.With)
+        if isinstance(node, ast.With) and "fork_rng" in ast.unparse(node.items[0].context_expr)
+        for inner in ast.walk(node)
+    }
+    for node in source.walk(ast.Call, ast.Attribute):
+        if node not in forked and _is_global_draw(node):
+            yield f"{source.path}:{node.lineno} {ast.unparse(node)}"  # type: ignore[attr-defined]
+
+
+def _is_global_draw(node: ast.AST) -> bool:
+    if isinstance(node, ast.Attribute):
+        return dotted(node) in GLOBAL_SEEDS
+    assert isinstance(node, ast.Call)
+    module, _, function = dotted(node.func).rpartition(".")
+    if module in ("np.random", "numpy.random"):
+        return function not in SEEDED_NUMPY or not (node.args or node.keywords)
+    if module == "random":
+        return function != "Random" or not node.args
+    method = isinstance(node.func, ast.Attribute) and function.endswith("_")
+    return function in DRAWS and (module == "torch" or method) and "generator" not in {k.arg for k in node.keywords}
+
+
+def no_number_of_the_model(source: Source) -> Iterator[str]:
+    """Token counts come from `ChunkGeometry`."""
+    for node in source.walk(ast.Constant) if source.in_package else ():
+        if isinstance(node, ast.Constant) and node.value in MODEL_NUMBERS:
+            yield f"{source.path}:{node.lineno} {node.value}"
+
+
+Check = Callable[[Source], Iterator[str]]
+CORE = "platform/diagonal/diffusion/flow.py"
+DOC = '"""Says what it is."""\n'
+BREACHES: list[tuple[Check, str, str]] = [
+    (imports_go_down, CORE, "from diagonal.engine import session"),
+    (imports_go_down, CORE, "from diagonal import engine"),
+    (imports_go_down, CORE, "from ..engine.session import Session"),
+    (imports_go_down, CORE, "def f():\n    import diagonal.data.world as world"),
+    (imports_go_down, "platform/diagonal/geometry.py", "from diagonal.schedule import StepSchedule"),
+    (imports_go_down, "platform/diagonal/media/encode.py", "from diagonal.data.world import render"),
+    (imports_go_down, "platform/diagonal/training/loop.py", "from diagonal.engine.session import Session"),
+    (imports_go_down, "platform/diagonal/evaluate/bench.py", "import jobs.distill"),
+    (imports_go_down, "platform/diagonal/evaluate/bench.py", "from diagonal.client import DiagonalClient"),
+    (imports_go_down, "platform/diagonal/client/cli.py", "from diagonal.model import dit"),
+    (imports_go_down, "serve/app.py", "from jobs.export import main"),
+    (every_unit_has_a_rank, "platform/diagonal/extras/thing.py", ""),
+    (edge_libraries_stay_at_the_edge, CORE, "import ray"),
+    (edge_libraries_stay_at_the_edge, CORE, "def f():\n    from ray.util.metrics import Gauge"),
+    (edge_libraries_stay_at_the_edge, "platform/diagonal/client/cli.py", "import torch"),
+    (first_statement_is_a_docstring, CORE, "import math"),
+    (files_are_short, CORE, DOC + "x = 1\n" * LONGEST_FILE),
+    (functions_are_short, CORE, "def f():\n" + "    x = 1\n" * (LONGEST_FUNCTION + 1)),
+    (no_file_is_called_utils, "platform/diagonal/model/utils.py", DOC),
+    (no_global_statement, CORE, "def f():\n    global x\n    x = 1"),
+    (no_work_at_import, CORE, DOC + "print('imported')"),
+    (no_work_at_import, CORE, DOC + "for x in range(3):\n    y = x"),
+    (no_broad_except, CORE, "try:\n    f()\nexcept Exception:\n    pass"),
+    (no_broad_except, "serve/replica.py", "try:\n    f()\nexcept (ValueError, BaseException) as error:\n    pass"),
+    (no_broad_except, CORE, "try:\n    f()\nexcept:\n    pass"),
+    (no_second_denoising_loop, CORE, "def f():\n    for level in schedule.levels(0):\n        self.network(x, level)"),
+    (no_second_denoising_loop, "jobs/pairs.py", "def f():\n    while go:\n        x = blend(to_clean(x, v, a), e, b)"),
+    (denoise_chunk_stands_in_one_place, "platform/diagonal/engine/engine.py", "def denoise_chunk(): ..."),
+    *(
+        (nothing_draws_from_the_global_generator, CORE, text)
+        for text in (
+            "torch.randn(3)", "torch.randn_like(x)", "x.normal_()", "torch.manual_seed(0)", "np.random.rand(3)",
+            "np.random.default_rng()", "random.choice(x)", "torch.default_generator.manual_seed(0)", "random.Random()",
+        )
+    ),
+    (no_number_of_the_model, CORE, "tokens = 3 * 1560"),
+]  # fmt: skip
+INNOCENTS: list[tuple[Check, str, str]] = [
+    (imports_go_down, CORE, "from diagonal.schedule import warp\nfrom .noise import generator\nimport platform"),
+    (imports_go_down, "serve/app.py", "from ray import serve\nfrom serve.store import Store\nimport diagonal.config"),
+    (imports_go_down, "jobs/distill.py", "from diagonal.training import loop"),
+    (imports_go_down, "platform/diagonal/client/cli.py", "from diagonal.config import Config"),
+    (edge_libraries_stay_at_the_edge, "jobs/distill.py", "import ray"),
+    (no_work_at_import, CORE, DOC + "import math\nTABLE = dict(a=1)\nif __name__ == '__main__':\n    main()"),
+    (no_broad_except, "serve/replica.py", "try:\n    f()\nexcept Exception:  # edge: one session's fault\n    pass"),
+    (no_broad_except, CORE, "try:\n    f()\nexcept (ValueError, KeyError):\n    pass"),
+    (no_second_denoising_loop, CORE, "def f():\n    for item in kept:\n        network(item.written, item.level)"),
+    *(
+        (nothing_draws_from_the_global_generator, CORE, text)
+        for text in (
+            "torch.randn(3, generator=g)", "np.random.default_rng(seed)", "random.Random(3).random()",
+            "with torch.random.fork_rng(devices=[]):\n    torch.default_generator.manual_seed(0)",
+        )
+    ),
+]  # fmt: skip
+CHECKS = list(dict.fromkeys(check for check, _, _ in BREACHES))
+
+
+def name(value: object) -> str:
+    return getattr(value, "__name__", "")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=name)
+def test_the_tree_keeps_the_law(check: Check) -> None:
+    assert [breach for source in sources() for breach in check(source)] == []
+
+
+@pytest.mark.parametrize(("check", "path", "text"), BREACHES, ids=name)
+def test_the_check_sees_a_breach(check: Check, path: str, text: str) -> None:
+    assert list(check(Source(path, text)))
+
+
+@pytest.mark.parametrize(("check", "path", "text"), INNOCENTS, ids=name)
+def test_the_check_lets_right_code_pass(check: Check, path: str, text: str) -> None:
+    assert list(check(Source(path, text))) == []
+
+
+def test_denoise_chunk_is_defined_exactly_once() -> None:
+    text = (ROOT / "platform/diagonal/diffusion/rollout.py").read_text()
+    assert text.count("\ndef denoise_chunk(") == 1
+
+
+@pytest.mark.parametrize("folder", NO_PACKAGE)
+def test_a_source_folder_is_no_package(folder: str) -> None:
+    """With platform/__init__.py the standard library's `platform` is shadowed and `import torch` fails."""
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    "given", ["platform/diagonal", "jobs", "serve", "infra", "tests", "pyproject.toml", "ray-cluster.yaml"]
+)
+def test_the_given_names_stand_at_the_top(given: str) -> None:
+    assert (ROOT / given).exists()
+
+
+@pytest.mark.parametrize("module", ["diagonal.client.cli", "diagonal.config", "diagonal.schedule", "diagonal.metrics"])
+def test_the_client_and_the_lowest_ranks_load_neither_torch_nor_ray(module: str) -> None:
+    program = f"import sys, {module}; print(sorted({{'torch', 'ray'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

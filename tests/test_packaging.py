@@ -1,0 +1,160 @@
+"""What is installed: the wheel holds the package and its embedded weights, the pins cover all, the commands exist."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+# The CUDA build of torch brings these; which of them depends on the machine, so none is pinned.
+OF_A_GPU = re.compile(r"nvidia-|cuda-|triton$")
+REGISTRY_HOSTS = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org")
+EXTRAS = ("", "train", "serve", "dev")
+
+
+@pytest.fixture(scope="module")
+def project(repository: Path) -> dict[str, Any]:
+    """The `project` table of pyproject.toml."""
+    table = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    assert isinstance(table, dict)
+    return table
+
+
+@pytest.fixture(scope="module")
+def pins(repository: Path) -> dict[str, Version]:
+    """constraints.txt: version by name; every line is `name==version`, valid on every machine."""
+    lines = [line for line in (repository / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    matches = {line: re.fullmatch(r"([A-Za-z0-9._-]+)==([^;\s]+)", line) for line in lines}
+    assert all(matches.values()), [line for line, match in matches.items() if match is None]
+    return {canonicalize_name(match[1]): Version(match[2]) for match in matches.values() if match is not None}
+
+
+@pytest.fixture(scope="module")
+def wheel_names(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names inside a wheel that the installed setuptools builds, without network, from a copy of the source."""
+    source = tmp_path_factory.mktemp("source")
+    shutil.copytree(repository / "platform", source / "platform", ignore=shutil.ignore_patterns("*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(repository / name, source)
+    build = "from setuptools import build_meta; build_meta.build_wheel('out')"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (source / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def files_of(folder: Path) -> set[str]:
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not {"__pycache__", "diagonal.egg-info"} & set(path.parts)
+    }
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(repository: Path, wheel_names: set[str]) -> None:
+    expected = files_of(repository / "platform")
+    assert {"diagonal/__init__.py", "diagonal/py.typed"} <= expected
+    assert {name for name in wheel_names if ".dist-info/" not in name} == expected
+
+
+def needed(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def closure(name: str, extras: set[str]) -> dict[str, str]:
+    """Installed version of `name` with `extras` and of everything that it needs on this machine, by name."""
+    found: dict[str, str] = {}
+    waiting, seen = [(name, extra) for extra in extras | {""}], set()
+    while waiting:
+        current, extra = waiting.pop()
+        if (current, extra) in seen:
+            continue
+        seen.add((current, extra))
+        found[canonicalize_name(current)] = metadata.version(current)
+        for text in metadata.requires(current) or []:
+            requirement = Requirement(text)
+            if needed(requirement, extra):
+                waiting += [(requirement.name, wanted) for wanted in requirement.extras | {""}]
+    return found
+
+
+def test_everything_that_is_installed_is_pinned_at_the_tested_version(
+    project: dict[str, Any], pins: dict[str, Version]
+) -> None:
+    texts = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+    installed: dict[str, str] = {}
+    for requirement in map(Requirement, texts):
+        installed |= closure(requirement.name, requirement.extras)
+    different = {
+        name: (version, str(pins.get(name)))
+        for name, version in installed.items()
+        if not OF_A_GPU.match(name) and Version(version).public != str(pins.get(name))
+    }
+    assert different == {}
+    assert len(installed) > 100
+
+
+def test_the_pins_satisfy_what_the_project_asks_for(project: dict[str, Any], pins: dict[str, Version]) -> None:
+    assert tuple(project["optional-dependencies"]) == EXTRAS[1:]
+    for text in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def test_pins_choose_neither_the_cpu_build_nor_the_cuda_one(pins: dict[str, Version]) -> None:
+    assert str(pins["torch"]) == "2.13.0"
+    assert [name for name in pins if OF_A_GPU.match(name)] == []
+    assert [name for name, version in pins.items() if version.local] == []
+
+
+def test_the_tested_versions_are_allowed_and_the_others_are_not(project: dict[str, Any]) -> None:
+    allowed = Requirement("python" + project["requires-python"]).specifier
+    assert [minor for minor in range(9, 15) if allowed.contains(f"3.{minor}")] == [11, 12]
+    (torch,) = (Requirement(text) for text in project["dependencies"] if text.startswith("torch"))
+    assert [minor for minor in range(9, 16) if torch.specifier.contains(f"2.{minor}.0")] == [11, 12, 13]
+
+
+def test_the_console_script_leads_to_a_function(project: dict[str, Any]) -> None:
+    module, _, function = project["scripts"]["diagonal"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_no_file_names_a_package_registry(repository: Path) -> None:
+    tops = ("platform", "jobs", "serve", "infra", "tests", "docs", ".ci")
+    paths = [path for top in tops for path in (repository / top).rglob("*") if path.is_file()]
+    paths += [path for path in repository.iterdir() if path.is_file()]
+    texts = {path: path.read_bytes().decode(errors="ignore") for path in paths if "__pycache__" not in path.parts}
+    assert len(texts) > 50
+    assert [path for path, text in texts.items() if REGISTRY_HOSTS.search(text)] == []
+
+
+def test_make_alone_lists_every_command_and_variable(repository: Path) -> None:
+    done = subprocess.run(["make"], cwd=repository, capture_output=True, text=True, timeout=30, check=True)
+    for word in ("help", "env", "demo", "stop", "test", "check", "lint", "clean"):
+        assert re.search(rf"^  {word} ", done.stdout, re.MULTILINE), word
+    for variable in ("PYTHON", "VENV", "TORCH_INDEX_URL", "KEEP", "FROM_SCRATCH", "PYTEST_ARGS"):
+        assert f"  {variable}=" in done.stdout
+
+
+def test_an_unsupported_interpreter_is_refused_with_the_allowed_versions(repository: Path, tmp_path: Path) -> None:
+    arguments = ["make", "env", f"VENV={tmp_path / 'venv'}", "PYTHON=false"]
+    done = subprocess.run(arguments, cwd=repository, capture_output=True, text=True, timeout=30)
+    assert done.returncode != 0
+    assert "Python 3.11 or 3.12 is needed" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_what_ci_runs_is_executable(repository: Path) -> None:
+    assert os.access(repository / ".ci" / "run", os.X_OK)
