@@ -129,5 +129,7 @@ def test_clips_show_every_scene_once_before_any_twice_and_each_by_its_own_seed()
     assert fewer_captions == captions[:3] and np.array_equal(fewer, clips[:3])
     assert world.sample_clips(8, 3, config)[0] != captions[:3]
     assert world.sample_clips(7, 0, config)[1].shape == (0, 2, 32, 32, 3)
+    again = world.sample_clips(7, 2, config, [SCENE])[1]
+    assert not np.array_equal(again[0], again[1]), "a scene shown twice is drawn anew"
     with pytest.raises(ValueError, match="scenes = "):
         world.sample_clips(7, 1, config, [])
