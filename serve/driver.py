@@ -1,0 +1,94 @@
+"""Brings one video from its replica to the store: one unary pull a chunk, paced by who watches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from diagonal.metrics import MetricSink
+from serve.pacing import PlaybackClock
+from serve.records import EncodedChunk, Pacing, Refused, Status, Verdict, VideoRecord
+from serve.router import address
+
+_LOG = logging.getLogger("ray.serve")
+_LOOK_EVERY_S = 0.25  # how soon a driver that waits sees that its last reader left
+_PULL_TIMEOUT_S = 120.0
+_CALL_TIMEOUT_S = 30.0
+
+
+class Driver:
+    """Drives one video, from the chunk that the store waits for, until it is over or another driver took it."""
+
+    def __init__(
+        self, video: VideoRecord, store: Any, replica: Any, metrics: MetricSink, lead_s: float, start_timeout_s: float
+    ) -> None:
+        self._video, self._store, self._metrics = video, store, metrics
+        self._replica = replica.options(session_id=address(video.replica, video.id))
+        self._clock = PlaybackClock(lead_s, time.monotonic)
+        self._start_by = time.monotonic() + start_timeout_s
+        self._ahead = 0 if video.pacing is Pacing.REALTIME else 1
+
+    async def run(self) -> None:
+        """Until the end. When this task is cancelled the video is left for another driver."""
+        try:
+            outcome = await self._drive()
+        except (RayError, RayServeException, TimeoutError) as error:
+            _LOG.warning("video %s: %s", self._video.id, type(error).__name__)
+            outcome = await self._fail("replica_lost", "the replica that held the session is gone")
+        if outcome is not None:
+            await self._call(self._replica.close.remote(self._video.id, outcome))
+
+    async def _drive(self) -> str | None:
+        """How the session ended; None when another driver has it."""
+        chunk, media_s = self._video.chunks_done, self._video.frames_done / self._video.fps
+        while True:
+            verdict = await self._wait_for_turn(media_s)
+            if not verdict.go:
+                return None if verdict.superseded else "cancelled"
+            made = await self._call(self._replica.pull.remote(self._video.id, chunk, self._ahead), _PULL_TIMEOUT_S)
+            if isinstance(made, Refused):
+                return await self._fail(made.code, made.message)
+            await self._keep(made, media_s)
+            if made.last:
+                return "completed"
+            chunk, media_s = chunk + 1, media_s + made.frames / self._video.fps
+
+    async def _keep(self, made: EncodedChunk, media_s: float) -> None:
+        stalled_s = self._clock.arrived(media_s)
+        if stalled_s:
+            self._metrics.inc("diagonal_stream_stalls_total")
+            self._metrics.inc("diagonal_stream_stall_seconds_total", stalled_s)
+        await self._call(self._store.put_chunk.remote(self._video.id, self._video.epoch, made))
+
+    async def _wait_for_turn(self, media_s: float) -> Verdict:
+        """Wait until the next chunk may be made, or the video is no longer wanted."""
+        while True:
+            verdict: Verdict = await self._call(self._store.check.remote(self._video.id, self._video.epoch))
+            if not verdict.go or self._video.pacing is Pacing.NONE:
+                return verdict
+            if verdict.readers:
+                self._clock.start()
+            elif verdict.had_reader or time.monotonic() > self._start_by:
+                await self._end(Status.CANCELLED, "abandoned", "nobody watches it any more")
+                return Verdict(go=False)
+            wait_s = self._clock.wait_s(media_s)
+            if wait_s == 0:
+                ahead_s = max(0.0, media_s - self._clock.position_s())
+                self._metrics.observe("diagonal_send_window_media_seconds", ahead_s)
+                return verdict
+            await asyncio.sleep(min(wait_s, _LOOK_EVERY_S))
+
+    async def _fail(self, code: str, message: str) -> str:
+        await self._end(Status.FAILED, code, message)
+        return "failed"
+
+    async def _end(self, status: Status, code: str, message: str) -> None:
+        await self._call(self._store.end.remote(self._video.id, status, code, message))
+
+    async def _call(self, response: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
+        return await asyncio.wait_for(response, timeout_s)

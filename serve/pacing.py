@@ -1,0 +1,50 @@
+"""How far generation may run ahead of who watches: the lead is the delay of a prompt change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class PlaybackClock:
+    """Where a viewer is who plays from when he came, and waits whenever generation has not got that far.
+
+    `now` gives seconds on a clock that never jumps.
+    """
+
+    def __init__(self, lead_s: float, now: Callable[[], float]) -> None:
+        self._lead_s, self._now = lead_s, now
+        self._zero_s: float | None = None
+        self.stalls, self.stall_s = 0, 0.0
+
+    @property
+    def started(self) -> bool:
+        return self._zero_s is not None
+
+    def start(self) -> None:
+        """The first viewer is there."""
+        if self._zero_s is None:
+            self._zero_s = self._now()
+
+    def position_s(self) -> float:
+        """Seconds of media played, were there always enough."""
+        return 0.0 if self._zero_s is None else self._now() - self._zero_s
+
+    def wait_s(self, media_s: float) -> float:
+        """How long until the next chunk may be made, when `media_s` seconds are there; infinite with no viewer.
+
+        It may be made while the media buffered before it is under the lead.
+        """
+        ahead_s = media_s - self.position_s()
+        if ahead_s < self._lead_s:
+            return 0.0
+        return ahead_s - self._lead_s if self.started else float("inf")
+
+    def arrived(self, media_s: float) -> float:
+        """A chunk came, up to which there had been `media_s` seconds; returns how long the viewer waited for it."""
+        late_s = self.position_s() - media_s
+        if self._zero_s is None or late_s <= 0 or media_s == 0:
+            return 0.0
+        self._zero_s += late_s
+        self.stalls += 1
+        self.stall_s += late_s
+        return late_s

@@ -1,0 +1,268 @@
+"""The engine replica: one device, one engine, the sessions that live there, and an encoder for each.
+
+The engine runs on its own thread and encoding on others; the event loop only waits. Gateways pull one chunk a call.
+A chunk that was made is kept until the next one is asked for, so that a call can be repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray import serve
+from ray.serve import metrics as serve_metrics
+
+from diagonal.config import Config
+from diagonal.engine.engine import CapacityError, Engine
+from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
+from diagonal.errors import FieldError
+from diagonal.media.encode import ChunkEncoder, Pixels
+from diagonal.metrics import FactorySink, MetricSink
+from diagonal.model.weights import Release
+from serve.engine_thread import EngineLike, EngineThread
+from serve.records import EncodedChunk, ModelInfo, Opened, Refused
+from serve.settings import ServeSettings
+
+_LOG = logging.getLogger("ray.serve")
+_REAP_EVERY_S = 1.0
+UNKNOWN = Refused("session_lost", "this replica does not hold the session")
+
+
+@dataclass
+class _Slot:
+    """One session: how far it was asked for, and what is made but not yet given up."""
+
+    encoder: ChunkEncoder
+    chunks: dict[int, asyncio.Future[EncodedChunk | Refused]] = field(default_factory=dict)
+    results: asyncio.Queue[ChunkResult] = field(default_factory=asyncio.Queue)
+    changed_at: dict[str, float] = field(default_factory=dict)
+    wanted: int = -1
+    made: int = -1
+    over: bool = False
+    asked_at: float = field(default_factory=time.monotonic)
+    task: asyncio.Task[None] | None = None
+
+    def chunk(self, index: int) -> asyncio.Future[EncodedChunk | Refused]:
+        if index not in self.chunks:
+            self.chunks[index] = asyncio.get_running_loop().create_future()
+        return self.chunks[index]
+
+
+def load_engine(settings: ServeSettings, metrics: MetricSink) -> tuple[str, Config, EngineLike]:
+    """The release's name and configuration, and an engine that holds it."""
+    release = Release.load(settings.release or None)
+    return release.name, release.config, Engine(release, device=settings.device, metrics=metrics)
+
+
+class Replica:
+    """Made inside an event loop. `load` gives the engine; another one is passed in by tests."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        load: Callable[[ServeSettings, MetricSink], tuple[str, Config, EngineLike]] = load_engine,
+        metrics: MetricSink | None = None,
+        name: str | None = None,
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics or FactorySink(serve_metrics.Counter, serve_metrics.Gauge, serve_metrics.Histogram)
+        self._name = name or str(serve.get_replica_context().replica_id.unique_id)
+        model, self._config, self._engine = load(settings, self._metrics)
+        self._info = _describe(model, self._config)
+        self._loop = asyncio.get_running_loop()
+        self._slots: dict[str, _Slot] = {}
+        self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
+        self._thread = EngineThread(self._engine, self._deliver, self._metrics, self._config.geometry.pixel_fps)
+        self._thread.start()
+        self._reaper = self._loop.create_task(self._reap())
+        self._report_slots()
+
+    async def describe(self) -> ModelInfo:
+        return self._info
+
+    async def open(self, session_id: str, prompt: str, seed: int, frames: int, scale: int) -> Opened | Refused:
+        """Hold a session and begin its first chunk."""
+        try:
+            self._engine.open(SessionSpec(session_id, prompt, seed, frames))
+        except CapacityError as error:
+            self._metrics.inc("diagonal_rejected_total", reason="full")
+            message = "every session slot is in use; try again later"
+            return Refused("server_full", message, retry_after_s=error.retry_after_s)
+        except FieldError as error:
+            return Refused("invalid_value", f"{error.field}: allowed is {error.allowed}", error.field)
+        slot = _Slot(self._encoder(scale))
+        self._slots[session_id] = slot
+        slot.task = self._loop.create_task(self._encode(session_id, slot))
+        self._want(session_id, slot, 0)
+        self._report_slots()
+        return Opened(self._name, slot.encoder.mime, slot.encoder.init_segment())
+
+    async def pull(self, session_id: str, chunk: int, ahead: int = 0) -> EncodedChunk | Refused:
+        """One chunk, made if it is not there; `ahead` more are begun. Chunks before it are given up."""
+        slot = self._slots.get(session_id)
+        if slot is None:
+            return UNKNOWN
+        slot.asked_at = time.monotonic()
+        for index in [index for index in slot.chunks if index < chunk]:
+            del slot.chunks[index]
+        if chunk <= slot.made and chunk not in slot.chunks:
+            return Refused("chunk_gone", f"chunk {chunk} was given up")
+        future = slot.chunk(chunk)
+        self._want(session_id, slot, chunk + ahead)
+        done = await asyncio.shield(future)
+        slot.asked_at = time.monotonic()
+        return done
+
+    async def interact(self, session_id: str, event_id: str, prompt: str, transition_chunks: int) -> Refused | None:
+        """Change the prompt from the next chunk on."""
+        slot = self._slots.get(session_id)
+        if slot is None or slot.over:
+            return UNKNOWN
+        try:
+            self._engine.interact(session_id, PromptChange(event_id, prompt, transition_chunks))
+        except KeyError:
+            return UNKNOWN
+        except FieldError as error:
+            return Refused("invalid_value", f"{error.field}: allowed is {error.allowed}", error.field)
+        slot.changed_at[event_id] = time.monotonic()
+        return None
+
+    async def close(self, session_id: str, outcome: str) -> None:
+        """Free the session's slot within one chunk; unknown ids are ignored."""
+        slot = self._slots.pop(session_id, None)
+        if slot is None:
+            return
+        self._engine.close(session_id)
+        self._thread.wake()
+        for future in slot.chunks.values():
+            if not future.done():
+                future.set_result(UNKNOWN)
+        if slot.task is not None:
+            slot.task.cancel()
+        self._metrics.inc("diagonal_sessions_total", outcome=outcome)
+        self._report_slots()
+
+    async def ready(self) -> bool:
+        """Raises when the engine no longer runs."""
+        self.check_health()
+        return True
+
+    def check_health(self) -> None:
+        """Called by Serve: a replica whose engine's thread has ended is replaced."""
+        if not self._thread.alive:
+            raise RuntimeError("the engine's thread has ended")
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve, for `serve.router`."""
+        return {"sessions": len(self._slots)}
+
+    async def shut(self) -> None:
+        """End the engine's thread (tests; Serve ends the process)."""
+        self._reaper.cancel()
+        for session_id in list(self._slots):
+            await self.close(session_id, "shutdown")
+        self._thread.stop()
+        self._pool.shutdown()
+
+    def _encoder(self, scale: int) -> ChunkEncoder:
+        geometry, codec = self._config.geometry, self._settings.codec
+        size = (geometry.pixel_height, geometry.pixel_width)
+        return ChunkEncoder(*size, geometry.pixel_fps, codec=codec, scale=scale)  # type: ignore[arg-type]
+
+    def _want(self, session_id: str, slot: _Slot, chunk: int) -> None:
+        """Ask the engine for chunks up to `chunk`; it is asked for one at a time."""
+        idle = slot.wanted <= slot.made
+        slot.wanted = max(slot.wanted, chunk)
+        if idle and slot.wanted > slot.made and not slot.over:
+            self._request(session_id)
+
+    def _request(self, session_id: str) -> None:
+        self._engine.request(session_id)
+        self._thread.wake()
+
+    def _deliver(self, result: ChunkResult) -> None:
+        """On the engine's thread."""
+        self._loop.call_soon_threadsafe(self._received, result)
+
+    def _received(self, result: ChunkResult) -> None:
+        slot = self._slots.get(result.session_id)
+        if slot is None:
+            return
+        slot.made, slot.over = result.chunk, result.last or result.error is not None
+        if slot.wanted > slot.made and not slot.over:
+            self._request(result.session_id)
+        slot.results.put_nowait(result)
+
+    async def _encode(self, session_id: str, slot: _Slot) -> None:
+        """Encode one session's chunks in order."""
+        over = False
+        while not over:
+            result = await slot.results.get()
+            over = slot.over and slot.results.empty()
+            if result.error is not None:
+                _LOG.warning("session %s failed in chunk %d", session_id, result.chunk)
+                self._fail(slot, result.chunk)
+                continue
+            started_s = time.monotonic()
+            data = await self._loop.run_in_executor(self._pool, _encode_chunk, slot.encoder, result)
+            self._metrics.observe("diagonal_chunk_encode_seconds", time.monotonic() - started_s)
+            self._note_applied(slot, result)
+            self._give(slot, result, data)
+
+    def _give(self, slot: _Slot, result: ChunkResult, data: bytes) -> None:
+        place = (result.first_pixel_frame, result.applied_event_ids, result.last)
+        future = slot.chunk(result.chunk)
+        if not future.done():
+            future.set_result(EncodedChunk(result.chunk, data, len(result.pixels), *place))
+
+    def _fail(self, slot: _Slot, chunk: int) -> None:
+        failure = Refused("generation_failed", f"generation failed in chunk {chunk}")
+        for future in (slot.chunk(chunk), *slot.chunks.values()):
+            if not future.done():
+                future.set_result(failure)
+
+    def _note_applied(self, slot: _Slot, result: ChunkResult) -> None:
+        for event_id in result.applied_event_ids:
+            received_s = slot.changed_at.pop(event_id, None)
+            if received_s is not None:
+                self._metrics.observe("diagonal_prompt_update_latency_seconds", time.monotonic() - received_s)
+
+    async def _reap(self) -> None:
+        """Free the sessions that no gateway asks for any more."""
+        while True:
+            await asyncio.sleep(_REAP_EVERY_S)
+            limit_s = time.monotonic() - self._settings.session_idle_timeout_s
+            for session_id in [name for name, slot in self._slots.items() if slot.asked_at < limit_s]:
+                _LOG.warning("session %s was left behind by its gateway", session_id)
+                await self.close(session_id, "abandoned")
+            self._report_slots()
+
+    def _report_slots(self) -> None:
+        self._metrics.set("diagonal_sessions_free", self._engine.stats().free_slots)
+        waiting = sum(slot.wanted > slot.made and not slot.over for slot in self._slots.values())
+        self._metrics.set("diagonal_sessions_waiting", waiting)
+
+
+def _encode_chunk(encoder: ChunkEncoder, result: ChunkResult) -> bytes:
+    pixels: Pixels = result.pixels.numpy()
+    return encoder.encode_chunk(pixels)
+
+
+def _describe(model: str, config: Config) -> ModelInfo:
+    geometry, limits = config.geometry, config.serve
+    return ModelInfo(
+        name=model,
+        width=geometry.pixel_width,
+        height=geometry.pixel_height,
+        fps=geometry.pixel_fps,
+        clip_frames=geometry.clip_pixel_frames,
+        scales=tuple(dict.fromkeys((limits.pixel_scale, 1))),
+        max_frames=int(limits.max_seconds * geometry.pixel_fps),
+        max_prompt_characters=limits.max_prompt_characters,
+        lead_s=limits.lead_s,
+    )

@@ -1,0 +1,298 @@
+"""Wire types: what a request may say, and how a video is told. OpenAI's Videos shape with the extensions of this field."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from serve.problems import Problem, invalid, wrong_value
+from serve.records import Interaction, ModelInfo, Pacing, Status, VideoRecord
+
+MAX_SEED = 2**32 - 1
+MAX_TRANSITION_CHUNKS = 64
+EventId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class VideoExtra(_Request):
+    """What OpenAI's shape has no place for. With `realtime` chunks are made just ahead of who watches."""
+
+    pacing: Literal["none", "realtime"] = "none"
+
+
+class VideoRequest(_Request):
+    """Body of `POST /v1/videos`, as JSON or as a form. What is not given is the model's own."""
+
+    prompt: str
+    model: str | None = None
+    seconds: float | str | None = Field(None, description="How long it plays; or give num_frames")
+    num_frames: int | None = Field(None, ge=1, description="Pixel frames; any number")
+    size: str | None = Field(None, description="WIDTHxHEIGHT, one of the model's sizes")
+    width: int | None = None
+    height: int | None = None
+    fps: int | None = None
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    extra: VideoExtra = Field(
+        default_factory=VideoExtra, validation_alias=AliasChoices("extra", "extra_params", "extra_body")
+    )
+
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _from_form(cls, value: Any) -> Any:
+        if isinstance(value, str):  # a form holds text only
+            try:
+                return json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError("not a JSON object") from error
+        return value
+
+
+class PromptEvent(_Request):
+    prompt: str
+
+
+class InteractionBody(_Request):
+    event_id: EventId = Field(default_factory=lambda: secrets.token_hex(8))
+    event: PromptEvent
+    transition_chunks: int = Field(0, ge=0, le=MAX_TRANSITION_CHUNKS)
+
+
+class InteractionRequest(_Request):
+    """Body of `POST /v1/videos/{id}/interactions`: vLLM-Omni's `session.interaction` message."""
+
+    type: Literal["session.interaction"] = "session.interaction"
+    interaction: InteractionBody
+
+
+class VideoError(BaseModel):
+    code: str
+    message: str
+
+
+class InteractionAnswer(BaseModel):
+    """A prompt change; `chunk` and `pixel_frame` say from where on it shows, once it is applied."""
+
+    event_id: str
+    transition_chunks: int
+    status: Literal["queued", "applied"]
+    chunk: int | None
+    pixel_frame: int | None
+
+
+class VideoAnswer(BaseModel):
+    """A video. `mime` is what `MediaSource.addSourceBuffer` wants; frames are pixel frames."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None = None
+    seconds: str
+    size: str
+    prompt: str
+    remixed_from_video_id: str | None = None
+    error: VideoError | None
+    num_frames: int
+    frames_done: int
+    chunks_done: int
+    fps: int
+    seed: int
+    pacing: Literal["none", "realtime"]
+    mime: str
+    interactions: list[InteractionAnswer]
+
+    @classmethod
+    def of(cls, video: VideoRecord) -> VideoAnswer:
+        error = VideoError(code=video.error_code, message=video.error_message or "") if video.error_code else None
+        return cls(
+            id=video.id,
+            model=video.model,
+            status=video.status.value,
+            progress=100 if video.status is Status.COMPLETED else min(99, 100 * video.frames_done // video.frames),
+            created_at=int(video.created_at),
+            completed_at=None if video.completed_at is None else int(video.completed_at),
+            seconds=f"{video.frames / video.fps:g}",
+            size=video.size,
+            prompt=video.prompt,
+            error=error,
+            num_frames=video.frames,
+            frames_done=video.frames_done,
+            chunks_done=video.chunks_done,
+            fps=video.fps,
+            seed=video.seed,
+            pacing=video.pacing.value,
+            mime=video.mime,
+            interactions=[_interaction(change) for change in video.interactions],
+        )
+
+
+class VideoList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[VideoAnswer]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class InteractionQueued(BaseModel):
+    type: Literal["session.interaction.queued"] = "session.interaction.queued"
+    video_id: str
+    event_id: str
+
+
+class ModelLimits(BaseModel):
+    max_frames: int
+    max_seconds: float
+    max_prompt_characters: int
+    max_seed: int = MAX_SEED
+    max_transition_chunks: int = MAX_TRANSITION_CHUNKS
+
+
+class ModelAnswer(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "diagonal"
+    sizes: list[str]
+    fps: int
+    default_frames: int
+    limits: ModelLimits
+
+    @classmethod
+    def of(cls, info: ModelInfo) -> ModelAnswer:
+        limits = ModelLimits(
+            max_frames=info.max_frames,
+            max_seconds=info.max_frames / info.fps,
+            max_prompt_characters=info.max_prompt_characters,
+        )
+        sizes = [info.size(scale) for scale in info.scales]
+        return cls(id=info.name, sizes=sizes, fps=info.fps, default_frames=info.clip_frames, limits=limits)
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+
+
+class Health(BaseModel):
+    status: Literal["live", "ready"]
+
+
+def parse(kind: type[_Request], data: object, *, text: bool) -> Any:
+    """A request of that kind; `Problem` 422 names what is wrong. From a form (`text`) every value is a string."""
+    try:
+        return kind.model_validate(data, strict=not text)
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+def checked_prompt(prompt: str, info: ModelInfo, param: str = "prompt") -> str:
+    """The prompt without surrounding space; `Problem` when nothing is left, or too much."""
+    text = prompt.strip()
+    if not text:
+        raise wrong_value(422, "prompt_empty", param, prompt, f"1 to {info.max_prompt_characters} characters")
+    if len(text) > info.max_prompt_characters:
+        detail = f"{param} has {len(text)} characters: allowed are 1 to {info.max_prompt_characters}"
+        raise Problem(422, "prompt_too_long", detail, param=param)
+    return text
+
+
+def new_video(request: VideoRequest, info: ModelInfo, created_at: float) -> VideoRecord:
+    """The video that a request describes; `Problem` when this model cannot make it."""
+    prompt = checked_prompt(request.prompt, info)
+    if request.model not in (None, info.name):
+        raise wrong_value(404, "model_not_found", "model", request.model, repr(info.name))
+    if request.fps not in (None, info.fps):
+        raise wrong_value(400, "invalid_value", "fps", request.fps, str(info.fps))
+    scale = _scale(request, info)
+    return VideoRecord(
+        id=f"video_{secrets.token_hex(16)}",
+        model=info.name,
+        prompt=prompt,
+        seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
+        frames=_frames(request, info),
+        fps=info.fps,
+        scale=scale,
+        size=info.size(scale),
+        pacing=Pacing(request.extra.pacing),
+        created_at=created_at,
+        status=Status.IN_PROGRESS,
+    )
+
+
+def _scale(request: VideoRequest, info: ModelInfo) -> int:
+    sizes = {info.size(scale): scale for scale in info.scales}
+    asked = request.size
+    if (request.width is None) != (request.height is None):
+        raise Problem(422, "invalid_value", "width and height belong together", param="width")
+    if request.width is not None:
+        pair = f"{request.width}x{request.height}"
+        if asked not in (None, pair):
+            raise wrong_value(400, "invalid_value", "size", asked, f"{pair}, as width and height say")
+        asked = pair
+    if asked is None:
+        return info.scales[0]
+    if asked not in sizes:
+        raise wrong_value(400, "invalid_value", "size", asked, " or ".join(sizes))
+    return sizes[asked]
+
+
+def _frames(request: VideoRequest, info: ModelInfo) -> int:
+    seconds = _seconds(request.seconds)
+    if seconds is None:
+        if request.num_frames is not None and request.num_frames > info.max_frames:
+            raise wrong_value(400, "invalid_value", "num_frames", request.num_frames, f"1 to {info.max_frames}")
+        return request.num_frames or info.clip_frames
+    if not 0 < seconds <= info.max_frames / info.fps:
+        allowed = f"above 0, up to {info.max_frames / info.fps:g}"
+        raise wrong_value(400, "invalid_value", "seconds", request.seconds, allowed)
+    frames = max(1, round(seconds * info.fps))
+    if request.num_frames not in (None, frames):
+        allowed = f"{frames}, as seconds = {seconds:g} says; or give one of the two"
+        raise wrong_value(400, "invalid_value", "num_frames", request.num_frames, allowed)
+    return frames
+
+
+def _seconds(value: float | str | None) -> float | None:
+    """OpenAI sends seconds as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise wrong_value(422, "invalid_value", "seconds", value, "a number")
+    return seconds
+
+
+def _interaction(change: Interaction) -> InteractionAnswer:
+    return InteractionAnswer(
+        event_id=change.event_id,
+        transition_chunks=change.transition_chunks,
+        status="queued" if change.chunk is None else "applied",
+        chunk=change.chunk,
+        pixel_frame=change.pixel_frame,
+    )
+
+
+def fields_of(kind: type[_Request]) -> Mapping[str, Any]:
+    """The JSON schema of a request, for the API's own description."""
+    return kind.model_json_schema(ref_template="#/components/schemas/{model}")
