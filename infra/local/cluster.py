@@ -201,9 +201,14 @@ def answers(run: LocalRun) -> bool:
         return False
 
 
+def kept_logs(run: LocalRun) -> Path:
+    """Where the logs of an ended run lie, if they were kept."""
+    return state_path(run.root).parent / "logs" / Path(run.folder).name
+
+
 def _keep_logs(run: LocalRun) -> Path:
-    """Copy Ray's logs (and the output of `ray start`) to .diagonal/logs/<run>, because the run's folder goes."""
-    kept = state_path(run.root).parent / "logs" / Path(run.folder).name
+    """Copy Ray's logs and the output of `ray start`, because the run's folder goes."""
+    kept = kept_logs(run)
     kept.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         shutil.copy(Path(run.folder) / "start.log", kept)
