@@ -1,0 +1,72 @@
+"""Prompts: reading, normalising, de-duplicating, and the order in which training sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+
+import pyarrow.parquet as pq
+import torch
+from pyarrow import fs
+
+from diagonal.diffusion.noise import generator
+from diagonal.errors import FieldError, require
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def normalise(prompt: str) -> str:
+    """One form for one prompt: NFC, white space folded."""
+    return " ".join(unicodedata.normalize("NFC", prompt).split())
+
+
+def prompt_id(prompt: str) -> str:
+    """A stable id: the first 16 hexadecimal digits of the normalised prompt's sha256."""
+    return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:16]
+
+
+def distinct(prompts: Iterable[str]) -> list[str]:
+    """Normalised prompts in their first order, without empty ones and repetitions."""
+    return list(dict.fromkeys(p for p in map(normalise, prompts) if p))
+
+
+def load_prompts(uri: str) -> list[str]:
+    """Distinct prompts of a file, local or s3://: `.txt` one a line, `.jsonl` and `.parquet` with a field `prompt`."""
+    require(uri.endswith(SUFFIXES), "prompts", uri, f"a file ending in one of {SUFFIXES}")
+    filesystem, path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
+    require(filesystem.get_file_info(path).type == fs.FileType.File, "prompts", uri, "a file that exists")
+    if uri.endswith(".parquet"):
+        prompts = pq.read_table(path, filesystem=filesystem, columns=["prompt"])["prompt"].to_pylist()
+    else:
+        with filesystem.open_input_stream(path) as stream:
+            lines = stream.read().decode("utf-8").splitlines()
+        prompts = [_prompt_of(line, number, uri) for number, line in enumerate(lines, 1) if line.strip()] if uri.endswith(
+            ".jsonl") else lines
+    found = distinct(prompts)
+    require(bool(found), "prompts", uri, "a file with at least one prompt")
+    return found
+
+
+def _prompt_of(line: str, number: int, uri: str) -> str:
+    try:
+        return str(json.loads(line)["prompt"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise FieldError(f"{uri}, line {number}", line[:80], 'a JSON object with a field "prompt"') from error
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(count) that depends on (seed, epoch) alone."""
+    return torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
+
+
+def samples(count: int, seed: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """(global sample number, index of the item it reads) for samples start to stop, epoch after epoch."""
+    order: Sequence[int] = ()
+    epoch = -1
+    for sample in range(start, stop):
+        if sample // count != epoch:
+            epoch = sample // count
+            order = epoch_order(count, seed, epoch)
+        yield sample, order[sample % count]

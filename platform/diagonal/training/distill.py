@@ -1,0 +1,126 @@
+"""Stages 1 and 2: distribution matching on the generator's own rollouts, with a critic that follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from diagonal.config import Config
+from diagonal.diffusion.flow import blend, to_clean
+from diagonal.diffusion.noise import generator, mixed_seed
+from diagonal.diffusion.rollout import draw_exits, rollout
+from diagonal.diffusion.teacher import guided_clean, velocity
+from diagonal.errors import require
+from diagonal.model.dit import CausalWan
+from diagonal.schedule import StepSchedule
+from diagonal.training import losses
+
+Terms = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Embeddings `[b, l, n]` of prompts, and the global sample numbers that seed their rollouts and draws."""
+
+    text: Tensor
+    samples: Sequence[int]
+
+    def split(self, size: int) -> list[PromptBatch]:
+        """Micro-batches of at most `size` samples."""
+        starts = range(0, len(self.samples), size)
+        return [PromptBatch(self.text[i : i + size], self.samples[i : i + size]) for i in starts]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of one stage on one rank. `reference` is the generator frozen at the start of stage 2, or None;
+    `negative` is the embedding `[1, l, n]` of the negative prompt."""
+
+    generator: CausalWan
+    critic: WanTransformer3DModel
+    teacher: WanTransformer3DModel
+    negative: Tensor
+    reference: CausalWan | None = None
+
+
+def stage_schedule(config: Config, stage: int) -> StepSchedule:
+    """The schedule of a stage: uniform steps in stage 1, the configured diagonal in stage 2; one context for both."""
+    require(stage in (1, 2), "stage", stage, "1 or 2")
+    own = config.schedule
+    return own if stage == 2 else StepSchedule(config.distill.stage1_steps, own.shift, own.resolved_context)
+
+
+def generator_loss(networks: Networks, config: Config, batch: PromptBatch, update: int, stage: int) -> tuple[Tensor, Terms]:
+    """Total loss of METHOD I.6 on rollouts whose exit steps carry gradient, and its terms (detached)."""
+    x = _rollout(networks.generator, config, batch, update, stage, "generator")
+    fake, real = _score(networks, config, batch, x)
+    terms = {"dmd": losses.dmd(x, fake, real), "motion": losses.motion(x, fake, real)}
+    weights = config.distill.loss
+    if networks.reference is not None and (weights.flow_regression > 0 or weights.regression > 0):
+        target = _reference(networks.reference, config, batch)
+        terms["flow_regression"] = losses.flow_regression(x, target)
+        terms["regression"] = losses.regression(x, target)
+    total = losses.generator_total(weights, **terms)
+    return total, {name: term.detach() for name, term in {**terms, "generator": total}.items()}
+
+
+def critic_loss(networks: Networks, config: Config, batch: PromptBatch, update: int, stage: int) -> Tensor:
+    """Flow matching of the critic on rollouts of their own, drawn by the same rule as the generator's."""
+    with torch.no_grad():
+        x = _rollout(networks.generator, config, batch, update, stage, "critic")
+    level, noise = _score_draws(config, batch, x, "critic")
+    predicted = velocity(networks.critic, blend(x, noise, level), level, batch.text)
+    return losses.critic_flow(predicted, noise, x)
+
+
+def _rollout(
+    network: CausalWan, config: Config, batch: PromptBatch, update: int, stage: int, role: str
+) -> Tensor:
+    schedule = stage_schedule(config, stage)
+    exits = draw_exits(schedule, config.geometry.clip_chunks, config.seed, role, update)
+    seeds = _seeds(config, batch, role)
+    return rollout(network, config, batch.text, seeds, schedule=schedule, exits=exits).clean
+
+
+def _reference(network: CausalWan, config: Config, batch: PromptBatch) -> Tensor:
+    """The frozen start-of-stage-2 generator's clips: uniform steps, the same noise triples, no exits."""
+    with torch.no_grad():
+        seeds = _seeds(config, batch, "generator")
+        return rollout(network, config, batch.text, seeds, schedule=stage_schedule(config, 1)).clean
+
+
+def _seeds(config: Config, batch: PromptBatch, role: str) -> list[int]:
+    return [mixed_seed(config.seed, role, sample) for sample in batch.samples]
+
+
+def _score(networks: Networks, config: Config, batch: PromptBatch, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Clean predictions `[b, c, f, h, w]` of critic and guided teacher on the noised rollout; without gradient."""
+    with torch.no_grad():
+        level, noise = _score_draws(config, batch, x, "score")
+        noisy = blend(x.detach(), noise, level)
+        fake = to_clean(noisy, velocity(networks.critic, noisy, level, batch.text), level)
+        negative = networks.negative.expand(len(noisy), -1, -1)
+        real = guided_clean(networks.teacher, noisy, level, batch.text, negative, config.distill.guidance)
+    return fake, real
+
+
+def _score_draws(config: Config, batch: PromptBatch, x: Tensor, role: str) -> tuple[Tensor, Tensor]:
+    """Level `[b]` and noise like `x`, by sample: the same however the batch is cut over ranks."""
+    settings = config.distill
+    draws = [generator(config.seed, role, "draw", sample) for sample in batch.samples]
+    uniform = torch.cat([torch.rand(1, generator=draw) for draw in draws])
+    noise = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws])
+    level = losses.score_level(uniform, config.schedule.shift, settings.level_low, settings.level_high)
+    return level.to(x.device), noise.to(x.device)
+
+
+def mean_terms(terms: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> Terms:
+    """Weighted sum of each term over micro-batches."""
+    return {
+        name: sum((share * term[name] for term, share in zip(terms, shares, strict=True)), torch.zeros(()))
+        for name in terms[0]
+    }
