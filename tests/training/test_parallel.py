@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -186,6 +189,48 @@ def test_narrow_training_computes_what_the_stored_narrow_weights_compute(trainab
     assert dtypes["blocks.0.scale_shift_table"] == torch.float32
     assert dtypes["blocks.0.mix.weight"] == (torch.float32 if trainable else torch.bfloat16)
     assert all(parameter.requires_grad == trainable for parameter in network.parameters())
+
+
+def wan() -> Any:
+    """Diffusers' own network, which casts no input itself."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=8,
+            ffn_dim=16, num_layers=2,
+        )
+
+
+def wan_gradients(network: Any, mesh: DeviceMesh | None) -> tuple[Tensor, dict[str, Tensor]]:
+    parallelize(network, network.blocks, mesh, NARROW, trainable=True)
+    latents, text = batch(2 * 4 * 3 * 4 * 4, 1).view(2, 4, 3, 4, 4), batch(2 * 5, 8).view(2, 5, 8)
+    output = network(latents, torch.full((2,), 937.5), encoder_hidden_states=text).sample.float()
+    output.square().mean().backward()
+    finish_gradients(network)
+    return output.detach(), gradients(network)
+
+
+def sharded_wan(rank: int) -> tuple[Tensor, dict[str, Tensor]]:
+    return wan_gradients(wan(), device_mesh(2, "cpu"))
+
+
+def test_diffusers_own_network_takes_float32_inputs_when_narrow_and_computes_as_its_stored_weights_do(
+    two_ranks: Ranks,
+) -> None:
+    stored: Any = wan()
+    output, expected = wan_gradients(wan(), None)
+    for name, parameter in stored.named_parameters():
+        if set(name.split(".")).isdisjoint(WanTransformer3DModel._keep_in_fp32_modules):
+            parameter.data = parameter.data.bfloat16()
+    assert stored.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+    latents, text = batch(2 * 4 * 3 * 4 * 4, 1).view(2, 4, 3, 4, 4), batch(2 * 5, 8).view(2, 5, 8)
+    narrow = stored(latents.bfloat16(), torch.full((2,), 937.5), text.bfloat16()).sample.float()
+    assert torch.equal(output, narrow)
+    for sharded_output, found in two_ranks.run(sharded_wan):
+        assert torch.equal(sharded_output, output)
+        assert found.keys() == expected.keys() == dict(stored.named_parameters()).keys()
+        for name, gradient in expected.items():  # narrow sums in backward are rounded in another order
+            assert (found[name] - gradient).norm() <= 0.01 * gradient.norm() + 1e-6, name
 
 
 def test_gradients_of_narrow_forwards_add_up_in_float32() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,11 +32,13 @@ class Precision:
 
     Parameters with a name part in `float32_parts`, or in the network's own `_keep_in_fp32_modules` (diffusers' list:
     time embedding, norms, modulation tables), are computed in float32 always, as they are in serving (METHOD I.1).
+    Of a network's inputs those named in `narrow_inputs` (diffusers' names) are cast to `param`, never its timesteps.
     """
 
     param: FloatName = "float32"
     reduce: FloatName = "float32"
     float32_parts: tuple[str, ...] = ()
+    narrow_inputs: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
 
     def __post_init__(self) -> None:
         require(self.param in DTYPES, "precision.param", self.param, f"one of {sorted(DTYPES)}")
@@ -82,11 +85,10 @@ def parallelize(
     """
     units: list[nn.Module] = list(blocks)
     root: nn.Module = module
-    module.requires_grad_(trainable)
+    root.requires_grad_(trainable)
     _store(module, plan.precision, trainable)
-    if trainable and plan.precision.param != "float32":
-        for unit in [*units, root]:
-            _compute_in(unit, _cast_names(unit, units, module, plan.precision), DTYPES[plan.precision.param])
+    if plan.precision.param != "float32":
+        _compute_narrow(root, units, plan.precision, trainable)
     if trainable and plan.checkpoint_blocks:
         for unit in units:
             _replace_forward(unit, functools.partial(_recomputed, unit.forward))
@@ -190,6 +192,16 @@ def _cast_names(unit: nn.Module, units: list[nn.Module], root: nn.Module, precis
     return [name for name, p in unit.named_parameters() if id(p) in narrow and id(p) not in elsewhere]
 
 
+def _compute_narrow(root: nn.Module, units: list[nn.Module], precision: Precision, trainable: bool) -> None:
+    """Weights of a trainable network are cast where they are used; those of a frozen one are narrow already."""
+    dtype, signature = DTYPES[precision.param], inspect.signature(root.forward)
+    for unit in [*units, root] if trainable else []:
+        body, names = _Body(unit, unit.forward), tuple(_cast_names(unit, units, root, precision))
+        _replace_forward(unit, functools.partial(_with_cast_weights, body, names, dtype))
+    cast_inputs = functools.partial(_with_cast_inputs, root.forward, signature, precision.narrow_inputs, dtype)
+    _replace_forward(root, cast_inputs)
+
+
 class _Body(nn.Module):
     """A module's own forward, callable under other parameters without running that module's hooks again."""
 
@@ -202,13 +214,21 @@ class _Body(nn.Module):
         return self.run(*args, **kwargs)
 
 
-def _compute_in(unit: nn.Module, names: list[str], dtype: torch.dtype) -> None:
-    _replace_forward(unit, functools.partial(_under_cast, _Body(unit, unit.forward), tuple(names), dtype))
-
-
-def _under_cast(body: _Body, names: tuple[str, ...], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+def _with_cast_weights(body: _Body, names: tuple[str, ...], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
     cast = {f"module.{name}": body.module.get_parameter(name).to(dtype) for name in names}
     return torch.func.functional_call(body, cast, args, kwargs, tie_weights=False)
+
+
+def _with_cast_inputs(
+    forward: Callable[..., Any], signature: inspect.Signature, names: tuple[str, ...], dtype: torch.dtype,
+    *args: Any, **kwargs: Any,
+) -> Any:
+    bound = signature.bind(*args, **kwargs)
+    for name in names:
+        value = bound.arguments.get(name)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            bound.arguments[name] = value.to(dtype)
+    return forward(*bound.args, **bound.kwargs)
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
