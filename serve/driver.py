@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Any
@@ -41,7 +42,8 @@ class Driver:
             _LOG.warning("video %s: %s", self._video.id, type(error).__name__)
             outcome = await self._fail("replica_lost", "the replica that held the session is gone")
         if outcome is not None:
-            await self._call(self._replica.close.remote(self._video.id, outcome))
+            with contextlib.suppress(RayError, RayServeException, TimeoutError):  # then there is nothing to free
+                await self._call(self._replica.close.remote(self._video.id, outcome))
 
     async def _drive(self) -> str | None:
         """How the session ended; None when another driver has it."""

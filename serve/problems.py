@@ -25,7 +25,7 @@ _SHOWN_VALUE_CHARACTERS = 80
 
 
 class Problem(Exception):
-    """An error that the caller is told: `code` is for programs, `param` names the field, `detail` says what is allowed."""
+    """An error that the caller is told: `code` is for programs, `param` names the field, `detail` what is allowed."""
 
     def __init__(
         self, status: int, code: str, detail: str, *, param: str | None = None, retry_after_s: float | None = None
@@ -69,7 +69,8 @@ def invalid(error: ValidationError | RequestValidationError) -> Problem:
         return Problem(422, "unknown_field", f"{param}: there is no such field", param=param)
     if first["type"] == "missing":
         return Problem(422, "missing_field", f"{param} is missing", param=param)
-    return wrong_value(422, "invalid_value", param, first.get("input"), f"not that: {first['msg']}")
+    allowed = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return wrong_value(422, "invalid_value", param, first.get("input"), allowed)
 
 
 def answer(problem: Problem) -> JSONResponse:

@@ -194,6 +194,7 @@ class Replica:
         if slot is None:
             return
         slot.made, slot.over = result.chunk, result.last or result.error is not None
+        slot.chunk(result.chunk)  # from now on there to be waited for
         if slot.wanted > slot.made and not slot.over:
             self._request(result.session_id)
         slot.results.put_nowait(result)

@@ -1,4 +1,4 @@
-"""Wire types: what a request may say, and how a video is told. OpenAI's Videos shape with the extensions of this field."""
+"""Wire types: what a request may say, and how a video is told. OpenAI's Videos shape with this field's extensions."""
 
 from __future__ import annotations
 

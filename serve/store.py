@@ -19,8 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from ray import serve
-
 from diagonal.media.encode import write_fragments
 from serve.database import Database
 from serve.records import EncodedChunk, Interaction, Segment, Status, Verdict, VideoRecord
@@ -235,4 +233,3 @@ def _read_part(path: Path, start: int, stop: int) -> tuple[int, bytes] | None:
         return size, file.read(max(0, min(stop, size) - start))
 
 
-StoreDeployment = serve.deployment(Store, name="Store", max_ongoing_requests=10_000)

@@ -1,0 +1,56 @@
+"""The service as a Ray Serve application: gateways in front of one store and sticky engine replicas.
+
+`serve run serve.app:build release=runs/release data=runs/serve`, or `serve deploy serve/config.yaml`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import metrics as serve_metrics
+from ray.serve.handle import DeploymentHandle
+
+from diagonal.metrics import FactorySink
+from serve.gateway import Gateway
+from serve.replica import Replica
+from serve.router import SessionRouter
+from serve.routes import create_app
+from serve.settings import ServeSettings
+from serve.store import Store
+
+_CALLS = 10_000  # most of them wait for a chunk; sessions are bounded by the engine, not by this
+_STREAMS = 1_000
+
+
+@serve.ingress()
+class GatewayDeployment:
+    """One gateway process; Serve asks it for the application."""
+
+    def __init__(self, settings: ServeSettings, store: DeploymentHandle, replica: DeploymentHandle) -> None:
+        self._metrics = FactorySink(serve_metrics.Counter, serve_metrics.Gauge, serve_metrics.Histogram)
+        self._gateway = Gateway(settings, store, replica, self._metrics)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._gateway, self._metrics)
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """The application; `arguments` are the fields of `ServeSettings`, wrong ones raise `FieldError`."""
+    settings = ServeSettings.from_arguments(arguments)
+    store = _deployment(Store, "Store", _CALLS, num_cpus=settings.store_cpus)
+    replica = _deployment(Replica, "Replica", _CALLS, num_cpus=settings.replica_cpus, num_gpus=settings.replica_gpus)
+    replica = replica.options(
+        num_replicas=settings.replicas,
+        health_check_period_s=1.0,
+        request_router_config={"request_router_class": SessionRouter, "request_routing_stats_period_s": 1.0},
+    )
+    gateway = _deployment(GatewayDeployment, "Gateway", _STREAMS, num_cpus=settings.gateway_cpus)
+    gateway = gateway.options(num_replicas=settings.gateways)
+    return gateway.bind(settings, store.bind(settings), replica.bind(settings))
+
+
+def _deployment(kind: type, name: str, calls: int, **resources: float) -> Any:
+    decorate: Any = serve.deployment
+    return decorate(kind, name=name, max_ongoing_requests=calls, ray_actor_options=resources)

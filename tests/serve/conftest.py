@@ -1,0 +1,267 @@
+"""A whole service inside the test: real routes, store, drivers and sockets, around an engine of a few lines."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import uvicorn
+
+from diagonal.config import Config
+from diagonal.engine.engine import CapacityError, EngineStats
+from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
+from diagonal.errors import require
+from serve.gateway import Gateway
+from serve.replica import Replica
+from serve.routes import create_app
+from serve.settings import ServeSettings
+from serve.store import Store
+
+CONFIG = Config.from_preset("tiny", ["serve.max_sessions=2", "serve.max_prompt_characters=200", "serve.max_seconds=60"])
+
+
+class RecordingSink:
+    """Keeps what it is told, by metric name."""
+
+    def __init__(self) -> None:
+        self.values: defaultdict[str, list[float]] = defaultdict(list)
+        self.labels: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
+
+    def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
+        self.values[name].append(value)
+        self.labels[name].append(labels)
+
+    set = observe = inc
+
+
+@dataclass
+class FakeSession:
+    spec: SessionSpec
+    prompt: str
+    asked: bool = False
+    chunk: int = 0
+    pending: tuple[PromptChange, ...] = ()
+
+
+class FakeEngine:
+    """The engine's contract without a model: a frame's shade says how many prompt changes came before it.
+
+    `allow` lets that many chunks be made; `fail_at` makes a chunk fail, `break_at` the engine itself.
+    """
+
+    def __init__(self) -> None:
+        self.config = CONFIG
+        self.sessions: dict[str, FakeSession] = {}
+        self.made: list[tuple[str, int]] = []
+        self.fail_at: int | None = None
+        self.break_at: int | None = None
+        self._lock, self._budget = threading.Lock(), float("inf")
+
+    def allow(self, chunks: float) -> None:
+        """From now on so many chunks are made, and no more."""
+        with self._lock:
+            self._budget = chunks
+
+    def open(self, spec: SessionSpec) -> None:
+        require(spec.session_id not in self.sessions, "session_id", spec.session_id, "an id that is not in use")
+        with self._lock:
+            if len(self.sessions) >= self.config.serve.max_sessions:
+                raise CapacityError(self.config.serve.max_sessions, 2.5)
+            self.sessions[spec.session_id] = FakeSession(spec, spec.prompt)
+
+    def interact(self, session_id: str, change: PromptChange) -> None:
+        with self._lock:
+            self.sessions[session_id].pending += (change,)
+
+    def request(self, session_id: str) -> None:
+        with self._lock:
+            self.sessions[session_id].asked = True
+
+    def close(self, session_id: str) -> None:
+        with self._lock:
+            self.sessions.pop(session_id, None)
+
+    def stats(self) -> EngineStats:
+        active = len(self.sessions)
+        return EngineStats(active, self.config.serve.max_sessions - active, active * 1000, 2000, 0.1)
+
+    def step(self) -> list[ChunkResult]:
+        with self._lock:
+            asking = [session for session in self.sessions.values() if session.asked]
+            if not asking or self._budget <= 0:
+                return []
+            self._budget -= 1
+            session = asking[0]
+            session.asked = False
+            return [self._make(session)]
+
+    def _make(self, session: FakeSession) -> ChunkResult:
+        geometry, chunk, spec = self.config.geometry, session.chunk, session.spec
+        assert spec.pixel_frames is not None
+        if chunk == self.break_at:
+            raise RuntimeError("SECRET_X")
+        first = geometry.pixel_start(chunk)
+        frames = min(geometry.chunk_pixel_frames(chunk), spec.pixel_frames - first)
+        applied, session.pending = session.pending, ()
+        if applied:
+            session.prompt = applied[-1].prompt
+        session.chunk += 1
+        self.made.append((spec.session_id, chunk))
+        last = session.chunk == geometry.chunks_for(spec.pixel_frames)
+        error = "SECRET_X" if chunk == self.fail_at else None
+        pixels = torch.full((0 if error else frames, 32, 32, 3), shade(session.prompt), dtype=torch.uint8)
+        ids = tuple(change.event_id for change in applied)
+        return ChunkResult(spec.session_id, chunk, pixels, first, 0.01, 4, ids, last or bool(error), error)
+
+
+def shade(prompt: str) -> int:
+    """The grey that the fake engine paints for a prompt."""
+    return 40 + 16 * (sum(prompt.encode()) % 12)
+
+
+class LocalHandle:
+    """Stands for a Serve handle: calls the object on its own loop."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def options(self, **_: Any) -> LocalHandle:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._target, name)
+
+        class Method:
+            @staticmethod
+            def remote(*arguments: Any) -> Any:
+                return asyncio.get_running_loop().create_task(method(*arguments))
+
+        return Method
+
+
+class Service:
+    """Store, replica and gateways on one loop in a thread, each gateway behind a real socket."""
+
+    def __init__(self, settings: ServeSettings, engine: FakeEngine, **store: float) -> None:
+        self.settings, self.engine, self.metrics = settings, engine, RecordingSink()
+        self.gateways: list[Gateway] = []
+        self.urls: list[str] = []
+        self._store_options = store
+        self._up, self._down = threading.Event(), asyncio.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._up.wait(30), "the service did not start"
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self._down.set)
+        self._thread.join(30)
+
+    def run(self, work: Any) -> Any:
+        """Run a coroutine on the service's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.store = Store(self.settings, **self._store_options)
+        self.replica = Replica(self.settings, lambda *_: ("fake-tiny", CONFIG, self.engine), self.metrics, "replica-1")
+        servers = [self._server() for _ in range(self.settings.gateways)]
+        tasks = [asyncio.create_task(server.serve()) for server in servers]
+        while not all(server.started for server in servers):
+            await asyncio.sleep(0.01)
+        self.urls = [f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}" for server in servers]
+        self._up.set()
+        await self._down.wait()
+        for server in servers:
+            server.should_exit = True
+        await asyncio.gather(*tasks)
+        await self.replica.shut()
+
+    def _server(self) -> uvicorn.Server:
+        gateway = Gateway(self.settings, LocalHandle(self.store), LocalHandle(self.replica), self.metrics)
+        self.gateways.append(gateway)
+        app = create_app(gateway, self.metrics)
+        options: dict[str, Any] = {"log_level": "critical", "timeout_graceful_shutdown": 1}
+        return uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, **options))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> ServeSettings:
+    return ServeSettings(data=str(tmp_path / "data"), gateways=2, reader_start_timeout_s=0.6)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def make_service(settings: ServeSettings, engine: FakeEngine) -> Iterator[Callable[..., Service]]:
+    """Starts a service with other settings or store options than the usual ones."""
+    made: list[Service] = []
+
+    def make(store: dict[str, float] | None = None, **changes: Any) -> Service:
+        service = Service(replace(settings, **changes), engine, **(store or {}))
+        made.append(service)
+        service.start()
+        return service
+
+    yield make
+    engine.allow(float("inf"))
+    for service in made:
+        service.stop()
+
+
+@pytest.fixture
+def service(make_service: Callable[..., Service]) -> Service:
+    return make_service()
+
+
+@pytest.fixture
+def http(service: Service) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service.urls[0], timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def other_http(service: Service) -> Iterator[httpx.Client]:
+    """A client of the other gateway."""
+    with httpx.Client(base_url=service.urls[1], timeout=20) as client:
+        yield client
+
+
+@contextmanager
+def deadline(seconds: float, what: str) -> Iterator[Callable[[], None]]:
+    """`with deadline(5, "freed") as tick: while not freed(): tick()`."""
+    import time
+
+    end = time.monotonic() + seconds
+
+    def tick() -> None:
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+    yield tick
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], Any], str], Any]:
+    """`until(condition, what)`: waits for a condition, ten seconds at most, and gives its value."""
+
+    def wait(condition: Callable[[], Any], what: str, seconds: float = 10) -> Any:
+        with deadline(seconds, what) as tick:
+            while not (value := condition()):
+                tick()
+        return value
+
+    return wait
