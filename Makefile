@@ -50,7 +50,7 @@ env: $(VENV)/run.stamp ## make the environment that training and serving need
 env-dev: $(VENV)/dev.stamp ## add what tests and linters need
 
 demo: env ## distil on Ray, export, serve, stream demo.mp4; leaves the service up (KEEP=0: does not)
-	@KEEP=$(KEEP) FROM_SCRATCH=$(FROM_SCRATCH) $(VENV)/bin/python -m infra.local.demo
+	@PYTHONPATH=platform:. KEEP=$(KEEP) FROM_SCRATCH=$(FROM_SCRATCH) $(VENV)/bin/python -m infra.local.demo
 
 stop: ## end the local Ray and the service, by process id
 	@$(VENV)/bin/python -m infra.local.cluster stop

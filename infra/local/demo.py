@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -47,6 +48,7 @@ PREFERRED_HTTP_PORT = 8000
 JOB_LIMIT_S, SCRATCH_JOB_LIMIT_S = 1800.0, 8 * 3600.0
 READY_LIMIT_S = 240.0
 HEARTBEAT_S = 10.0
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray colours its lines for pipes too
 
 
 class DemoError(RuntimeError):
@@ -110,7 +112,7 @@ def run_job(run: LocalRun, line: str, limit_s: float, progress: Progress) -> Non
     try:
         assert job.stdout is not None
         for output in job.stdout:
-            print(f"    {output}", end="", flush=True)
+            print(f"    {COLOUR.sub('', output)}", end="", flush=True)
         status = job.wait()
     finally:
         late.cancel()
@@ -125,10 +127,10 @@ def train(run: LocalRun, options: Options, progress: Progress) -> Path:
     before = set(runs.glob("*"))
     limit_s = SCRATCH_JOB_LIMIT_S if options.from_scratch else JOB_LIMIT_S
     name = ""
-    for number, line in enumerate(JOBS, start=1):
+    for number, template in enumerate(JOBS, start=1):
         progress.say(f"job {number} of {len(JOBS)}")
-        scratch = "--from-scratch" if options.from_scratch else ""
-        run_job(run, line.format(name=name, scratch=scratch).strip(), limit_s, progress)
+        line = template.format(name=name, scratch="--from-scratch" if options.from_scratch else "").strip()
+        run_job(run, line, limit_s, progress)
         made = sorted(set(runs.glob("*")) - before, key=lambda folder: folder.stat().st_mtime)
         if not made:
             raise DemoError(f"`{line}` made no folder in {runs}")
@@ -151,15 +153,19 @@ def deploy(run: LocalRun, release: Path, progress: Progress) -> LocalRun:
     progress.say(f"deploying {release} with Ray Serve on 127.0.0.1:{port}")
     run_job(run, f"serve deploy {written} --address {run.dashboard_url}", 120.0, progress)
     served = cluster.with_service(run, f"http://127.0.0.1:{port}")
-    _wait_until_ready(served, progress)
+    _wait_until_ready(served, release, progress)
     return served
 
 
-def _wait_until_ready(run: LocalRun, progress: Progress) -> None:
+def _wait_until_ready(run: LocalRun, release: Path, progress: Progress) -> None:
+    """Wait until Serve runs this release (an earlier one may still answer) and its gateway says that it is ready."""
     begun = told = time.monotonic()
-    while not _answers(f"{run.service_url}{READY_ROUTE}"):
+    while True:
+        applications = _applications(run)
+        state = "; ".join(f"{a['name']} {a['status']} {a['message']}".strip() for a in applications) or "no answer"
+        if _serves(applications, release) and _answers(f"{run.service_url}{READY_ROUTE}"):
+            break
         now = time.monotonic()
-        state = _serve_state(run)
         if "DEPLOY_FAILED" in state or now - begun > READY_LIMIT_S:
             raise DemoError(f"the service did not become ready in {now - begun:.0f} s: {state}")
         if now - told > HEARTBEAT_S:
@@ -167,6 +173,11 @@ def _wait_until_ready(run: LocalRun, progress: Progress) -> None:
             told = now
         time.sleep(0.5)
     progress.say(f"ready after {time.monotonic() - begun:.1f} s")
+
+
+def _serves(applications: list[dict[str, Any]], release: Path) -> bool:
+    configs = [one["deployed_app_config"] or {} for one in applications if one["status"] == "RUNNING"]
+    return len(configs) == len(applications) > 0 and configs[0].get("args", {}).get("release") == str(release)
 
 
 def _answers(url: str) -> bool:
@@ -177,16 +188,15 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _serve_state(run: LocalRun) -> str:
-    """What Serve says of its applications, in one line; "no answer" where it says nothing."""
+def _applications(run: LocalRun) -> list[dict[str, Any]]:
+    """What Serve says of its applications; empty where it does not answer."""
     request = urllib.request.Request(f"{run.dashboard_url}/api/serve/applications/")
     request.add_header("Authorization", f"Bearer {run.token_path.read_text()}")
     try:
         with urllib.request.urlopen(request, timeout=5) as response:
-            applications: dict[str, Any] = json.load(response)["applications"]
+            return list(json.load(response)["applications"].values())
     except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError, KeyError):
-        return "no answer"
-    return "; ".join(f"{name} {one['status']} {one.get('message', '')}".strip() for name, one in applications.items())
+        return []
 
 
 def fetch_video(run: LocalRun, progress: Progress) -> Video:
