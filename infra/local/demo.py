@@ -29,12 +29,8 @@ from diagonal.data.world import Scene, WorldConfig
 from infra.local import cluster, ports
 from infra.local.run import LocalRun, load
 
-# The seam to jobs/. The first is the literal line; it makes a new folder under runs/, and that folder's {name} goes on
-# to the next ones, with {scratch} (--from-scratch or nothing). What is to be served then lies in RELEASE.
-JOBS = (
-    "ray job submit -- python jobs/distill.py {scratch}",
-    "ray job submit -- python jobs/export.py --name {name} {scratch}",
-)
+# The seam to jobs/: the literal line. It makes a new folder under RUNS, with what is to be served in RELEASE.
+DISTIL = "ray job submit -- python jobs/distill.py"
 RUNS, RELEASE = "runs", "release"
 # The seam to serve/: its configuration, whose first application takes the release, and the routes used below.
 SERVE_CONFIG = "serve/config.yaml"
@@ -97,7 +93,7 @@ def start_ray(progress: Progress) -> LocalRun:
 
 
 def run_job(run: LocalRun, line: str, limit_s: float, progress: Progress) -> None:
-    """Run one command line of JOBS in the repository's root and show its output; DemoError if it fails."""
+    """Run one command line in the repository's root and show its output; DemoError if it fails."""
     progress.say(f"$ {line}")
     job = subprocess.Popen(
         line.split(),
@@ -122,23 +118,18 @@ def run_job(run: LocalRun, line: str, limit_s: float, progress: Progress) -> Non
 
 
 def train(run: LocalRun, options: Options, progress: Progress) -> Path:
-    """Run every job; returns the folder of the release."""
-    runs = Path(run.root) / RUNS
-    before = set(runs.glob("*"))
-    limit_s = SCRATCH_JOB_LIMIT_S if options.from_scratch else JOB_LIMIT_S
-    name = ""
-    for number, template in enumerate(JOBS, start=1):
-        progress.say(f"job {number} of {len(JOBS)}")
-        line = template.format(name=name, scratch="--from-scratch" if options.from_scratch else "").strip()
-        run_job(run, line, limit_s, progress)
-        made = sorted(set(runs.glob("*")) - before, key=lambda folder: folder.stat().st_mtime)
-        if not made:
-            raise DemoError(f"`{line}` made no folder in {runs}")
-        name = made[-1].name
-    release = runs / name / RELEASE
-    if not release.is_dir():
-        raise DemoError(f"the jobs made no release in {release}")
-    return release
+    """Run every training stage as one Ray job; returns the folder of the release."""
+    before = set(_releases(run))
+    line = f"{DISTIL} --from-scratch" if options.from_scratch else DISTIL
+    run_job(run, line, SCRATCH_JOB_LIMIT_S if options.from_scratch else JOB_LIMIT_S, progress)
+    made = sorted(set(_releases(run)) - before, key=lambda folder: folder.stat().st_mtime)
+    if not made:
+        raise DemoError(f"`{line}` made no {RUNS}/*/{RELEASE} in {run.root}")
+    return made[-1]
+
+
+def _releases(run: LocalRun) -> Iterator[Path]:
+    return (Path(run.root) / RUNS).glob(f"*/{RELEASE}")
 
 
 def deploy(run: LocalRun, release: Path, progress: Progress) -> LocalRun:

@@ -79,18 +79,19 @@ def test_a_job_that_fails_or_hangs_stops_the_demo(run: LocalRun, program: str, m
         demo.run_job(run, f"{sys.executable} job.py", 1.0 if "sleep" in program else 30.0, PROGRESS)
 
 
-def test_the_jobs_get_the_name_of_the_run_that_the_first_one_made(
+def test_the_release_that_the_job_made_is_found_among_older_ones(
     run: LocalRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (Path(run.root) / "runs" / "older").mkdir(parents=True)
+    runs = Path(run.root) / "runs"
+    (runs / "older" / "release").mkdir(parents=True)
     (Path(run.root) / "job.py").write_text(
-        "import os, sys; os.makedirs(os.path.join('runs', 'new', *sys.argv[2:]), exist_ok=True); print(sys.argv)"
+        "import os, sys; os.makedirs('runs/scratch/release' if '--from-scratch' in sys.argv else 'runs/new/release')"
     )
-    job = f"{sys.executable} job.py"
-    monkeypatch.setattr(demo, "JOBS", (f"{job} first", f"{job} {{name}} release"))
-    assert demo.train(run, demo.Options(True, False), PROGRESS) == Path(run.root) / "runs" / "new" / "release"
-    monkeypatch.setattr(demo, "JOBS", (job,))
-    with pytest.raises(demo.DemoError, match="made no folder"):
+    monkeypatch.setattr(demo, "DISTIL", f"{sys.executable} job.py")
+    assert demo.train(run, demo.Options(True, False), PROGRESS) == runs / "new" / "release"
+    assert demo.train(run, demo.Options(True, True), PROGRESS) == runs / "scratch" / "release"
+    (Path(run.root) / "job.py").write_text("print('nothing made')")
+    with pytest.raises(demo.DemoError, match="made no runs/"):
         demo.train(run, demo.Options(True, False), PROGRESS)
 
 
@@ -103,5 +104,5 @@ def test_a_flag_is_zero_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
         demo.Options.from_environment()
 
 
-def test_the_first_job_is_the_literal_line() -> None:
-    assert demo.JOBS[0].format(name="", scratch="").strip() == "ray job submit -- python jobs/distill.py"
+def test_the_job_is_the_literal_line() -> None:
+    assert demo.DISTIL == "ray job submit -- python jobs/distill.py"
