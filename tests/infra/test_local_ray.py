@@ -7,7 +7,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -171,13 +170,12 @@ def test_a_process_id_that_was_given_away_is_not_signalled() -> None:
 
 def test_a_marked_process_its_children_and_nobody_else_are_found() -> None:
     mark = "DIAGONAL_TEST_MARK"
-    below = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'], env={})"
-    own = subprocess.Popen([sys.executable, "-c", below], env={**os.environ, mark: "1"})
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={**os.environ, mark: "12"})
+    sleeper = "print('up', flush=True); import time; time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}], env={{}})"
+    own = subprocess.Popen([sys.executable, "-c", parent], env={**os.environ, mark: "1"}, stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", sleeper], env={**os.environ, mark: "12"}, stdout=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 20
-        while len(processes.marked(f"{mark}=1")) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        assert own.stdout is not None and own.stdout.readline() == b"up\n"
         found = processes.marked(f"{mark}=1")
         assert own.pid in {process.pid for process in found}
         assert len(found) == 2
