@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from diagonal.errors import FieldError, require
 from diagonal.geometry import ChunkGeometry
-from diagonal.schedule import StepSchedule
+from diagonal.schedule import RAW_TIMESTEPS, StepSchedule
 
 T = TypeVar("T")
 
@@ -28,6 +28,16 @@ WAN_NEGATIVE_PROMPT = (
 def _positive(owner: object, prefix: str, *names: str) -> None:
     for name in names:
         require(getattr(owner, name) > 0, f"{prefix}.{name}", getattr(owner, name), "a number above 0")
+
+
+def _not_negative(owner: object, prefix: str, *names: str) -> None:
+    for name in names:
+        require(getattr(owner, name) >= 0, f"{prefix}.{name}", getattr(owner, name), "a number of at least 0")
+
+
+def _shares(owner: object, prefix: str, *names: str) -> None:
+    for name in names:
+        require(0.0 <= getattr(owner, name) < 1.0, f"{prefix}.{name}", getattr(owner, name), "a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,9 @@ class ModelConfig:
     negative_prompt: str = WAN_NEGATIVE_PROMPT
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
+    def __post_init__(self) -> None:
+        _positive(self, "model", "text_tokens")
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -58,6 +71,9 @@ class NetworkConfig:
     ffn_dim: int = 512
     frequency_dim: int = 128
     text_dim: int = 64
+
+    def __post_init__(self) -> None:
+        _positive(self, "network", *(field.name for field in dataclasses.fields(self)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "pretrain", "clips", "updates", "batch_size", "lr", "codec_clips")
-        require(0.0 <= self.caption_drop < 1.0, "pretrain.caption_drop", self.caption_drop, "a number in [0, 1)")
+        _shares(self, "pretrain", "caption_drop", "ema_decay")
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,11 @@ class PairsConfig:
             "pairs.solver_steps", self.solver_steps, "a multiple of 20, so that every kept raw timestep is a step",
         )
         require(0.0 <= self.max_bad_share <= 1.0, "pairs.max_bad_share", self.max_bad_share, "a number in [0, 1]")
+        falls = all(high > low for high, low in zip(self.kept_raw, self.kept_raw[1:], strict=False))
+        require(
+            falls and self.kept_raw[:1] == (RAW_TIMESTEPS,) and self.kept_raw[-1:] == (0,),
+            "pairs.kept_raw", self.kept_raw, f"raw timesteps that fall from {RAW_TIMESTEPS} to 0",
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +134,7 @@ class OdeInitConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "ode_init", "updates", "batch_size", "micro_batch_size", "lr", "checkpoint_every")
+        _shares(self, "ode_init", "ema_decay")
 
 
 @dataclass(frozen=True)
@@ -126,8 +148,7 @@ class LossConfig:
     flow_regression: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value in self.__dict__.items():
-            require(value >= 0.0, f"distill.loss.{name}", value, "a number of at least 0")
+        _not_negative(self, "distill.loss", *(field.name for field in dataclasses.fields(self)))
 
 
 @dataclass(frozen=True)
@@ -160,14 +181,13 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "distill", "batch_size", "micro_batch_size", "generator_every", "checkpoint_every")
-        _positive(self, "distill", "lr", "critic_lr", "clip_norm")
-        for name in ("beta1", "beta2"):
-            require(0.0 <= getattr(self, name) < 1.0, f"distill.{name}", getattr(self, name), "a number in [0, 1)")
+        _positive(self, "distill", "lr", "critic_lr", "clip_norm", "keep_checkpoints", "max_nonfinite")
+        _not_negative(self, "distill", "stage1_updates", "stage2_updates", "ema_start", "weight_decay")
+        _shares(self, "distill", "beta1", "beta2", "ema_decay")
         require(
             0.0 < self.level_low < self.level_high < 1.0,
             "distill.level_low", self.level_low, f"a level in (0, 1) below distill.level_high = {self.level_high}",
         )
-        StepSchedule(self.stage1_steps)
 
 
 @dataclass(frozen=True)
@@ -223,19 +243,24 @@ class Config:
 
     def __post_init__(self) -> None:
         chunk, cache = self.geometry.chunk_frames, self.cache
+        least = cache.sink_frames + chunk
         require(
             cache.sink_frames >= 0 and cache.sink_frames % chunk == 0,
             "cache.sink_frames", cache.sink_frames, f"0 or a multiple of geometry.chunk_frames = {chunk}",
         )
         require(
-            cache.window_frames % chunk == 0 and cache.window_frames >= cache.sink_frames + chunk,
+            cache.window_frames % chunk == 0 and cache.window_frames >= least,
             "cache.window_frames", cache.window_frames,
-            f"a multiple of geometry.chunk_frames = {chunk}, at least sink and current chunk = {cache.sink_frames + chunk}",
+            f"a multiple of geometry.chunk_frames = {chunk}, at least sink and current chunk = {least}",
         )
+        try:  # as stage 1 runs it: the listed steps under the one context
+            StepSchedule(self.distill.stage1_steps, self.schedule.shift, self.schedule.resolved_context)
+        except FieldError as error:
+            raise FieldError("distill.stage1_steps", self.distill.stage1_steps, error.allowed) from error
 
     @classmethod
     def from_preset(cls, name: str, settings: Iterable[str] = ()) -> Config:
-        """A preset with `key=value` settings applied, such as `distill.generator.lr=1e-6`."""
+        """A preset with `key=value` settings applied, such as `distill.lr=1e-6`."""
         require(name in PRESETS, "preset", name, f"one of {sorted(PRESETS)}")
         return PRESETS[name].with_settings(settings)
 
@@ -246,8 +271,8 @@ class Config:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Config:
-        """Read what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Read what `save` wrote; `FieldError` when it is missing, not JSON, or not such a tree."""
+        return cls.from_dict(read_json(path))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -271,8 +296,17 @@ def write_json(path: str | os.PathLike[str], data: object) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, target)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds; `FieldError` when it is missing or not JSON."""
+    require(Path(path).is_file(), "file", str(path), "a JSON file that exists")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FieldError("file", str(path), f"JSON ({error})") from error
 
 
 def _parse(text: str) -> Any:
@@ -338,7 +372,13 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
             return _convert(argument, value, path)
         except FieldError:
             continue
-    raise FieldError(path, value, " or ".join(str(getattr(a, "__name__", a)) for a in arguments))
+    raise FieldError(path, value, " or ".join(map(_hint_name, arguments)))
+
+
+def _hint_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(value) for value in typing.get_args(hint))
+    return "null" if hint is type(None) else f"a value of type {hint.__name__}"
 
 
 def _tiny() -> Config:

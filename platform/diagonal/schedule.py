@@ -60,12 +60,13 @@ class StepSchedule:
         require(self.shift >= 1.0, "schedule.shift", self.shift, "a number of at least 1")
         is_level = isinstance(self.context, int | float) and not isinstance(self.context, bool)
         require(
-            self.context in (None, "reuse") or (is_level and 0.0 <= float(self.context) <= 1.0),  # type: ignore[arg-type]
+            self.context in (None, "reuse") or (is_level and 0.0 <= float(self.context) <= 1.0),
             "schedule.context", self.context, "'reuse' or a level in [0, 1]",
         )
         require(
             self.resolved_context != "reuse" or min(len(row) for row in self.rows) > 1,
-            "schedule.context", "reuse", f"a level, as {self.steps!r} has a one-step row (reuse would cache pure noise)",
+            "schedule.context", "reuse",
+            f"a level: {self.steps!r} has a one-step row, and reuse would cache pure noise",
         )
 
     @cached_property
