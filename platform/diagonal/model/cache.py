@@ -104,7 +104,7 @@ class KVCache:
         """Make room for that chunk: its own page again if it is the newest, else a new one, evicting the oldest
         chunk behind the sink when the window is full. Chunks must rise."""
         newest = self._kept[-1][0] if self._kept else -1
-        if chunk == newest:
+        if self._kept and chunk == newest:
             return
         require(chunk > newest, "chunk", chunk, f"a chunk after {newest}")
         if len(self._kept) < self.window_chunks:

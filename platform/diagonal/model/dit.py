@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from diagonal.errors import require
 from diagonal.model.attention import Rotary, attend, rotary_table, rotate
@@ -25,7 +23,7 @@ def timestep(level: Tensor) -> Tensor:
 class CausalBlock(WanTransformerBlock):
     """A Wan block whose self-attention also reads given context K/V: a pure function of its inputs."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: Tensor,
         text: Tensor,
@@ -36,7 +34,8 @@ class CausalBlock(WanTransformerBlock):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden `[b, t, n]`, modulation `[b, f, 6, n]` by frame, rotary for context and current tokens.
 
-        Returns hidden and the current tokens' keys (before rotary) and values `[b, t, heads, head_dim]`.
+        Context K/V are `[b, t', heads, head_dim]`, keys before rotary. Returns hidden and the current tokens' keys
+        (before rotary) and values, all `[b, t, n]`.
         """
         table = (self.scale_shift_table.unsqueeze(0) + modulation.float()).unsqueeze(3).unbind(2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table
@@ -54,12 +53,11 @@ class CausalBlock(WanTransformerBlock):
     ) -> tuple[Tensor, Tensor, Tensor]:
         attention, tokens = self.attn1, x.shape[1]
         query = _heads(attention.norm_q(attention.to_q(x)), attention.heads)
-        key = _heads(attention.norm_k(attention.to_k(x)), attention.heads)
-        value = _heads(attention.to_v(x), attention.heads)
-        keys, values = key, value
+        key, value = attention.norm_k(attention.to_k(x)), attention.to_v(x)
+        keys, values = _heads(key, attention.heads), _heads(value, attention.heads)
         if context is not None:
-            keys = torch.cat((context[0].type_as(key), key), dim=1)
-            values = torch.cat((context[1].type_as(value), value), dim=1)
+            keys = torch.cat((context[0].type_as(key), keys), dim=1)
+            values = torch.cat((context[1].type_as(value), values), dim=1)
         here = (rotary[0][:, -tokens:], rotary[1][:, -tokens:])
         mixed = attend(rotate(query, here), rotate(keys, rotary), values, mask)
         return attention.to_out[0](mixed.flatten(2).type_as(x)), key, value
@@ -98,7 +96,7 @@ class CausalWan(WanTransformer3DModel):
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
     ) -> None:
-        require(tuple(patch_size)[0] == 1, "transformer.patch_size", patch_size, "one that keeps frames apart (1, h, w)")
+        require(tuple(patch_size)[0] == 1, "transformer.patch_size", patch_size, "one that keeps frames apart: 1, h, w")
         require(image_dim is None, "transformer.image_dim", image_dim, "null: only text-to-video models are supported")
         super().__init__(
             patch_size=patch_size, num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim,
@@ -109,7 +107,7 @@ class CausalWan(WanTransformer3DModel):
         for block in self.blocks:
             block.__class__ = CausalBlock  # same parameters, our pure forward; no second allocation
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         latents: Tensor,
         level: Tensor,
@@ -124,7 +122,8 @@ class CausalWan(WanTransformer3DModel):
         With `cache`, latents are one chunk that also attends to the cached context, and `write` stores its K/V.
         Without, latents are a whole clip, under boolean `mask` `[t, t]` when given (else everything sees everything).
         """
-        frames, height, width = latents.shape[2], *self._token_grid(latents)
+        frames, heads = latents.shape[2], self.config.num_attention_heads
+        height, width = self._token_grid(latents)
         hidden = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         time, modulation = self._time(level)
         text = self.condition_embedder.text_embedder(text.type_as(hidden))
@@ -134,7 +133,7 @@ class CausalWan(WanTransformer3DModel):
             context = cache.context(layer) if cache and cache.context_chunks else None
             hidden, key, value = block(hidden.contiguous(), text, modulation, rotary, context, mask)
             if cache and write:
-                cache.write(layer, key, value)
+                cache.write(layer, _heads(key, heads), _heads(value, heads))
         shift, scale = (self.scale_shift_table.unsqueeze(0) + time.unsqueeze(2)).unsqueeze(3).unbind(2)
         hidden = _modulate(self.norm_out(hidden.float()), scale, shift).type_as(hidden)
         return self._unpatchify(self.proj_out(hidden), frames, height, width).float()
@@ -156,15 +155,8 @@ class CausalWan(WanTransformer3DModel):
     def _unpatchify(self, tokens: Tensor, frames: int, height: int, width: int) -> Tensor:
         _, patch_height, patch_width = self.config.patch_size
         grid = tokens.unflatten(1, (frames, height, width)).unflatten(-1, (patch_height, patch_width, -1))
-        return grid.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-
-
-def causal(network: WanTransformer3DModel) -> CausalWan:
-    """A causal copy of a Wan network: same configuration, same weights."""
-    config: dict[str, Any] = {k: v for k, v in network.config.items() if not k.startswith("_")}
-    student = CausalWan(**config).to(next(network.parameters()).device)
-    student.load_state_dict(network.state_dict())
-    return student
+        shape = (len(tokens), -1, frames, height * patch_height, width * patch_width)
+        return grid.permute(0, 6, 1, 2, 4, 3, 5).reshape(shape)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -179,8 +171,3 @@ def _by_frame(x: Tensor, factor: Tensor) -> Tensor:
 def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """`x*(1 + scale) + shift` on tokens `[b, f*t, n]` with scale and shift `[b, f, 1, n]` by frame."""
     return (x.unflatten(1, (scale.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
-
-
-def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """Parameters that take gradients."""
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -91,7 +91,9 @@ class LinearCodec(ModelMixin, ConfigMixin):
         self.scale = nn.Parameter(torch.ones(latent_channels), requires_grad=False)
 
     @classmethod
-    def fit(cls, clips: Tensor, latent_channels: int = 16, temporal_stride: int = 4, spatial_stride: int = 8) -> LinearCodec:
+    def fit(
+        cls, clips: Tensor, latent_channels: int = 16, temporal_stride: int = 4, spatial_stride: int = 8
+    ) -> LinearCodec:
         """The codec of least squared error on clips `[b, pixel_frames, height, width, 3]` uint8."""
         codec = cls(latent_channels, temporal_stride, spatial_stride)
         blocks = codec._blocks(clips).flatten(0, 3)

@@ -1,32 +1,35 @@
-"""Weights on disk: base models and students in diffusers' layout, local or s3://, and the Release that serving loads."""
+"""Weights on disk: base models and students in diffusers' layout, local or s3://, and the Release that is served."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, ModelMixin, WanTransformer3DModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 import diagonal
-from diagonal.config import Config, write_json
+from diagonal.config import Config, read_json, write_json
 from diagonal.errors import FieldError, require
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of
 
+Model = TypeVar("Model", bound=ModelMixin)
+
 FORMAT_VERSION = 1
-MANIFEST, CONFIG = "manifest.json", "config.json"
+MANIFEST, CONFIG, LINEAGE = "manifest.json", "config.json", "lineage.json"
 SHARED_FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -45,7 +48,10 @@ def base_folder(config: Config) -> Path:
 
 
 def fetch(uri: str, cache: str | os.PathLike[str] | None = None) -> Path:
-    """A local folder with the files of `uri`: itself when local; an s3:// folder is downloaded once, whole or not at all."""
+    """A local folder with the files of `uri`: itself when local, else a whole copy of an s3:// folder.
+
+    One process downloads, others wait for it; the copy stays, so what lies under one URI must not change.
+    """
     if not uri.startswith("s3://"):
         require(Path(uri).is_dir(), "path", uri, "an existing folder or an s3:// URI")
         return Path(uri)
@@ -53,13 +59,14 @@ def fetch(uri: str, cache: str | os.PathLike[str] | None = None) -> Path:
 
     source, path = fs.FileSystem.from_uri(uri)
     require(source.get_file_info(path).type == fs.FileType.Directory, "path", uri, "an s3:// folder that exists")
-    root = Path(cache or os.environ.get("DIAGONAL_CACHE", Path.home() / ".cache" / "diagonal"))
+    root = Path(cache or os.environ.get("DIAGONAL_CACHE") or Path.home() / ".cache" / "diagonal")
+    root.mkdir(parents=True, exist_ok=True)
     target = root / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    if not target.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(dir=root)
-        fs.copy_files(path, temporary, source_filesystem=source, destination_filesystem=fs.LocalFileSystem())
-        os.replace(temporary, target)
+    with (root / f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            with _whole_folder(target) as folder:
+                fs.copy_files(path, str(folder), source_filesystem=source, destination_filesystem=fs.LocalFileSystem())
     return target
 
 
@@ -70,16 +77,25 @@ def _part(folder: Path, name: str) -> Path:
 
 def load_teacher(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
     """diffusers' own network from `folder/transformer`, checked against the geometry; not trainable."""
-    network = WanTransformer3DModel.from_pretrained(_part(folder, "transformer"), torch_dtype=dtype)
+    network = _load_whole(WanTransformer3DModel, _part(folder, "transformer"), dtype)
     check_geometry(network, config)
     return network.eval().requires_grad_(False)
 
 
 def load_causal(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> CausalWan:
     """The causal generator over the weights in `folder/transformer`, checked against the geometry."""
-    network = CausalWan.from_pretrained(_part(folder, "transformer"), torch_dtype=dtype)
+    network = _load_whole(CausalWan, _part(folder, "transformer"), dtype)
     check_geometry(network, config)
     return network.eval()
+
+
+def _load_whole(kind: type[Model], path: Path, dtype: torch.dtype = torch.float32) -> Model:
+    """A diffusers model whose weights and config agree: diffusers alone would draw a missing layer at random."""
+    network, found = kind.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys"):
+        keys = sorted(found[problem])
+        require(not keys, f"{path.name} {problem}", keys[:3], f"none: weights and {CONFIG} of one network, in {path}")
+    return network
 
 
 def check_geometry(network: WanTransformer3DModel, config: Config) -> None:
@@ -102,14 +118,25 @@ def load_text(folder: Path, config: Config, dtype: torch.dtype = torch.float32) 
 def load_codec(folder: Path, config: Config) -> AutoencoderKLWan | LinearCodec:
     """The codec in `folder/vae`, by the class its config names, checked against the geometry."""
     path = _part(folder, "vae")
-    name = json.loads((path / CONFIG).read_text()).get("_class_name")
+    name = read_json(path / CONFIG).get("_class_name")
     known = {"AutoencoderKLWan": AutoencoderKLWan, "LinearCodec": LinearCodec}
     require(name in known, "vae._class_name", name, f"one of {sorted(known)}")
-    codec = known[name].from_pretrained(path)
-    channels = codec.config.z_dim if name == "AutoencoderKLWan" else codec.config.latent_channels
-    require(channels == config.geometry.latent_channels, "vae latent channels", channels,
-            f"geometry.latent_channels = {config.geometry.latent_channels}")
+    codec: AutoencoderKLWan | LinearCodec = _load_whole(known[name], path)
+    for field, value in _codec_layout(codec).items():
+        wanted = getattr(config.geometry, field)
+        require(value == wanted, f"vae {field}", value, f"geometry.{field} = {wanted}")
     return codec.eval().requires_grad_(False)
+
+
+def _codec_layout(codec: AutoencoderKLWan | LinearCodec) -> dict[str, int]:
+    """A codec's channels and strides under the geometry's names."""
+    layout = codec.config
+    if isinstance(codec, LinearCodec):
+        return {name: layout[name] for name in ("latent_channels", "temporal_stride", "spatial_stride")}
+    return {
+        "latent_channels": layout.z_dim, "temporal_stride": layout.scale_factor_temporal,
+        "spatial_stride": layout.scale_factor_spatial,
+    }
 
 
 def load_decoder(folder: Path, config: Config) -> Decoder:
@@ -118,29 +145,36 @@ def load_decoder(folder: Path, config: Config) -> Decoder:
 
 
 def save_transformer(folder: Path, layout: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Write `folder/transformer` so that diffusers' `WanTransformer3DModel.from_pretrained` loads it.
+    """Write `folder/transformer` so that diffusers' `WanTransformer3DModel.from_pretrained` loads it; not atomic.
 
     `layout` is the network's config. Tensors are stored as `dtype`, but for those that Wan keeps in float32.
     """
-    network = WanTransformer3DModel(**{k: v for k, v in layout.items() if not k.startswith("_")})
-    network.load_state_dict({k: v.detach().cpu() for k, v in state.items()})
+    with torch.device("meta"):  # neither memory nor random numbers for weights that are given
+        network = WanTransformer3DModel(**{k: v for k, v in layout.items() if not k.startswith("_")})
+    network.load_state_dict({k: v.detach().cpu() for k, v in state.items()}, assign=True)
     for parameter_name, parameter in network.named_parameters():
         if not any(kept in parameter_name for kept in network._keep_in_fp32_modules):
             parameter.data = parameter.data.to(dtype)
-    target = folder / "transformer"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent))
-    network.save_pretrained(temporary)
-    _replace_folder(temporary, target)
+    network.save_pretrained(folder / "transformer")
 
 
 def save_student(
     folder: Path, config: Config, layout: Mapping[str, Any], state: Mapping[str, Tensor], lineage: Mapping[str, Any]
 ) -> None:
-    """Write a trained generator: `transformer/` in bfloat16, its config, and `lineage.json` (stage, parent, seed)."""
+    """Write a trained generator: `transformer/` in bfloat16, its config, and `lineage.json` (stage, parent, seed).
+
+    The folder is replaced, whole or not at all.
+    """
+    with _whole_folder(folder) as temporary:
+        _write_student(temporary, config, layout, state, lineage)
+
+
+def _write_student(
+    folder: Path, config: Config, layout: Mapping[str, Any], state: Mapping[str, Tensor], lineage: Mapping[str, Any]
+) -> None:
     save_transformer(folder, layout, state, torch.bfloat16)
     config.save(folder / CONFIG)
-    write_json(folder / "lineage.json", dict(lineage))
+    write_json(folder / LINEAGE, dict(lineage))
 
 
 def save_base(
@@ -152,23 +186,32 @@ def save_base(
     encoder: UMT5EncoderModel,
     lineage: Mapping[str, Any],
 ) -> None:
-    """Write a base model in diffusers' layout, with its config and `lineage.json` (command, seed, figures)."""
-    save_student(folder, config, teacher.config, teacher.state_dict(), lineage)
-    codec.save_pretrained(folder / "vae")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    encoder.save_pretrained(folder / "text_encoder")
-    FlowMatchEulerDiscreteScheduler(shift=config.schedule.shift).save_pretrained(folder / "scheduler")
+    """Write a base model in diffusers' layout, with its config and `lineage.json` (command, seed, figures).
+
+    The folder is replaced, whole or not at all.
+    """
+    with _whole_folder(folder) as temporary:
+        _write_student(temporary, config, teacher.config, teacher.state_dict(), lineage)
+        codec.save_pretrained(temporary / "vae")
+        tokenizer.save_pretrained(temporary / "tokenizer")
+        encoder.save_pretrained(temporary / "text_encoder")
+        FlowMatchEulerDiscreteScheduler(shift=config.schedule.shift).save_pretrained(temporary / "scheduler")
 
 
-def _replace_folder(temporary: Path, target: Path) -> None:
-    temporary.chmod(0o755)
-    if target.exists():
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        os.replace(target, old)
-        os.replace(temporary, target)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, target)
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that replaces `target` when the block ends well, and is removed when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    new, old = scratch / "new", scratch / "old"
+    try:
+        new.mkdir()
+        yield new
+        if target.exists():
+            os.replace(target, old)
+        os.replace(new, target)
+    finally:
+        shutil.rmtree(scratch)
 
 
 @dataclass(frozen=True)
@@ -187,14 +230,7 @@ class Release:
     def load(cls, uri: str | os.PathLike[str] | None = None) -> Release:
         """Open a release (None is the embedded one), local or s3://; `ReleaseError` when it is not whole."""
         folder = fetch(str(uri)) if uri else embedded("release")
-        manifest_path = folder / MANIFEST
-        if not manifest_path.is_file():
-            raise ReleaseError(f"release {folder}: {MANIFEST} is missing; jobs/export.py writes one")
-        manifest = json.loads(manifest_path.read_text())
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise ReleaseError(
-                f"release {folder}: format_version = {manifest.get('format_version')!r}, allowed is {FORMAT_VERSION}"
-            )
+        manifest = _read_manifest(folder)
         for name, expected in manifest["files"].items():
             path = folder / name
             if not path.is_file() or file_hash(path) != expected["sha256"]:
@@ -224,9 +260,7 @@ def write_release(
     """
     if target.exists():
         raise FieldError("release folder", str(target), "a folder that does not exist yet")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent))
-    try:
+    with _whole_folder(target) as temporary:
         shutil.copytree(_part(student, "transformer"), temporary / "transformer")
         for folder in SHARED_FOLDERS:
             if (base / folder).is_dir():
@@ -240,10 +274,22 @@ def write_release(
             "format_version": FORMAT_VERSION, "name": name, "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "diagonal": diagonal.__version__, "lineage": dict(lineage), "scores": dict(scores), "files": files,
         })
-        _replace_folder(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Release.load(target)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a release folder; `ReleaseError` when there is none that can be served."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except FieldError as error:
+        raise ReleaseError(f"release {folder}: {error}; jobs/export.py writes one") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise ReleaseError(f"release {folder}: format_version = {version!r}, allowed is {FORMAT_VERSION}")
+    missing = [name for name in ("name", "files", "scores") if name not in manifest]
+    if missing:
+        raise ReleaseError(f"release {folder}: {MANIFEST} has no {missing}; allowed is one that jobs/export.py wrote")
+    return manifest
 
 
 def file_hash(path: Path) -> str:
