@@ -11,7 +11,8 @@ from torch import Tensor
 
 def mixed_seed(*parts: int | str) -> int:
     """A 63-bit seed of a tuple of numbers and names; nearby tuples give unrelated seeds."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)  # numpy writes its numbers otherwise
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from diagonal.config import Config
 from diagonal.diffusion.flow import blend, to_clean
 from diagonal.diffusion.noise import batch_noise, generator
+from diagonal.errors import require
 from diagonal.geometry import ChunkGeometry
 from diagonal.model.cache import CacheBatch, KVCache, KVPool
 from diagonal.schedule import StepSchedule
@@ -53,15 +54,18 @@ def denoise_chunk(
     `noise(step)` gives `[b, c, f, h, w]`. Between steps: predict clean, draw fresh noise, re-noise to the next level.
     With `exit_step` (training) that step alone carries gradient and its prediction is the sample; the steps after it
     still run, so that the cache is the one that serving sees. All samples must share the row of `chunk`.
+    `FieldError` when `exit_step` is not a step of the row.
     """
     levels, reuse = schedule.levels(chunk), schedule.resolved_context == "reuse"
     last = len(levels) - 1
-    latents, sample = noise(0), None
+    sampled = last if exit_step is None else exit_step
+    require(0 <= sampled <= last, "exit_step", exit_step, f"a step of chunk {chunk}: 0 to {last}")
+    latents = sample = noise(0)
     for step, level in enumerate(levels):
         with _gradient(exit_step == step):
             velocity = network(latents, _levels(latents, level), text, cache=cache, write=reuse and step == last)
             clean = to_clean(latents, velocity, level)
-        if step == (last if exit_step is None else exit_step):
+        if step == sampled:
             sample = clean
         written, clean = latents, clean.detach()
         if step < last:
@@ -71,7 +75,6 @@ def denoise_chunk(
         written = blend(clean, noise(last + 1), context_level)
         with torch.no_grad():
             network(written, _levels(written, context_level), text, cache=cache, write=True)
-    assert sample is not None, f"exit_step {exit_step} is not a step of {levels}"
     return DenoisedChunk(sample, written, schedule.context_level(chunk), schedule.forwards(chunk))
 
 
@@ -93,7 +96,7 @@ def chunk_noise_of(
 
 def new_pool(config: Config, network: torch.nn.Module, pages: int) -> KVPool:
     """A pool of pages that fit the network's layers and the geometry's chunks, on the network's device."""
-    layout = network.config  # type: ignore[union-attr]
+    layout: Any = network.config
     return KVPool(
         layers=layout.num_layers, heads=layout.num_attention_heads, head_dim=layout.attention_head_dim,
         page_tokens=config.geometry.chunk_tokens, pages=pages, dtype=cache_dtype(config),
@@ -139,6 +142,7 @@ def rollout(
     """
     schedule = schedule or config.schedule
     chunks = chunks or config.geometry.clip_chunks
+    require(exits is None or len(exits) == chunks, "exits", exits, f"one exit step for each of {chunks} chunks")
     window = config.cache.window_frames // config.geometry.chunk_frames
     pool = new_pool(config, network, len(seeds) * (chunks if exits is not None else min(chunks, window)))
     caches = [new_cache(config, pool, recycle=exits is None) for _ in seeds]
