@@ -5,12 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from diagonal.diffusion.rollout import KeptChunk, chunk_noise_of, denoise_chunk, new_cache, new_pool, recache
+from diagonal.diffusion.rollout import (
+    DenoisedChunk,
+    KeptChunk,
+    chunk_noise_of,
+    denoise_chunk,
+    new_cache,
+    new_pool,
+    recache,
+)
 from diagonal.engine.scheduler import Candidate, choose
 from diagonal.engine.session import (
     ChunkResult,
@@ -126,30 +134,52 @@ class Engine:
         return results + self._generate_isolated(ready)
 
     def snapshot(self, session_id: str) -> Snapshot:
-        """What is needed to go on elsewhere; `KeyError` for an unknown session, `FieldError` before its first chunk."""
+        """What is needed to go on elsewhere.
+
+        `KeyError` for an unknown session, `FieldError` before its first chunk and after its end.
+        """
         session = self._sessions[session_id]
-        require(session.history is not None, "session", session_id, "a session with at least one finished chunk")
+        under_way = session.history is not None and not session.ended
+        require(under_way, "session", session_id, "a session that has finished a chunk and has not ended")
         assert session.history is not None and session.text is not None
+        with self._lock:
+            pending = tuple(session.pending)
         return Snapshot(
             session.spec, session.next_chunk, tuple(session.kept), session.history, session.text,
-            session.transition, tuple(session.events),
+            session.transition, pending, tuple(session.events),
         )
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on with a session of another engine: re-cache its window, rebuild its decoder. Errors as `open`."""
+        """Go on with a session of another engine: re-cache its window, rebuild its decoder.
+
+        Errors as `open`; one that comes later closes the session again.
+        """
         self.open(snapshot.spec)
         session = self._sessions[snapshot.spec.session_id]
-        session.next_chunk, session.kept = snapshot.next_chunk, list(snapshot.kept)
-        session.history, session.text = snapshot.history, snapshot.text
-        session.transition, session.events = snapshot.transition, list(snapshot.events)
+        try:
+            self._take_over(session, snapshot)
+        except (RuntimeError, ValueError):
+            self.close(snapshot.spec.session_id)
+            raise
+
+    def _take_over(self, session: Session, snapshot: Snapshot) -> None:
+        device = self._pool.keys.device
+        session.next_chunk, session.events = snapshot.next_chunk, list(snapshot.events)
+        session.kept = [replace(item, written=item.written.to(device)) for item in snapshot.kept]
+        session.history, session.text = snapshot.history.to(device), snapshot.text.to(device)
+        if snapshot.transition is not None:
+            start, target = snapshot.transition.start.to(device), snapshot.transition.target.to(device)
+            session.transition = replace(snapshot.transition, start=start, target=target)
+        with self._lock:
+            session.pending.extendleft(reversed(snapshot.pending))
         session.move(SessionState.RUNNING)
         self._recache(session, "restore")
-        self._decoder.decode(snapshot.history.unsqueeze(0), session.decoder_state)
+        self._decoder.decode(session.history.unsqueeze(0), session.decoder_state)
 
     def _schedule(self, spec: SessionSpec) -> StepSchedule:
         own = self.config.schedule
-        return own if spec.schedule is None else StepSchedule(spec.schedule, own.shift)
+        return own if spec.schedule is None else StepSchedule(spec.schedule, own.shift, own.context)
 
     def _new_session(self, spec: SessionSpec, schedule: StepSchedule) -> Session:
         return Session(
@@ -220,15 +250,20 @@ class Engine:
         """Generate a batch; when its forward fails, each session alone, so that only the culprit ends."""
         if not batch:
             return []
+        started_s = self._clock()
         try:
-            return self._generate(batch)
+            done = self._denoise(batch)
         except (RuntimeError, ValueError) as error:
             if len(batch) == 1:
                 return [self._fail(batch[0], error)]
             return [result for session in batch for result in self._generate_isolated([session])]
+        results = [self._finish(session, done, index, started_s) for index, session in enumerate(batch)]
+        elapsed_s = (self._clock() - started_s) / len(batch)
+        self._chunk_s = elapsed_s if self._chunk_s == 0.0 else 0.9 * self._chunk_s + 0.1 * elapsed_s
+        self._report_occupancy()
+        return results
 
-    def _generate(self, batch: Sequence[Session]) -> list[ChunkResult]:
-        started_s = self._clock()
+    def _denoise(self, batch: Sequence[Session]) -> DenoisedChunk:
         chunks = [session.next_chunk for session in batch]
         noise = chunk_noise_of(
             self.geometry, [session.spec.seed for session in batch], chunks, self._pool.keys.device
@@ -237,25 +272,17 @@ class Engine:
         caches = CacheBatch([session.cache for session in batch])
         done = denoise_chunk(self._network, batch[0].schedule, chunks[0], text, caches, noise)
         self._metrics.inc("diagonal_model_forward_calls_total", done.forwards)
-        results = []
-        for index, session in enumerate(batch):
-            clean, written = done.clean[index], done.written[index]
-            results.append(self._finish(session, clean, KeptChunk(session.next_chunk, written, done.written_level),
-                                        done.forwards, started_s))
-        elapsed_s = (self._clock() - started_s) / len(batch)
-        self._chunk_s = elapsed_s if self._chunk_s == 0.0 else 0.9 * self._chunk_s + 0.1 * elapsed_s
-        self._report_occupancy()
-        return results
+        return done
 
-    def _finish(
-        self, session: Session, clean: Tensor, kept: KeptChunk, forwards: int, started_s: float
-    ) -> ChunkResult:
-        """Decode, check and emit one session's chunk; the one place where results leave the device."""
-        if not bool(torch.isfinite(clean).all()):  # host sync: the emit point
-            return self._fail(session, RuntimeError("the generated latents are not finite"))
+    def _finish(self, session: Session, done: DenoisedChunk, index: int, started_s: float) -> ChunkResult:
+        """Decode and emit one session's part of a batch, and move it on; a failure here is this session's alone."""
         chunk = session.next_chunk
-        pixels = self._decoder.decode(clean.unsqueeze(0), session.decoder_state)[0].cpu()
-        session.remember(kept, clean)
+        clean, written = done.clean[index].clone(), done.written[index].clone()  # a snapshot holds no neighbour's
+        try:
+            pixels = self._decode(session, clean)
+        except (RuntimeError, ValueError) as error:
+            return self._fail(session, error)
+        session.remember(KeptChunk(chunk, written, done.written_level), clean)
         session.next_chunk += 1
         now_s = self._clock()
         if session.started_s is None:
@@ -269,8 +296,14 @@ class Engine:
         applied = [i for e in session.events if e.kind == "prompt" and e.chunk == chunk for i in e.detail["event_ids"]]
         return ChunkResult(
             session.spec.session_id, chunk, pixels[:shown], self.geometry.pixel_start(chunk), now_s - started_s,
-            forwards, tuple(applied), last,
+            done.forwards, tuple(applied), last,
         )
+
+    def _decode(self, session: Session, clean: Tensor) -> Tensor:
+        """Pixels on the CPU; `RuntimeError` when the latents are not finite. Results leave the device here alone."""
+        if not bool(torch.isfinite(clean).all()):  # host sync: the emit point
+            raise RuntimeError("the generated latents are not finite")
+        return self._decoder.decode(clean.unsqueeze(0), session.decoder_state)[0].cpu()
 
     def _fail(self, session: Session, error: Exception) -> ChunkResult:
         """End one session with its reason; the others go on."""

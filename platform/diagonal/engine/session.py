@@ -137,6 +137,7 @@ class Snapshot:
     history: Tensor
     text: Tensor
     transition: Transition | None
+    pending: tuple[PromptChange, ...]
     events: tuple[Event, ...]
 
 
@@ -193,4 +194,4 @@ class Session:
         if len(self.kept) >= self.cache.window_chunks:
             del self.kept[self.cache.sink_chunks]
         history = clean if self.history is None else torch.cat((self.history, clean), dim=1)
-        self.history = history[:, -self.history_frames :]
+        self.history = history[:, -self.history_frames :].contiguous()
