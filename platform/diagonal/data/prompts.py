@@ -33,27 +33,47 @@ def distinct(prompts: Iterable[str]) -> list[str]:
 
 
 def load_prompts(uri: str) -> list[str]:
-    """Distinct prompts of a file, local or s3://: `.txt` one a line, `.jsonl` and `.parquet` with a field `prompt`."""
+    """Distinct prompts of a file, local or s3://: `.txt` one a line, `.jsonl` and `.parquet` with a field `prompt`.
+
+    `FieldError` names the file, or the line or row of it, that is not so.
+    """
     require(uri.endswith(SUFFIXES), "prompts", uri, f"a file ending in one of {SUFFIXES}")
     filesystem, path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
     require(filesystem.get_file_info(path).type == fs.FileType.File, "prompts", uri, "a file that exists")
     if uri.endswith(".parquet"):
-        prompts = pq.read_table(path, filesystem=filesystem, columns=["prompt"])["prompt"].to_pylist()
+        prompts = _parquet_prompts(filesystem, path, uri)
     else:
         with filesystem.open_input_stream(path) as stream:
-            lines = stream.read().decode("utf-8").splitlines()
-        prompts = [_prompt_of(line, number, uri) for number, line in enumerate(lines, 1) if line.strip()] if uri.endswith(
-            ".jsonl") else lines
+            lines = stream.read().decode("utf-8-sig").split("\n")  # not splitlines: JSON may hold other separators
+        prompts = lines if uri.endswith(".txt") else _jsonl_prompts(lines, uri)
     found = distinct(prompts)
     require(bool(found), "prompts", uri, "a file with at least one prompt")
     return found
 
 
-def _prompt_of(line: str, number: int, uri: str) -> str:
-    try:
-        return str(json.loads(line)["prompt"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise FieldError(f"{uri}, line {number}", line[:80], 'a JSON object with a field "prompt"') from error
+def _parquet_prompts(filesystem: fs.FileSystem, path: str, uri: str) -> list[str]:
+    table = pq.read_table(path, filesystem=filesystem, columns=["prompt"])
+    require("prompt" in table.column_names, "prompts", uri, 'a Parquet file with a column "prompt"')
+    return [_text(value, f"{uri}, row {row}") for row, value in enumerate(table["prompt"].to_pylist())]
+
+
+def _jsonl_prompts(lines: Sequence[str], uri: str) -> list[str]:
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{uri}, line {number}"
+            try:
+                value = json.loads(line)["prompt"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise FieldError(place, line[:80], 'a JSON object with a field "prompt"') from error
+            prompts.append(_text(value, place))
+    return prompts
+
+
+def _text(value: object, place: str) -> str:
+    if not isinstance(value, str):
+        raise FieldError(place, value, "a prompt that is a text")
+    return value
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from diagonal.config import Config, write_json
+from diagonal.config import Config, read_json, write_json
 from diagonal.data.prompts import prompt_id
 from diagonal.data.trajectory import checksum, from_bits, read_row, read_shard, to_bits, write_shard
 from diagonal.diffusion.noise import clip_noise
@@ -77,9 +76,10 @@ class WriteShard:
         if len(batch["shard"]) != size or len(set(batch["shard"].tolist())) != 1:
             raise RuntimeError(f"shard {shard}: {len(batch['shard'])} rows came as one batch, {size} were expected")
         rows = [self._row(batch, index) for index in range(size)]
-        good = [row for row in rows if bool(torch.isfinite(from_bits(row["states_bf16"])).all())]
+        finite = [bool(torch.isfinite(from_bits(row["states_bf16"])).all()) for row in rows]
+        good = [row for row, kept in zip(rows, finite, strict=True) if kept]
         bad = [{"sample": row["sample"], "prompt_id": row["prompt_id"], "reason": "states are not finite"}
-               for row in rows if not any(row is kept for kept in good)]
+               for row, kept in zip(rows, finite, strict=True) if not kept]
         if bad:
             write_json(self._folder / "set_aside" / f"{shard_name(shard)}.json", bad)
         if good:
@@ -128,4 +128,5 @@ def teacher_id(config: Config) -> str:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished pairs folder."""
-    return json.loads((folder / "manifest.json").read_text())
+    manifest: dict[str, Any] = read_json(folder / "manifest.json")
+    return manifest
