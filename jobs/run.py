@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,10 +118,14 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
-def main(work: Callable[[Sequence[str]], None]) -> None:
-    """Run a job's work; wrong input ends it with one line and status 2, anything else with its traceback."""
+def main(module: str) -> None:
+    """Run that job module's `work` on the command line's arguments.
+
+    It is imported by name, as Ray can send workers a function of a module but not of `__main__`. Wrong input ends the
+    job with one line and status 2, anything else with its traceback.
+    """
     try:
-        work(sys.argv[1:])
+        importlib.import_module(module).work(sys.argv[1:])
     except (FieldError, ReleaseError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from diagonal.config import Config
+
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Seed = int | Sequence[int]
@@ -105,6 +107,12 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "direction": tuple(DIRECTIONS),
     "speed": tuple(SPEEDS_PX),
 }
+
+
+def world_of(config: Config) -> WorldConfig:
+    """The world at the size, length and rate of a model's geometry."""
+    geometry = config.geometry
+    return WorldConfig(geometry.pixel_height, geometry.clip_pixel_frames, geometry.pixel_fps)
 
 
 def all_scenes() -> tuple[Scene, ...]:

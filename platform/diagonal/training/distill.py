@@ -54,7 +54,9 @@ def stage_schedule(config: Config, stage: int) -> StepSchedule:
     return own if stage == 2 else StepSchedule(config.distill.stage1_steps, own.shift, own.resolved_context)
 
 
-def generator_loss(networks: Networks, config: Config, batch: PromptBatch, update: int, stage: int) -> tuple[Tensor, Terms]:
+def generator_loss(
+    networks: Networks, config: Config, batch: PromptBatch, update: int, stage: int
+) -> tuple[Tensor, Terms]:
     """Total loss of METHOD I.6 on rollouts whose exit steps carry gradient, and its terms (detached)."""
     x = _rollout(networks.generator, config, batch, update, stage, "generator")
     fake, real = _score(networks, config, batch, x)

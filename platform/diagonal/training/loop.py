@@ -56,7 +56,7 @@ def run_loop(state: TrainState, plan: Plan[Batch], batches: Iterator[Batch], hoo
         state.update, state.samples_seen = update, update * plan.global_batch_size
         skipped = skipped + 1 if figures.get("skipped") else 0
         if skipped >= plan.max_nonfinite:
-            raise TooManyNonFiniteError(f"update {update}: {skipped} updates in a row had gradients that are not finite")
+            raise TooManyNonFiniteError(f"update {update}: gradients were not finite {skipped} times in a row")
         hooks.report(update, {**figures, "update_s": time.monotonic() - started_s})
         if update % plan.checkpoint_every == 0 or update == plan.last:
             hooks.save(state)
@@ -135,7 +135,7 @@ class DistillStep:
             found, applied = self.generator.learn(lambda: self._generator_backward(batch, update))
             if applied:
                 self.ema.update(update)
-            figures |= {**found, "generator_gradient_norm": found.pop("gradient_norm")}
+            figures |= {"generator_gradient_norm": found.pop("gradient_norm"), **found}
             skipped = not applied
         with rollout_scope(self.networks.generator):
             found, applied = self.critic.learn(lambda: self._critic_backward(batch, update))

@@ -1,4 +1,4 @@
-"""Training of the embedded base model from nothing: codec in closed form, frozen random text encoder, flow-matching teacher."""
+"""Training of the embedded base model from nothing: codec in closed form, frozen text encoder, flow-matching teacher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from diagonal.config import Config
-from diagonal.data.world import WorldConfig, all_scenes, sample_clips, training_scenes
+from diagonal.data.world import all_scenes, sample_clips, training_scenes, world_of
 from diagonal.diffusion.flow import blend
 from diagonal.diffusion.noise import generator, mixed_seed
 from diagonal.model.dit import CausalWan
@@ -21,14 +21,6 @@ from diagonal.model.vae import LinearCodec
 
 Report = Callable[[int, Mapping[str, float]], None]
 CLIPS_PER_DRAW = 256
-
-
-def world_config(config: Config) -> WorldConfig:
-    """The embedded world at the size and rate of the model's geometry."""
-    geometry = config.geometry
-    return WorldConfig(
-        size_px=geometry.pixel_height, pixel_frames=geometry.clip_pixel_frames, fps=geometry.pixel_fps
-    )
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -79,7 +71,7 @@ def build_teacher(config: Config) -> CausalWan:
 def fit_codec(config: Config) -> LinearCodec:
     """The linear codec of the world's training clips."""
     seed = mixed_seed(config.seed, "codec") % 2**31
-    _, clips = sample_clips(seed, config.pretrain.codec_clips, world_config(config), training_scenes())
+    _, clips = sample_clips(seed, config.pretrain.codec_clips, world_of(config), training_scenes())
     return LinearCodec.fit(torch.from_numpy(clips), config.geometry.latent_channels)
 
 
@@ -100,7 +92,7 @@ def build_corpus(config: Config, codec: LinearCodec, text: TextEncoder) -> Corpu
     while len(captions) < config.pretrain.clips:
         seed = mixed_seed(config.seed, "clips", len(captions)) % 2**31
         count = min(CLIPS_PER_DRAW, config.pretrain.clips - len(captions))
-        drawn, clips = sample_clips(seed, count, world_config(config), training_scenes())
+        drawn, clips = sample_clips(seed, count, world_of(config), training_scenes())
         captions += drawn
         latents.append(codec.encode(torch.from_numpy(clips)))
     known = [scene.caption for scene in all_scenes()]

@@ -1,0 +1,150 @@
+"""Distillation: stages 1 and 2 on Ray Train with FSDP2, after whatever earlier stage is missing, then the release."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diagonal.data.prompts import load_prompts, samples
+from diagonal.model.dit import CausalWan
+from diagonal.model.text import TextEncoder
+from diagonal.model.weights import load_causal, load_teacher, load_text, save_student
+from diagonal.training.checkpoint import TrainState
+from diagonal.training.distill import Networks, PromptBatch
+from diagonal.training.ema import Ema
+from diagonal.training.loop import DistillStep, Learner, Plan, run_loop
+from diagonal.training.parallel import ParallelPlan, Precision, full_state_dict, full_tensors, parallelize
+from jobs.export import export
+from jobs.fit import Worker, check_batch, fit
+from jobs.ode_init import initialise
+from jobs.pairs import prompts_of
+from jobs.pretrain import pretrain
+from jobs.run import Run, main, open_run, parser, say
+
+
+def distill(run: Run) -> Path:
+    """Run every stage that is missing, up to the release; returns the release's folder."""
+    say(f"run {run.name} in {run.folder}: preset {run.config.preset}, schedule {run.config.schedule.steps}, "
+        f"context {run.config.schedule.resolved_context}")
+    if run.from_scratch:
+        pretrain(run)
+    student = run.initial_student
+    if student == run.folder / "ode_init":
+        initialise(run)
+    if not (run.folder / "stage2" / "lineage.json").exists():
+        _fit(run, student)
+    return export(run)
+
+
+def _fit(run: Run, student: Path) -> None:
+    options = run.config.distill
+    check_batch(options.batch_size, run.config.train.workers, "distill.batch_size")
+    prompts = load_prompts(options.prompts) if options.prompts else prompts_of(run)
+    updates = options.stage1_updates + options.stage2_updates
+    rows = [
+        {"sample": sample, "prompt": prompts[index]}
+        for sample, index in samples(len(prompts), run.config.seed, 0, updates * options.batch_size)
+    ]
+    fit(run, "distill", train, rows, settings={"student": str(student)})
+    say(f"distill: student in {run.folder / 'stage2'}")
+
+
+def train(settings: dict[str, Any]) -> None:
+    """One rank of stages 1 and 2."""
+    worker = Worker.join(settings)
+    student = Path(settings["student"])
+    options = worker.config.distill
+    state, networks = build(worker, student)
+    worker.resume(state)
+    updates = options.stage1_updates + options.stage2_updates
+    text = load_text(worker.base, worker.config).to(worker.device)
+    batches = (
+        prompt_batch(rows, text) for rows in worker.rows(state.samples_seen, options.batch_size)
+    )
+    for stage, last in ((1, options.stage1_updates), (2, updates)):
+        if stage == 2:
+            keep_stage1(worker, networks.generator, str(student))
+            networks = with_reference(worker, networks)
+        state.stage = stage
+        plan = Plan(last, options.checkpoint_every, options.batch_size, options.max_nonfinite,
+                    step_of(worker, stage, state, networks))
+        run_loop(state, plan, batches, worker.hooks(updates))
+    average = state.ema
+    assert average is not None
+    weights = full_tensors(average.shadow)
+    if worker.rank == 0:
+        lineage = {"stage": "stage2", "parent": str(worker.folder / "stage1"), "teacher": str(worker.base),
+                   "updates": state.update, "seed": worker.config.seed, "weights": "ema"}
+        save_student(worker.folder / "stage2", worker.config, networks.generator.config, weights, lineage)
+
+
+def build(worker: Worker, student: Path) -> tuple[TrainState, Networks]:
+    """Generator, critic and frozen teacher, each prepared once, with both optimizers and the average."""
+    config, options, mesh = worker.config, worker.config.distill, worker.mesh()
+    generator = load_causal(student, config).to(worker.device)
+    critic = load_teacher(worker.base, config).to(worker.device)
+    teacher = load_teacher(worker.base, config).to(worker.device)
+    for network in (generator, critic):
+        parallelize(network, network.blocks, mesh, worker.plan, trainable=True)
+    parallelize(teacher, teacher.blocks, mesh, worker.plan, trainable=False)
+    optimizers = {
+        name: torch.optim.AdamW(
+            network.parameters(), lr=lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay
+        )
+        for name, network, lr in (("generator", generator, options.lr), ("critic", critic, options.critic_lr))
+    }
+    ema = Ema(generator.named_parameters(), options.ema_decay, options.ema_start)
+    negative = load_text(worker.base, config).encode([config.model.negative_prompt]).to(worker.device)
+    state = TrainState(1, {"generator": generator, "critic": critic}, optimizers, ema)
+    return state, Networks(generator, critic, teacher, negative)
+
+
+def step_of(worker: Worker, stage: int, state: TrainState, networks: Networks) -> DistillStep:
+    """The update of a stage over the state's optimizers and average."""
+    norm = worker.config.distill.clip_norm
+    assert state.ema is not None
+    return DistillStep(
+        worker.config, stage, networks,
+        Learner(networks.generator, state.optimizers["generator"], norm),
+        Learner(networks.critic, state.optimizers["critic"], norm), state.ema,
+    )
+
+
+def keep_stage1(worker: Worker, generator: CausalWan, parent: str) -> None:
+    """Write the generator as stage 1 left it, once: stage 2's regression reference, on a resume too."""
+    folder = worker.folder / "stage1"
+    if (folder / "lineage.json").exists():
+        return
+    weights = full_state_dict(generator)
+    if worker.rank == 0:
+        lineage = {"stage": "stage1", "parent": parent, "teacher": str(worker.base),
+                   "updates": worker.config.distill.stage1_updates, "seed": worker.config.seed, "weights": "generator"}
+        save_student(folder, worker.config, generator.config, weights, lineage)
+
+
+def with_reference(worker: Worker, networks: Networks) -> Networks:
+    """The same networks with stage 1's generator as frozen reference; read from its file by every rank."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    reference = load_causal(worker.folder / "stage1", worker.config).to(worker.device)
+    plan = ParallelPlan(Precision(worker.config.model.compute_dtype))
+    parallelize(reference, reference.blocks, worker.mesh(), plan, trainable=False)
+    return Networks(networks.generator, networks.critic, networks.teacher, networks.negative, reference)
+
+
+def prompt_batch(rows: Mapping[str, Any], text: TextEncoder) -> PromptBatch:
+    """The columns that Ray Data hands over, encoded on the worker's device."""
+    embeddings = text.encode([str(prompt) for prompt in rows["prompt"]])
+    return PromptBatch(embeddings, [int(sample) for sample in rows["sample"]])
+
+
+def work(argv: Sequence[str]) -> None:
+    release = distill(open_run(parser(__doc__ or "").parse_args(argv)))
+    say(f"release {release}")
+
+
+if __name__ == "__main__":
+    main("jobs.distill")

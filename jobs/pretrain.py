@@ -1,0 +1,72 @@
+"""The embedded base model from nothing: codec, text encoder and teacher, trained from the seed in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from diagonal.config import write_json
+from diagonal.errors import require
+from diagonal.evaluate.quality import score_teacher
+from diagonal.model.text import TextEncoder
+from diagonal.model.weights import save_base
+from diagonal.training.pretrain import (
+    as_wan,
+    build_corpus,
+    build_teacher,
+    build_text_encoder,
+    build_tokenizer,
+    fit_codec,
+    train_teacher,
+)
+from jobs.run import Run, main, open_run, parser, say
+
+PROGRESS_EVERY_S = 10.0
+SCORED_CLIPS = 216
+
+
+def pretrain(run: Run) -> Path:
+    """Train the base model into the run's `base/` unless it is there; returns the folder."""
+    folder, config = run.folder / "base", run.config
+    if (folder / "scores.json").exists():
+        return folder
+    require(config.preset == "tiny", "preset", config.preset, "'tiny': other base models are given, not trained here")
+    tokenizer = build_tokenizer()
+    encoder = build_text_encoder(config, len(tokenizer))
+    say("pretrain: fitting the codec")
+    codec = fit_codec(config)
+    say(f"pretrain: drawing {config.pretrain.clips} clips")
+    corpus = build_corpus(config, codec, TextEncoder(tokenizer, encoder, config.model.text_tokens))
+    state = train_teacher(config, corpus, _Progress(config.pretrain.updates))
+    lineage = {"stage": "pretrain", "seed": config.seed, "updates": config.pretrain.updates,
+               "command": "python jobs/pretrain.py --preset tiny"}
+    save_base(folder, config, as_wan(state, build_teacher(config)), codec, tokenizer, encoder, lineage)
+    scores = score_teacher(folder, config, clips=SCORED_CLIPS, seed=config.seed)
+    write_json(folder / "scores.json", {"clips": SCORED_CLIPS, "teacher": scores})
+    say("pretrain: " + ", ".join(f"{name} {value['mean']:.3f}" for name, value in scores.items()))
+    return folder
+
+
+class _Progress:
+    """Prints a smoothed loss and the time left, now and then."""
+
+    def __init__(self, updates: int) -> None:
+        self._updates, self._loss = updates, 0.0
+        self._started_s = self._printed_s = time.monotonic()
+
+    def __call__(self, update: int, figures: Mapping[str, float]) -> None:
+        self._loss = figures["loss"] if update == 1 else 0.98 * self._loss + 0.02 * figures["loss"]
+        now_s = time.monotonic()
+        if now_s - self._printed_s > PROGRESS_EVERY_S or update == self._updates:
+            self._printed_s = now_s
+            left_s = (self._updates - update) * (now_s - self._started_s) / update
+            say(f"pretrain: update {update}/{self._updates}, loss {self._loss:.4f}, about {left_s:.0f} s left")
+
+
+def work(argv: Sequence[str]) -> None:
+    pretrain(open_run(parser(__doc__ or "").parse_args(argv)))
+
+
+if __name__ == "__main__":
+    main("jobs.pretrain")
