@@ -7,33 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
-from ray.serve import metrics as serve_metrics
-from ray.serve.handle import DeploymentHandle
 
-from diagonal.metrics import FactorySink
-from serve.gateway import Gateway
+from serve.ingress import GatewayDeployment
 from serve.replica import Replica
 from serve.router import SessionRouter
-from serve.routes import create_app
 from serve.settings import ServeSettings
 from serve.store import Store
 
 _CALLS = 10_000  # most of them wait for a chunk; sessions are bounded by the engine, not by this
 _STREAMS = 1_000
-
-
-@serve.ingress()
-class GatewayDeployment:
-    """One gateway process; Serve asks it for the application."""
-
-    def __init__(self, settings: ServeSettings, store: DeploymentHandle, replica: DeploymentHandle) -> None:
-        self._metrics = FactorySink(serve_metrics.Counter, serve_metrics.Gauge, serve_metrics.Histogram)
-        self._gateway = Gateway(settings, store, replica, self._metrics)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._gateway, self._metrics)
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:

@@ -54,10 +54,11 @@ class Gateway:
     async def check_ready(self) -> None:
         """`Problem` 503 unless the store and a replica with a running engine answer."""
         try:
-            for part in (self._store, self._replica):
-                await _answer(part.ready.remote(), _READY_TIMEOUT_S)
+            ready = [await _answer(part.ready.remote(), _READY_TIMEOUT_S) for part in (self._store, self._replica)]
         except (RayError, RayServeException, TimeoutError):
-            raise Problem(503, "not_ready", "the service is not ready", retry_after_s=1.0) from None
+            ready = [False]
+        if not all(ready):
+            raise Problem(503, "not_ready", "the service is not ready", retry_after_s=1.0)
 
     async def create(self, request: VideoRequest) -> VideoRecord:
         """Admit a video: a replica holds its session before this answers, and a driver makes it."""

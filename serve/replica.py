@@ -148,9 +148,8 @@ class Replica:
         self._report_slots()
 
     async def ready(self) -> bool:
-        """Raises when the engine no longer runs."""
-        self.check_health()
-        return True
+        """Whether the engine runs."""
+        return self._thread.alive
 
     def check_health(self) -> None:
         """Called by Serve: a replica whose engine's thread has ended is replaced."""

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.datastructures import MutableHeaders
 from starlette.formparsers import MultiPartException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -56,7 +55,6 @@ def create_app(gateway: Gateway, metrics: MetricSink) -> FastAPI:
     app.state.gateway = gateway
     problems.install(app, metrics)
     app.add_middleware(SameOrigin)
-    app.add_middleware(RequestId)
     _add_videos(app)
     _add_streams(app)
     _add_service(app)
@@ -194,23 +192,6 @@ async def _bounded(request: Request) -> bytes:
         if len(data) > _BODY_BYTES:
             raise Problem(413, "body_too_large", f"the body is larger than {_BODY_BYTES} bytes")
     return bytes(data)
-
-
-class RequestId:
-    """Every answer carries X-Request-Id: the one that came with the request, or that Serve's proxy gave it."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                known = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-                if known:
-                    MutableHeaders(scope=message).setdefault("X-Request-Id", known)
-            await send(message)
-
-        await self._app(scope, receive, with_id if scope["type"] == "http" else send)
 
 
 class SameOrigin:

@@ -179,7 +179,7 @@ class Store:
         await self._run(self._database.remove_interaction, video_id, event_id)
 
     async def ready(self) -> bool:
-        """Raises when the database does not answer."""
+        """The database answers; an error says that it does not."""
         await self._run(self._database.newest, 1, None, False)
         return True
 

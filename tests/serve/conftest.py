@@ -222,6 +222,21 @@ def make_service(settings: ServeSettings, engine: FakeEngine) -> Iterator[Callab
         service.stop()
 
 
+@pytest.fixture(scope="module")
+def idle_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One service for all tests of a module that make no video: nothing of them stays."""
+    service = Service(ServeSettings(data=str(tmp_path_factory.mktemp("idle"))), FakeEngine())
+    service.start()
+    yield service
+    service.stop()
+
+
+@pytest.fixture(scope="module")
+def idle_http(idle_service: Service) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=idle_service.urls[0], timeout=20) as client:
+        yield client
+
+
 @pytest.fixture
 def service(make_service: Callable[..., Service]) -> Service:
     return make_service()

@@ -1,0 +1,38 @@
+"""Arguments of the application: text from a command line, values from a file, and what is wrong with them."""
+
+from __future__ import annotations
+
+import pytest
+
+from diagonal.errors import FieldError
+from serve.settings import ServeSettings
+
+
+def test_text_and_values_say_the_same() -> None:
+    text = ServeSettings.from_arguments({"replicas": "2", "replica_gpus": "0.5", "codec": "vp9"})
+    assert text == ServeSettings.from_arguments({"replicas": 2, "replica_gpus": 0.5, "codec": "vp9"})
+    assert (text.replicas, text.replica_gpus) == (2, 0.5)
+
+
+def test_arguments_come_back_as_they_went_in() -> None:
+    settings = ServeSettings(release="runs/release", gateways=3)
+    assert ServeSettings.from_arguments(settings.to_arguments()) == settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"releases": "x"}, "releases"),
+        ({"replicas": "two"}, "replicas"),
+        ({"replicas": 0}, "replicas"),
+        ({"replicas": True}, "replicas"),
+        ({"codec": "mpeg2"}, "codec"),
+        ({"replica_gpus": -1}, "replica_gpus"),
+        ({"session_idle_timeout_s": 0}, "session_idle_timeout_s"),
+        ({"data": ""}, "data"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: dict[str, object], field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        ServeSettings.from_arguments(arguments)
+    assert caught.value.field == field

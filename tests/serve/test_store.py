@@ -1,0 +1,210 @@
+"""The store: what it keeps, in which order it lets things happen, and that nothing is half there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diagonal.media.encode import ChunkEncoder, read_mp4
+from serve.database import Database
+from serve.records import EncodedChunk, Interaction, Pacing, Status, VideoRecord
+from serve.settings import ServeSettings
+from serve.store import MediaFiles, Store
+
+VIDEO = VideoRecord(
+    id="video_1",
+    model="tiny",
+    prompt="a red circle",
+    seed=7,
+    frames=21,
+    fps=16,
+    scale=1,
+    size="32x32",
+    pacing=Pacing.NONE,
+    created_at=1.0,
+    status=Status.IN_PROGRESS,
+    replica="replica-1",
+)
+
+
+def chunks() -> tuple[bytes, list[EncodedChunk]]:
+    encoder = ChunkEncoder(32, 32, 16)
+    made = []
+    for index, (first, frames) in enumerate(((0, 9), (9, 12))):
+        data = encoder.encode_chunk(np.zeros((frames, 32, 32, 3), np.uint8))
+        made.append(EncodedChunk(index, data, frames, first, (), last=index == 1))
+    return encoder.init_segment(), made
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    database = Database(f"sqlite:///{tmp_path / 'store.sqlite'}")
+    database.add(VIDEO)
+    return database
+
+
+def in_store(tmp_path: Path, work: Callable[[Store], Awaitable[Any]], **options: float) -> Any:
+    async def run() -> Any:
+        return await work(Store(ServeSettings(data=str(tmp_path)), **options))
+
+    return asyncio.run(run())
+
+
+def test_a_video_comes_back_as_it_was_put_in(database: Database) -> None:
+    assert database.get("video_1") == VIDEO
+    assert database.get("video_2") is None
+
+
+def test_it_is_still_there_after_a_restart(tmp_path: Path, database: Database) -> None:
+    database.close()
+    assert Database(f"sqlite:///{tmp_path / 'store.sqlite'}").get("video_1") == VIDEO
+
+
+def test_only_the_next_chunk_of_the_newest_driver_is_taken(database: Database) -> None:
+    _, (first, second) = chunks()
+    assert not database.add_chunk("video_1", 0, second)
+    assert database.add_chunk("video_1", 0, first)
+    assert not database.add_chunk("video_1", 0, first)
+    assert database.claim("video_1", 0) and not database.claim("video_1", 0)
+    assert not database.add_chunk("video_1", 0, second)
+    assert database.add_chunk("video_1", 1, second)
+    video = database.get("video_1")
+    assert video is not None and (video.chunks_done, video.frames_done, video.epoch) == (2, 21, 1)
+
+
+def test_a_video_that_is_over_changes_no_more(database: Database) -> None:
+    assert database.finish("video_1", Status.CANCELLED, 2.0, "abandoned", "nobody watches")
+    assert not database.finish("video_1", Status.COMPLETED, 3.0)
+    assert not database.claim("video_1", 0) and not database.add_chunk("video_1", 0, chunks()[1][0])
+    video = database.get("video_1")
+    assert video is not None and (video.status, video.error_code) == (Status.CANCELLED, "abandoned")
+
+
+def test_a_prompt_change_is_noted_once_and_told_where_it_applied(database: Database) -> None:
+    change = Interaction("e1", "a blue square")
+    assert database.add_interaction("video_1", change) is None
+    assert database.add_interaction("video_1", replace(change, prompt="other")) == change
+    database.add_chunk("video_1", 0, replace(chunks()[1][0], applied_event_ids=("e1",)))
+    video = database.get("video_1")
+    assert video is not None and video.interactions == (replace(change, chunk=0, pixel_frame=0),)
+
+
+def test_the_last_chunk_makes_the_file(tmp_path: Path) -> None:
+    init, made = chunks()
+
+    async def work(store: Store) -> None:
+        await store.create(VIDEO, init)
+        assert await store.content("video_1", 0, 10) is None
+        for chunk in made:
+            assert await store.put_chunk("video_1", 0, chunk)
+        video = await store.get("video_1")
+        assert video is not None and video.status is Status.COMPLETED
+        found = await store.content("video_1", 0, 1 << 20)
+        assert found is not None and found[0] == len(found[1]) and read_mp4(found[1]).shape == (21, 32, 32, 3)
+        assert (await store.content("video_1", 4, 8)) == (found[0], b"ftyp")
+
+    in_store(tmp_path, work)
+
+
+def test_who_waits_for_a_chunk_is_told_when_it_comes(tmp_path: Path) -> None:
+    init, made = chunks()
+
+    async def work(store: Store) -> None:
+        await store.create(VIDEO, init)
+        waiting = asyncio.create_task(store.segment("video_1", "reader", 0, 10.0))
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        await store.put_chunk("video_1", 0, made[0])
+        segment = await waiting
+        assert segment is not None and segment.data == made[0].data and time.monotonic() - began < 5
+
+    in_store(tmp_path, work)
+
+
+def test_who_waits_in_vain_is_told_so(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        await store.create(VIDEO, b"init")
+        segment = await store.segment("video_1", "reader", 0, 0.05)
+        assert segment is not None and segment.data is None and segment.status is Status.IN_PROGRESS
+        await store.end("video_1", Status.FAILED, "generation_failed", "...")
+        segment = await store.segment("video_1", "reader", 0, 10.0)
+        assert segment is not None and segment.status is Status.FAILED
+        assert await store.segment("video_2", "reader", 0, 10.0) is None
+
+    in_store(tmp_path, work)
+
+
+def test_a_driver_learns_who_reads_and_that_it_was_replaced(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        await store.create(VIDEO, b"init")
+        assert (await store.check("video_1", 0)).readers == 0
+        await store.segment("video_1", "reader", -1, 0)
+        verdict = await store.check("video_1", 0)
+        assert (verdict.go, verdict.readers, verdict.had_reader) == (True, 1, True)
+        await store.leave("video_1", "reader")
+        verdict = await store.check("video_1", 0)
+        assert (verdict.readers, verdict.had_reader) == (0, True)
+        await store.claim("video_1", 0)
+        verdict = await store.check("video_1", 0)
+        assert (verdict.go, verdict.superseded) == (False, True)
+
+    in_store(tmp_path, work)
+
+
+def test_a_reader_that_fell_silent_is_not_counted(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        await store.create(VIDEO, b"init")
+        await store.segment("video_1", "reader", -1, 0)
+        await asyncio.sleep(0.05)
+        assert (await store.check("video_1", 0)).readers == 0
+
+    in_store(tmp_path, work, reader_silence_s=0.02)
+
+
+def test_a_video_is_an_orphan_once_its_driver_is_silent_and_after_a_restart(tmp_path: Path) -> None:
+    async def first(store: Store) -> None:
+        await store.create(VIDEO, b"init")
+        video = await store.get("video_1")
+        assert video is not None and not video.orphan
+        await asyncio.sleep(0.06)
+        video = await store.get("video_1")
+        assert video is not None and video.orphan
+
+    async def restarted(store: Store) -> None:
+        video = await store.get("video_1")
+        assert video is not None and video.orphan
+
+    in_store(tmp_path, first, driver_silence_s=0.05)
+    in_store(tmp_path, restarted)
+
+
+def test_nothing_is_remembered_of_videos_that_are_over(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        await store.create(VIDEO, b"init")
+        await store.segment("video_1", "reader", -1, 0)
+        await store.end("video_1", Status.CANCELLED)
+        await store.segment("video_1", "reader", 0, 0)
+        await store.leave("video_1", "reader")
+        await store.segment("video_9", "reader", 0, 0)
+        assert not store._watches
+
+    in_store(tmp_path, work)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = MediaFiles(tmp_path)
+
+    def broken(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", broken)
+    with pytest.raises(OSError):
+        files.put("video_1", "0", b"data")
+    assert not (tmp_path / "video_1" / "0").exists()
