@@ -1,0 +1,82 @@
+"""Rotary positions, masks and the two ways to compute attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+
+from diagonal.model.attention import attend, block_causal_mask, rotary_table, rotate
+from tests.networks import draw
+
+FRAMES, HEIGHT, WIDTH, HEAD = 5, 2, 3, 16
+
+
+def rope() -> WanRotaryPosEmbed:
+    return WanRotaryPosEmbed(HEAD, (1, 2, 2), 64)
+
+
+def test_the_table_is_diffusers_own_at_half_the_columns() -> None:
+    cosine, sine = rotary_table(rope(), FRAMES, HEIGHT, WIDTH)
+    their_cosine, their_sine = rope()(torch.zeros(1, 4, FRAMES, 2 * HEIGHT, 2 * WIDTH))
+    assert torch.equal(cosine, their_cosine[..., 0::2]) and torch.equal(sine, their_sine[..., 1::2])
+    assert cosine.shape == (1, FRAMES * HEIGHT * WIDTH, 1, HEAD // 2)
+
+
+def test_rotation_multiplies_pairs_of_channels_by_a_complex_phase() -> None:
+    x = draw(2, FRAMES * HEIGHT * WIDTH, 3, HEAD, dtype=torch.float64)
+    cosine, sine = (table.double() for table in rotary_table(rope(), FRAMES, HEIGHT, WIDTH))
+    phase = torch.complex(cosine, sine)
+    expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * phase).flatten(-2)
+    torch.testing.assert_close(rotate(x, (cosine, sine)), expected, rtol=0, atol=1e-15)
+
+
+def test_scores_depend_on_the_distance_of_frames_alone() -> None:
+    query, key = draw(1, 1, 1, HEAD, seed=1), draw(1, 1, 1, HEAD, seed=2)
+    cosine, sine = rotary_table(rope(), FRAMES, 1, 1)
+
+    def score(at: int, other: int) -> float:
+        def here(position: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return cosine[:, position : position + 1], sine[:, position : position + 1]
+
+        return float((rotate(query, here(at)) * rotate(key, here(other))).sum())
+
+    assert score(3, 1) == pytest.approx(score(4, 2), abs=1e-5) == pytest.approx(score(2, 0), abs=1e-5)
+    assert abs(score(3, 1) - score(3, 2)) > 1e-3
+
+
+def test_rotation_keeps_the_type_that_it_was_given() -> None:
+    cosine, sine = rotary_table(rope(), 1, 1, 1)
+    assert rotate(draw(1, 1, 1, HEAD, dtype=torch.bfloat16), (cosine, sine)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_gradients_on_the_cpu_is_the_fused_one(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    query, key, value = (draw(2, 6, 3, 8, seed=seed, dtype=torch.float64).requires_grad_() for seed in range(3))
+    mask = block_causal_mask(3, 2) if masked else None
+    plain = attend(query, key, value, mask)
+    columns = [x.transpose(1, 2) for x in (query, key, value)]
+    fused = torch.nn.functional.scaled_dot_product_attention(*columns, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(plain, fused, rtol=0, atol=1e-14)
+    seed = draw(*plain.shape, seed=9, dtype=torch.float64)
+    ours = torch.autograd.grad(plain, (query, key, value), seed)
+    theirs = torch.autograd.grad(fused, (query, key, value), seed)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=1e-14)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(query, key, value, mask), plain, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (4, 1), (4, 0), (3, 2), (1, 0), (9, 1)])
+def test_the_mask_lets_a_token_see_its_own_chunk_the_sink_and_the_newest(window: int | None, sink: int) -> None:
+    chunks, tokens = 7, 3
+    mask = block_causal_mask(chunks, tokens, window_chunks=window, sink_chunks=sink)
+    assert mask.shape == (chunks * tokens, chunks * tokens)
+    for row in range(chunks * tokens):
+        for column in range(chunks * tokens):
+            query, key = row // tokens, column // tokens
+            others = [c for c in range(query) if c >= sink]
+            room = chunks if window is None else window - min(sink, query) - 1
+            kept = {query, *range(min(sink, query)), *others[max(0, len(others) - room) :]}
+            assert bool(mask[row, column]) == (key in kept), (query, key)

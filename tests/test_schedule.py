@@ -1,0 +1,114 @@
+"""Step schedules: strings, levels, cost and context."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from diagonal.errors import FieldError
+from diagonal.schedule import RAW_STEPS, StepSchedule, raw_level, unwarp, warp
+
+WAN_CHUNKS = 7
+
+
+@pytest.mark.parametrize(
+    ("steps", "total"),
+    [("4322222", 17), ("5432222", 20), ("5433333", 24), ("5333333", 23), ("4333333", 22), ("4222222", 16)],
+)
+def test_the_papers_strings_sum_to_its_steps_and_reuse_adds_no_forward(steps: str, total: int) -> None:
+    schedule = StepSchedule(steps)
+    assert schedule.total_steps(WAN_CHUNKS) == schedule.total_forwards(WAN_CHUNKS) == total
+
+
+def test_self_forcing_costs_28_steps_and_7_context_forwards() -> None:
+    schedule = StepSchedule("self-forcing")
+    assert schedule.total_steps(WAN_CHUNKS) == 28
+    assert schedule.total_forwards(WAN_CHUNKS) == 28 + 7
+    assert schedule.resolved_context == 0.0
+    assert schedule.levels(0) == schedule.levels(40) == tuple(raw_level(raw, 5.0) for raw in (1000, 750, 500, 250))
+
+
+def test_a_context_level_costs_one_forward_more_a_chunk() -> None:
+    assert StepSchedule("4322222", context=0.1).total_forwards(WAN_CHUNKS) == 17 + 7
+    assert [StepSchedule("432", context=0.0).forwards(chunk) for chunk in range(4)] == [5, 4, 3, 3]
+
+
+def test_levels_of_shift_5_are_the_papers_numbers() -> None:
+    levels = StepSchedule("5").levels(0)
+    assert levels == pytest.approx((1.0, 0.9375, 0.833333, 0.625, 0.357143), abs=1e-6)
+    assert levels[:2] == (1.0, 0.9375)
+    assert levels[4] == 0.5 / 1.4
+
+
+def test_level_zero_is_exactly_clean_and_level_one_exactly_noise() -> None:
+    assert [raw_level(0, 5.0), raw_level(1000, 5.0)] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
+def test_unwarp_is_the_inverse_of_warp(shift: float) -> None:
+    for step in range(101):
+        u = step / 100
+        assert unwarp(warp(u, shift), shift) == pytest.approx(u, abs=1e-15)
+        assert warp(unwarp(u, shift), shift) == pytest.approx(u, abs=1e-15)
+
+
+def test_shift_one_leaves_the_time_as_it_is_and_a_larger_shift_raises_it() -> None:
+    for u in (0.1, 0.5, 0.9):
+        assert warp(u, 1.0) == u < warp(u, 3.0) < warp(u, 5.0)
+
+
+@pytest.mark.parametrize("steps", ["1", "2", "3", "4", "5", "self-forcing"])
+def test_levels_fall_strictly_from_pure_noise(steps: str) -> None:
+    levels = StepSchedule(steps, context=0.0).levels(0)
+    assert levels[0] == 1.0 and levels[-1] > 0.0
+    assert all(high > low for high, low in itertools.pairwise(levels))
+
+
+def test_the_last_row_repeats_for_ever() -> None:
+    schedule = StepSchedule("432")
+    assert [len(schedule.levels(chunk)) for chunk in (0, 1, 2, 3, 1000)] == [4, 3, 2, 2, 2]
+
+
+def test_uniform_four_steps_end_at_raw_100_and_self_forcing_at_raw_250() -> None:
+    assert RAW_STEPS[4] == (1000, 750, 500, 100)
+    assert StepSchedule("4444444").levels(3)[-1] == raw_level(100, 5.0)
+    assert StepSchedule("self-forcing").levels(3)[-1] == raw_level(250, 5.0)
+
+
+@pytest.mark.parametrize("steps", ["1", "4321", "14"])
+def test_reuse_with_a_one_step_row_is_refused_as_it_would_cache_pure_noise(steps: str) -> None:
+    for context in (None, "reuse"):
+        with pytest.raises(FieldError, match="schedule.context = 'reuse'.*pure noise"):
+            StepSchedule(steps, context=context)  # type: ignore[arg-type]
+    assert StepSchedule(steps, context=0.0).levels(0)[0] == 1.0
+
+
+def test_the_context_level_is_the_last_steps_under_reuse_and_the_given_one_otherwise() -> None:
+    assert [StepSchedule("42").context_level(chunk) for chunk in (0, 5)] == [0.5 / 1.4] * 2
+    assert StepSchedule("42", context=0.25).context_level(3) == 0.25
+    assert StepSchedule("self-forcing", context="reuse").context_level(0) == 0.625
+
+
+@pytest.mark.parametrize("steps", ["", "6", "0", "43a", "4 3", " 4", "Self-Forcing", "٣", 4322222])
+def test_a_malformed_string_is_refused_with_what_is_allowed(steps: str) -> None:
+    with pytest.raises(FieldError) as refused:
+        StepSchedule(steps)
+    assert (refused.value.field, refused.value.value) == ("schedule.steps", steps)
+    assert "4322222" in refused.value.allowed and "self-forcing" in refused.value.allowed
+
+
+@pytest.mark.parametrize("context", ["clean", -0.1, 1.1, math.nan, True])
+def test_a_context_that_is_neither_reuse_nor_a_level_is_refused(context: object) -> None:
+    with pytest.raises(FieldError, match="schedule.context"):
+        StepSchedule("4", context=context)  # type: ignore[arg-type]
+
+
+def test_other_values_out_of_range_are_refused() -> None:
+    with pytest.raises(FieldError, match="schedule.shift = 0.5"):
+        StepSchedule("4", shift=0.5)
+    with pytest.raises(FieldError, match="raw timestep = 1001"):
+        raw_level(1001, 5.0)
+    with pytest.raises(FieldError, match="chunk = -1"):
+        StepSchedule("4").levels(-1)
