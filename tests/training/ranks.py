@@ -46,12 +46,12 @@ class Ranks:
         self.world_size = world_size
         self._workers: list[tuple[Any, Connection]] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, deadline_s: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, deadline_s: float = 100.0) -> list[Any]:
         """`function(rank, *args)` on every rank; a failure on any raises here with its traceback and ends them all."""
         self._workers = self._workers or self._start()
+        end = time.monotonic() + deadline_s
         for _, pipe in self._workers:
             pipe.send((function, args))
-        end = time.monotonic() + deadline_s
         answers = [self._answer(rank, end) for rank in range(self.world_size)]
         failed = [f"rank {rank}:\n{value}" for rank, (fine, value) in enumerate(answers) if not fine]
         if failed:

@@ -108,6 +108,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_at_two_ranks(two_ran
     assert same(weights[0], weights[1])
 
 
+def test_a_state_is_taken_over_in_memory_as_well(tmp_path: Path) -> None:
+    state, other = fresh(0, 1), fresh(50, 1)
+    advance(state, 4)
+    other.load_state_dict(contents(state))
+    assert same(contents(state), contents(other))
+
+
 def test_saving_changes_nothing(tmp_path: Path) -> None:
     torch.manual_seed(1)
     state = fresh(0, 1)
@@ -277,6 +284,7 @@ def test_a_save_replaces_an_older_folder_of_its_name(tmp_path: Path) -> None:
     load(restored := fresh(8, 1), save(state, tmp_path / "a"))
     assert restored.samples_seen == 42
     assert not (tmp_path / "a" / "leftover").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_only_the_newest_checkpoints_are_retained(tmp_path: Path) -> None:
