@@ -8,7 +8,7 @@ import math
 import pytest
 
 from diagonal.errors import FieldError
-from diagonal.schedule import RAW_STEPS, StepSchedule, raw_level, unwarp, warp
+from diagonal.schedule import RAW_STEPS, Context, StepSchedule, raw_level, unwarp, warp
 
 WAN_CHUNKS = 7
 
@@ -79,9 +79,10 @@ def test_uniform_four_steps_end_at_raw_100_and_self_forcing_at_raw_250() -> None
 
 @pytest.mark.parametrize("steps", ["1", "4321", "14"])
 def test_reuse_with_a_one_step_row_is_refused_as_it_would_cache_pure_noise(steps: str) -> None:
-    for context in (None, "reuse"):
+    contexts: tuple[Context | None, ...] = (None, "reuse")
+    for context in contexts:
         with pytest.raises(FieldError, match="schedule.context = 'reuse'.*pure noise"):
-            StepSchedule(steps, context=context)  # type: ignore[arg-type]
+            StepSchedule(steps, context=context)
     assert StepSchedule(steps, context=0.0).levels(0)[0] == 1.0
 
 

@@ -56,8 +56,8 @@ def test_attention_with_gradients_on_the_cpu_is_the_fused_one(masked: bool, monk
     query, key, value = (draw(2, 6, 3, 8, seed=seed, dtype=torch.float64).requires_grad_() for seed in range(3))
     mask = block_causal_mask(3, 2) if masked else None
     plain = attend(query, key, value, mask)
-    columns = [x.transpose(1, 2) for x in (query, key, value)]
-    fused = torch.nn.functional.scaled_dot_product_attention(*columns, attn_mask=mask).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     torch.testing.assert_close(plain, fused, rtol=0, atol=1e-14)
     seed = draw(*plain.shape, seed=9, dtype=torch.float64)
     ours = torch.autograd.grad(plain, (query, key, value), seed)

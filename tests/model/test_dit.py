@@ -16,7 +16,17 @@ from diagonal.errors import FieldError
 from diagonal.model.attention import block_causal_mask
 from diagonal.model.cache import CacheBatch
 from diagonal.model.dit import CausalWan, timestep
-from tests.networks import CHANNELS, TEXT_DIM, TEXT_TOKENS, begun, caches_for, draw, small_causal, small_config, small_wan
+from tests.networks import (
+    CHANNELS,
+    TEXT_DIM,
+    TEXT_TOKENS,
+    begun,
+    caches_for,
+    draw,
+    small_causal,
+    small_config,
+    small_wan,
+)
 
 CONFIG = small_config()
 LEVELS = (1.0, 0.9375, 0.625, 0.35714287, 0.1, 0.8, 0.5, 0.3, 0.7)

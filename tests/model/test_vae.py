@@ -1,0 +1,115 @@
+"""Codecs: a clip decoded chunk by chunk is the clip decoded whole, stream by stream."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from diagonal.errors import FieldError
+from diagonal.model.vae import Decoder, LinearCodec, decoder_of, to_uint8
+from tests.networks import CHANNELS, draw, small_codec, small_config, small_vae
+
+KINDS = ["wan", "wan in patches", "linear"]
+FRAMES = 9
+
+
+def codec_of(kind: str) -> AutoencoderKLWan | LinearCodec:
+    if kind == "linear":
+        return small_codec(small_config())
+    return small_vae(patch_size=2 if kind == "wan in patches" else None)
+
+
+def latents_of(seed: int = 0, batch: int = 1) -> Tensor:
+    return draw(batch, CHANNELS, FRAMES, 4, 4, seed=seed)
+
+
+def in_chunks(decoder: Decoder, latents: Tensor, chunk_frames: int = 3) -> list[Tensor]:
+    state = decoder.start()
+    return [decoder.decode(part, state) for part in latents.split(chunk_frames, dim=2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk_frames", [3, 1, 4])
+def test_chunk_by_chunk_decode_equals_whole_clip_decode_bit_for_bit(kind: str, chunk_frames: int) -> None:
+    decoder = decoder_of(codec_of(kind))
+    parts, whole = in_chunks(decoder, latents_of(), chunk_frames), decoder.decode_clip(latents_of())
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert whole.dtype == torch.uint8 and whole.float().std() > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_chunk_gives_9_pixel_frames_and_later_ones_12(kind: str) -> None:
+    parts = in_chunks(decoder_of(codec_of(kind)), latents_of())
+    assert [part.shape[1] for part in parts] == [9, 12, 12]
+    assert parts[0].shape[-1] == 3 and parts[0].shape[2:4] == parts[1].shape[2:4]
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_streaming_decode_is_diffusers_own_decode(kind: str) -> None:
+    vae = codec_of(kind)
+    assert isinstance(vae, AutoencoderKLWan)
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    with torch.no_grad():
+        theirs = vae.decode(latents_of(batch=2) * std + mean).sample
+    ours = torch.cat(in_chunks(decoder_of(vae), latents_of(batch=2)), dim=1)
+    assert torch.equal(ours, to_uint8(theirs.permute(0, 2, 3, 4, 1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_streams_on_one_decoder_do_not_disturb_each_other(kind: str) -> None:
+    decoder, clips = decoder_of(codec_of(kind)), [latents_of(1), latents_of(2)]
+    alone = [in_chunks(decoder, clip) for clip in clips]
+    states = [decoder.start(), decoder.start()]
+    for chunk in range(3):
+        for clip, state, expected in zip(clips, states, alone, strict=True):
+            assert torch.equal(decoder.decode(clip[:, :, 3 * chunk : 3 * chunk + 3], state), expected[chunk])
+        if chunk == 0:
+            decoder.decode_clip(latents_of(3))
+    assert [state.frames for state in states] == [FRAMES, FRAMES]
+
+
+def test_pixels_are_clamped_and_rounded() -> None:
+    pixels = torch.tensor([-7.0, -1.0, 0.0, 0.001, 0.0118, 1.0, 1.5], dtype=torch.float64)
+    assert to_uint8(pixels).tolist() == [0, 0, 128, 128, 129, 255, 255]
+
+
+def test_a_linear_codec_finds_the_latents_that_it_decoded() -> None:
+    """But for the first: of its four pixel frames one alone is shown. What is left is rounding to uint8."""
+    codec = small_codec(small_config())
+    latents = 0.3 * latents_of(6)
+    back = codec.encode(decoder_of(codec).decode_clip(latents))
+    torch.testing.assert_close(back[:, :, 1:], latents[:, :, 1:], rtol=0, atol=0.05)
+
+
+def test_a_linear_codec_is_the_least_squares_one_and_its_latents_are_of_unit_variance() -> None:
+    clips = (40.0 * draw(16, 9, 16, 16, 3, seed=1) + 128.0).clamp(0, 255).to(torch.uint8)
+    codec = LinearCodec.fit(clips, 6)
+    latents = codec.encode(clips)
+    assert latents.shape == (16, 6, 3, 2, 2)
+    torch.testing.assert_close(latents.square().mean((0, 2, 3, 4)), torch.ones(6), rtol=1e-3, atol=0)
+    gram = codec.basis @ codec.basis.T
+    torch.testing.assert_close(gram, torch.eye(6), rtol=0, atol=1e-4)
+
+    def error(of: LinearCodec) -> float:
+        blocks = of._blocks(clips)
+        kept = (blocks - of.centre) @ of.basis.T @ of.basis + of.centre
+        return float((kept - blocks).square().mean())
+
+    turned = LinearCodec.fit(clips, 6)
+    turned.basis.data = torch.linalg.qr(turned.basis.T + 0.05 * draw(*turned.basis.T.shape, seed=2))[0].T
+    assert error(codec) < error(turned)
+
+
+def test_a_linear_codec_keeps_through_its_folder(tmp_path: object) -> None:
+    codec = small_codec(small_config())
+    codec.save_pretrained(str(tmp_path))
+    loaded = LinearCodec.from_pretrained(str(tmp_path))
+    assert torch.equal(decoder_of(loaded).decode_clip(latents_of()), decoder_of(codec).decode_clip(latents_of()))
+
+
+def test_a_clip_that_does_not_begin_with_one_frame_is_refused() -> None:
+    with pytest.raises(FieldError, match="pixel_frames = 8: allowed is 1 more than a multiple of 4"):
+        small_codec(small_config()).encode(torch.zeros(1, 8, 32, 48, 3, dtype=torch.uint8))
