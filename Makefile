@@ -41,9 +41,9 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) '$(TORCH)' --editable '.[train,serve]'
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/run.stamp
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) '$(TORCH)' --editable '.[train,serve,dev]'
-	@touch $@
+	@touch $(VENV)/run.stamp $@
 
 env: $(VENV)/run.stamp ## make the environment that training and serving need
 
