@@ -11,7 +11,7 @@ import torch
 from diagonal.data.prompts import load_prompts, samples
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
-from diagonal.model.weights import load_causal, load_teacher, load_text, save_student
+from diagonal.model.weights import check_transformer, load_causal, load_teacher, save_student
 from diagonal.training.checkpoint import TrainState
 from diagonal.training.distill import Networks, PromptBatch
 from diagonal.training.ema import Ema
@@ -41,6 +41,8 @@ def distill(run: Run) -> Path:
 
 def _fit(run: Run, student: Path) -> None:
     options = run.config.distill
+    for folder in (run.base, student):
+        check_transformer(folder, run.config)
     check_batch(options.batch_size, run.config.train.workers, "distill.batch_size")
     prompts = load_prompts(options.prompts) if options.prompts else prompts_of(run)
     updates = options.stage1_updates + options.stage2_updates
@@ -57,10 +59,10 @@ def train(settings: dict[str, Any]) -> None:
     worker = Worker.join(settings)
     student = Path(settings["student"])
     options = worker.config.distill
-    state, networks = build(worker, student)
+    text = worker.text()
+    state, networks = build(worker, student, text)
     worker.resume(state)
     updates = options.stage1_updates + options.stage2_updates
-    text = load_text(worker.base, worker.config).to(worker.device)
     batches = (
         prompt_batch(rows, text) for rows in worker.rows(state.samples_seen, options.batch_size)
     )
@@ -81,7 +83,7 @@ def train(settings: dict[str, Any]) -> None:
         save_student(worker.folder / "stage2", worker.config, networks.generator.config, weights, lineage)
 
 
-def build(worker: Worker, student: Path) -> tuple[TrainState, Networks]:
+def build(worker: Worker, student: Path, text: TextEncoder) -> tuple[TrainState, Networks]:
     """Generator, critic and frozen teacher, each prepared once, with both optimizers and the average."""
     config, options, mesh = worker.config, worker.config.distill, worker.mesh()
     generator = load_causal(student, config).to(worker.device)
@@ -97,7 +99,7 @@ def build(worker: Worker, student: Path) -> tuple[TrainState, Networks]:
         for name, network, lr in (("generator", generator, options.lr), ("critic", critic, options.critic_lr))
     }
     ema = Ema(generator.named_parameters(), options.ema_decay, options.ema_start)
-    negative = load_text(worker.base, config).encode([config.model.negative_prompt]).to(worker.device)
+    negative = text.encode([config.model.negative_prompt])
     state = TrainState(1, {"generator": generator, "critic": critic}, optimizers, ema)
     return state, Networks(generator, critic, teacher, negative)
 

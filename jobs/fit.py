@@ -21,6 +21,8 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from diagonal.config import Config
 from diagonal.errors import require
 from diagonal.metrics import FactorySink
+from diagonal.model.text import TextEncoder
+from diagonal.model.weights import load_text
 from diagonal.training import checkpoint
 from diagonal.training.checkpoint import TrainState
 from diagonal.training.loop import Hooks
@@ -111,6 +113,11 @@ class Worker:
     def plan(self) -> ParallelPlan:
         """Precision and activation checkpointing of a trained network."""
         return ParallelPlan(Precision(self.config.model.compute_dtype), self.config.train.checkpoint_activations)
+
+    def text(self) -> TextEncoder:
+        """The base model's text encoder, in the compute type, on the worker's device."""
+        dtype = getattr(torch, self.config.model.compute_dtype)
+        return load_text(self.base, self.config, dtype).to(self.device)
 
     def mesh(self) -> dist.device_mesh.DeviceMesh | None:
         return device_mesh(self.world_size, self.device.type, self.config.train.shard_group)

@@ -12,7 +12,7 @@ from diagonal.data.prompts import samples
 from diagonal.data.stages import ReadPairs, read_manifest
 from diagonal.data.trajectory import from_bits
 from diagonal.model.text import TextEncoder
-from diagonal.model.weights import load_causal, load_text, save_student
+from diagonal.model.weights import check_transformer, load_causal, save_student
 from diagonal.training.checkpoint import TrainState
 from diagonal.training.ema import Ema
 from diagonal.training.loop import Learner, OdeInitStep, Plan, run_loop
@@ -29,6 +29,7 @@ def initialise(run: Run) -> Path:
     if (folder / "lineage.json").exists():
         return folder
     settings = run.config.ode_init
+    check_transformer(run.base, run.config)
     check_batch(settings.batch_size, run.config.train.workers, "ode_init.batch_size")
     pairs = make_pairs(run)
     places = [(entry["file"], i) for entry in read_manifest(pairs)["shards"] for i in range(entry["rows"])]
@@ -46,7 +47,7 @@ def train(settings: dict[str, Any]) -> None:
     worker = Worker.join(settings)
     config, options = worker.config, worker.config.ode_init
     student = load_causal(worker.base, config).to(worker.device)
-    text = load_text(worker.base, config).to(worker.device)
+    text = worker.text()
     parallelize(student, student.blocks, worker.mesh(), worker.plan, trainable=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.01)
     ema = Ema(student.named_parameters(), options.ema_decay, start_update=1)

@@ -41,7 +41,9 @@ class Run:
     def initial_student(self) -> Path:
         """The initialised student: given, shipped with the embedded model, or the run's own stage 0."""
         if self.config.distill.init:
-            return Path(self.config.distill.init)
+            given = Path(self.config.distill.init)
+            require((given / "transformer").is_dir(), "distill.init", str(given), "a folder that holds transformer/")
+            return given
         shipped = self.config.preset == "tiny" and not self.config.model.path and not self.from_scratch
         return embedded("ode_init") if shipped else self.folder / "ode_init"
 

@@ -389,7 +389,7 @@ def _tiny() -> Config:
         pairs=PairsConfig(count=1024, solver_steps=20, guidance=3.0, batch_size=32),
         ode_init=OdeInitConfig(updates=1200, batch_size=16, micro_batch_size=8, lr=1e-3),
         distill=DistillConfig(
-            stage1_updates=200, stage2_updates=200, batch_size=8, micro_batch_size=4, guidance=2.0, ema_start=20,
+            stage1_updates=200, stage2_updates=200, batch_size=16, micro_batch_size=16, guidance=2.0, ema_start=20,
             checkpoint_every=50, lr=2e-4, critic_lr=4e-4,
         ),
         train=TrainConfig(workers=2, gpus_per_worker=0.0, checkpoint_activations=False),

@@ -77,16 +77,14 @@ def _part(folder: Path, name: str) -> Path:
 
 def load_teacher(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
     """diffusers' own network from `folder/transformer`, checked against the geometry; not trainable."""
-    network = _load_whole(WanTransformer3DModel, _part(folder, "transformer"), dtype)
-    check_geometry(network, config)
-    return network.eval().requires_grad_(False)
+    check_transformer(folder, config)
+    return _load_whole(WanTransformer3DModel, folder / "transformer", dtype).eval().requires_grad_(False)
 
 
 def load_causal(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> CausalWan:
     """The causal generator over the weights in `folder/transformer`, checked against the geometry."""
-    network = _load_whole(CausalWan, _part(folder, "transformer"), dtype)
-    check_geometry(network, config)
-    return network.eval()
+    check_transformer(folder, config)
+    return _load_whole(CausalWan, folder / "transformer", dtype).eval()
 
 
 def _load_whole(kind: type[Model], path: Path, dtype: torch.dtype = torch.float32) -> Model:
@@ -98,14 +96,22 @@ def _load_whole(kind: type[Model], path: Path, dtype: torch.dtype = torch.float3
     return network
 
 
-def check_geometry(network: WanTransformer3DModel, config: Config) -> None:
-    """Refuse a network whose channels or patch differ from the configured geometry."""
-    layout, geometry = network.config, config.geometry
-    patch = (1, geometry.patch_height, geometry.patch_width)
-    require(layout.in_channels == geometry.latent_channels, "transformer.in_channels", layout.in_channels,
-            f"geometry.latent_channels = {geometry.latent_channels}")
-    require(tuple(layout.patch_size) == patch, "transformer.patch_size", tuple(layout.patch_size),
+def check_transformer(folder: Path, config: Config) -> None:
+    """Refuse a network in `folder/transformer` that does not fit the geometry or the text encoder beside it.
+
+    Reads the configurations alone, so that a job can ask before it starts a worker.
+    """
+    layout, geometry = read_json(_part(folder, "transformer") / CONFIG), config.geometry
+    patch = [1, geometry.patch_height, geometry.patch_width]
+    require(layout.get("in_channels") == geometry.latent_channels, "transformer.in_channels",
+            layout.get("in_channels"), f"geometry.latent_channels = {geometry.latent_channels}")
+    require(layout.get("patch_size") == patch, "transformer.patch_size", layout.get("patch_size"),
             f"{patch}, as the geometry has it")
+    encoder = folder / "text_encoder" / CONFIG
+    if encoder.is_file():
+        width = read_json(encoder)["d_model"]
+        require(layout.get("text_dim") == width, "transformer.text_dim", layout.get("text_dim"),
+                f"the text encoder's d_model = {width}")
 
 
 def load_text(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> TextEncoder:

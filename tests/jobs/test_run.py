@@ -1,0 +1,62 @@
+"""A run's folder: made once, continued only with the configuration that it began with."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diagonal.config import Config
+from diagonal.errors import FieldError
+from jobs.run import open_run, parser
+from tests.jobs.conftest import OpenRun
+
+
+def test_a_run_goes_on_under_its_name_with_the_same_configuration(small_run: OpenRun) -> None:
+    first = small_run("a")
+    assert small_run("a").config == first.config == Config.load(first.folder / "config.json")
+
+
+def test_a_run_is_not_continued_with_another_configuration(small_run: OpenRun) -> None:
+    small_run("a")
+    with pytest.raises(FieldError, match=r"distill\.lr = 0\.5: allowed is 0\.0002, as run 'a' began with"):
+        small_run("a", "distill.lr=0.5")
+
+
+@pytest.mark.parametrize("name", ["../a", ".a", "a/b"])
+def test_a_run_name_cannot_leave_its_storage(small_run: OpenRun, name: str) -> None:
+    with pytest.raises(FieldError, match="--name"):
+        small_run(name)
+
+
+def test_runs_without_a_name_get_new_ones(tmp_path: Path) -> None:
+    arguments = parser("").parse_args([f"--set=train.storage={tmp_path}"])
+    assert open_run(arguments).folder != open_run(arguments).folder
+
+
+def test_from_scratch_is_for_the_embedded_preset_alone(tmp_path: Path) -> None:
+    arguments = parser("").parse_args(["--preset=wan-1.3b", "--from-scratch", f"--set=train.storage={tmp_path}"])
+    with pytest.raises(FieldError, match="--from-scratch"):
+        open_run(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "distill.lrr=1"], "distill.lrr"),
+        (["--set", "schedule.steps=4x"], "schedule.steps = '4x'"),
+        (["--preset", "huge"], "preset = 'huge'"),
+        (["--config", "nowhere.json"], "nowhere.json"),
+        (["--set", "train.workers=3"], "distill.batch_size = 8: allowed is a multiple of train.workers = 3"),
+        (["--set", "distill.prompts=nowhere.txt"], "prompts = 'nowhere.txt'"),
+        (["--set", "distill.init=nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input_ends_a_job_with_one_line_and_status_2(
+    tmp_path: Path, repository: Path, arguments: list[str], said: str
+) -> None:
+    command = [sys.executable, "jobs/distill.py", "--set", f"train.storage={tmp_path / 'runs'}", *arguments]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr.count("error: ")) == (2, 1), done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
