@@ -17,6 +17,7 @@ from serve.records import EncodedChunk, Pacing, Refused, Status, Verdict, VideoR
 from serve.router import address
 
 _LOG = logging.getLogger("ray.serve")
+_LOST = (RayError, RayServeException, TimeoutError)
 _LOOK_EVERY_S = 0.25  # how soon a driver that waits sees that its last reader left
 _PULL_TIMEOUT_S = 120.0
 _CALL_TIMEOUT_S = 30.0
@@ -38,11 +39,13 @@ class Driver:
         """Until the end. When this task is cancelled the video is left for another driver."""
         try:
             outcome = await self._drive()
-        except (RayError, RayServeException, TimeoutError) as error:
+        except _LOST as error:
             _LOG.warning("video %s: %s", self._video.id, type(error).__name__)
-            outcome = await self._fail("replica_lost", "the replica that held the session is gone")
+            outcome = "failed"
+            with contextlib.suppress(*_LOST):
+                await self._fail("session_lost", "the part of the service that held the session is gone")
         if outcome is not None:
-            with contextlib.suppress(RayError, RayServeException, TimeoutError):  # then there is nothing to free
+            with contextlib.suppress(*_LOST):  # then there is nothing to free
                 await self._call(self._replica.close.remote(self._video.id, outcome))
 
     async def _drive(self) -> str | None:

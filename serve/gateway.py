@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -18,14 +19,10 @@ from serve.driver import Driver
 from serve.problems import Problem, not_found, refused
 from serve.records import Interaction, ModelInfo, Opened, Refused, Segment, Status, VideoRecord
 from serve.router import address
-from serve.schemas import (
-    InteractionRequest,
-    VideoRequest,
-    checked_prompt,
-    new_video,
-)
+from serve.schemas import InteractionRequest, VideoRequest, checked_prompt, new_video
 from serve.settings import ServeSettings
 
+T = TypeVar("T")
 _CALL_TIMEOUT_S = 30.0
 _READY_TIMEOUT_S = 5.0
 _SEGMENT_WAIT_S = 5.0
@@ -63,6 +60,9 @@ class Gateway:
     async def create(self, request: VideoRequest) -> VideoRecord:
         """Admit a video: a replica holds its session before this answers, and a driver makes it."""
         video = new_video(request, await self.model(), time.time())
+        return await asyncio.shield(_apart(self._admit(video)))  # a caller who goes away leaves nothing half made
+
+    async def _admit(self, video: VideoRecord) -> VideoRecord:
         replica = self._replica.options(session_id=address("", video.id))
         opened: Opened | Refused = await _answer(
             replica.open.remote(video.id, video.prompt, video.seed, video.frames, video.scale)
@@ -156,8 +156,7 @@ class Gateway:
                 elif segment.status.over:
                     return
         finally:
-            # In a task of its own: a reader that went away has cancelled this one.
-            task = asyncio.get_running_loop().create_task(self._leave(video.id, reader))
+            task = _apart(self._leave(video.id, reader))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
@@ -218,13 +217,18 @@ class Gateway:
         driver = Driver(
             video, self._store, self._replica, self._metrics, lead_s, self._settings.reader_start_timeout_s
         )
-        task = asyncio.get_running_loop().create_task(driver.run())
+        task = _apart(driver.run())
         self._drivers[video.id] = task
         task.add_done_callback(lambda _: self._drivers.pop(video.id, None))
 
     def _at(self, video: VideoRecord) -> Any:
         """The handle of the replica that holds the video's session."""
         return self._replica.options(session_id=address(video.replica, video.id))
+
+
+def _apart(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Work that outlives the request that began it: Serve cancels a request's own calls when its caller goes away."""
+    return asyncio.get_running_loop().create_task(work, context=contextvars.Context())
 
 
 async def _answer(response: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:

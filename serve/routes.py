@@ -30,8 +30,8 @@ from serve.schemas import (
     VideoDeleted,
     VideoList,
     VideoRequest,
-    fields_of,
     parse,
+    request_schemas,
 )
 
 VIEWER = Path(__file__).parent / "viewer"
@@ -58,6 +58,7 @@ def create_app(gateway: Gateway, metrics: MetricSink) -> FastAPI:
     _add_videos(app)
     _add_streams(app)
     _add_service(app)
+    _describe_bodies(app)
     app.mount("/viewer", StaticFiles(directory=VIEWER), name="viewer")
     return app
 
@@ -150,11 +151,22 @@ def _add_service(app: FastAPI) -> None:
         return FileResponse(VIEWER / "index.html", headers=headers)
 
 
-def _body_of(kind: Any, form: bool = False) -> dict[str, Any]:
+def _body_of(kind: type, form: bool = False) -> dict[str, Any]:
     """How the API's description shows a body that the route reads itself, to bound it first."""
-    schema = fields_of(kind)
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     types = ("application/json", "multipart/form-data") if form else ("application/json",)
     return {"requestBody": {"required": True, "content": {name: {"schema": schema} for name in types}}}
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        api = described()
+        api.setdefault("components", {}).setdefault("schemas", {}).update(request_schemas())
+        return api
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _read_body(request: Request, form: bool = True) -> tuple[object, bool]:

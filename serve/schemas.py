@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.json_schema import models_json_schema
 
 from serve.problems import Problem, invalid, wrong_value
 from serve.records import Interaction, ModelInfo, Pacing, Status, VideoRecord
@@ -293,6 +293,10 @@ def _interaction(change: Interaction) -> InteractionAnswer:
     )
 
 
-def fields_of(kind: type[_Request]) -> Mapping[str, Any]:
-    """The JSON schema of a request, for the API's own description."""
-    return kind.model_json_schema(ref_template="#/components/schemas/{model}")
+def request_schemas() -> dict[str, Any]:
+    """JSON schemas of the bodies that routes read themselves, by name, for the API's own description."""
+    kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [
+        (VideoRequest, "validation"), (InteractionRequest, "validation"),
+    ]
+    _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    return dict(schemas["$defs"])

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from diagonal.errors import FieldError, require
-
-CODECS = ("h264", "vp9", "av1")
+from diagonal.media.encode import CODECS
 
 
 @dataclass(frozen=True)

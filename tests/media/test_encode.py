@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -50,10 +49,8 @@ def frame_times(stream: bytes) -> list[float]:
         return [float(frame.time or 0) * FPS for frame in container.decode(video=0)]
 
 
-def probe(path: Path) -> dict[str, str]:
-    if shutil.which("ffprobe") is None:
-        pytest.skip("needs program: ffprobe")
-    command = ["ffprobe", "-v", "error", "-count_frames", "-show_entries"]
+def probe(ffprobe: str, path: Path) -> dict[str, str]:
+    command = [ffprobe, "-v", "error", "-count_frames", "-show_entries"]
     command += ["stream=nb_frames,nb_read_frames,r_frame_rate,avg_frame_rate,duration", "-of", "json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""
@@ -100,20 +97,20 @@ def test_sequence_and_decode_time_are_those_of_the_place_in_the_stream() -> None
 
 
 @pytest.mark.parametrize("frames", [1, 2, 81])
-def test_a_written_file_has_exactly_its_frames_at_its_rate(tmp_path: Path, frames: int) -> None:
+def test_a_written_file_has_exactly_its_frames_at_its_rate(tmp_path: Path, frames: int, ffprobe: str) -> None:
     write_mp4(tmp_path / "clip.mp4", shapes(frames), FPS, scale=8)
-    found = probe(tmp_path / "clip.mp4")
+    found = probe(ffprobe, tmp_path / "clip.mp4")
     assert (found["nb_frames"], found["nb_read_frames"]) == (str(frames), str(frames))
     assert found["r_frame_rate"] == "16/1" and float(found["duration"]) == pytest.approx(frames / FPS)
     assert read_mp4(tmp_path / "clip.mp4", 8).shape == (frames, 32, 32, 3)
 
 
-def test_a_stream_of_chunks_becomes_one_plain_file(tmp_path: Path) -> None:
+def test_a_stream_of_chunks_becomes_one_plain_file(tmp_path: Path, ffprobe: str) -> None:
     encoder, video = ChunkEncoder(32, 32, FPS, scale=8), shapes(33)
     segments = [encoder.init_segment(), *(encoder.encode_chunk(video[a:b]) for a, b in ((0, 9), (9, 21), (21, 33)))]
     write_fragments(tmp_path / "clip.mp4", segments)
     assert [name for name, _, _ in boxes((tmp_path / "clip.mp4").read_bytes())][:2] == ["ftyp", "moov"]
-    assert probe(tmp_path / "clip.mp4")["nb_frames"] == "33"
+    assert probe(ffprobe, tmp_path / "clip.mp4")["nb_frames"] == "33"
     np.testing.assert_array_equal(read_mp4(tmp_path / "clip.mp4"), read_mp4(b"".join(segments)))
 
 

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import yaml
 
+from diagonal.client.cli import main
 from diagonal.metrics import BY_NAME
 from serve.settings import ServeSettings
 
@@ -62,6 +63,15 @@ def test_a_video_is_streamed_while_it_is_made_and_is_there_afterwards(http: http
     assert stream.headers["content-type"] == "video/mp4" and count_frames(stream.content) == 81
     until(lambda: http.get(f"/v1/videos/{video}").json()["status"] == "completed", "completed")
     assert count_frames(http.get(f"/v1/videos/{video}/content").content) == 81
+
+
+def test_the_command_line_saves_a_video(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "x.mp4"
+    common = ["a red circle moving right slowly", "--out", str(out), "--url", url]
+    assert main(["generate", *common, "--frames", "30"]) == 0
+    assert count_frames(out.read_bytes()) == 30
+    assert main(["stream", *common, "--seconds", "1"]) == 0
+    assert count_frames(out.read_bytes()) == 16
 
 
 def test_a_seed_gives_the_same_video_whichever_replica_makes_it(http: httpx.Client) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import av
 import httpx
 import pytest
+from ray.exceptions import RayActorError
 
 from diagonal.media.encode import boxes
 from tests.serve.conftest import FakeEngine, Service, shade
@@ -172,6 +173,32 @@ def test_a_video_that_fails_cuts_the_stream_and_tells_nothing_of_the_inside(
     assert http.get(f"/v1/videos/{video}/content").status_code == 409
 
 
+def test_a_replica_that_dies_cuts_the_stream_and_fails_the_video(
+    http: httpx.Client, engine: FakeEngine, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dead(*_: object) -> None:
+        raise RayActorError
+
+    engine.allow(2)
+    video = start(http)
+    with pytest.raises(httpx.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video}/stream") as answer:
+        parts = answer.iter_raw()
+        next(parts)
+        monkeypatch.setattr(service.replica, "pull", dead)
+        engine.allow(100)
+        list(parts)
+    assert status(http, video)["error"]["code"] == "session_lost"
+
+
+@pytest.mark.parametrize("codec", ["vp9", "av1"])
+def test_the_other_codecs_stream_as_well(make_service: Callable[..., Service], codec: str) -> None:
+    service = make_service(codec=codec)
+    with httpx.Client(base_url=service.urls[0], timeout=30) as http:
+        video = start(http, frames=33)
+        assert len(shades(http.get(f"/v1/videos/{video}/stream").content)) == 33
+        assert {"vp9": "vp09", "av1": "av01"}[codec] in status(http, video)["mime"]
+
+
 def test_one_failed_video_leaves_the_others_alone(http: httpx.Client, engine: FakeEngine, until: Until) -> None:
     engine.allow(0)
     short, long = start(http, frames=21), start(http, frames=81)
@@ -196,14 +223,16 @@ def test_realtime_generation_stays_a_lead_ahead_of_who_watches(http: httpx.Clien
 
 
 def test_nobody_watching_a_realtime_video_means_no_more_of_it(
-    http: httpx.Client, engine: FakeEngine, until: Until
+    make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
-    video = start(http, frames=900, pacing="realtime")
-    with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
-        next(answer.iter_raw())
-    made = len(engine.made)
-    until(lambda: not engine.sessions, "the place is free")
-    assert status(http, video)["status"] == "cancelled" and len(engine.made) - made <= 3
+    service = make_service(reader_start_timeout_s=60.0)
+    with httpx.Client(base_url=service.urls[0]) as http:
+        video = start(http, frames=900, pacing="realtime")
+        with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
+            next(answer.iter_raw())
+        made = len(engine.made)
+        until(lambda: not engine.sessions, "the place is free")
+        assert status(http, video)["status"] == "cancelled" and len(engine.made) - made <= 3
 
 
 def test_a_realtime_video_goes_on_while_one_reader_is_left(

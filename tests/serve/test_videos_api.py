@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,12 +235,15 @@ def test_a_page_of_another_origin_may_change_nothing(http: httpx.Client) -> None
     assert http.post("/v1/videos", data={"prompt": "x"}, headers=own).status_code == 200
 
 
-def test_the_api_describes_itself(idle_http: httpx.Client) -> None:
-    api = idle_http.get("/openapi.json").json()
+def test_the_api_describes_itself_and_every_reference_leads_somewhere(idle_http: httpx.Client) -> None:
+    answer = idle_http.get("/openapi.json")
+    api = answer.json()
     body = api["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
     assert set(body) == {"application/json", "multipart/form-data"}
-    assert "num_frames" in body["application/json"]["schema"]["properties"]
+    assert "num_frames" in api["components"]["schemas"]["VideoRequest"]["properties"]
     assert "/v1/videos/{video_id}/stream" in api["paths"]
+    named = set(re.findall(r'"#/components/schemas/(\w+)"', answer.text))
+    assert named and named <= set(api["components"]["schemas"])
 
 
 def test_prompts_are_in_no_log(http: httpx.Client, until: Until, caplog: pytest.LogCaptureFixture) -> None:
