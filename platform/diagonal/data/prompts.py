@@ -7,6 +7,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pyarrow import fs
@@ -44,16 +45,25 @@ def load_prompts(uri: str) -> list[str]:
         prompts = _parquet_prompts(filesystem, path, uri)
     else:
         with filesystem.open_input_stream(path) as stream:
-            lines = stream.read().decode("utf-8-sig").split("\n")  # not splitlines: JSON may hold other separators
+            lines = _lines(stream.read(), uri)
         prompts = lines if uri.endswith(".txt") else _jsonl_prompts(lines, uri)
     found = distinct(prompts)
     require(bool(found), "prompts", uri, "a file with at least one prompt")
     return found
 
 
+def _lines(data: bytes, uri: str) -> list[str]:
+    try:
+        return data.decode("utf-8-sig").split("\n")  # not splitlines: a JSON text may hold other separators
+    except UnicodeDecodeError as error:
+        raise FieldError("prompts", uri, f"a text in UTF-8 ({error})") from error
+
+
 def _parquet_prompts(filesystem: fs.FileSystem, path: str, uri: str) -> list[str]:
-    table = pq.read_table(path, filesystem=filesystem, columns=["prompt"])
-    require("prompt" in table.column_names, "prompts", uri, 'a Parquet file with a column "prompt"')
+    try:
+        table = pq.read_table(path, filesystem=filesystem, columns=["prompt"])
+    except pa.ArrowInvalid as error:
+        raise FieldError("prompts", uri, 'a Parquet file with a column "prompt"') from error
     return [_text(value, f"{uri}, row {row}") for row, value in enumerate(table["prompt"].to_pylist())]
 
 
