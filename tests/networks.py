@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, T5TokenizerFast, UMT5Config, U
 
 from diagonal.config import Config
 from diagonal.diffusion.rollout import new_cache
+from diagonal.geometry import ChunkGeometry
 from diagonal.model.cache import CacheBatch, KVCache, KVPool
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
@@ -62,7 +64,7 @@ def small_causal(seed: int = 0, *, layers: int = 2, dtype: torch.dtype = torch.f
     with torch.random.fork_rng(devices=[]):
         network = CausalWan(**{name: value for name, value in wan.config.items() if not name.startswith("_")})
     network.load_state_dict(wan.state_dict())
-    return network.to(dtype).eval()
+    return (network if dtype == torch.float32 else network.to(dtype)).eval()
 
 
 def exact_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +129,12 @@ def small_vae(seed: int = 0, *, patch_size: int | None = None) -> AutoencoderKLW
 
 
 def small_codec(config: Config) -> LinearCodec:
-    """A linear codec fitted to smooth random clips of the configuration's size."""
-    geometry = config.geometry
+    """A linear codec fitted to smooth random clips of that size; one for all tests, not to be changed."""
+    return _fitted_codec(config.geometry)
+
+
+@functools.cache
+def _fitted_codec(geometry: ChunkGeometry) -> LinearCodec:
     coarse = draw(24, 3, 3, 4, 4, seed=7)
     size = (5, geometry.pixel_height, geometry.pixel_width)
     clips = nn.functional.interpolate(coarse, size, mode="trilinear").permute(0, 2, 3, 4, 1)

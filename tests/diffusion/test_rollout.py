@@ -380,7 +380,7 @@ def test_a_recache_elsewhere_lands_on_the_same_bits() -> None:
 
 
 def test_after_eviction_a_recache_is_exact_in_the_first_layer_and_close_in_the_others() -> None:
-    """The kept chunks once attended to chunks that are gone: 0.018 of the K/V's size on this network, stated at 0.05."""
+    """The kept chunks once attended to chunks that are gone: 0.018 of the K/V here, stated at 0.05."""
     network, cache, kept = generated(8)
     before = kv_of(cache)
     assert recache(network, cache, kept, text_of()) == 4 and cache.chunks == (0, 5, 6, 7)

@@ -1,0 +1,123 @@
+"""A session: its state machine, its timeline, its slack, and what it keeps of the past."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from diagonal.diffusion.rollout import KeptChunk, new_cache
+from diagonal.engine.session import (
+    IllegalMoveError,
+    PromptChange,
+    Session,
+    SessionSpec,
+    SessionState,
+    Transition,
+)
+from diagonal.errors import FieldError
+from diagonal.model.cache import KVPool
+from diagonal.model.vae import DecoderState
+from diagonal.schedule import StepSchedule
+from tests.networks import draw, small_config
+
+CONFIG = small_config()
+GEOMETRY = CONFIG.geometry
+S = SessionState
+LEGAL = {
+    (S.QUEUED, S.RUNNING), (S.QUEUED, S.CANCELLED), (S.QUEUED, S.FAILED),
+    (S.RUNNING, S.PAUSED), (S.RUNNING, S.DONE), (S.RUNNING, S.CANCELLED), (S.RUNNING, S.FAILED),
+    (S.PAUSED, S.RUNNING), (S.PAUSED, S.CANCELLED), (S.PAUSED, S.FAILED),
+}  # fmt: skip
+
+
+def session_of(pixel_frames: int | None = 81, history_frames: int = 24) -> Session:
+    pool = KVPool(layers=1, heads=1, head_dim=2, page_tokens=GEOMETRY.chunk_tokens, pages=4)
+    spec = SessionSpec("s", "a red circle", 0, pixel_frames)
+    return Session(spec, StepSchedule(), new_cache(CONFIG, pool), DecoderState(), history_frames)
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(S, S)))
+def test_a_move_is_allowed_or_raises_and_changes_nothing(before: SessionState, after: SessionState) -> None:
+    session = session_of()
+    session.state = before
+    if (before, after) in LEGAL:
+        session.move(after)
+        assert session.state == after
+    else:
+        with pytest.raises(IllegalMoveError, match=f"session s: {before} -> {after} is not allowed"):
+            session.move(after)
+        assert session.state == before
+
+
+def test_a_session_ends_done_cancelled_or_failed() -> None:
+    session, ended = session_of(), []
+    for session.state in S:
+        if session.ended:
+            ended.append(session.state)
+    assert ended == [S.DONE, S.CANCELLED, S.FAILED]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("session_id", ""), ("prompt", " \n"), ("seed", -1), ("seed", 2**63), ("pixel_frames", 0)],
+)
+def test_a_wrong_wish_is_refused_by_name(field: str, value: Any) -> None:
+    wish: dict[str, Any] = {"session_id": "s", "prompt": "a", "seed": 0, "pixel_frames": 81, field: value}
+    with pytest.raises(FieldError) as refused:
+        SessionSpec(**wish)
+    assert (refused.value.field, refused.value.value) == (field, value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("prompt", ""), ("transition_chunks", -1), ("transition_chunks", 65)])
+def test_a_wrong_prompt_change_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(FieldError, match=field):
+        PromptChange(**{"event_id": "e", "prompt": "a", field: value})
+
+
+@pytest.mark.parametrize("wanted", [1, 8, 9, 10, 20, 21, 81, 82, 1000])
+def test_the_shown_frames_of_all_chunks_are_the_wanted_ones(wanted: int) -> None:
+    session = session_of(wanted)
+    chunks = session.total_chunks(GEOMETRY)
+    assert chunks is not None
+    shown = [session.shown_pixel_frames(GEOMETRY, chunk) for chunk in range(chunks)]
+    assert sum(shown) == wanted and min(shown) > 0
+    assert shown[:-1] == [GEOMETRY.chunk_pixel_frames(chunk) for chunk in range(chunks - 1)]
+
+
+def test_an_endless_stream_has_no_last_chunk_and_shows_every_frame() -> None:
+    session = session_of(None)
+    assert session.total_chunks(GEOMETRY) is None
+    assert [session.shown_pixel_frames(GEOMETRY, chunk) for chunk in (0, 1, 10**6)] == [9, 12, 12]
+
+
+def test_slack_is_the_media_made_less_the_time_gone_by() -> None:
+    session = session_of()
+    assert session.slack_s(GEOMETRY, 100.0) == float("-inf")
+    session.started_s, session.next_chunk = 10.0, 3
+    assert session.slack_s(GEOMETRY, 12.0) == 33 / 16 - 2.0
+    session.next_chunk = 4
+    assert session.slack_s(GEOMETRY, 12.0) == 45 / 16 - 2.0
+
+
+def test_a_transition_moves_the_text_evenly_and_lands_exactly_on_its_target() -> None:
+    start, target = draw(1, 6, 16, seed=1), draw(1, 6, 16, seed=2)
+    step = Transition(start, target, 4)
+    assert torch.equal(step.text, start)
+    for done in range(1, 5):
+        step = step.advance()
+        torch.testing.assert_close(step.text, start + done / 4 * (target - start), rtol=0, atol=1e-6)
+    assert torch.equal(step.text, target) and step.done == step.total
+
+
+def test_what_is_kept_is_the_window_without_the_chunk_in_progress_and_the_newest_latents() -> None:
+    session = session_of(history_frames=7)
+    parts = [draw(4, 3, 4, 6, seed=chunk) for chunk in range(9)]
+    for chunk, part in enumerate(parts):
+        session.remember(KeptChunk(chunk, part, 0.5), part)
+        assert [item.chunk for item in session.kept] == [0, *range(max(1, chunk - 1), chunk + 1)][: chunk + 1]
+    assert session.history is not None
+    assert torch.equal(session.history, torch.cat(parts, dim=1)[:, -7:])
+    assert session.history.untyped_storage().nbytes() == session.history.nbytes, "no older frame hides behind it"
