@@ -115,15 +115,18 @@ def small_text(seed: int = 0) -> TextEncoder:
     return TextEncoder(small_tokenizer(), small_text_model(seed), TEXT_TOKENS)
 
 
-def small_vae(seed: int = 0, *, patch_size: int | None = None) -> AutoencoderKLWan:
-    """diffusers' video codec with Wan's own levels and strides and few channels."""
+def small_vae(seed: int = 0, *, patch_size: int | None = None, depth: int = 1) -> AutoencoderKLWan:
+    """diffusers' video codec with Wan2.1's levels and strides and few channels; in patches as Wan2.2 has it.
+
+    `depth` is the number of residual blocks at a level, 2 in Wan's own."""
     colours = 3 * (patch_size or 1) ** 2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKLWan(
-            base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 4, 4], num_res_blocks=1,
+            base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 4, 4], num_res_blocks=depth,
             temperal_downsample=[False, True, True], latents_mean=[0.1, -0.2, 0.3, 0.0],
             latents_std=[1.0, 2.0, 1.5, 0.5], in_channels=colours, out_channels=colours, patch_size=patch_size,
+            is_residual=patch_size is not None,
         )  # fmt: skip
     return vae.eval().requires_grad_(False)
 

@@ -291,6 +291,7 @@ def test_a_chunk_depends_on_the_parameters_through_its_own_exit_step_alone(
     (cache,) = caches_for(CONFIG, network)
     for chunk, exit_step in enumerate(exits):
         done = run(network, cache, chunk, context=context, seed=4, exit_step=exit_step, text=text_of().double())
+        assert done.clean.requires_grad and not done.written.requires_grad, "what a session keeps holds no graph"
         written = kv_of(cache).detach()
         cache.pool.keys, cache.pool.values = (x.detach().clone() for x in (cache.pool.keys, cache.pool.values))
         run(network, cache, chunk, context=context, seed=4, text=text_of().double())  # what the next chunks see

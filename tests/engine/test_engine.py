@@ -438,17 +438,18 @@ def test_sessions_far_apart_share_a_forward_once_both_windows_are_full() -> None
         assert (result.pixels.int() - other.pixels.int()).abs().max() <= 1
 
 
-def test_sessions_with_other_rows_or_other_context_do_not_share_a_forward() -> None:
+def test_sessions_with_other_rows_or_another_length_of_context_do_not_share_a_forward() -> None:
     release = small_release()
     engine = engine_of(release=release)
     stream(engine, spec_of("a"), 2)
-    engine.open(spec_of("b"))
-    engine.open(spec_of("c", schedule="5"))
+    stream(engine, spec_of("b"), 4)
+    engine.open(spec_of("c"))
+    engine.open(spec_of("d", schedule="5"))
     rows = rows_of(release)
-    for name in "abc":
+    for name in "abcd":
         engine.request(name)
-    served = [[result.session_id for result in engine.step()] for _ in range(3)]
-    assert sorted(served) == [["a"], ["b"], ["c"]] and set(rows) == {1}
+    served = [[result.session_id for result in engine.step()] for _ in range(4)]
+    assert sorted(served) == [["a"], ["b"], ["c"], ["d"]] and set(rows) == {1}
 
 
 # Going on elsewhere

@@ -207,6 +207,11 @@ def test_the_timestep_is_1000_times_the_level_in_float32() -> None:
     assert timestep(levels).dtype == timestep(levels.bfloat16()).dtype == torch.float32
 
 
+def test_diffusers_finds_our_blocks_where_it_compiles_and_places_blocks_by_name() -> None:
+    names = {type(block).__name__ for block in small_causal().blocks}
+    assert names == set(CausalWan._repeated_blocks) == set(CausalWan._no_split_modules)
+
+
 def test_building_a_network_of_another_kind_is_refused_by_name() -> None:
     with pytest.raises(FieldError, match="transformer.patch_size"):
         CausalWan(patch_size=(2, 2, 2), num_layers=1, num_attention_heads=1, attention_head_dim=12)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from diagonal.errors import FieldError
+from diagonal.model.text import TextEncoder
 from tests.networks import TEXT_DIM, TEXT_TOKENS, small_text, small_text_model, small_tokenizer
 
 
@@ -38,9 +42,16 @@ def test_unknown_words_do_not_fail_and_known_ones_matter() -> None:
     assert not torch.equal(unknown, known)
 
 
-def test_white_space_does_not_matter() -> None:
-    text = small_text()
+def test_white_space_does_not_matter_whatever_the_tokenizer_makes_of_it() -> None:
+    seen: list[str] = []
+
+    def tokenizer(prompts: list[str], **settings: Any) -> Any:
+        seen.extend(prompts)
+        return small_tokenizer()(prompts, **settings)
+
+    text = TextEncoder(cast(PreTrainedTokenizerBase, tokenizer), small_text_model(), TEXT_TOKENS)
     assert torch.equal(text.encode(["  a\tred \n circle "]), text.encode(["a red circle"]))
+    assert seen == ["a red circle"] * 2
 
 
 def test_an_embedding_does_not_depend_on_the_prompts_beside_it() -> None:

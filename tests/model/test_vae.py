@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from diagonal.config import Config
 from diagonal.errors import FieldError
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of, to_uint8
 from tests.networks import CHANNELS, draw, small_codec, small_config, small_vae
@@ -71,6 +72,20 @@ def test_two_streams_on_one_decoder_do_not_disturb_each_other(kind: str) -> None
     assert [state.frames for state in states] == [FRAMES, FRAMES]
 
 
+def test_a_stream_taken_up_from_its_last_frames_goes_on_nearly_the_same_and_exactly_from_38() -> None:
+    """Wan's own decoder layout: what a resumed session decodes (of 255: at most 2 from 24 frames, 109 from 12)."""
+    decoder, latents = decoder_of(small_vae(depth=2)), draw(1, CHANNELS, 42, 2, 2)
+    state = decoder.start()
+    decoder.decode(latents[:, :, :-3], state)
+    expected = decoder.decode(latents[:, :, -3:], state).int()
+    worst = {}
+    for history in (38, Config.from_preset("wan-1.3b").serve.decoder_history_frames, 12):
+        state = decoder.start()
+        decoder.decode(latents[:, :, -3 - history : -3], state)
+        worst[history] = int((decoder.decode(latents[:, :, -3:], state).int() - expected).abs().max())
+    assert worst[38] == 0 and worst[24] <= 4 and worst[12] > 20, worst
+
+
 def test_pixels_are_clamped_and_rounded() -> None:
     pixels = torch.tensor([-7.0, -1.0, 0.0, 0.001, 0.0118, 1.0, 1.5], dtype=torch.float64)
     assert to_uint8(pixels).tolist() == [0, 0, 128, 128, 129, 255, 255]
@@ -87,9 +102,11 @@ def test_a_linear_codec_finds_the_latents_that_it_decoded() -> None:
 def test_a_linear_codec_is_the_least_squares_one_and_its_latents_are_of_unit_variance() -> None:
     clips = (40.0 * draw(16, 9, 16, 16, 3, seed=1) + 128.0).clamp(0, 255).to(torch.uint8)
     codec = LinearCodec.fit(clips, 6)
-    latents = codec.encode(clips)
+    projected = (codec._blocks(clips) - codec.centre) @ codec.basis.T / codec.scale
+    torch.testing.assert_close(projected.square().mean((0, 1, 2, 3)), torch.ones(6), rtol=1e-3, atol=0)
+    latents, expected = codec.encode(clips), projected.permute(0, 4, 1, 2, 3)
     assert latents.shape == (16, 6, 3, 2, 2)
-    torch.testing.assert_close(latents.square().mean((0, 2, 3, 4)), torch.ones(6), rtol=1e-3, atol=0)
+    torch.testing.assert_close(latents[:, :, 1:], expected[:, :, 1:], rtol=0, atol=1e-4)
     gram = codec.basis @ codec.basis.T
     torch.testing.assert_close(gram, torch.eye(6), rtol=0, atol=1e-4)
 

@@ -170,6 +170,14 @@ def test_a_codec_of_another_geometry_is_refused_by_name(kind: str, setting: str,
         load_codec(base, small_config(setting))
 
 
+@pytest.mark.parametrize("name", ["temporal", "spatial"])
+def test_a_codec_that_states_another_stride_is_refused_by_name(name: str, base: Path) -> None:
+    small_vae().save_pretrained(base / "vae")
+    edit_json(base / "vae/config.json", **{f"scale_factor_{name}": 2})
+    with pytest.raises(FieldError, match=f"vae {name}_stride = 2: allowed is geometry.{name}_stride"):
+        load_codec(base, small_config())
+
+
 def test_a_codec_of_an_unknown_class_is_refused_with_the_known_ones(base: Path) -> None:
     edit_json(base / "vae/config.json", _class_name="AutoencoderKL")
     with pytest.raises(FieldError, match=r"vae._class_name = 'AutoencoderKL': .*AutoencoderKLWan.*LinearCodec"):
@@ -202,6 +210,14 @@ def test_weights_of_another_depth_than_the_config_says_are_refused(load: Any, ba
     edit_json(base / "transformer/config.json", num_layers=1)
     with pytest.raises(FieldError, match="transformer unexpected_keys = .*blocks.1"):
         load(base, small_config())
+
+
+def test_pickled_weights_are_never_read(base: Path) -> None:
+    torch.save(load_file(base / TRANSFORMER), (base / TRANSFORMER).with_suffix(".bin"))
+    (base / TRANSFORMER).unlink()
+    for load in (load_teacher, load_causal):
+        with pytest.raises(OSError, match="safetensors"):
+            load(base, small_config())
 
 
 def test_a_codec_without_one_of_its_tensors_is_refused(base: Path) -> None:
