@@ -1,4 +1,4 @@
-"""The one denoising loop: its arithmetic, what it leaves in the cache, where gradients go, and the re-cache."""
+"""The one denoising loop: its arithmetic, what it leaves in the cache, and where gradients go."""
 
 from __future__ import annotations
 
@@ -11,25 +11,13 @@ from torch import Tensor
 from diagonal.diffusion import rollout as rollouts
 from diagonal.diffusion.flow import blend, to_clean
 from diagonal.diffusion.noise import chunk_noise
-from diagonal.diffusion.rollout import (
-    DenoisedChunk,
-    KeptChunk,
-    chunk_noise_of,
-    denoise_chunk,
-    draw_exits,
-    new_cache,
-    new_pool,
-    recache,
-    rollout,
-)
+from diagonal.diffusion.rollout import chunk_noise_of, denoise_chunk, draw_exits, new_cache, new_pool, rollout
 from diagonal.errors import FieldError
-from diagonal.model.cache import KVCache, KVPool
+from diagonal.model.cache import KVPool
 from diagonal.model.dit import CausalWan
 from diagonal.schedule import StepSchedule
-from tests.networks import TEXT_DIM, TEXT_TOKENS, begun, caches_for, draw, small_causal, small_config
-
-CONFIG = small_config()
-SHAPE = CONFIG.geometry.chunk_shape()
+from tests.diffusion.chunks import CONFIG, SHAPE, kv_of, noise_of, run, text_of
+from tests.networks import begun, caches_for, draw, small_causal, small_config
 
 
 class Recorder:
@@ -47,29 +35,6 @@ class Recorder:
     @staticmethod
     def velocity(latents: Tensor, level: float) -> Tensor:
         return 0.5 * latents - level
-
-
-def text_of(batch: int = 1, seed: int = 1) -> Tensor:
-    return draw(batch, TEXT_TOKENS, TEXT_DIM, seed=seed)
-
-
-def noise_of(seed: int, chunk: int) -> rollouts.StepNoise:
-    return chunk_noise_of(CONFIG.geometry, [seed], [chunk], "cpu")
-
-
-def run(
-    network: Any, cache: KVCache, chunk: int, *, steps: str = "4322222", context: Any = None, seed: int = 0,
-    exit_step: int | None = None, text: Tensor | None = None,
-) -> DenoisedChunk:  # fmt: skip
-    schedule = StepSchedule(steps, context=context)
-    text = text_of() if text is None else text
-    return denoise_chunk(network, schedule, chunk, text, begun(chunk, cache), noise_of(seed, chunk), exit_step)
-
-
-def kv_of(cache: KVCache) -> Tensor:
-    """Keys and values of the kept chunks, `[2, layers, chunks, tokens, heads, head_dim]`."""
-    pages = list(cache.pages)
-    return torch.stack((cache.pool.keys[:, pages], cache.pool.values[:, pages])).clone()
 
 
 def keep_pools(monkeypatch: pytest.MonkeyPatch) -> list[KVPool]:
@@ -348,67 +313,6 @@ def test_exits_depend_on_their_key_alone_and_every_step_of_a_row_comes_up() -> N
     assert drawn[:9] != [draw_exits(schedule, 7, 2, "generator", update) for update in range(9)]
     assert len({tuple(exits[2:]) for exits in drawn}) == 2**5, "chunks are drawn one by one"
     assert draw_exits(schedule, 3, 1, "generator", 10) == draw_exits(schedule, 7, 1, "generator", 10)[:3]
-
-
-# Re-cache
-
-
-def generated(chunks: int, *, context: Any = None, window: int = 12) -> tuple[CausalWan, KVCache, list[KeptChunk]]:
-    """A stream of so many chunks, and the inputs of the forwards that wrote what its cache still holds."""
-    network, config = small_causal(layers=3), small_config(f"cache.window_frames={window}")
-    (cache,) = caches_for(config, network)
-    done = [run(network, cache, chunk, context=context) for chunk in range(chunks)]
-    return network, cache, [KeptChunk(c, done[c].written[0], done[c].written_level) for c in cache.chunks]
-
-
-@pytest.mark.parametrize("context", [None, 0.0, 0.25])
-@pytest.mark.parametrize("chunks", [1, 3, 4])
-def test_before_the_first_eviction_a_recache_reproduces_the_cache_bit_for_bit(chunks: int, context: Any) -> None:
-    network, cache, kept = generated(chunks, context=context)
-    before = kv_of(cache)
-    cache.pool.keys.fill_(9.0)
-    cache.pool.values.fill_(9.0)
-    assert recache(network, cache, kept, text_of()) == chunks
-    assert cache.chunks == tuple(range(chunks)) and torch.equal(kv_of(cache), before)
-
-
-def test_a_recache_elsewhere_lands_on_the_same_bits() -> None:
-    network, cache, kept = generated(3)
-    (other,) = caches_for(CONFIG, network)
-    other.pool.take()  # so that its pages are others
-    recache(network, other, kept, text_of())
-    assert torch.equal(kv_of(other), kv_of(cache)) and other.pages != cache.pages
-
-
-def test_after_eviction_a_recache_is_exact_in_the_first_layer_and_close_in_the_others() -> None:
-    """The kept chunks once attended to chunks that are gone: 0.018 of the K/V here, stated at 0.05."""
-    network, cache, kept = generated(8)
-    before = kv_of(cache)
-    assert recache(network, cache, kept, text_of()) == 4 and cache.chunks == (0, 5, 6, 7)
-    after = kv_of(cache)
-    assert torch.equal(after[:, 0], before[:, 0]), "keys and values of the first layer see no other chunk"
-    assert torch.equal(after[:, :, 0], before[:, :, 0]), "the sink saw nothing but itself"
-    seam = float((after - before)[:, 1:].norm() / before[:, 1:].norm())
-    assert 0.0 < seam < 0.05, seam
-
-
-def test_with_another_prompt_only_the_layers_after_the_first_change() -> None:
-    network, cache, kept = generated(3)
-    before = kv_of(cache)
-    recache(network, cache, kept, text_of(seed=2))
-    after = kv_of(cache)
-    assert torch.equal(after[:, 0], before[:, 0])
-    for layer in (1, 2):
-        for chunk in range(3):
-            assert (after[:, layer, chunk] - before[:, layer, chunk]).abs().max() > 1e-3
-    recache(network, cache, kept, text_of())
-    assert torch.equal(kv_of(cache), before), "and back again"
-
-
-def test_a_recache_takes_no_gradient_and_frees_what_it_replaces() -> None:
-    network, cache, kept = generated(8)
-    recache(network, cache, kept[:2], text_of())
-    assert cache.pool.bytes_in_use == 2 * cache.pool.page_bytes and not cache.pool.keys.requires_grad
 
 
 def test_noise_of_a_batch_is_each_samples_own() -> None:

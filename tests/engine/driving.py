@@ -1,0 +1,92 @@
+"""Driving an engine by hand: open, pull chunk by chunk, compare; and parts that count or fail on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagonal.engine.engine import Engine
+from diagonal.engine.session import ChunkResult, SessionSpec
+from diagonal.metrics import NullSink
+from diagonal.model.vae import Decoder, DecoderState
+from tests.networks import SmallRelease, small_release
+
+PROMPT = "a red circle moves left"
+OTHER = "a blue square moves right"
+
+
+class Sink(NullSink):
+    """Checks names as `NullSink` does, and keeps sums and last values."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+        self.gauges: dict[str, float] = {}
+
+    def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
+        super().inc(name, value, **labels)
+        self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        super().set(name, value, **labels)
+        self.gauges[name] = value
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def engine_of(*settings: str, release: SmallRelease | None = None, **parts: Any) -> Engine:
+    return Engine(release or small_release(*settings), **parts)  # type: ignore[arg-type]
+
+
+def spec_of(
+    session_id: str = "s", *, frames: int | None = 81, prompt: str = PROMPT, seed: int = 3, schedule: str | None = None
+) -> SessionSpec:
+    return SessionSpec(session_id, prompt, seed, frames, schedule)
+
+
+def pull(engine: Engine, session_id: str = "s") -> ChunkResult:
+    """The session's next chunk."""
+    engine.request(session_id)
+    (result,) = engine.step()
+    assert result.session_id == session_id
+    return result
+
+
+def stream(engine: Engine, spec: SessionSpec, chunks: int | None = None) -> list[ChunkResult]:
+    """Open a session and pull that many chunks, or all."""
+    engine.open(spec)
+    results = [pull(engine, spec.session_id)]
+    while not results[-1].last and (chunks is None or len(results) < chunks):
+        results.append(pull(engine, spec.session_id))
+    return results
+
+
+def equal(one: Sequence[ChunkResult], other: Sequence[ChunkResult]) -> bool:
+    """The same chunks with the same pixels, bit for bit."""
+    return [r.chunk for r in one] == [r.chunk for r in other] and all(
+        torch.equal(a.pixels, b.pixels) for a, b in zip(one, other, strict=True)
+    )
+
+
+class BreakingDecoder(Decoder):
+    """Fails once, on the call of that number."""
+
+    def __init__(self, decoder: Decoder, fails_on: int) -> None:
+        self.decoder, self.fails_on, self.calls = decoder, fails_on, 0
+
+    def start(self) -> DecoderState:
+        return self.decoder.start()
+
+    def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
+        self.calls += 1
+        if self.calls == self.fails_on:
+            raise RuntimeError("the decoder gave up")
+        return self.decoder.decode(latents, state)

@@ -1,0 +1,115 @@
+"""Where weights come from: a local folder, or one on S3 that is downloaded once and whole; the full preset in small."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diagonal.config import Config
+from diagonal.diffusion.rollout import chunk_noise_of, denoise_chunk, new_cache, new_pool
+from diagonal.errors import FieldError
+from diagonal.model.weights import (
+    Release,
+    base_folder,
+    fetch,
+    load_causal,
+    load_decoder,
+    load_teacher,
+    load_text,
+)
+from tests.model.folders import TRANSFORMER, files_of, upload
+from tests.networks import begun, small_config, small_text_model, small_tokenizer, small_vae, small_wan
+
+
+def test_a_path_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FieldError, match="path = .*nowhere'.*existing folder or an s3"):
+        fetch(str(tmp_path / "nowhere"))
+    with pytest.raises(FieldError, match="path = .*nowhere"):
+        Release.load(tmp_path / "nowhere")
+    assert fetch(str(tmp_path)) == tmp_path
+    assert base_folder(small_config(f"model.path={tmp_path}")) == tmp_path
+
+
+def test_a_folder_on_s3_is_downloaded_once_and_whole(s3: Any, release: Release, tmp_path: Path) -> None:
+    upload(s3, release.folder, "deep/r1")
+    folder = fetch("s3://models/deep/r1")
+    assert files_of(folder) == files_of(release.folder) and folder.is_relative_to(tmp_path / "cache")
+    assert Release.load("s3://models/deep/r1").folder == folder
+    s3.delete_object(Bucket="models", Key=f"deep/r1/{TRANSFORMER}")
+    assert fetch("s3://models/deep/r1") == folder and (folder / TRANSFORMER).is_file()
+    with pytest.raises(FieldError, match="path = 's3://models/none': allowed is an s3:// folder that exists"):
+        fetch("s3://models/none")
+
+
+def test_a_download_that_breaks_leaves_nothing(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyarrow import fs
+
+    s3.put_object(Bucket="models", Key="m/a.txt", Body=b"a")
+    copy = fs.copy_files
+
+    def break_off(source: str, target: str, **others: Any) -> None:
+        copy(source, target, **others)
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(fs, "copy_files", break_off)
+    with pytest.raises(OSError, match="reset"):
+        fetch("s3://models/m")
+    assert not any(path.is_dir() for path in (tmp_path / "cache").iterdir())
+    monkeypatch.undo()
+
+
+def test_two_that_ask_at_once_download_once(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyarrow import fs
+
+    s3.put_object(Bucket="models", Key="m/a.txt", Body=b"a")
+    copies, copy, both = [], fs.copy_files, threading.Barrier(2, timeout=20)
+
+    def count(*arguments: Any, **others: Any) -> None:
+        copies.append(arguments)
+        copy(*arguments, **others)
+
+    monkeypatch.setattr(fs, "copy_files", count)
+    found: list[Path] = []
+
+    def ask() -> None:
+        both.wait()
+        found.append(fetch("s3://models/m"))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(copies) == 1 and len(set(found)) == 1 and (found[0] / "a.txt").read_bytes() == b"a"
+
+
+def test_the_full_preset_goes_from_diffusers_folders_to_pixels(s3: Any, tmp_path: Path) -> None:
+    """A folder as Wan-AI lays it out, written by diffusers' and transformers' own `save_pretrained`, read from S3."""
+    config = Config.from_preset("wan-1.3b", [
+        "model.path=s3://models/wan", "geometry.latent_height=4", "geometry.latent_width=6",
+        "geometry.latent_channels=4", "model.text_tokens=20",
+    ])  # fmt: skip
+    folder = tmp_path / "wan"
+    small_wan(layers=3).save_pretrained(folder / "transformer")
+    small_vae().save_pretrained(folder / "vae")
+    small_text_model().save_pretrained(folder / "text_encoder")
+    small_tokenizer().save_pretrained(folder / "tokenizer")
+    upload(s3, folder, "wan")
+    found = base_folder(config)
+    dtype = getattr(torch, config.model.compute_dtype)
+    assert dtype == torch.bfloat16
+    teacher, student = load_teacher(found, config, dtype), load_causal(found, config, dtype)
+    assert teacher.config.num_layers == student.config.num_layers == 3
+    text = load_text(found, config, dtype).encode([config.model.negative_prompt, "a red circle"])[1:]
+    assert text.shape == (1, 20, 16)
+    cache = new_cache(config, new_pool(config, student, 4))
+    noise = chunk_noise_of(config.geometry, [1], [0], "cpu")
+    chunk = denoise_chunk(student, config.schedule, 0, text, begun(0, cache), noise)
+    pixels = load_decoder(found, config).decode_clip(chunk.clean)
+    assert pixels.shape == (1, 9, 32, 48, 3) and pixels.dtype == torch.uint8
+    assert chunk.forwards == 4 and torch.isfinite(chunk.clean).all()
+    assert cache.pool.keys.dtype == torch.bfloat16 and bool(cache.pool.keys[:, cache.pages[0]].any())
