@@ -142,7 +142,7 @@ def _fitted_codec(geometry: ChunkGeometry) -> LinearCodec:
     size = (5, geometry.pixel_height, geometry.pixel_width)
     clips = nn.functional.interpolate(coarse, size, mode="trilinear").permute(0, 2, 3, 4, 1)
     pixels = (clips * 60.0 + 128.0).clamp(0, 255).to(torch.uint8)
-    return LinearCodec.fit(pixels, geometry.latent_channels).eval()
+    return LinearCodec.fit(pixels, geometry.latent_channels, motion_channels=1).eval()
 
 
 @dataclass

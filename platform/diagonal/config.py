@@ -80,8 +80,8 @@ class NetworkConfig:
 class PretrainConfig:
     """Teacher training from nothing on the embedded world."""
 
-    clips: int = 6144
-    updates: int = 11000
+    clips: int = 4096
+    updates: int = 5500
     batch_size: int = 24
     lr: float = 2.5e-3
     level_shift: float = 3.0

@@ -47,7 +47,7 @@ def test_from_scratch_is_for_the_embedded_preset_alone(tmp_path: Path) -> None:
         (["--set", "schedule.steps=4x"], "schedule.steps = '4x'"),
         (["--preset", "huge"], "preset = 'huge'"),
         (["--config", "nowhere.json"], "nowhere.json"),
-        (["--set", "train.workers=3"], "distill.batch_size = 8: allowed is a multiple of train.workers = 3"),
+        (["--set", "train.workers=3"], "distill.batch_size = 16: allowed is a multiple of train.workers = 3"),
         (["--set", "distill.prompts=nowhere.txt"], "prompts = 'nowhere.txt'"),
         (["--set", "distill.init=nowhere"], "nowhere"),
     ],

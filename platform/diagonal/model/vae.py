@@ -79,34 +79,59 @@ class LinearCodec(ModelMixin, ConfigMixin):
     """A linear causal codec: blocks of `temporal_stride` x 8 x 8 pixels to principal components, in closed form.
 
     The first pixel frame is encoded as a block of equal frames in the same basis (a basis of its own would make the
-    first latent a language that one token in 21 speaks), and decoded to that block's last frame.
+    first latent a language that one token in 21 speaks), and decoded to that block's last frame. Its latent is shifted
+    by `first_frame_mark` standard deviations, up and down by turns over the channels: rotary positions are relative,
+    so without a mark nothing tells a noisy clip where it begins (Wan's own codec gives its first frame other
+    statistics too).
     """
 
     @register_to_config
-    def __init__(self, latent_channels: int = 16, temporal_stride: int = 4, spatial_stride: int = 8) -> None:
+    def __init__(
+        self,
+        latent_channels: int = 16,
+        temporal_stride: int = 4,
+        spatial_stride: int = 8,
+        first_frame_mark: float = 2.0,
+    ) -> None:
         super().__init__()
         size = temporal_stride * spatial_stride * spatial_stride * 3
         self.basis = nn.Parameter(torch.zeros(latent_channels, size), requires_grad=False)
         self.centre = nn.Parameter(torch.zeros(size), requires_grad=False)
         self.scale = nn.Parameter(torch.ones(latent_channels), requires_grad=False)
+        signs = torch.tensor([1.0, -1.0]).repeat(latent_channels)[:latent_channels]
+        self.register_buffer("mark", (first_frame_mark * signs).view(-1, 1, 1), persistent=False)
 
     @classmethod
     def fit(
-        cls, clips: Tensor, latent_channels: int = 16, temporal_stride: int = 4, spatial_stride: int = 8
+        cls, clips: Tensor, latent_channels: int = 16, motion_channels: int = 6, first_frame_mark: float = 2.0
     ) -> LinearCodec:
-        """The codec of least squared error on clips `[b, pixel_frames, height, width, 3]` uint8."""
-        codec = cls(latent_channels, temporal_stride, spatial_stride)
-        blocks = codec._blocks(clips).flatten(0, 3)
-        codec.centre.data = blocks.mean(0)
-        centred = (blocks - codec.centre).double()
-        variances, vectors = torch.linalg.eigh(centred.T @ centred / len(blocks))
-        codec.basis.data = vectors[:, -latent_channels:].flip(1).T.float().contiguous()
-        codec.scale.data = variances[-latent_channels:].flip(0).clamp_min(1e-12).sqrt().float()
+        """The codec of clips `[b, pixel_frames, height, width, 3]` uint8.
+
+        `motion_channels` of the latent are principal components of what changes within a block, the others of the
+        block's mean picture. Components of both together would leave one channel to motion, which a network then
+        has to infer across frames (docs/log.md has the figures).
+        """
+        require(0 < motion_channels < latent_channels, "motion_channels", motion_channels,
+                f"1 to {latent_channels - 1}, below latent_channels")
+        codec = cls(latent_channels, first_frame_mark=first_frame_mark)
+        blocks = codec._blocks(clips).flatten(0, 3).double()
+        centre = blocks.mean(0)
+        by_time = (blocks - centre).unflatten(1, (codec.config.temporal_stride, -1))
+        still = by_time.mean(1, keepdim=True).expand_as(by_time)
+        parts = [
+            _components(still.flatten(1), latent_channels - motion_channels),
+            _components((by_time - still).flatten(1), motion_channels),
+        ]
+        codec.centre.data = centre.float()
+        codec.basis.data = torch.cat([vectors for vectors, _ in parts]).float().contiguous()
+        codec.scale.data = torch.cat([deviations for _, deviations in parts]).float()
         return codec
 
     def encode(self, clips: Tensor) -> Tensor:
         """Normalised latents `[b, c, f, h, w]` of clips `[b, pixel_frames, height, width, 3]` uint8."""
-        return torch.einsum("bfhwn,cn->bcfhw", self._blocks(clips) - self.centre, self.basis / self.scale[:, None])
+        latents = torch.einsum("bfhwn,cn->bcfhw", self._blocks(clips) - self.centre, self.basis / self.scale[:, None])
+        latents[:, :, 0] += self.mark
+        return latents
 
     def decode_blocks(self, latents: Tensor) -> Tensor:
         """Pixels `[b, f*temporal_stride, height, width, 3]` in [-1, 1] of latents `[b, c, f, h, w]`."""
@@ -125,6 +150,12 @@ class LinearCodec(ModelMixin, ConfigMixin):
         return grid.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
 
 
+def _components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first principal directions `[count, n]` of rows `[m, n]`, and their standard deviations."""
+    variances, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    return vectors[:, -count:].flip(1).T, variances[-count:].flip(0).clamp_min(1e-12).sqrt()
+
+
 class LinearDecoder(Decoder):
     """Streaming decode by a `LinearCodec`; it keeps no features, only whether the stream has begun."""
 
@@ -136,11 +167,13 @@ class LinearDecoder(Decoder):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
-        pixels = self._codec.decode_blocks(latents.to(self._codec.basis.device))
-        if state.frames == 0:
-            pixels = pixels[:, self._codec.config.temporal_stride - 1 :]
-        state.frames += latents.shape[2]
-        return to_uint8(pixels)
+        first, frames = state.frames == 0, latents.shape[2]
+        latents = latents.to(self._codec.basis.device)
+        if first:
+            latents = torch.cat((latents[:, :, :1] - self._codec.mark[:, None], latents[:, :, 1:]), dim=2)
+        pixels = self._codec.decode_blocks(latents)
+        state.frames += frames
+        return to_uint8(pixels[:, self._codec.config.temporal_stride - 1 :] if first else pixels)
 
 
 def decoder_of(vae: AutoencoderKLWan | LinearCodec) -> Decoder:
