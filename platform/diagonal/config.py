@@ -103,7 +103,7 @@ class PairsConfig:
     solver_steps: int = 40
     guidance: float = 6.0
     batch_size: int = 16
-    rows_per_shard: int = 64
+    rows_per_shard: int = 4  # about 100 MB at 832x480: Ray Data splits blocks above 128 MB
     kept_raw: tuple[int, ...] = (1000, 750, 500, 250, 100, 0)
     max_bad_share: float = 0.01
 
@@ -386,10 +386,10 @@ def _tiny() -> Config:
         preset="tiny",
         geometry=ChunkGeometry(latent_height=4, latent_width=4),
         model=ModelConfig(text_tokens=12, negative_prompt="", compute_dtype="float32"),
-        pairs=PairsConfig(count=1024, solver_steps=20, guidance=3.0, batch_size=32),
-        ode_init=OdeInitConfig(updates=1200, batch_size=16, micro_batch_size=8, lr=1e-3),
+        pairs=PairsConfig(count=1536, solver_steps=20, guidance=2.0, batch_size=32, rows_per_shard=64),
+        ode_init=OdeInitConfig(updates=2000, batch_size=16, micro_batch_size=16, lr=7e-4),
         distill=DistillConfig(
-            stage1_updates=200, stage2_updates=200, batch_size=16, micro_batch_size=16, guidance=2.0, ema_start=20,
+            stage1_updates=150, stage2_updates=150, batch_size=16, micro_batch_size=16, guidance=2.0, ema_start=20,
             checkpoint_every=50, lr=2e-4, critic_lr=4e-4,
         ),
         train=TrainConfig(workers=2, gpus_per_worker=0.0, checkpoint_activations=False),
