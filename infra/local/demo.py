@@ -86,6 +86,8 @@ def start_ray(progress: Progress) -> LocalRun:
     try:
         run = cluster.start()
     except cluster.AlreadyRunningError as error:
+        if not cluster.answers(error.run):
+            raise DemoError(f"{error}, and it does not answer: end it first") from error
         progress.say(f"one is running already: {error.run.dashboard_url}")
         return error.run
     progress.say(f"dashboard {run.dashboard_url} (token in {run.token_path}), metrics {run.metrics_url}")
