@@ -386,10 +386,10 @@ def _tiny() -> Config:
         preset="tiny",
         geometry=ChunkGeometry(latent_height=4, latent_width=4),
         model=ModelConfig(text_tokens=12, negative_prompt="", compute_dtype="float32"),
-        pairs=PairsConfig(count=1536, solver_steps=20, guidance=2.0, batch_size=32, rows_per_shard=64),
+        pairs=PairsConfig(count=1536, solver_steps=20, guidance=1.5, batch_size=32, rows_per_shard=64),
         ode_init=OdeInitConfig(updates=2000, batch_size=16, micro_batch_size=16, lr=7e-4),
         distill=DistillConfig(
-            stage1_updates=150, stage2_updates=150, batch_size=16, micro_batch_size=16, guidance=2.0, ema_start=20,
+            stage1_updates=150, stage2_updates=150, batch_size=16, micro_batch_size=16, guidance=1.5, ema_start=20,
             checkpoint_every=50, lr=2e-4, critic_lr=4e-4,
         ),
         train=TrainConfig(workers=2, gpus_per_worker=0.0, checkpoint_activations=False),
