@@ -11,7 +11,7 @@ import torch
 from diagonal.data.prompts import load_prompts, samples
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
-from diagonal.model.weights import check_transformer, load_causal, load_teacher, save_student
+from diagonal.model.weights import check_transformer, lineage_name, load_causal, load_teacher, save_student
 from diagonal.training.checkpoint import TrainState
 from diagonal.training.distill import Networks, PromptBatch
 from diagonal.training.ema import Ema
@@ -68,7 +68,7 @@ def train(settings: dict[str, Any]) -> None:
     )
     for stage, last in ((1, options.stage1_updates), (2, updates)):
         if stage == 2:
-            keep_stage1(worker, networks.generator, str(student))
+            keep_stage1(worker, networks.generator, student)
             networks = with_reference(worker, networks)
         state.stage = stage
         plan = Plan(last, options.checkpoint_every, options.batch_size, options.max_nonfinite,
@@ -78,7 +78,8 @@ def train(settings: dict[str, Any]) -> None:
     assert average is not None
     weights = full_tensors(average.shadow)
     if worker.rank == 0:
-        lineage = {"stage": "stage2", "parent": str(worker.folder / "stage1"), "teacher": str(worker.base),
+        lineage = {"stage": "stage2", "parent": lineage_name(worker.folder / "stage1"),
+                   "teacher": lineage_name(worker.base),
                    "updates": state.update, "seed": worker.config.seed, "weights": "ema"}
         save_student(worker.folder / "stage2", worker.config, networks.generator.config, weights, lineage)
 
@@ -115,14 +116,14 @@ def step_of(worker: Worker, stage: int, state: TrainState, networks: Networks) -
     )
 
 
-def keep_stage1(worker: Worker, generator: CausalWan, parent: str) -> None:
+def keep_stage1(worker: Worker, generator: CausalWan, parent: Path) -> None:
     """Write the generator as stage 1 left it, once: stage 2's regression reference, on a resume too."""
     folder = worker.folder / "stage1"
     if (folder / "lineage.json").exists():
         return
     weights = full_state_dict(generator)
     if worker.rank == 0:
-        lineage = {"stage": "stage1", "parent": parent, "teacher": str(worker.base),
+        lineage = {"stage": "stage1", "parent": lineage_name(parent), "teacher": lineage_name(worker.base),
                    "updates": worker.config.distill.stage1_updates, "seed": worker.config.seed, "weights": "generator"}
         save_student(folder, worker.config, generator.config, weights, lineage)
 

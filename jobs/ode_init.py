@@ -12,7 +12,7 @@ from diagonal.data.prompts import samples
 from diagonal.data.stages import ReadPairs, read_manifest
 from diagonal.data.trajectory import from_bits
 from diagonal.model.text import TextEncoder
-from diagonal.model.weights import check_transformer, load_causal, save_student
+from diagonal.model.weights import check_transformer, lineage_name, load_causal, save_student
 from diagonal.training.checkpoint import TrainState
 from diagonal.training.ema import Ema
 from diagonal.training.loop import Learner, OdeInitStep, Plan, run_loop
@@ -59,7 +59,8 @@ def train(settings: dict[str, Any]) -> None:
     run_loop(state, plan, batches, worker.hooks(options.updates))
     weights = full_tensors(ema.shadow)
     if worker.rank == 0:
-        lineage = {"stage": "ode_init", "parent": str(worker.base), "pairs": str(worker.folder / "pairs"),
+        lineage = {"stage": "ode_init", "parent": lineage_name(worker.base),
+                   "pairs": lineage_name(worker.folder / "pairs"),
                    "updates": state.update, "seed": config.seed}
         save_student(worker.folder / "ode_init", config, student.config, weights, lineage)
 

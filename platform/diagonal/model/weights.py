@@ -42,6 +42,11 @@ def embedded(name: str) -> Path:
     return Path(diagonal.__file__).parent / "assets" / "tiny" / name
 
 
+def lineage_name(folder: Path) -> str:
+    """How lineage names a folder: by its parent and itself (`tiny/base`, `RUN/stage1`), on whatever machine it lies."""
+    return f"{folder.absolute().parent.name}/{folder.name}"
+
+
 def base_folder(config: Config) -> Path:
     """The base model that a configuration names; an empty path is the embedded one."""
     return fetch(config.model.path) if config.model.path else embedded("base")

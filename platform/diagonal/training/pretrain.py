@@ -1,4 +1,4 @@
-"""Training of the embedded base model from nothing: codec in closed form, frozen text encoder, flow-matching teacher."""
+"""Training of the embedded base model from nothing: linear codec, frozen text encoder, flow-matching teacher."""
 
 from __future__ import annotations
 
