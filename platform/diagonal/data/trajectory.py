@@ -77,8 +77,8 @@ def read_shard(path: Path) -> pa.Table:
 
 def read_row(table: pa.Table, index: int) -> Trajectory:
     """One trajectory of a shard; `CorruptRowError` when its states do not match their checksum."""
-    column = table["states_bf16"].combine_chunks()
-    bits = column.slice(index, 1).to_numpy_ndarray()[0]
+    row_alone = table.slice(index, 1)  # before combining: that copies
+    bits = row_alone["states_bf16"].combine_chunks().to_numpy_ndarray()[0]
     row = {name: table[name][index].as_py() for name in ("sample", "prompt", "seed", "levels", "checksum")}
     if checksum(bits) != row["checksum"]:
         raise CorruptRowError(f"sample {row['sample']}: states differ from their checksum")
