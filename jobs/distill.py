@@ -93,7 +93,7 @@ def build(worker: Worker, student: Path, text: TextEncoder) -> tuple[TrainState,
     for network in (generator, critic):
         parallelize(network, network.blocks, mesh, worker.plan, trainable=True)
     parallelize(teacher, teacher.blocks, mesh, worker.plan, trainable=False)
-    optimizers = {
+    optimizers: dict[str, torch.optim.Optimizer] = {
         name: torch.optim.AdamW(
             network.parameters(), lr=lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay
         )

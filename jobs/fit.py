@@ -63,7 +63,7 @@ def fit(
             num_workers=config.workers, use_gpu=config.gpus_per_worker > 0,
             resources_per_worker={"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker},
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # at import Ray swaps in the class of Train V2
             name=stage, storage_path=str(run.folder / "train"),
             worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},  # else every line comes twice
             failure_config=FailureConfig(max_failures=config.max_failures),

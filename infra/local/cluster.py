@@ -34,9 +34,10 @@ LOGICAL_CPUS = 8  # Ray Train's workers, Ray Data and Serve wait for each other 
 OBJECT_STORE_BYTES = 512 * 2**20
 ATTEMPTS = 3  # a port that was free may be taken before Ray binds it
 START_S = 120.0
-ANSWER_S = 60.0
+ANSWER_S = 120.0
 GRACE_S = 5.0  # the GCS and a raylet that lost it do not end on SIGTERM, so a longer wait gains nothing
 ALREADY_RUNNING = 3
+LOST_PORT = "Failed to bind"  # Ray's own words
 
 
 class ClusterError(RuntimeError):
@@ -72,17 +73,18 @@ def start(root: str | Path = REPOSITORY, cpus: int = 0) -> LocalRun:
 
 def _attempt(root: Path, cpus: int) -> LocalRun:
     """Start once; what a failed attempt left running is ended, and its logs are kept."""
-    run = _prepare(root)
-    run.save()  # before the first process: an interrupted start can be ended too
-    try:
-        _launch(run, cpus or max(LOGICAL_CPUS, os.cpu_count() or 1))
-    except ClusterError as error:
-        processes.end(lambda: run.members, GRACE_S)
-        kept = _keep_logs(run)
-        _forget(run)
-        raise ClusterError(f"{error}; logs: {kept}") from error
-    run.save()
-    return run
+    with _ports_reserved():
+        run = _prepare(root)
+        run.save()  # before the first process: an interrupted start can be ended too
+        try:
+            _launch(run, cpus or max(LOGICAL_CPUS, os.cpu_count() or 1))
+        except ClusterError as error:
+            processes.end(lambda: run.members, GRACE_S)
+            kept = _keep_logs(run)
+            _forget(run)
+            raise ClusterError(f"{error}; logs: {kept}") from error
+        run.save()
+        return run
 
 
 def stop(root: str | Path = REPOSITORY, keep_logs: bool = False) -> set[processes.Process]:
@@ -114,11 +116,30 @@ def _exclusive(root: Path) -> Iterator[None]:
     """Hold the repository's lock, so that a start and a stop never run at the same time."""
     folder = state_path(root).parent
     folder.mkdir(mode=0o700, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ClusterError("another start or stop of this repository's cluster is under way") from None
+    with _locked(folder / "lock", 0.0, "another start or stop of this repository's cluster is under way"):
+        yield
+
+
+@contextlib.contextmanager
+def _ports_reserved() -> Iterator[None]:
+    """Hold this user's lock while ports are chosen and bound: clusters of two checkouts would choose the same."""
+    path = Path(tempfile.gettempdir()) / f"diagonal-ports-{os.getuid()}.lock"
+    with _locked(path, START_S + ANSWER_S, "another cluster of this user is still starting"):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait_s: float, otherwise: str) -> Iterator[None]:
+    deadline = time.monotonic() + wait_s
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ClusterError(otherwise) from None
+                time.sleep(0.2)
         yield
 
 
@@ -161,6 +182,8 @@ def _launch(run: LocalRun, cpus: int) -> None:
             )
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             raise ClusterError(f"ray start failed: {error}") from error
+    if LOST_PORT in log.read_text():  # Ray goes on without its dashboard
+        raise ClusterError("a port was taken while Ray started")
     _wait_for_answer(run)
 
 
@@ -186,14 +209,18 @@ def _wait_for_answer(run: LocalRun) -> None:
     deadline = time.monotonic() + ANSWER_S
     while not answers(run):
         if time.monotonic() > deadline:
-            raise ClusterError(f"{run.dashboard_url} gave no answer in {ANSWER_S} s")
+            raise ClusterError(f"{run.dashboard_url} and its job agent gave no answer in {ANSWER_S:g} s")
         time.sleep(0.2)
 
 
 def answers(run: LocalRun) -> bool:
-    """Whether the job API of `run` accepts the run's token."""
-    request = urllib.request.Request(f"{run.dashboard_url}/api/jobs/")
-    request.add_header("Authorization", f"Bearer {run.token_path.read_text()}")
+    """Whether the job API of `run` accepts the run's token, and the agent that starts its jobs is up."""
+    agent = f"http://127.0.0.1:{run.ports.agent}/api/local_raylet_healthz"
+    return all(_is_ok(url, run.token_path.read_text()) for url in (agent, f"{run.dashboard_url}/api/jobs/"))
+
+
+def _is_ok(url: str, token: str) -> bool:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     try:
         with urllib.request.urlopen(request, timeout=5) as response:
             return bool(response.status == 200)

@@ -30,8 +30,9 @@ class Ports:
     def choose(cls) -> "Ports":
         """Free ports, each as near above its preferred number as possible."""
         first, last = ports.choose_block()
-        preferred = {"gcs": 6379, "dashboard": 8265, "client": 10001, "agent": 52365, "metrics": 8080}
-        preferred |= {"autoscaler_metrics": 44217, "dashboard_metrics": 44227}
+        # Ray's own numbers where they lie below 32768; from there on Linux takes ports for outgoing connections.
+        preferred = {"gcs": 6379, "dashboard": 8265, "client": 10001, "agent": 12365, "metrics": 8080}
+        preferred |= {"autoscaler_metrics": 14217, "dashboard_metrics": 14227}
         chosen: dict[str, int] = {}
         for name, number in preferred.items():
             chosen[name] = ports.choose(number, chosen.values())

@@ -207,6 +207,31 @@ def test_one_stop_at_a_time(tmp_path: Path) -> None:
         cluster.stop(tmp_path)
 
 
+def test_two_starts_choose_their_ports_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(cluster, "START_S", 0.0)
+    monkeypatch.setattr(cluster, "ANSWER_S", 0.3)
+    with cluster._ports_reserved(), pytest.raises(cluster.ClusterError, match="still starting"):
+        with cluster._ports_reserved():
+            pass
+    with cluster._ports_reserved():
+        pass
+
+
+def test_a_start_that_lost_its_port_fails_at_once_and_leaves_its_log_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = f"print('{cluster.LOST_PORT} to 127.0.0.1:8265')"
+    monkeypatch.setattr(cluster, "_start_command", lambda run, cpus: [sys.executable, "-c", said])
+    with pytest.raises(cluster.ClusterError, match="a port was taken") as caught:
+        cluster.start(tmp_path)
+    kept = Path(str(caught.value).rpartition("logs: ")[2])
+    assert cluster.LOST_PORT in (kept / "start.log").read_text()
+    assert load(tmp_path) is None
+
+
 def test_a_temporary_folder_with_a_long_name_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     long = tmp_path / ("x" * 120)
     long.mkdir()
