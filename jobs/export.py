@@ -12,16 +12,18 @@ from diagonal.evaluate.quality import score_release
 from diagonal.model.weights import MANIFEST, Release, write_release
 from jobs.run import Run, main, open_run, parser, say
 
+LINEAGE = "lineage.json"
+
 
 def export(run: Run) -> Path:
     """Write `release/` unless the run has one; returns its folder."""
     target, student = run.folder / "release", run.folder / "stage2"
     if not (target / MANIFEST).exists():
-        require((student / "lineage.json").exists(), "run", run.name, "a run whose stage 2 is done (jobs/distill.py)")
+        require((student / LINEAGE).exists(), "run", run.name, "a run whose stage 2 is done (jobs/distill.py)")
+        stages = {"base": run.base, "ode_init": run.initial_student, "stage1": run.folder / "stage1", "stage2": student}
         lineage = {
-            stage: json.loads(path.read_text())
-            for stage in ("ode_init", "stage1", "stage2")
-            if (path := run.folder / stage / "lineage.json").exists()
+            stage: json.loads((folder / LINEAGE).read_text())
+            for stage, folder in stages.items() if (folder / LINEAGE).exists()
         }
         write_release(target, name=run.name, student=student, base=run.base, lineage=lineage, scores={})
     if run.config.preset == "tiny":

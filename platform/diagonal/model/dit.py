@@ -35,7 +35,7 @@ class CausalBlock(WanTransformerBlock):
         """Hidden `[b, t, n]`, modulation `[b, f, 6, n]` by frame, rotary for context and current tokens.
 
         Context K/V are `[b, t', heads, head_dim]`, keys before rotary. Returns hidden and the current tokens' keys
-        (before rotary) and values, all `[b, t, n]`.
+        (before rotary) and values, detached, all `[b, t, n]`.
         """
         table = (self.scale_shift_table.unsqueeze(0) + modulation.float()).unsqueeze(3).unbind(2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table
@@ -46,7 +46,7 @@ class CausalBlock(WanTransformerBlock):
         hidden = hidden + self._cross_attention(normed, text)
         normed = _modulate(self.norm3(hidden.float()), ffn_scale, ffn_shift).type_as(hidden)
         hidden = (hidden.float() + _by_frame(self.ffn(normed).float(), ffn_gate)).type_as(hidden)
-        return hidden, key, value
+        return hidden, key.detach(), value.detach()
 
     def _self_attention(
         self, x: Tensor, rotary: Rotary, context: tuple[Tensor, Tensor] | None, mask: Tensor | None
