@@ -9,10 +9,8 @@ from pathlib import Path
 from diagonal.config import write_json
 from diagonal.errors import require
 from diagonal.evaluate.quality import score_release
-from diagonal.model.weights import MANIFEST, Release, write_release
+from diagonal.model.weights import LINEAGE, MANIFEST, Release, write_release
 from jobs.run import Run, main, open_run, parser, say
-
-LINEAGE = "lineage.json"
 
 
 def export(run: Run) -> Path:

@@ -11,6 +11,7 @@ from diagonal.errors import require
 from diagonal.evaluate.quality import score_teacher
 from diagonal.model.text import TextEncoder
 from diagonal.model.weights import save_base
+from diagonal.training.codec import train_vae
 from diagonal.training.pretrain import (
     as_wan,
     build_corpus,
@@ -34,10 +35,11 @@ def pretrain(run: Run) -> Path:
     require(config.preset == "tiny", "preset", config.preset, "'tiny': other base models are given, not trained here")
     tokenizer = build_tokenizer()
     encoder = build_text_encoder(config, len(tokenizer))
-    say("pretrain: fitting the codec")
-    codec = fit_codec(config)
+    say("pretrain: fitting the linear codec, then the autoencoder to its latents")
+    linear = fit_codec(config)
+    codec = train_vae(config, linear, _Progress(config.pretrain.codec_updates))
     say(f"pretrain: drawing {config.pretrain.clips} clips")
-    corpus = build_corpus(config, codec, TextEncoder(tokenizer, encoder, config.model.text_tokens))
+    corpus = build_corpus(config, linear, TextEncoder(tokenizer, encoder, config.model.text_tokens))
     state = train_teacher(config, corpus, _Progress(config.pretrain.updates))
     lineage = {"stage": "pretrain", "seed": config.seed, "updates": config.pretrain.updates,
                "command": "python jobs/pretrain.py --preset tiny"}
@@ -49,19 +51,19 @@ def pretrain(run: Run) -> Path:
 
 
 class _Progress:
-    """Prints a smoothed loss and the time left, now and then."""
+    """Prints the newest losses and the time left, now and then."""
 
     def __init__(self, updates: int) -> None:
-        self._updates, self._loss = updates, 0.0
+        self._updates = updates
         self._started_s = self._printed_s = time.monotonic()
 
     def __call__(self, update: int, figures: Mapping[str, float]) -> None:
-        self._loss = figures["loss"] if update == 1 else 0.98 * self._loss + 0.02 * figures["loss"]
         now_s = time.monotonic()
         if now_s - self._printed_s > PROGRESS_EVERY_S or update == self._updates:
             self._printed_s = now_s
             left_s = (self._updates - update) * (now_s - self._started_s) / update
-            say(f"pretrain: update {update}/{self._updates}, loss {self._loss:.4f}, about {left_s:.0f} s left")
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            say(f"pretrain: update {update}/{self._updates}, {shown}, about {left_s:.0f} s left")
 
 
 def work(argv: Sequence[str]) -> None:

@@ -88,6 +88,9 @@ class PretrainConfig:
     caption_drop: float = 0.1
     ema_decay: float = 0.995
     codec_clips: int = 384
+    codec_width: int = 12
+    codec_updates: int = 1000
+    codec_lr: float = 2e-3
 
     def __post_init__(self) -> None:
         _positive(self, "pretrain", "clips", "updates", "batch_size", "lr", "codec_clips")

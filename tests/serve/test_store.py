@@ -173,7 +173,7 @@ def test_a_video_is_an_orphan_once_its_driver_is_silent_and_after_a_restart(tmp_
         await store.create(VIDEO, b"init")
         video = await store.get("video_1")
         assert video is not None and not video.orphan
-        await asyncio.sleep(0.06)
+        await asyncio.sleep(0.6)
         video = await store.get("video_1")
         assert video is not None and video.orphan
 
@@ -181,7 +181,7 @@ def test_a_video_is_an_orphan_once_its_driver_is_silent_and_after_a_restart(tmp_
         video = await store.get("video_1")
         assert video is not None and video.orphan
 
-    in_store(tmp_path, first, driver_silence_s=0.05)
+    in_store(tmp_path, first, driver_silence_s=0.5)
     in_store(tmp_path, restarted)
 
 

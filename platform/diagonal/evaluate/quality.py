@@ -14,10 +14,9 @@ from diagonal.data.world import Scene, all_scenes, render, world_of
 from diagonal.diffusion.noise import clip_noise, generator, mixed_seed
 from diagonal.diffusion.rollout import rollout
 from diagonal.diffusion.teacher import solve
-from diagonal.errors import require
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
-from diagonal.model.vae import Decoder, LinearCodec, decoder_of
+from diagonal.model.vae import Decoder, decoder_of, encode_clips
 from diagonal.model.weights import Release, load_codec, load_decoder, load_teacher, load_text
 from diagonal.schedule import StepSchedule
 
@@ -102,11 +101,10 @@ def score_teacher(base: Path, config: Config, *, clips: int, seed: int, steps: i
 def codec_clips(base: Path, config: Config, scenes: Sequence[Scene], seed: int) -> Tensor:
     """The world's own clips `[b, f, h, w, 3]` uint8 after the codec: the ceiling of every score."""
     codec, world = load_codec(base, config), world_of(config)
-    require(isinstance(codec, LinearCodec), "vae", type(codec).__name__, "the embedded world's LinearCodec")
-    parts = []
+    decoder, parts = decoder_of(codec), []
     for index, scene in enumerate(scenes):
         clip = torch.from_numpy(render(scene, _seed(seed, index), world)).unsqueeze(0)
-        parts.append(decoder_of(codec).decode_clip(codec.encode(clip)))
+        parts.append(decoder.decode_clip(encode_clips(codec, clip)))
     return torch.cat(parts)
 
 

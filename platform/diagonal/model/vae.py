@@ -176,6 +176,19 @@ class LinearDecoder(Decoder):
         return to_uint8(pixels[:, self._codec.config.temporal_stride - 1 :] if first else pixels)
 
 
+@torch.no_grad()
+def encode_clips(codec: AutoencoderKLWan | LinearCodec, clips: Tensor) -> Tensor:
+    """Normalised latents `[b, c, f, h, w]` of clips `[b, pixel_frames, height, width, 3]` uint8."""
+    if isinstance(codec, LinearCodec):
+        return codec.encode(clips)
+    vae: AutoencoderKLWan = codec
+    parameter = next(vae.parameters())
+    pixels = (clips.float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3).to(parameter.device, parameter.dtype)
+    mean = torch.tensor(vae.config.latents_mean, device=parameter.device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, device=parameter.device).view(1, -1, 1, 1, 1)
+    return (vae.encode(pixels, return_dict=False)[0].mode().float() - mean) / std
+
+
 def decoder_of(vae: AutoencoderKLWan | LinearCodec) -> Decoder:
     """The streaming decoder of a loaded codec."""
     return WanDecoder(vae) if isinstance(vae, AutoencoderKLWan) else LinearDecoder(vae)

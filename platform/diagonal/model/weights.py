@@ -203,6 +203,8 @@ def save_base(
     """
     with _whole_folder(folder) as temporary:
         _write_student(temporary, config, teacher.config, teacher.state_dict(), lineage)
+        if isinstance(codec, AutoencoderKLWan):
+            codec = codec.to(torch.bfloat16)
         codec.save_pretrained(temporary / "vae")
         tokenizer.save_pretrained(temporary / "tokenizer")
         encoder.save_pretrained(temporary / "text_encoder")
