@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 import diagonal
-from diagonal.config import Config, write_json
+from diagonal.config import Config
 from diagonal.data.world import Scene, held_out_scenes
 from diagonal.errors import require
 from diagonal.evaluate.quality import ScoreTable, codec_clips, draw_scenes, judge, student_clips, teacher_clips
 from diagonal.evaluate.sheet import contact_sheet, save_png
 from diagonal.model.weights import Release, base_folder, embedded, load_causal, load_decoder, load_text
 from diagonal.schedule import StepSchedule
+from diagonal.tree import write_json
 from jobs.run import main, say
 
 ROWS_ON_SHEET = 6

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from diagonal.config import write_json
 from diagonal.errors import require
 from diagonal.evaluate.quality import score_release
 from diagonal.model.weights import LINEAGE, MANIFEST, Release, write_release
+from diagonal.tree import write_json
 from jobs.run import Run, main, open_run, parser, say
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from diagonal.config import write_json
 from diagonal.data.prompts import load_prompts, samples
 from diagonal.data.stages import EncodeText, SolveTrajectory, WriteShard, shard_name, teacher_id
 from diagonal.data.trajectory import read_shard
@@ -19,6 +18,7 @@ from diagonal.data.world import training_scenes
 from diagonal.diffusion.noise import mixed_seed
 from diagonal.errors import require
 from diagonal.model.weights import file_hash
+from diagonal.tree import write_json
 from jobs.run import Run, connect, main, open_run, parser, say
 
 

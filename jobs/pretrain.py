@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from diagonal.config import write_json
 from diagonal.errors import require
 from diagonal.evaluate.quality import score_teacher
 from diagonal.model.text import TextEncoder
@@ -21,6 +20,7 @@ from diagonal.training.pretrain import (
     fit_codec,
     train_teacher,
 )
+from diagonal.tree import write_json
 from jobs.run import Run, main, open_run, parser, say
 
 PROGRESS_EVERY_S = 10.0

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from diagonal.config import PRESETS, Config, read_json, write_json
+from diagonal.config import PRESETS, Config
 from diagonal.errors import FieldError
+from diagonal.tree import read_json, write_json
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

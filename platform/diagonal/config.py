@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from diagonal.errors import FieldError, require
 from diagonal.geometry import ChunkGeometry
 from diagonal.schedule import RAW_TIMESTEPS, StepSchedule
-
-T = TypeVar("T")
+from diagonal.tree import assign, build, read_json, write_json
 
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -98,8 +93,37 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
+class PromptsConfig:
+    """How prompt files are prepared: the share held out by hash, and the extension by a language model.
+
+    `extend_url` is the base of an OpenAI-compatible endpoint ('' is off); its key is read from the environment variable
+    named by `extend_key_variable`.
+    """
+
+    held_out_share: float = 0.01
+    extend_url: str = ""
+    extend_model: str = ""
+    extend_key_variable: str = "OPENAI_API_KEY"
+    extend_instruction: str = (
+        "Rewrite the user's text as one detailed description of a short video: subject, motion, setting, light and "
+        "camera. Answer with the description alone, in the language of the text, in at most 120 words."
+    )
+    extend_timeout_s: float = 60.0
+    extend_concurrency: int = 8
+
+    def __post_init__(self) -> None:
+        _shares(self, "prompts", "held_out_share")
+        _positive(self, "prompts", "extend_timeout_s", "extend_concurrency")
+        require(not self.extend_url or bool(self.extend_model), "prompts.extend_model", self.extend_model,
+                "the name of a model, as prompts.extend_url is given")
+
+
+@dataclass(frozen=True)
 class PairsConfig:
-    """Stage 0 data: trajectories of the guided teacher's ODE (METHOD I.7)."""
+    """Stage 0 data: trajectories of the guided teacher's ODE (METHOD I.7).
+
+    `solver_workers` and `text_workers` are the most actors of each pool; 0 solvers are as many as train.workers.
+    """
 
     prompts: str = ""
     count: int = 1024
@@ -109,9 +133,12 @@ class PairsConfig:
     rows_per_shard: int = 4  # about 100 MB at 832x480: Ray Data splits blocks above 128 MB
     kept_raw: tuple[int, ...] = (1000, 750, 500, 250, 100, 0)
     max_bad_share: float = 0.01
+    text_workers: int = 1
+    solver_workers: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "pairs", "count", "batch_size", "rows_per_shard")
+        _positive(self, "pairs", "count", "batch_size", "rows_per_shard", "text_workers")
+        _not_negative(self, "pairs", "solver_workers")
         require(
             self.solver_steps > 0 and self.solver_steps % 20 == 0,
             "pairs.solver_steps", self.solver_steps, "a multiple of 20, so that every kept raw timestep is a step",
@@ -156,7 +183,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Stages 1 and 2: distribution matching, first with uniform steps, then with the diagonal schedule."""
+    """Stages 1 and 2: distribution matching, first with uniform steps, then with the diagonal schedule.
+
+    `teacher` is the folder (local or s3://) of the network that gives the real score, of 1.3B or 14B ('' is the base
+    model's own). `init` is a folder that holds `transformer/`, or a causal student's `.pt`, whose `init_weights` are
+    taken ('' is its averaged weights when it has them).
+    """
 
     stage1_steps: str = "4"
     stage1_updates: int = 1000
@@ -179,7 +211,9 @@ class DistillConfig:
     keep_checkpoints: int = 5
     max_nonfinite: int = 10
     prompts: str = ""
+    teacher: str = ""
     init: str = ""
+    init_weights: Literal["", "generator", "generator_ema"] = ""
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
@@ -195,18 +229,41 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How training runs: workers, sharding and where runs are kept."""
+    """How training runs: workers, sharding, where runs are kept, and what is done when something breaks.
+
+    `workers` run at most and `min_workers` at least (0: as many as `workers`), so a run goes on with fewer when nodes
+    are lost and grows again. `storage` is a folder that every node sees, or s3://. A worker that makes no progress for
+    `stall_timeout_s` is replaced; a storage that fails is asked again for `storage_patience_s`. Every `sample_every`
+    updates `sample_clips` videos are written (0: never).
+    """
 
     workers: int = 1
+    min_workers: int = 0
     gpus_per_worker: float = 1.0
     cpus_per_worker: float = 1.0
     shard_group: int = 0
     checkpoint_activations: bool = True
+    compile: bool = False
     storage: str = "runs"
+    storage_patience_s: float = 300.0
     max_failures: int = 3
+    stall_timeout_s: float = 1800.0
+    sample_every: int = 100
+    sample_clips: int = 2
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "train.workers", self.workers, "a whole number of at least 1")
+        require(
+            0 <= self.min_workers <= self.workers, "train.min_workers", self.min_workers,
+            f"0, or a whole number up to train.workers = {self.workers}",
+        )
+        _not_negative(self, "train", "gpus_per_worker", "shard_group", "max_failures", "sample_every", "sample_clips")
+        _positive(self, "train", "cpus_per_worker", "storage_patience_s", "stall_timeout_s")
+
+    @property
+    def fewest_workers(self) -> int:
+        """The number of workers that the run needs to go on."""
+        return self.min_workers or self.workers
 
 
 @dataclass(frozen=True)
@@ -238,6 +295,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     ode_init: OdeInitConfig = field(default_factory=OdeInitConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -270,7 +328,7 @@ class Config:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Config:
         """The tree in `data`; an unknown key or a value of the wrong type raises `FieldError`."""
-        return _build(cls, data, "")
+        return build(cls, data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Config:
@@ -290,98 +348,8 @@ class Config:
         for setting in settings:
             key, equals, text = setting.partition("=")
             require(bool(equals), "setting", setting, "of the form dotted.key=value")
-            _assign(data, key.strip(), _parse(text.strip()))
+            assign(data, key.strip(), text.strip())
         return self.from_dict(data)
-
-
-def write_json(path: str | os.PathLike[str], data: object) -> None:
-    """Write `data` as JSON beside its final name, then rename, so that no reader ever sees half of it."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, target)
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file holds; `FieldError` when it is missing or not JSON."""
-    require(Path(path).is_file(), "file", str(path), "a JSON file that exists")
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FieldError("file", str(path), f"JSON ({error})") from error
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _assign(data: dict[str, Any], key: str, value: Any) -> None:
-    node, parts = data, key.split(".")
-    for depth, part in enumerate(parts):
-        require(isinstance(node, dict) and part in node, "setting", key, _allowed_keys(node, parts[:depth]))
-        if depth < len(parts) - 1:
-            node = node[part]
-    node[parts[-1]] = value
-
-
-def _allowed_keys(node: object, parents: list[str]) -> str:
-    place = ".".join(parents) or "the configuration"
-    return f"a key of {place}: {sorted(node)}" if isinstance(node, dict) else f"nothing below {place}, which is a value"
-
-
-def _build(cls: type[T], data: object, path: str) -> T:
-    """Build dataclass `cls` from a mapping, checking keys and types; missing keys keep their defaults."""
-    if not isinstance(data, Mapping):
-        raise FieldError(path or "config", data, "an object with keys")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in data:
-        require(key in names, f"{path}{key}", data[key], f"no such key; known here: {sorted(names)}")
-    return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in data.items()})
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, f"{path}.")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        require(isinstance(value, list | tuple), path, value, "a list")
-        return tuple(_convert(arguments[0], item, path) for item in value)
-    if origin is Literal:
-        require(value in arguments, path, value, f"one of {list(arguments)}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(arguments, value, path)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and path.endswith("steps") and isinstance(value, int):
-        return str(value)  # `--set schedule.steps=4322222` parses as a number
-    right = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
-    require(right, path, value, f"a value of type {hint.__name__}")
-    return value
-
-
-def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
-    for argument in arguments:
-        if argument is type(None):
-            if value is None:
-                return None
-            continue
-        try:
-            return _convert(argument, value, path)
-        except FieldError:
-            continue
-    raise FieldError(path, value, " or ".join(map(_hint_name, arguments)))
-
-
-def _hint_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(repr(value) for value in typing.get_args(hint))
-    return "null" if hint is type(None) else f"a value of type {hint.__name__}"
 
 
 def _tiny() -> Config:

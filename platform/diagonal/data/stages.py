@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from diagonal.config import Config, read_json, write_json
+from diagonal.config import Config
 from diagonal.data.prompts import prompt_id
 from diagonal.data.trajectory import checksum, from_bits, read_row, read_shard, to_bits, write_shard
 from diagonal.diffusion.noise import clip_noise
 from diagonal.diffusion.teacher import solve
 from diagonal.model.weights import base_folder, file_hash, load_teacher, load_text
+from diagonal.tree import read_json, write_json
 
 Columns = dict[str, Any]
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 import diagonal
-from diagonal.config import Config, read_json, write_json
+from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of
+from diagonal.tree import read_json, write_json
 
 Model = TypeVar("Model", bound=ModelMixin)
 
