@@ -53,7 +53,7 @@ def train(settings: dict[str, Any]) -> None:
     ema = Ema(student.named_parameters(), options.ema_decay, start_update=1)
     state = TrainState(0, {"generator": student}, {"generator": optimizer}, ema)
     worker.resume(state)
-    step = OdeInitStep(config, Learner(student, optimizer, 10.0), ema, stage0_mask(config, worker.device))
+    step = OdeInitStep(config, Learner(student, optimizer, 10.0), ema, stage0_mask(config))
     plan = Plan(options.updates, options.checkpoint_every, options.batch_size, config.distill.max_nonfinite, step)
     batches = (pair_batch(rows, text, worker) for rows in worker.rows(state.samples_seen, options.batch_size))
     run_loop(state, plan, batches, worker.hooks(options.updates))

@@ -1,12 +1,16 @@
-"""Rotary positions, masks and the two ways to compute attention."""
+"""Rotary positions, the block-causal pattern and the two ways to compute attention."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from diagonal.model.attention import attend, block_causal_mask, rotary_table, rotate
+from diagonal.errors import FieldError
+from diagonal.model.attention import BlockCausal, attend, dense_mask, plain_attention, rotary_table, rotate
 from tests.networks import draw
 
 FRAMES, HEIGHT, WIDTH, HEAD = 5, 2, 3, 16
@@ -54,10 +58,11 @@ def test_rotation_keeps_the_type_that_it_was_given() -> None:
 def test_attention_with_gradients_on_the_cpu_is_the_fused_one(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
     query, key, value = (draw(2, 6, 3, 8, seed=seed, dtype=torch.float64).requires_grad_() for seed in range(3))
-    mask = block_causal_mask(3, 2) if masked else None
+    mask = BlockCausal(3, 2) if masked else None
     plain = attend(query, key, value, mask)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    dense = dense_mask(mask) if mask else None
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense).transpose(1, 2)
     torch.testing.assert_close(plain, fused, rtol=0, atol=1e-14)
     seed = draw(*plain.shape, seed=9, dtype=torch.float64)
     ours = torch.autograd.grad(plain, (query, key, value), seed)
@@ -68,10 +73,14 @@ def test_attention_with_gradients_on_the_cpu_is_the_fused_one(masked: bool, monk
         torch.testing.assert_close(attend(query, key, value, mask), plain, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("window", "sink"), [(None, 0), (4, 1), (4, 0), (3, 2), (1, 0), (9, 1)])
+WINDOWS = [(None, 0), (4, 1), (4, 0), (3, 2), (1, 0), (9, 1)]
+
+
+@pytest.mark.parametrize(("window", "sink"), WINDOWS)
 def test_the_mask_lets_a_token_see_its_own_chunk_the_sink_and_the_newest(window: int | None, sink: int) -> None:
     chunks, tokens = 7, 3
-    mask = block_causal_mask(chunks, tokens, window_chunks=window, sink_chunks=sink)
+    pattern = BlockCausal(chunks, tokens, window, sink)
+    mask = dense_mask(pattern)
     assert mask.shape == (chunks * tokens, chunks * tokens)
     for row in range(chunks * tokens):
         for column in range(chunks * tokens):
@@ -80,3 +89,67 @@ def test_the_mask_lets_a_token_see_its_own_chunk_the_sink_and_the_newest(window:
             room = chunks if window is None else window - min(sink, query) - 1
             kept = {query, *range(min(sink, query)), *others[max(0, len(others) - room) :]}
             assert bool(mask[row, column]) == (key in kept), (query, key)
+
+
+@pytest.mark.parametrize(("window", "sink"), WINDOWS)
+def test_the_spans_of_a_chunk_are_the_columns_of_its_row_in_the_mask(window: int | None, sink: int) -> None:
+    pattern = BlockCausal(7, 3, window, sink)
+    for chunk in range(7):
+        row = torch.zeros(pattern.tokens, dtype=torch.bool)
+        spans = pattern.spans(chunk)
+        for first, end in spans:
+            assert not row[first:end].any(), "no key is counted twice"
+            row[first:end] = True
+        assert torch.equal(row, dense_mask(pattern)[chunk * 3]) and list(spans) == sorted(spans)
+    assert max(len(pattern.spans(chunk)) for chunk in range(7)) == (2 if window and 0 < sink and window < 7 else 1)
+
+
+@pytest.mark.parametrize(("window", "sink"), WINDOWS)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_chunkwise_attention_is_attention_under_the_dense_mask(
+    window: int | None, sink: int, gradient: bool, float64_stays: None
+) -> None:
+    pattern = BlockCausal(7, 5, window, sink)
+    query, key, value = (draw(2, 35, 3, 8, seed=seed, dtype=torch.float64).requires_grad_() for seed in range(3))
+    expected = plain_attention(*(x.transpose(1, 2) for x in (query, key, value)), dense_mask(pattern)).transpose(1, 2)
+    with torch.set_grad_enabled(gradient):
+        found = attend(query, key, value, pattern)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    if gradient:
+        seed = draw(*found.shape, seed=9, dtype=torch.float64)
+        ours, theirs = (torch.autograd.grad(y, (query, key, value), seed) for y in (found, expected))
+        for our, their in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(our, their, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_no_tensor_of_queries_by_keys_of_the_whole_clip_is_made(gradient: bool) -> None:
+    pattern = BlockCausal(7, 32, 4, 1)
+    x = draw(1, pattern.tokens, 1, 8).requires_grad_()
+    with SizesSeen() as sizes, torch.set_grad_enabled(gradient):
+        y = attend(x, x, x, pattern)
+        if gradient:
+            y.sum().backward()
+    assert sizes.largest <= 32 * 4 * 32 < pattern.tokens**2
+
+
+class SizesSeen(TorchDispatchMode):
+    """Remembers the most elements of any tensor that an operation gave."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        for tensor in given if isinstance(given, tuple | list) else (given,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return given
+
+
+def test_patterns_that_make_no_sense_and_clips_of_another_length_are_refused_by_name() -> None:
+    for wrong in ((0, 3, None, 0), (7, 0, None, 0), (7, 3, 0, 0), (7, 3, 4, 4), (7, 3, 4, -1)):
+        with pytest.raises(FieldError, match="block_causal"):
+            BlockCausal(*wrong)
+    x = draw(1, 20, 1, 8)
+    with pytest.raises(FieldError, match=r"block_causal.tokens = 21: .* = 20"):
+        attend(x, x, x, BlockCausal(7, 3))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diagonal.config import Config
 from diagonal.errors import FieldError
-from diagonal.model.attention import block_causal_mask
+from diagonal.model.attention import BlockCausal
 from diagonal.model.cache import CacheBatch
 from diagonal.model.dit import CausalWan, timestep
 from tests.networks import (
@@ -99,7 +99,7 @@ def test_cached_chunk_by_chunk_equals_the_one_pass_mask_while_nothing_is_evicted
     config = small_config(f"cache.window_frames={window}")
     network = small_causal(layers=3, dtype=torch.float64)
     x, text, level = latents_of(chunks, 2), text_of(2), levels_of(chunks, 2)
-    mask = block_causal_mask(chunks, config.geometry.chunk_tokens)
+    mask = BlockCausal(chunks, config.geometry.chunk_tokens)
     with torch.no_grad():
         whole = network(x, level, text, mask=mask)
         parts = run_cached(network, config, x, level, text, chunks)

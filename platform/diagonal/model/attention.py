@@ -1,11 +1,15 @@
-"""Attention pieces: rotary by frame position, the block-causal masks, and scaled dot-product attention."""
+"""Attention pieces: rotary by frame position, the block-causal pattern, and scaled dot-product attention."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
+
+from diagonal.errors import require
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -34,32 +38,96 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return rotated.flatten(-2).type_as(x)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention over `[b, t, heads, head_dim]`; `mask` is boolean `[queries, keys]`, True where allowed.
+@dataclass(frozen=True)
+class BlockCausal:
+    """Which keys each chunk of a whole clip sees: its own, earlier ones; with a window, only the first `sink_chunks`
+    and the newest, `window_chunks` in all with its own (stage 0; positions stay absolute, METHOD I.8).
 
-    On CPU with gradients the plain product is used: the fused kernel's backward is several times slower there.
+    A pattern instead of a `[t, t]` mask: of 32,760 tokens the boolean one is 1.07 GB, and keeps attention off the
+    fused kernels that take none. `FieldError` when sink and window do not fit.
+    """
+
+    chunks: int
+    chunk_tokens: int
+    window_chunks: int | None = None
+    sink_chunks: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.chunks >= 1 and self.chunk_tokens >= 1, "block_causal.chunks", (self.chunks, self.chunk_tokens),
+                "at least one chunk of at least one token")
+        window = self.chunks if self.window_chunks is None else self.window_chunks
+        require(0 <= self.sink_chunks < window, "block_causal.sink_chunks", self.sink_chunks,
+                f"0 or more, below the window's chunks = {window}")
+
+    @property
+    def tokens(self) -> int:
+        return self.chunks * self.chunk_tokens
+
+    def spans(self, chunk: int) -> tuple[tuple[int, int], ...]:
+        """The keys that a chunk sees, as rising `(first, end)` tokens: one span, or the sink's and the newest's."""
+        newest = 0
+        if self.window_chunks is not None:
+            newest = max(0, chunk + 1 - (self.window_chunks - self.sink_chunks))
+        end = (chunk + 1) * self.chunk_tokens
+        if newest <= self.sink_chunks:
+            return ((0, end),)
+        behind = (newest * self.chunk_tokens, end)
+        return (behind,) if self.sink_chunks == 0 else ((0, self.sink_chunks * self.chunk_tokens), behind)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockCausal | None = None) -> Tensor:
+    """Softmax attention over `[b, t, heads, head_dim]`, of everything, or of what `mask` lets each chunk see.
+
+    Under a mask each query chunk is one fused call over exactly its keys: nothing is computed that the mask would
+    throw away, no mask tensor exists, and any back end serves (forward and backward are exact). Chosen before
+    FlexAttention, which needs compilation and wastes part of its 128-wide tiles where chunks of 4680 tokens end.
+
+    Memory on CUDA: no `t x t` product exists in either direction. Saved for backward are views of query, key and value,
+    the output and one float32 a query and head, and copies of key and value only where the window left the sink behind:
+    at 832x480 with window 12 and sink 3, 3 of 7 chunks, 4 chunks each: 0.35 GB in bfloat16, for one block at a time.
+
+    On CPU with gradients the plain product is used, which holds a chunk's scores: the fused kernel's backward is
+    several times slower there.
     """
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if mask is None:
+        return _attend(query, key, value).transpose(1, 2)
+    require(query.shape[2] == key.shape[2] == mask.tokens, "block_causal.tokens", mask.tokens,
+            f"the number of queries = {query.shape[2]} and of keys = {key.shape[2]}")
+    queries = query.split(mask.chunk_tokens, dim=2)
+    parts = []
+    for chunk, part in enumerate(queries):
+        spans = mask.spans(chunk)
+        parts.append(_attend(part, _columns(key, spans), _columns(value, spans)).transpose(1, 2))
+    return torch.cat(parts, dim=1)
+
+
+def _columns(x: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
+    """The tokens of `[b, heads, t, head_dim]` in `spans`: a view where there is one span."""
+    parts = [x[:, :, first:end] for first, end in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
-        return _plain_attention(query, key, value, mask).transpose(1, 2)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+        return plain_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value)
 
 
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention over `[b, heads, t, head_dim]` with all scores in memory; `mask` is boolean, True where allowed."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.float().softmax(-1).to(value.dtype) @ value
 
 
-def block_causal_mask(
-    chunks: int, chunk_tokens: int, *, window_chunks: int | None = None, sink_chunks: int = 0
-) -> Tensor:
-    """Boolean `[t, t]`, t = chunks*chunk_tokens: a token sees its own chunk and earlier ones; with a window, only the
-    first `sink_chunks` and the newest, `window_chunks` in all with its own (stage 0; positions stay absolute)."""
-    chunk = torch.arange(chunks)
+def dense_mask(pattern: BlockCausal) -> Tensor:
+    """The pattern as a boolean `[t, t]`, from its definition: the reference that tests hold `attend` to."""
+    chunk = torch.arange(pattern.chunks)
     query, key = chunk[:, None], chunk[None, :]
     allowed = key <= query
-    if window_chunks is not None:
-        allowed &= (key < sink_chunks) | (key > query - (window_chunks - sink_chunks))
-    return allowed.repeat_interleave(chunk_tokens, 0).repeat_interleave(chunk_tokens, 1)
+    if pattern.window_chunks is not None:
+        newest = key > query - (pattern.window_chunks - pattern.sink_chunks)
+        allowed &= (key < pattern.sink_chunks) | newest
+    return allowed.repeat_interleave(pattern.chunk_tokens, 0).repeat_interleave(pattern.chunk_tokens, 1)

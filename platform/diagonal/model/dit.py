@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
 from diagonal.errors import require
-from diagonal.model.attention import Rotary, attend, rotary_table, rotate
+from diagonal.model.attention import BlockCausal, Rotary, attend, rotary_table, rotate
 from diagonal.model.cache import CacheBatch
 
 TIMESTEPS = 1000.0
@@ -30,7 +30,7 @@ class CausalBlock(WanTransformerBlock):
         modulation: Tensor,
         rotary: Rotary,
         context: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
+        mask: BlockCausal | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden `[b, t, n]`, modulation `[b, f, 6, n]` by frame, rotary for context and current tokens.
 
@@ -49,7 +49,7 @@ class CausalBlock(WanTransformerBlock):
         return hidden, key.detach(), value.detach()
 
     def _self_attention(
-        self, x: Tensor, rotary: Rotary, context: tuple[Tensor, Tensor] | None, mask: Tensor | None
+        self, x: Tensor, rotary: Rotary, context: tuple[Tensor, Tensor] | None, mask: BlockCausal | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         attention, tokens = self.attn1, x.shape[1]
         query = _heads(attention.norm_q(attention.to_q(x)), attention.heads)
@@ -115,12 +115,12 @@ class CausalWan(WanTransformer3DModel):
         *,
         cache: CacheBatch | None = None,
         write: bool = False,
-        mask: Tensor | None = None,
+        mask: BlockCausal | None = None,
     ) -> Tensor:
         """Velocity `[b, c, f, h, w]` in float32 of latents at noise `level` `[b, f]` in [0, 1], given text `[b, l, n]`.
 
         With `cache`, latents are one chunk that also attends to the cached context, and `write` stores its K/V.
-        Without, latents are a whole clip, under boolean `mask` `[t, t]` when given (else everything sees everything).
+        Without, latents are a whole clip, in which each chunk sees what `mask` says (None: everything sees everything).
         """
         frames, heads = latents.shape[2], self.config.num_attention_heads
         height, width = self._token_grid(latents)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diagonal.config import Config
+from diagonal.model.attention import BlockCausal
 from diagonal.training.checkpoint import TrainState
 from diagonal.training.distill import Networks, PromptBatch, Terms, critic_loss, generator_loss, mean_terms
 from diagonal.training.ema import Ema
@@ -95,7 +96,7 @@ class OdeInitStep:
     config: Config
     learner: Learner
     ema: Ema
-    mask: Tensor
+    mask: BlockCausal
 
     def __call__(self, update: int, batch: PairBatch) -> Figures:
         figures, applied = self.learner.learn(lambda: self._backward(batch))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diagonal.config import Config
 from diagonal.diffusion.flow import to_clean
 from diagonal.diffusion.noise import generator
-from diagonal.model.attention import block_causal_mask
+from diagonal.model.attention import BlockCausal
 from diagonal.training.losses import ode_regression
 
 
@@ -26,13 +26,13 @@ class PairBatch:
     samples: Sequence[int]
 
 
-def stage0_mask(config: Config, device: torch.device | str) -> Tensor:
-    """Block-causal mask `[t, t]` of a clip with the configured sink and window, at absolute positions (METHOD I.8)."""
+def stage0_mask(config: Config) -> BlockCausal:
+    """What each chunk of a clip sees with the configured sink and window, at absolute positions (METHOD I.8)."""
     geometry, chunk = config.geometry, config.geometry.chunk_frames
-    return block_causal_mask(
+    return BlockCausal(
         geometry.clip_chunks, geometry.chunk_tokens, window_chunks=config.cache.window_frames // chunk,
         sink_chunks=config.cache.sink_frames // chunk,
-    ).to(device)
+    )
 
 
 def draw_states(config: Config, batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def draw_states(config: Config, batch: PairBatch) -> tuple[Tensor, Tensor]:
     return batch.states.gather(1, index)[:, 0], batch.levels[by_frame]
 
 
-def ode_loss(network: nn.Module, config: Config, batch: PairBatch, mask: Tensor) -> Tensor:
+def ode_loss(network: nn.Module, config: Config, batch: PairBatch, mask: BlockCausal) -> Tensor:
     """Mean squared error of the clean prediction to the trajectory's end, over chunks that are not clean already."""
     latents, levels = draw_states(config, batch)
     velocity = network(latents, levels, batch.text, mask=mask)
