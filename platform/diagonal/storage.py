@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pyarrow import fs
 
@@ -23,8 +23,16 @@ from diagonal.errors import FieldError, require
 T = TypeVar("T")
 REMOTE = "s3://"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 10.0
-REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_BUCKET", "AccessDenied",
-           "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket")  # fmt: skip
+CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S = 5.0, 30.0
+ATTEMPTS_A_REQUEST = 3  # by the S3 client, so that one lost part does not repeat a file of gigabytes
+PART_BYTES = 16 * 2**20  # of a download: one ranged request
+REFUSED = (
+    "ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "INVALID_CLIENT_TOKEN_ID", "SIGNATURE_DOES_NOT_MATCH", "ExpiredToken",
+    "InvalidToken", "NO_SUCH_BUCKET", "HTTP status 301", "HTTP status 400", "HTTP status 401", "HTTP status 403",
+)  # fmt: skip
+SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+_log = logging.getLogger(__name__)
 
 
 class StorageError(RuntimeError):
@@ -33,10 +41,11 @@ class StorageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder by its URI: an absolute local path, or `s3://bucket/prefix`; it need not exist.
+    """A folder by its URI: a local path, or `s3://bucket/prefix`; it need not exist.
 
-    S3's address and credentials come from the AWS_* environment. A call that fails is tried again, with growing pauses,
-    for `patience_s` seconds, then raises `StorageError`; refused credentials and missing buckets raise at once.
+    S3's address and credentials come from the AWS_* environment, also where an object arrives that was pickled. A call
+    that the storage fails is tried again, with growing pauses, for `patience_s` seconds, then raises `StorageError`;
+    refused credentials and missing buckets raise it at once. Errors of a local disk are raised as they are.
     """
 
     uri: str
@@ -45,14 +54,19 @@ class Folder:
     def __post_init__(self) -> None:
         remote = self.uri.startswith(REMOTE)
         require(remote or "://" not in self.uri, "storage", self.uri, "a local path or an s3:// URI")
+        if remote:
+            _check_remote(self.uri)
         clean = self.uri.rstrip("/") if remote else str(Path(self.uri).absolute())
         object.__setattr__(self, "uri", clean)
+
+    def __reduce__(self) -> tuple[type[Folder], tuple[str, float]]:
+        return (type(self), (self.uri, self.patience_s))  # without the client, which holds credentials
 
     def __str__(self) -> str:
         return self.uri
 
     def __truediv__(self, name: str) -> Folder:
-        return Folder(f"{self.uri}/{name}", self.patience_s)
+        return Folder(f"{self.uri.rstrip('/')}/{name}", self.patience_s)
 
     @property
     def name(self) -> str:
@@ -60,7 +74,10 @@ class Folder:
 
     @property
     def parent(self) -> Folder:
-        return Folder(self.uri.rsplit("/", 1)[0], self.patience_s)
+        """The folder that holds this one; `FieldError` for a bucket."""
+        above = self.uri.rsplit("/", 1)[0]
+        require(above != REMOTE.rstrip("/"), "storage", self.uri, "a folder below a bucket")
+        return Folder(above or "/", self.patience_s)
 
     @property
     def is_local(self) -> bool:
@@ -78,11 +95,11 @@ class Folder:
 
     def exists(self) -> bool:
         """Whether anything lies in the folder."""
-        return self._retried("look", lambda: self._info("").type == fs.FileType.Directory)
+        return bool(self.children())
 
     def children(self) -> list[str]:
         """Names of the files and folders directly inside, sorted; none when the folder does not exist."""
-        return sorted({relative.split("/")[0] for relative in self._listed(recursive=False)})
+        return sorted(self._listed(recursive=False))
 
     def files(self) -> dict[str, int]:
         """Bytes of every file below, by path relative to the folder."""
@@ -91,20 +108,23 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """A file's bytes; `FieldError` when there is no such file."""
-        require(self.has(name), "file", f"{self.uri}/{name}", "a file that exists")
+        parts: list[bytes] = []
 
         def read() -> bytes:
-            with self._filesystem.open_input_stream(self._full(name)) as stream:
-                return bytes(stream.read())
+            parts.clear()
+            self._stream(name, parts.append)
+            return b"".join(parts)
 
         return self._retried(f"read {name}", read)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, whole or not at all, durably."""
+        if self.is_local:
+            with _whole_file(self.path / name) as file:
+                file.write(data)
+            return
+
         def write() -> None:
-            if self.is_local:
-                _write_local(self.path / name, data)
-                return
             with self._filesystem.open_output_stream(self._full(name)) as stream:
                 stream.write(data)
 
@@ -125,33 +145,42 @@ class Folder:
         self.write(name, text.encode())
 
     def put(self, source: Path, name: str) -> None:
-        """Copy one local file here as `name`, whole or not at all."""
+        """Copy one local file here as `name`, whole or not at all, durably."""
+        if self.is_local:
+            with source.open("rb") as file, _whole_file(self.path / name) as target:
+                shutil.copyfileobj(file, target, PART_BYTES)
+            return
+
         def put() -> None:
-            if self.is_local:
-                _copy_local(source, self.path / name)
-            else:
-                fs.copy_files(str(source), self._full(name), source_filesystem=fs.LocalFileSystem(),
-                              destination_filesystem=self._filesystem)
+            fs.copy_files(str(source), self._full(name), source_filesystem=fs.LocalFileSystem(),
+                          destination_filesystem=self._filesystem)
+            _check_size(name, self._info(name).size, source.stat().st_size)
 
         self._retried(f"upload {name}", put)
 
     def get(self, name: str, target: Path) -> None:
-        """Copy the file `name` to a local path, whole or not at all."""
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        """Copy the file `name` to a local path, whole or not at all; `FieldError` when there is no such file."""
+        with _whole_file(target) as file:
 
-        def get() -> None:
-            fs.copy_files(self._full(name), str(temporary), source_filesystem=self._filesystem,
-                          destination_filesystem=fs.LocalFileSystem())
+            def get() -> None:
+                file.seek(0)
+                file.truncate()
+                self._stream(name, file.write)
 
-        try:
             self._retried(f"download {name}", get)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        """Remove the file `name`, if it is there."""
+
+        def remove() -> None:
+            with suppress(FileNotFoundError):
+                self._filesystem.delete_file(self._full(name))
+
+        self._retried(f"remove {name}", remove)
 
     def delete(self) -> None:
         """Remove the folder and everything below it, if it is there."""
+
         def delete() -> None:
             if self._info("").type != fs.FileType.NotFound:
                 self._filesystem.delete_dir(self._full(""))
@@ -167,7 +196,7 @@ class Folder:
         """
         parent = self.path.parent if self.is_local else Path(tempfile.gettempdir())
         parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{self.name}.", dir=parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{self.name}.", suffix=".tmp", dir=parent))
         try:
             new = scratch / "new"
             new.mkdir()
@@ -182,80 +211,136 @@ class Folder:
 
     def check_writable(self) -> None:
         """Write, read and remove a probe; `FieldError` names the folder and the cause when that is not allowed."""
-        name = f".probe-{uuid.uuid4().hex}"
+        name = f".probe-{secrets.token_hex(8)}.tmp"
         try:
             self.write(name, b"probe")
             right = self.read(name) == b"probe"
-            self._retried("delete a probe", lambda: self._filesystem.delete_file(self._full(name)))
+            self.remove(name)
         except (OSError, StorageError) as error:
             raise FieldError("storage", self.uri, f"a folder that can be written and read ({error})") from error
         require(right, "storage", self.uri, "a storage that gives back what was written")
 
     def _upload(self, source: Path, last: str) -> None:
-        self.delete()
-        names = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
-        for name in [*(name for name in names if name != last), last]:
+        new = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+        self.remove(last)
+        for name in sorted(self.files().keys() - new):
+            self.remove(name)
+        for name in [*sorted(new - {last}), last]:
             self.put(source / name, name)
 
     @cached_property
     def _filesystem(self) -> fs.FileSystem:
-        return fs.LocalFileSystem() if self.is_local else fs.FileSystem.from_uri(self.uri)[0]
+        if self.is_local:
+            return fs.LocalFileSystem()
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if not region:
+            region = "us-east-1" if endpoint else fs.resolve_s3_region(self._full("").split("/")[0])
+        return fs.S3FileSystem(
+            region=region, endpoint_override=endpoint, connect_timeout=CONNECT_TIMEOUT_S,
+            request_timeout=min(SILENCE_TIMEOUT_S, max(1.0, self.patience_s)),
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS_A_REQUEST),
+            allow_delayed_open=True,  # a small file is then one request, not a multipart upload
+        )
 
     def _full(self, name: str) -> str:
-        return f"{self.uri.removeprefix(REMOTE)}/{name}".rstrip("/")
+        return f"{self.uri.removeprefix(REMOTE)}/{name}".rstrip("/") or "/"
 
     def _info(self, name: str) -> fs.FileInfo:
         return self._filesystem.get_file_info(self._full(name))
 
     def _listed(self, recursive: bool) -> dict[str, fs.FileInfo]:
+        """Everything inside by relative path, but for what unfinished writes left."""
         root = self._full("")
         selector = fs.FileSelector(root, recursive=recursive, allow_not_found=True)
         found = self._retried("list", lambda: self._filesystem.get_file_info(selector))
-        return {info.path.removeprefix(f"{root}/"): info for info in found}
+        named = {info.path.removeprefix(root).strip("/"): info for info in found}
+        return {name: info for name, info in named.items() if not any(map(_is_temporary, name.split("/")))}
+
+    def _stream(self, name: str, take: Callable[[bytes], object]) -> None:
+        """Hand over a file's bytes part by part; an `OSError` when it ends before its size."""
+        try:
+            with self._filesystem.open_input_file(self._full(name)) as file:
+                size, seen = file.size(), 0
+                while part := file.read(PART_BYTES):
+                    seen += len(part)
+                    take(part)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise FieldError("file", f"{self.uri}/{name}", "a file that exists") from error
+        _check_size(name, seen, size)
 
     def _retried(self, what: str, call: Callable[[], T]) -> T:
-        """Local errors are raised as they are; a remote call is tried again until it works or patience ends."""
+        """Errors of this machine (they have an errno) are raised; a remote call is tried again till patience ends."""
         started_s, wait_s, tries = time.monotonic(), FIRST_WAIT_S, 0
         while True:
             try:
                 return call()
             except OSError as error:
-                if self.is_local:
+                if self.is_local or error.errno is not None:
                     raise
-                tries += 1
-                spent_s = time.monotonic() - started_s
-                if spent_s + wait_s > self.patience_s or any(word in str(error) for word in REFUSED):
-                    raise StorageError(
-                        f"{self.uri}: could not {what} ({tries} tries in {spent_s:.0f} s): {error}"
-                    ) from error
-            time.sleep(wait_s * secrets.SystemRandom().uniform(0.5, 1.0))
+                tries, cause = tries + 1, _without_secrets(str(error))
+            left_s = self.patience_s - (time.monotonic() - started_s)
+            if left_s <= 0 or any(word in cause for word in REFUSED):
+                spent = f"{tries} tries in {time.monotonic() - started_s:.1f} s"
+                raise StorageError(f"{self.uri}: could not {what} ({spent}): {cause}")
+            _log.warning("%s: could not %s (try %d); goes on for %.0f s: %s", self.uri, what, tries, left_s, cause)
+            time.sleep(min(left_s, wait_s * secrets.SystemRandom().uniform(0.5, 1.0)))
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
 
-def _write_local(target: Path, data: bytes) -> None:
+def _check_remote(uri: str) -> None:
+    """Refuse what would carry credentials into configurations and logs, without showing it."""
+    bucket = uri.removeprefix(REMOTE).split("/")[0]
+    require("@" not in bucket and ":" not in bucket, "storage", f"{REMOTE}...@...",
+            "s3://bucket/prefix; credentials come from the AWS_* environment")
+    require(bool(bucket) and "?" not in uri, "storage", uri.split("?")[0],
+            "s3://bucket/prefix; the address comes from AWS_ENDPOINT_URL, the region from AWS_REGION")
+
+
+def _check_size(name: str, found: int | None, expected: int) -> None:
+    if found != expected:
+        raise OSError(f"{name} has {found} bytes, not {expected}")
+
+
+def _without_secrets(text: str) -> str:
+    for secret in filter(None, map(os.environ.get, SECRETS)):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+@contextmanager
+def _whole_file(target: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name, synced to disk, when the block ends well, and else leaves nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _copy_local(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
+        _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _swap_folder(new: Path, target: Path, old: Path) -> None:
+    for path in [*new.rglob("*"), new]:
+        _sync(path)
     if target.exists():
         os.replace(target, old)
     os.replace(new, target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
