@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from diagonal.data.prompts import load_prompts, samples
+from diagonal.errors import require
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
-from diagonal.model.weights import check_transformer, lineage_name, load_causal, load_teacher, save_student
+from diagonal.model.weights import check_transformer, fetch, load_causal, load_teacher
+from diagonal.storage import Folder
 from diagonal.training.checkpoint import TrainState
 from diagonal.training.distill import Networks, PromptBatch
 from diagonal.training.ema import Ema
 from diagonal.training.loop import DistillStep, Learner, Plan, run_loop
 from diagonal.training.parallel import ParallelPlan, Precision, full_state_dict, full_tensors, parallelize
+from jobs.artefacts import base_lineage, lineage_of, local_copy, write_student
 from jobs.export import export
 from jobs.fit import Worker, check_batch, fit
 from jobs.ode_init import initialise
@@ -25,23 +28,35 @@ from jobs.pretrain import pretrain
 from jobs.run import Run, main, open_run, parser, say
 
 
-def distill(run: Run) -> Path:
+def distill(run: Run) -> Folder:
     """Run every stage that is missing, up to the release; returns the release's folder."""
+    if run.is_finished:
+        say(f"run {run.name} is finished already")
+        return run.folder / "release"
     say(f"run {run.name} in {run.folder}: preset {run.config.preset}, schedule {run.config.schedule.steps}, "
         f"context {run.config.schedule.resolved_context}")
     if run.from_scratch:
         pretrain(run)
-    student = run.initial_student
-    if student == run.folder / "ode_init":
+    if run.makes_student:
         initialise(run)
-    if not (run.folder / "stage2" / "lineage.json").exists():
-        _fit(run, student)
+    if not run.has_student("stage2"):
+        _fit(run)
     return export(run)
 
 
-def _fit(run: Run, student: Path) -> None:
+def student_folder(run: Run) -> Path:
+    """The student that stage 1 starts from: a local folder that holds `transformer/`."""
+    given = run.config.distill.init
+    if run.makes_student:
+        return local_copy(run, "ode_init")
+    if given and "://" not in given:
+        require((Path(given) / "transformer").is_dir(), "distill.init", given, "a folder that holds transformer/")
+    return fetch(run.initial_student)
+
+
+def _fit(run: Run) -> None:
     options = run.config.distill
-    for folder in (run.base, student):
+    for folder in (run.base, student_folder(run)):
         check_transformer(folder, run.config)
     check_batch(options.batch_size, run.config.train.workers, "distill.batch_size")
     prompts = load_prompts(options.prompts) if options.prompts else prompts_of(run)
@@ -50,17 +65,16 @@ def _fit(run: Run, student: Path) -> None:
         {"sample": sample, "prompt": prompts[index]}
         for sample, index in samples(len(prompts), run.config.seed, 0, updates * options.batch_size)
     ]
-    fit(run, "distill", train, rows, settings={"student": str(student)})
+    fit(run, "distill", train, rows)
     say(f"distill: student in {run.folder / 'stage2'}")
 
 
 def train(settings: dict[str, Any]) -> None:
     """One rank of stages 1 and 2."""
     worker = Worker.join(settings)
-    student = Path(settings["student"])
     options = worker.config.distill
     text = worker.text()
-    state, networks = build(worker, student, text)
+    state, networks = build(worker, text)
     worker.resume(state)
     updates = options.stage1_updates + options.stage2_updates
     batches = (
@@ -68,7 +82,7 @@ def train(settings: dict[str, Any]) -> None:
     )
     for stage, last in ((1, options.stage1_updates), (2, updates)):
         if stage == 2:
-            keep_stage1(worker, networks.generator, student)
+            keep_stage1(worker, networks.generator)
             networks = with_reference(worker, networks)
         state.stage = stage
         plan = Plan(last, options.checkpoint_every, options.batch_size, options.max_nonfinite,
@@ -78,18 +92,17 @@ def train(settings: dict[str, Any]) -> None:
     assert average is not None
     weights = full_tensors(average.shadow)
     if worker.rank == 0:
-        lineage = {"stage": "stage2", "parent": lineage_name(worker.folder / "stage1"),
-                   "teacher": lineage_name(worker.base),
-                   "updates": state.update, "seed": worker.config.seed, "weights": "ema"}
-        save_student(worker.folder / "stage2", worker.config, networks.generator.config, weights, lineage)
+        lineage = {"parent": f"{worker.run.name}/stage1", "teacher": base_lineage(worker.run),
+                   "updates": state.update, "weights": "ema"}
+        write_student(worker.run, "stage2", networks.generator.config, weights, lineage)
 
 
-def build(worker: Worker, student: Path, text: TextEncoder) -> tuple[TrainState, Networks]:
+def build(worker: Worker, text: TextEncoder) -> tuple[TrainState, Networks]:
     """Generator, critic and frozen teacher, each prepared once, with both optimizers and the average."""
     config, options, mesh = worker.config, worker.config.distill, worker.mesh()
-    generator = load_causal(student, config).to(worker.device)
-    critic = load_teacher(worker.base, config).to(worker.device)
-    teacher = load_teacher(worker.base, config).to(worker.device)
+    generator = load_causal(student_folder(worker.run), config).to(worker.device)
+    critic = load_teacher(worker.run.base, config).to(worker.device)
+    teacher = load_teacher(worker.run.base, config).to(worker.device)
     for network in (generator, critic):
         parallelize(network, network.blocks, mesh, worker.plan, trainable=True)
     parallelize(teacher, teacher.blocks, mesh, worker.plan, trainable=False)
@@ -116,23 +129,22 @@ def step_of(worker: Worker, stage: int, state: TrainState, networks: Networks) -
     )
 
 
-def keep_stage1(worker: Worker, generator: CausalWan, parent: Path) -> None:
+def keep_stage1(worker: Worker, generator: CausalWan) -> None:
     """Write the generator as stage 1 left it, once: stage 2's regression reference, on a resume too."""
-    folder = worker.folder / "stage1"
-    if (folder / "lineage.json").exists():
+    if worker.run.has_student("stage1"):
         return
     weights = full_state_dict(generator)
     if worker.rank == 0:
-        lineage = {"stage": "stage1", "parent": lineage_name(parent), "teacher": lineage_name(worker.base),
-                   "updates": worker.config.distill.stage1_updates, "seed": worker.config.seed, "weights": "generator"}
-        save_student(folder, worker.config, generator.config, weights, lineage)
+        lineage = {"parent": lineage_of(worker.run.initial_student), "teacher": base_lineage(worker.run),
+                   "updates": worker.config.distill.stage1_updates, "weights": "generator"}
+        write_student(worker.run, "stage1", generator.config, weights, lineage)
 
 
 def with_reference(worker: Worker, networks: Networks) -> Networks:
     """The same networks with stage 1's generator as frozen reference; read from its file by every rank."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    reference = load_causal(worker.folder / "stage1", worker.config).to(worker.device)
+    reference = load_causal(local_copy(worker.run, "stage1"), worker.config).to(worker.device)
     plan = ParallelPlan(Precision(worker.config.model.compute_dtype))
     parallelize(reference, reference.blocks, worker.mesh(), plan, trainable=False)
     return Networks(networks.generator, networks.critic, networks.teacher, networks.negative, reference)

@@ -2,48 +2,59 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from diagonal.errors import require
-from diagonal.evaluate.quality import score_release
-from diagonal.model.weights import LINEAGE, MANIFEST, Release, write_release
-from diagonal.tree import write_json
+from diagonal.evaluate.quality import ScoreTable, score_release
+from diagonal.model.weights import LINEAGE, MANIFEST, Release, embedded
+from diagonal.storage import Folder
+from jobs.artefacts import local_copy, publish_release
 from jobs.run import Run, main, open_run, parser, say
 
 
-def export(run: Run) -> Path:
+def export(run: Run) -> Folder:
     """Write `release/` unless the run has one; returns its folder."""
-    target, student = run.folder / "release", run.folder / "stage2"
-    if not (target / MANIFEST).exists():
-        require((student / LINEAGE).exists(), "run", run.name, "a run whose stage 2 is done (jobs/distill.py)")
-        stages = {"base": run.base, "ode_init": run.initial_student, "stage1": run.folder / "stage1", "stage2": student}
-        lineage = {
-            stage: json.loads((folder / LINEAGE).read_text())
-            for stage, folder in stages.items() if (folder / LINEAGE).exists()
-        }
-        write_release(target, name=run.name, student=student, base=run.base, lineage=lineage, scores={})
+    target = run.folder / "release"
+    if not run.is_finished:
+        require(run.has_student("stage2"), "run", run.name, "a run whose stage 2 is done (jobs/distill.py)")
+        publish_release(run, local_copy(run, "stage2"), lineage(run))
     if run.config.preset == "tiny":
-        _score(target)
+        _score(run, target)
     return target
 
 
-def _score(target: Path, clips: int = 48) -> None:
+def lineage(run: Run) -> dict[str, object]:
+    """What each stage says of where it comes from; a stage that was given without a lineage is left out."""
+    shipped = Folder(str(embedded("ode_init"))), Folder(str(embedded("base")))
+    own = run.initial_student == str(shipped[0])
+    stages = {
+        "base": shipped[1] if not run.config.model.path else Folder(run.config.model.path),
+        "ode_init": shipped[0] if own else Folder(run.initial_student),
+        "stage1": run.folder / "stage1", "stage2": run.folder / "stage2",
+    }
+    return {stage: folder.read_json(LINEAGE) for stage, folder in stages.items() if folder.has(LINEAGE)}
+
+
+def _score(run: Run, target: Folder, clips: int = 48) -> None:
     """Add the oracle's scores to the manifest: a first look; jobs/evaluate.py measures in full."""
-    release = Release.load(target)
-    if release.manifest["scores"]:
+    manifest = target.read_json(MANIFEST)
+    if manifest["scores"]:
         return
+    release = Release.load(local_copy(run, "release", MANIFEST))
     scores = score_release(release, clips=clips, seed=release.config.seed)
-    write_json(target / MANIFEST, {**release.manifest, "scores": scores})
-    shown = (f"{name} {value['mean']:.3f}±{value['half_width']:.3f}" for name, value in scores.items())
-    say("scores " + ", ".join(shown))
+    target.write_json(MANIFEST, {**manifest, "scores": scores})
+    say(f"scores {shown(scores)}")
+
+
+def shown(scores: ScoreTable) -> str:
+    """Scores on one line."""
+    return ", ".join(f"{name} {value['mean']:.3f}±{value['half_width']:.3f}" for name, value in scores.items())
 
 
 def work(argv: Sequence[str]) -> None:
-    arguments = parser(__doc__ or "").parse_args(argv)
-    require(bool(arguments.name), "--name", arguments.name, "the name of a run")
-    say(f"release {export(open_run(arguments))}")
+    arguments = parser(__doc__ or "").parse_args([*argv, "--resume"])
+    run = open_run(arguments)
+    say(f"release {run.folder / 'release'}" if arguments.dry_run else f"release {export(run)}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from diagonal.training import checkpoint
 from diagonal.training.checkpoint import TrainState
 from diagonal.training.loop import Hooks
 from diagonal.training.parallel import ParallelPlan, Precision, device_mesh
-from jobs.run import Run, connect, say
+from jobs.ray_cluster import connect
+from jobs.run import Run, say
 
 Row = dict[str, Any]
 PROGRESS_EVERY_S = 5.0
@@ -54,8 +55,7 @@ def fit(
     trainer = TorchTrainer(
         worker,
         train_loop_config={
-            "config": run.config.to_dict(), "folder": str(run.folder), "base": str(run.base), "stage": stage,
-            **(settings or {}),
+            **run.to_settings(), "stage": stage, **(settings or {}),
         },
         datasets={_shard_name(rank): _dataset(rows[rank :: config.workers], read) for rank in range(config.workers)},
         dataset_config=DataConfig(datasets_to_split=[]),
@@ -90,10 +90,8 @@ def _shard_name(rank: int) -> str:
 class Worker:
     """What one rank of a stage knows: its configuration, place, device and mesh."""
 
-    config: Config
+    run: Run
     stage: str
-    folder: Path
-    base: Path
     rank: int
     world_size: int
     device: torch.device
@@ -104,10 +102,13 @@ class Worker:
         context = ray.train.get_context()
         cuda = torch.cuda.is_available() and settings["config"]["train"]["gpus_per_worker"] > 0
         return cls(
-            Config.from_dict(settings["config"]), settings["stage"], Path(settings["folder"]), Path(settings["base"]),
-            context.get_world_rank(), context.get_world_size(),
+            Run.from_settings(settings), settings["stage"], context.get_world_rank(), context.get_world_size(),
             ray.train.torch.get_device() if cuda else torch.device("cpu"),
         )
+
+    @property
+    def config(self) -> Config:
+        return self.run.config
 
     @property
     def plan(self) -> ParallelPlan:
@@ -117,7 +118,7 @@ class Worker:
     def text(self) -> TextEncoder:
         """The base model's text encoder, in the compute type, on the worker's device."""
         dtype = getattr(torch, self.config.model.compute_dtype)
-        return load_text(self.base, self.config, dtype).to(self.device)
+        return load_text(self.run.base, self.config, dtype).to(self.device)
 
     def mesh(self) -> dist.device_mesh.DeviceMesh | None:
         return device_mesh(self.world_size, self.device.type, self.config.train.shard_group)

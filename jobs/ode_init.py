@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,22 +11,22 @@ from diagonal.data.prompts import samples
 from diagonal.data.stages import ReadPairs, read_manifest
 from diagonal.data.trajectory import from_bits
 from diagonal.model.text import TextEncoder
-from diagonal.model.weights import check_transformer, lineage_name, load_causal, save_student
+from diagonal.model.weights import check_transformer, load_causal
 from diagonal.training.checkpoint import TrainState
 from diagonal.training.ema import Ema
 from diagonal.training.loop import Learner, OdeInitStep, Plan, run_loop
 from diagonal.training.ode_init import PairBatch, stage0_mask
 from diagonal.training.parallel import full_tensors, parallelize
+from jobs.artefacts import base_lineage, write_student
 from jobs.fit import Worker, check_batch, fit
 from jobs.pairs import make_pairs
 from jobs.run import Run, main, open_run, parser, say
 
 
-def initialise(run: Run) -> Path:
-    """Train the initial student unless the run has one; returns its folder."""
-    folder = run.folder / "ode_init"
-    if (folder / "lineage.json").exists():
-        return folder
+def initialise(run: Run) -> None:
+    """Train the run's initial student unless it has one."""
+    if run.has_student("ode_init"):
+        return
     settings = run.config.ode_init
     check_transformer(run.base, run.config)
     check_batch(settings.batch_size, run.config.train.workers, "ode_init.batch_size")
@@ -38,15 +37,14 @@ def initialise(run: Run) -> Path:
         for sample, index in samples(len(places), run.config.seed, 0, settings.updates * settings.batch_size)
     ]
     fit(run, "ode_init", train, rows, read=(ReadPairs, {"folder": str(pairs)}))
-    say(f"ode_init: student in {folder}")
-    return folder
+    say(f"ode_init: student in {run.folder / 'ode_init'}")
 
 
 def train(settings: dict[str, Any]) -> None:
     """One rank of stage 0."""
     worker = Worker.join(settings)
     config, options = worker.config, worker.config.ode_init
-    student = load_causal(worker.base, config).to(worker.device)
+    student = load_causal(worker.run.base, config).to(worker.device)
     text = worker.text()
     parallelize(student, student.blocks, worker.mesh(), worker.plan, trainable=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.01)
@@ -59,10 +57,8 @@ def train(settings: dict[str, Any]) -> None:
     run_loop(state, plan, batches, worker.hooks(options.updates))
     weights = full_tensors(ema.shadow)
     if worker.rank == 0:
-        lineage = {"stage": "ode_init", "parent": lineage_name(worker.base),
-                   "pairs": lineage_name(worker.folder / "pairs"),
-                   "updates": state.update, "seed": config.seed}
-        save_student(worker.folder / "ode_init", config, student.config, weights, lineage)
+        lineage = {"parent": base_lineage(worker.run), "pairs": f"{worker.run.name}/pairs", "updates": state.update}
+        write_student(worker.run, "ode_init", student.config, weights, lineage)
 
 
 def pair_batch(rows: Mapping[str, Any], text: TextEncoder, worker: Worker) -> PairBatch:

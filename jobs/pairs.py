@@ -50,7 +50,7 @@ def is_done(folder: Path, shard: int) -> bool:
 
 def make_pairs(run: Run) -> Path:
     """Solve and write the shards that are missing, then the manifest; returns the folder."""
-    folder = run.folder / "pairs"
+    folder = (run.folder / "pairs").path
     if (folder / "manifest.json").exists():
         return folder
     rows = plan_rows(run, prompts_of(run))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from diagonal.errors import require
 from diagonal.evaluate.quality import score_teacher
@@ -25,13 +24,14 @@ from jobs.run import Run, main, open_run, parser, say
 
 PROGRESS_EVERY_S = 10.0
 SCORED_CLIPS = 216
+SCORES = "scores.json"
 
 
-def pretrain(run: Run) -> Path:
-    """Train the base model into the run's `base/` unless it is there; returns the folder."""
+def pretrain(run: Run) -> None:
+    """Train the base model into the run's `base/` unless it is there."""
     folder, config = run.folder / "base", run.config
-    if (folder / "scores.json").exists():
-        return folder
+    if folder.has(SCORES):
+        return
     require(config.preset == "tiny", "preset", config.preset, "'tiny': other base models are given, not trained here")
     tokenizer = build_tokenizer()
     encoder = build_text_encoder(config, len(tokenizer))
@@ -43,11 +43,11 @@ def pretrain(run: Run) -> Path:
     state = train_teacher(config, corpus, _Progress(config.pretrain.updates))
     lineage = {"stage": "pretrain", "seed": config.seed, "updates": config.pretrain.updates,
                "command": "python jobs/pretrain.py --preset tiny"}
-    save_base(folder, config, as_wan(state, build_teacher(config)), codec, tokenizer, encoder, lineage)
-    scores = score_teacher(folder, config, clips=SCORED_CLIPS, seed=config.seed)
-    write_json(folder / "scores.json", {"clips": SCORED_CLIPS, "teacher": scores})
+    with folder.replaced(last=SCORES) as new:
+        save_base(new, config, as_wan(state, build_teacher(config)), codec, tokenizer, encoder, lineage)
+        scores = score_teacher(new, config, clips=SCORED_CLIPS, seed=config.seed)
+        write_json(new / SCORES, {"clips": SCORED_CLIPS, "teacher": scores})
     say("pretrain: " + ", ".join(f"{name} {value['mean']:.3f}" for name, value in scores.items()))
-    return folder
 
 
 class _Progress:

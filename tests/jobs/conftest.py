@@ -11,7 +11,7 @@ SMALL = (
     "train.workers=1", "pairs.count=5", "pairs.rows_per_shard=2", "pairs.solver_steps=20", "pairs.batch_size=2",
     "ode_init.updates=2", "ode_init.batch_size=2", "ode_init.micro_batch_size=1",
     "distill.stage1_updates=2", "distill.stage2_updates=2", "distill.batch_size=2", "distill.micro_batch_size=1",
-    "distill.generator_every=1", "distill.checkpoint_every=1", "distill.ema_start=1",
+    "train.sample_every=0", "distill.generator_every=1", "distill.checkpoint_every=1", "distill.ema_start=1",
 )
 OpenRun = Callable[..., Run]
 
@@ -20,8 +20,9 @@ OpenRun = Callable[..., Run]
 def small_run(tmp_path: Path) -> OpenRun:
     """Opens a run by name with the small settings and any others, in this test's folder."""
 
-    def open_small(name: str, *settings: str) -> Run:
+    def open_small(name: str, *settings: str, resume: bool = False) -> Run:
         chosen = [f"train.storage={tmp_path / 'runs'}", *SMALL, *settings]
-        return open_run(parser("").parse_args(["--name", name, *(f"--set={setting}" for setting in chosen)]))
+        arguments = ["--preset=tiny", "--name", name, *(f"--set={setting}" for setting in chosen)]
+        return open_run(parser("").parse_args([*arguments, *(["--resume"] if resume else [])]))
 
     return open_small

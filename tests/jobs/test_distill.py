@@ -1,6 +1,5 @@
 """The distillation job on a real Ray cluster: every stage, its files, and the resume after a crash."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,10 @@ def crash_once(settings: dict[str, Any]) -> None:
 @pytest.mark.timeout(300)
 def test_a_crashed_stage_goes_on_from_its_checkpoint_to_the_same_weights_bit_for_bit(small_run: OpenRun) -> None:
     unbroken, broken = small_run("unbroken"), small_run("broken")
-    student = {"student": str(embedded("ode_init"))}
-    fit(unbroken, "distill", distill.train, rows_of(unbroken), settings=student)
-    fit(broken, "distill", crash_once, rows_of(broken), settings=student)
-    assert (broken.folder / "crashed").exists()
-    expected, found = weights(unbroken.folder / "stage2"), weights(broken.folder / "stage2")
+    fit(unbroken, "distill", distill.train, rows_of(unbroken))
+    fit(broken, "distill", crash_once, rows_of(broken))
+    assert broken.folder.has("crashed")
+    expected, found = (weights(run.folder.path / "stage2") for run in (unbroken, broken))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     started = weights(embedded("ode_init"))
@@ -67,21 +65,21 @@ def test_a_crashed_stage_goes_on_from_its_checkpoint_to_the_same_weights_bit_for
 @pytest.mark.timeout(300)
 def test_the_job_on_two_workers_writes_every_stage_with_its_parent_and_a_release_that_loads(small_run: OpenRun) -> None:
     run = small_run("a", "train.workers=2")
-    release = Release.load(distill.distill(run))
+    release = Release.load(str(distill.distill(run)))
     lineage = release.manifest["lineage"]
     assert lineage["stage2"]["parent"] == "a/stage1"
     assert lineage["stage1"]["parent"] == "tiny/ode_init"
     assert (lineage["stage2"]["updates"], lineage["stage2"]["weights"]) == (4, "ema")
     assert release.config == run.config
     assert set(release.manifest["scores"]) >= {"colour", "shape", "direction", "speed"}
-    assert json.loads((run.folder / "config.json").read_text())["train"]["workers"] == 2
+    assert run.folder.read_json("config.json")["train"]["workers"] == 2
 
 
 @pytest.mark.timeout(300)
 def test_stage_zero_trains_the_student_on_the_pairs_it_makes_first(small_run: OpenRun) -> None:
     run = small_run("a")
-    folder = initialise(run)
-    before, after = weights(run.base), weights(folder)
-    assert (run.folder / "pairs" / "manifest.json").exists()
+    initialise(run)
+    before, after = weights(run.base), weights(run.folder.path / "ode_init")
+    assert run.folder.has("pairs/manifest.json")
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)

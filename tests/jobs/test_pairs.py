@@ -67,9 +67,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_set_of_an_unbroken_one(
     small_run: OpenRun, repository: Path
 ) -> None:
     unbroken, broken = small_run("unbroken"), small_run("broken")
-    command = [sys.executable, "-m", "jobs.pairs", "--name=broken", "--config", str(broken.folder / "config.json")]
+    command = [sys.executable, "-m", "jobs.pairs", "--name=broken", "--resume", "--config",
+               str(broken.folder.path / "config.json")]
     job = subprocess.Popen(command, cwd=repository, start_new_session=True, env=os.environ | {"RAY_ADDRESS": ""})
-    folder, deadline_s = broken.folder / "pairs", time.monotonic() + 90
+    folder, deadline_s = (broken.folder / "pairs").path, time.monotonic() + 90
     while not list(folder.glob("pairs-*.parquet")) and time.monotonic() < deadline_s and job.poll() is None:
         time.sleep(0.02)
     os.killpg(job.pid, signal.SIGKILL)

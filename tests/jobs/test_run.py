@@ -8,19 +8,58 @@ import pytest
 
 from diagonal.config import Config
 from diagonal.errors import FieldError
-from jobs.run import open_run, parser
+from jobs.run import FREE_FIELDS, _leaves, open_run, parser
 from tests.jobs.conftest import OpenRun
 
 
 def test_a_run_goes_on_under_its_name_with_the_same_configuration(small_run: OpenRun) -> None:
     first = small_run("a")
-    assert small_run("a").config == first.config == Config.load(first.folder / "config.json")
+    again = small_run("a", resume=True)
+    assert again == first
+    assert Config.load(first.folder.path / "config.json") == first.config
+
+
+def test_a_name_that_a_run_has_is_refused_without_resume(small_run: OpenRun) -> None:
+    small_run("a")
+    with pytest.raises(FieldError, match=r"--name = 'a': allowed is a name that no run in .* has; or --resume"):
+        small_run("a")
+
+
+def test_resume_needs_a_run_that_exists(small_run: OpenRun) -> None:
+    with pytest.raises(FieldError, match=r"--resume = 'a': allowed is a run that exists in "):
+        small_run("a", resume=True)
+
+
+def test_resume_without_settings_takes_the_configuration_that_the_run_began_with(tmp_path: Path) -> None:
+    storage = f"--set=train.storage={tmp_path}"
+    first = open_run(parser("").parse_args(["--name=a", "--preset=wan-1.3b", "--set=distill.lr=1", storage]))
+    assert open_run(parser("").parse_args(["--name=a", "--resume", storage])) == first
+
+
+def test_a_resumed_run_may_change_where_it_runs_and_says_so_in_its_history(small_run: OpenRun) -> None:
+    first = small_run("a")
+    again = small_run("a", "train.workers=2", "train.min_workers=1", resume=True)
+    assert again.identity == first.identity
+    assert Config.from_dict(first.folder.read_json("config.json")) == again.config
+    began, resumed = first.folder.read_json("history.json")["events"]
+    assert (began["event"], resumed["event"]) == ("began", "resumed")
+    assert resumed["changed"] == {"train.workers": [1, 2], "train.min_workers": [0, 1]}
+
+
+def test_every_free_field_is_a_field_of_the_configuration() -> None:
+    known = {key for key, _ in _leaves(Config().to_dict())}
+    assert known >= FREE_FIELDS
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    open_run(parser("").parse_args(["--name=a", "--dry-run", f"--set=train.storage={tmp_path / 'runs'}"]))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_is_not_continued_with_another_configuration(small_run: OpenRun) -> None:
     small_run("a")
     with pytest.raises(FieldError, match=r"distill\.lr = 0\.5: allowed is 0\.0002, as run 'a' began with"):
-        small_run("a", "distill.lr=0.5")
+        small_run("a", "distill.lr=0.5", resume=True)
 
 
 @pytest.mark.parametrize("name", ["../a", ".a", "a/b"])
