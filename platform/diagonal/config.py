@@ -268,7 +268,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """What one engine replica holds, and the limits of the API."""
+    """What one engine replica holds, and the limits of the API.
+
+    A playing session is admitted while the predicted busy time per second of media stays under `budget_share`. Where
+    `overload_steps` names a schedule, a new session that would not fit may run that one instead ('' never). At most
+    `max_paused_sessions` beside the `max_sessions` wait without a cache, each for `max_paused_s`. A stream is anchored
+    anew on its sink and newest chunk when a measure of its pictures left that of its first chunks by `reanchor_drift`
+    (0.3 is 30 %), or every `reanchor_every_chunks`; 0 is never.
+    """
 
     max_sessions: int = 4
     batch_sessions: int = 4
@@ -277,10 +284,18 @@ class ServeConfig:
     lead_s: float = 1.0
     decoder_history_frames: int = 24
     pixel_scale: int = 1
+    budget_share: float = 0.9
+    overload_steps: str = ""
+    max_paused_sessions: int = 64
+    max_paused_s: float = 600.0
+    reanchor_drift: float = 0.0
+    reanchor_every_chunks: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "serve", "max_sessions", "batch_sessions", "decoder_history_frames")
-        _positive(self, "serve", "max_prompt_characters", "max_seconds", "pixel_scale")
+        _positive(self, "serve", "max_prompt_characters", "max_seconds", "pixel_scale", "max_paused_s", "lead_s")
+        _not_negative(self, "serve", "max_paused_sessions", "reanchor_drift", "reanchor_every_chunks")
+        require(0.0 < self.budget_share <= 1.0, "serve.budget_share", self.budget_share, "a number in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -314,10 +329,14 @@ class Config:
             "cache.window_frames", cache.window_frames,
             f"a multiple of geometry.chunk_frames = {chunk}, at least sink and current chunk = {least}",
         )
-        try:  # as stage 1 runs it: the listed steps under the one context
-            StepSchedule(self.distill.stage1_steps, self.schedule.shift, self.schedule.resolved_context)
-        except FieldError as error:
-            raise FieldError("distill.stage1_steps", self.distill.stage1_steps, error.allowed) from error
+        # as stage 1, or an overloaded engine, runs them: the listed steps under the one context
+        others = {"distill.stage1_steps": self.distill.stage1_steps, "serve.overload_steps": self.serve.overload_steps}
+        for name, steps in others.items():
+            try:
+                if name.startswith("distill") or steps:
+                    StepSchedule(steps, self.schedule.shift, self.schedule.resolved_context)
+            except FieldError as error:
+                raise FieldError(name, steps, error.allowed) from error
 
     @classmethod
     def from_preset(cls, name: str, settings: Iterable[str] = ()) -> Config:

@@ -16,6 +16,7 @@ CHUNK_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 3.0, 1
 ENCODE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0)
 PROMPT_BUCKETS_S = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 WINDOW_BUCKETS_S = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0, 30.0)
+DRIFT_BUCKETS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
 UPDATE_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _UNIT_ENDINGS = {"seconds": "_seconds", "bytes": "_bytes"}
 
@@ -85,6 +86,17 @@ SERVING = (
     _counter("diagonal_stream_stalls_total", "stalls", "Times that playback caught up with generation"),
     _counter("diagonal_stream_stall_seconds_total", "seconds", "Time that playback waited for generation"),
     _histogram("diagonal_send_window_media_seconds", "Media ahead of playback at a request", WINDOW_BUCKETS_S),
+    _gauge("diagonal_sessions_paused", "sessions", "Sessions that wait without a cache"),
+    _gauge("diagonal_session_state_bytes", "bytes", "Decoder states and kept latents of sessions with a cache"),
+    _gauge("diagonal_snapshot_bytes", "bytes", "What paused sessions left to go on from"),
+    _gauge("diagonal_budget_used_ratio", "ratio", "Predicted busy time per second of media of playing sessions"),
+    _counter("diagonal_recaches_total", "recaches", "Times that a session's cache was written anew", "reason"),
+    _counter("diagonal_session_failures_total", "sessions", "Sessions that failed, by where", "code"),
+    _counter("diagonal_schedules_shortened_total", "sessions", "Sessions admitted under the overload schedule"),
+    MetricSpec(
+        "diagonal_stream_drift_ratio", "histogram", "ratio", "A chunk's measure over that of the stream's first chunks",
+        ("measure",), DRIFT_BUCKETS,
+    ),
 )
 
 TRAINING = (
