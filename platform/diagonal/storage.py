@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+import pyarrow as pa
 from pyarrow import fs
 
 from diagonal.errors import FieldError, require
@@ -116,6 +118,25 @@ class Folder:
             return b"".join(parts)
 
         return self._retried(f"read {name}", read)
+
+    def open(self, name: str) -> pa.NativeFile:
+        """A file for random access, read range by range; the caller closes it. `FieldError` when there is none.
+
+        Every range is tried again as other calls are, so an `OSError` of its reader speaks of what the file holds.
+        """
+        info = self._retried(f"look for {name}", lambda: self._info(name))
+        require(info.type == fs.FileType.File, "file", f"{self.uri}/{name}", "a file that exists")
+        if self.is_local:
+            return self._filesystem.open_input_file(self._full(name))
+
+        def read(start: int, count: int) -> bytes:
+            with self._filesystem.open_input_file(self._full(name)) as file:
+                data = bytes(file.read_at(count, start))
+            _check_size(name, len(data), count)
+            return data
+
+        ranges = _Ranges(info.size, lambda start, count: self._retried(f"read {name}", lambda: read(start, count)))
+        return pa.PythonFile(ranges, mode="r")
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, whole or not at all, durably."""
@@ -265,7 +286,7 @@ class Folder:
                 while part := file.read(PART_BYTES):
                     seen += len(part)
                     take(part)
-        except (FileNotFoundError, IsADirectoryError) as error:
+        except FileNotFoundError as error:
             raise FieldError("file", f"{self.uri}/{name}", "a file that exists") from error
         _check_size(name, seen, size)
 
@@ -286,6 +307,34 @@ class Folder:
             _log.warning("%s: could not %s (try %d); goes on for %.0f s: %s", self.uri, what, tries, left_s, cause)
             time.sleep(min(left_s, wait_s * secrets.SystemRandom().uniform(0.5, 1.0)))
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+class _Ranges(io.RawIOBase):
+    """A file of known size whose bytes a function of (start, count) gives."""
+
+    def __init__(self, size_bytes: int, read: Callable[[int, int], bytes]) -> None:
+        self._size_bytes, self._read, self._position = size_bytes, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._size_bytes - self._position)
+        count = left if size is None or size < 0 else min(size, left)
+        data = self._read(self._position, count) if count else b""
+        self._position += len(data)
+        return data
 
 
 def _check_remote(uri: str) -> None:
