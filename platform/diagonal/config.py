@@ -169,16 +169,20 @@ class OdeInitConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of METHOD I.6: spatial*dmd + regression*reg + gamma*(motion*motion_dmd + flow_regression)."""
+    """Weights of METHOD I.6: spatial*dmd + regression*reg + gamma*(motion*motion_dmd + flow_regression).
+
+    `motion_weights` gives later frame differences more weight in the motion term, as the published code does.
+    """
 
     spatial: float = 1.0
     regression: float = 0.0
     gamma: float = 1.0
     motion: float = 1.0
     flow_regression: float = 1.0
+    motion_weights: bool = False
 
     def __post_init__(self) -> None:
-        _not_negative(self, "distill.loss", *(field.name for field in dataclasses.fields(self)))
+        _not_negative(self, "distill.loss", "spatial", "regression", "gamma", "motion", "flow_regression")
 
 
 @dataclass(frozen=True)

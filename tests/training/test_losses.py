@@ -145,11 +145,18 @@ def test_ode_regression_averages_over_kept_frames_only() -> None:
     assert gradient(loss, prediction).flatten().tolist() == pytest.approx([2 / 3, 2 / 3, 0.0, 4 / 3])
 
 
-def test_ode_regression_counts_every_entry_of_a_kept_frame() -> None:
+def test_ode_regression_counts_every_entry_of_a_kept_frame_and_every_sample() -> None:
     keep = torch.zeros(2, 4, dtype=torch.bool)
     keep[0, :3] = True
-    assert losses.ode_regression(torch.full(SHAPE, 3.0), torch.ones(SHAPE), keep).item() == 4.0
+    assert losses.ode_regression(torch.full(SHAPE, 3.0), torch.ones(SHAPE), keep).item() == 2.0  # (4 + 0)/2
     assert losses.ode_regression(torch.ones(SHAPE), torch.zeros(SHAPE), torch.zeros_like(keep)).item() == 0.0
+
+
+def test_ode_regression_of_a_batch_is_the_mean_of_its_samples_however_many_frames_each_keeps() -> None:
+    prediction, target = random_clips(9, 2)
+    keep = torch.tensor([[True, False, False, False], [True, True, True, False]])
+    alone = [losses.ode_regression(prediction[i : i + 1], target[i : i + 1], keep[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(losses.ode_regression(prediction, target, keep), torch.stack(alone).mean())
 
 
 def test_critic_flow_equals_the_hand_worked_number_and_does_not_reach_the_rollout() -> None:

@@ -1,277 +1,290 @@
-"""Checkpoints of a training run: all that decides the next update, whole or not at all, for any number of ranks."""
+"""Checkpoints of a training run on any storage: written in the background, whole or not at all, for any world size."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
+import socket
+import tempfile
+import time
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from diagonal.errors import require
+from diagonal.storage import Folder, StorageError
 from diagonal.training import manifest
-from diagonal.training.ema import Ema
-from diagonal.training.manifest import CheckpointError
-from diagonal.training.parallel import any_rank
+from diagonal.training.manifest import Checkpoint, CheckpointError, UnfinishedError, checkpoints, folder_name
+from diagonal.training.ranks import Group, from_rank_0, gathered, gloo_group, highest, own_rank, world_size
+from diagonal.training.state import TrainState
 
-Saved = Mapping[str, TensorStorageMetadata]
+__all__ = ["Checkpoint", "CheckpointError", "Checkpointer", "Restored", "TrainState", "checkpoints", "folder_name"]
+IDLE, RUNNING, FAILED = range(3)
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class TrainState:
-    """What decides the next update: the only thing that is checkpointed.
+@dataclass(frozen=True)
+class Restored:
+    """What `Checkpointer.restore` loaded, and the newer ones that it could not use, with the reason of each."""
 
-    `update` counts finished updates, `epoch` and `samples_seen` are the data's position. An optimizer has the name of
-    the network it trains. Learning rates and the like belong to the run's configuration and are not kept here.
-    Global random generators are kept by rank. Build it after `parallelize`; a `Stateful` of flat, named tensors.
+    folder: Folder
+    update: int
+    refused: tuple[CheckpointError, ...] = ()
+
+
+class Checkpointer:
+    """Saves a run's state below `root` and restores the newest; keeps the newest `keep` whole ones.
+
+    Every method is collective, and so is making one: all ranks call them in the same order. Training waits for a copy
+    to CPU memory alone (pinned where there is a GPU; as large as this rank's part of the state). A thread then writes,
+    hashes and, for S3, uploads the files, speaking to other ranks over a process group of its own.
+
+    On local storage files go straight into the final folder, which every node must see. On S3 they go through `scratch`
+    (the system's temporary folder by default), which needs room for this rank's part to save and for a whole
+    checkpoint a node to restore. Names are unique by save, so nothing is ever overwritten; what counts is said in
+    `manifest`. Older whole ones beyond `keep`, and what is left of broken ones, are deleted after a newer one is whole.
     """
 
-    stage: int
-    networks: dict[str, nn.Module]
-    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
-    ema: Ema | None = None
-    update: int = 0
-    epoch: int = 0
-    samples_seen: int = 0
+    def __init__(self, root: Folder, keep: int, scratch: Path | None = None) -> None:
+        require(keep >= 1, "keep_checkpoints", keep, "a whole number of at least 1")
+        self._root, self._keep = root, keep
+        mark = hashlib.sha256(root.uri.encode()).hexdigest()[:12]
+        self._scratch = (scratch or Path(tempfile.gettempdir())) / f"diagonal-checkpoint-{mark}"
+        self._main, self._background = gloo_group(), gloo_group()
+        self._token = from_rank_0(lambda: uuid.uuid4().hex[:8], self._main)
+        cuda = torch.cuda.is_available()
+        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._newest: Future[None] | None = None
+        self._saves = 0
+        self._refused: set[str] = set()
+        self.skipped = 0
+        """Saves that were skipped because an earlier one was still being written."""
+        self.waited_s = 0.0
+        """Seconds that training waited in the newest `save`."""
+        self.wrote_s = 0.0
+        """Seconds that the newest finished save took in the background."""
 
-    def __post_init__(self) -> None:
-        for name in self.optimizers:
-            require(name in self.networks, "optimizers", name, f"names of networks: {sorted(self.networks)}")
+    def save(self, state: TrainState, *, wait: bool = False) -> None:
+        """Copy `state` and write it in the background.
 
-    @property
-    def progress(self) -> dict[str, int]:
-        """Where the run stands, as the manifest says it."""
-        names = ("stage", "update", "epoch", "samples_seen")
-        return {name: getattr(self, name) for name in names}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """`progress`, `rng/<rank>/<device>`, `networks/<name>/<parameter>`, `optimizers/<name>/<parameter>/<entry>`,
-        `ema/started` and `ema/<parameter>`; weights, moments and averages are the live tensors."""
-        tensors = {"progress": torch.tensor(list(self.progress.values()))} | _random_states()
-        for name, network in self.networks.items():
-            tensors |= {f"networks/{name}/{key}": value for key, value in network.state_dict().items()}
-        for name, optimizer in self.optimizers.items():
-            tensors |= _moments(name, optimizer, self.networks[name])
-        return tensors | self._average()
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a state of the same networks; a rank without a saved random generator keeps its own."""
-        for name, value in zip(self.progress, tensors["progress"].tolist(), strict=True):
-            setattr(self, name, value)
-        for name, network in self.networks.items():
-            network.load_state_dict(_below(tensors, f"networks/{name}/"))
-        for name, optimizer in self.optimizers.items():
-            _set_moments(optimizer, self.networks[name], _below(tensors, f"optimizers/{name}/"))
-        if self.ema is not None:
-            shadow = _below(tensors, "ema/shadow/")
-            self.ema.load_state_dict({"started": tensors["ema/started"], "shadow": shadow})
-        _set_random_states(tensors)
-
-    def template(self, saved: Saved) -> dict[str, Tensor]:
-        """Tensors to read `saved` into, sharded as this state is: its own, and room for the optimizers' moments.
-
-        Raises `FieldError` where a name or a shape differs.
+        At most one save is in flight: while one is, another is skipped, counted and warned about, so that training goes
+        on when the storage is slow or away. With `wait` it is never skipped: it waits for the one in flight, and
+        returns when its own is whole (for the last save of a run).
+        Raises, on all ranks together, the `CheckpointError` of an earlier save that failed (and, with `wait`, its own).
         """
-        tensors = {key: value for key, value in self.state_dict().items() if not key.startswith("optimizers/")}
-        tensors = {key: value for key, value in tensors.items() if not key.startswith("rng/") or key in saved}
-        expected = {key for key in saved if not key.startswith(("rng/", "optimizers/"))}
-        wrong = sorted(expected ^ {key for key in tensors if not key.startswith("rng/")})
-        require(not wrong, "checkpoint.names", wrong[:8], "exactly the networks and averages of this run")
-        for key, value in tensors.items():
-            found, own = tuple(saved[key].size), tuple(value.shape)
-            require(found == own, f"checkpoint.{key}", found, f"the shape {own} of this run")
-        return tensors | self._room_for_moments(saved)
+        started_s = time.monotonic()
+        if wait:
+            self.finish()
+        elif self._agreed_status() == RUNNING:
+            self.skipped += 1
+            if own_rank() == 0:
+                _log.warning("update %d: no checkpoint, as an earlier one is still being written", state.update)
+            return
+        staged = cast(dict[str, Tensor], self._stager.stage(state.state_dict()))  # no future: it is not asynchronous
+        token = f"{self._token}{self._saves:04d}"
+        folder = self._root / folder_name(state.update, token)
+        self._saves += 1
+        self._newest = self._thread.submit(self._write, staged, state.progress, folder, token)
+        if wait:
+            self.finish()
+        self.waited_s = time.monotonic() - started_s
 
-    def _room_for_moments(self, saved: Saved) -> dict[str, Tensor]:
-        room = {}
-        for key in (key for key in saved if key.startswith("optimizers/")):
-            _, network, name, _ = key.split("/")
-            require(network in self.optimizers, f"checkpoint.{key}", network, f"one of {sorted(self.optimizers)}")
-            parameter, dtype = self.networks[network].get_parameter(name), saved[key].properties.dtype
-            like_weights = saved[key].size == parameter.shape
-            room[key] = (
-                torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-                if like_weights else torch.zeros(saved[key].size, dtype=dtype)
-            )
-        return room
+    def finish(self) -> None:
+        """Wait until the newest save is whole; raises as `save` does. May be called again and before further saves."""
+        if self._newest is not None:
+            wait_for([self._newest])
+        self._agreed_status()
 
-    def _average(self) -> dict[str, Tensor]:
-        if self.ema is None:
-            return {}
-        state = self.ema.state_dict()
-        return {"ema/started": state["started"]} | {f"ema/shadow/{key}": v for key, v in state["shadow"].items()}
+    def restore(self, state: TrainState) -> Restored | None:
+        """Load the newest checkpoint whose every file has its size and hash; None when the run has none yet.
+
+        An altered one is refused and the one before it taken, the same on all ranks. The number of ranks may differ
+        from the one that saved. Learning rates, betas and weight decay stay those of `state`'s optimizers, that is of
+        this run's configuration: a resume with another lr goes on with the saved moments and the new rate.
+        Raises `CheckpointError` when there are some and none can be used (nothing is then begun from anew by itself),
+        `FieldError` when it is of other networks, `StorageError` when the storage does not answer.
+        """
+        found, broken = from_rank_0(lambda: _listed(self._root), self._main)
+        refused = list(broken)
+        for name, manifests in found:
+            chosen = Checkpoint(self._root / name, manifests)
+            error = self._load(state, chosen)
+            if error is None:
+                self._refused = {other.folder.rpartition("/")[2] for other in refused}
+                newer = [other for other in refused if _is_newer(other, chosen)]
+                return Restored(chosen.folder, chosen.update, tuple(newer))
+            refused.append(error)
+        lost = [error for error in refused if not isinstance(error, UnfinishedError)]
+        if lost:
+            reasons = "; ".join(map(str, lost))
+            raise CheckpointError(self._root, f"none of {len(lost)} can be used, remove them to begin anew: {reasons}")
+        return None
+
+    def _agreed_status(self) -> int:
+        """IDLE, or RUNNING while any rank still writes; raises on all ranks when a save failed on any."""
+        done = self._newest is None or self._newest.done()
+        error = self._newest.exception() if self._newest is not None and done else None
+        status = highest(FAILED if error else IDLE if done else RUNNING, self._main)
+        if status == FAILED:
+            raise error or CheckpointError(self._root, "another rank could not write its part")
+        return status
+
+    def _write(self, staged: dict[str, Tensor], progress: dict[str, int], folder: Folder, token: str) -> None:
+        """One save, in the background; all ranks end it together, whole or failed."""
+        started_s, failure = time.monotonic(), None
+        try:
+            self._put(staged, progress, folder, token)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            failure = CheckpointError(folder, f"could not be written: {_reason(error)}")
+            failure.__cause__ = error
+        if highest(failure is not None, self._background):
+            if own_rank() == 0 and folder.is_local:
+                shutil.rmtree(folder.path, ignore_errors=True)  # a full disk gets its room back
+            raise failure or CheckpointError(folder, "another rank could not write its part")
+        if own_rank() == 0:
+            self._retain(folder)
+        self.wrote_s = time.monotonic() - started_s
+
+    def _put(self, staged: dict[str, Tensor], progress: dict[str, int], folder: Folder, token: str) -> None:
+        with self._written_at(folder) as local:
+            writer = dcp.FileSystemWriter(local, sync_files=folder.is_local)
+            dcp.save(staged, storage_writer=writer, process_group=self._background, no_dist=not dist.is_initialized())
+            told = manifest.compose(local, own_rank(), world_size(), token, progress)
+            if not folder.is_local:
+                for name in told["files"]:
+                    folder.put(local / name, name)
+            folder.write_json(manifest.name_of(own_rank()), told)
+
+    @contextmanager
+    def _written_at(self, folder: Folder) -> Iterator[Path]:
+        """The local folder that this rank's files are written into."""
+        if folder.is_local:
+            yield folder.path
+            return
+        with _emptied(self._scratch / f"rank{own_rank()}") as local:
+            yield local
+
+    def _retain(self, newest: Folder) -> None:
+        whole, broken = manifest.scan(self._root)
+        names = [found.folder.name for found in whole if found.folder.name not in self._refused]
+        if newest.name not in names:
+            raise CheckpointError(newest, "rank 0 does not see the files of all ranks: every node must see the folder")
+        kept = {newest.name, *[name for name in names if name != newest.name][: self._keep - 1]}
+        useless = {found.folder.name for found in whole} | {error.folder.rpartition("/")[2] for error in broken}
+        try:
+            for name in sorted(useless - kept):
+                manifest.bury(self._root / name)
+        except (OSError, StorageError) as error:
+            _log.warning("old checkpoints stay: %s", error)
+
+    def _load(self, state: TrainState, chosen: Checkpoint) -> CheckpointError | None:
+        """Check `chosen` and read it into `state`; why not, the same on all ranks."""
+        if chosen.folder.is_local:
+            return self._checked_load(state, chosen, chosen.folder.path, own_rank(), world_size())
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        place = os.stat(self._scratch)
+        nodes = gathered((socket.gethostname(), place.st_dev, place.st_ino), self._main)
+        mine = [rank for rank, node in enumerate(nodes) if node == nodes[own_rank()]]
+        local, leads = self._scratch / "restore", mine[0] == own_rank()
+        if leads:
+            shutil.rmtree(local, ignore_errors=True)
+        highest(IDLE, self._main)  # a barrier: the old files are gone
+        try:
+            return self._checked_load(state, chosen, local, mine.index(own_rank()), len(mine))
+        finally:
+            if leads:
+                shutil.rmtree(local, ignore_errors=True)
+
+    def _checked_load(
+        self, state: TrainState, chosen: Checkpoint, local: Path, share: int, shares: int
+    ) -> CheckpointError | None:
+        errors = gathered(_fetched(chosen, local, sorted(chosen.files)[share::shares]), self._main)
+        for error in errors:
+            if isinstance(error, StorageError):
+                raise error
+        refusals = [error for error in errors if isinstance(error, CheckpointError)]
+        if refusals:
+            return refusals[0]
+        _read_into(state, local, self._main)
+        highest(IDLE, self._main)  # a barrier: every rank has read its part
+        return None
+
+
+def _listed(root: Folder) -> tuple[list[tuple[str, tuple[manifest.Manifest, ...]]], list[CheckpointError]]:
+    whole, broken = manifest.scan(root)
+    return [(found.folder.name, found.manifests) for found in whole], broken
+
+
+def _is_newer(refused: CheckpointError, chosen: Checkpoint) -> bool:
+    return refused.folder.rpartition("/")[2] > chosen.folder.name.rpartition("-")[0]
+
+
+def _fetched(chosen: Checkpoint, local: Path, names: list[str]) -> CheckpointError | StorageError | None:
+    """Check those files of `chosen` in `local`, after their download when it is on S3; what was wrong."""
+    try:
+        for name in names:
+            if not chosen.folder.is_local:
+                chosen.folder.get(name, local / name)
+            manifest.check_file(chosen, name, local / name)
+    except (CheckpointError, StorageError) as error:
+        return error
+    return None
+
+
+def _read_into(state: TrainState, local: Path, group: Group) -> None:
+    reader = dcp.FileSystemReader(local)
+    saved = reader.read_metadata().state_dict_metadata
+    tensors = state.template({key: value for key, value in saved.items() if isinstance(value, TensorStorageMetadata)})
+    dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=not dist.is_initialized())
+    state.load_state_dict(tensors)
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """A folder without what an ended process left there, removed at the end."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """The first rank's own error where torch wraps those of several."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = min(error.failures.items())
+        return f"rank {rank}: {cause!r}"
+    return str(error)
 
 
 def save(state: TrainState, folder: str | os.PathLike[str], *, shared: bool = True) -> Path:
-    """Write `state` to `folder`, which appears whole or not at all; collective. Returns the folder.
-
-    `shared`: all ranks write one folder. Otherwise each rank passes a folder of its own, whose files are later merged
-    into one (as Ray Train does); file names never clash. An older folder of that name is replaced.
-    """
-    target, rank = Path(folder).absolute(), _rank()
-    partial = target.with_name(f".{target.name}.partial")
-    leads = rank == 0 or not shared
-    if leads:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    token = _from_rank_0(uuid.uuid4().hex)  # also a barrier: the folder exists
-    writer = dcp.FileSystemWriter(partial, sync_files=True)
+    """Write `state` to a local folder and wait (until the jobs use `Checkpointer`)."""
+    target = Path(folder)
+    writer = dcp.FileSystemWriter(target, sync_files=True)
     dcp.save(state.state_dict(), storage_writer=writer, no_dist=not dist.is_initialized())
-    manifest.write(partial, rank, _world_size(), token, state.progress)
-    _barrier()
-    if leads:
-        _move_into_place(partial, target)
-    _barrier()
+    told = manifest.compose(target, own_rank(), world_size(), "", state.progress)
+    Folder(str(target)).write_json(manifest.name_of(own_rank()), told)
     return target
 
 
 def load(state: TrainState, folder: str | os.PathLike[str]) -> None:
-    """Check `folder` and read it into `state`, whose networks may be sharded over another number of ranks; collective.
-
-    Raises `CheckpointError` on every rank when a file is missing or altered, `FieldError` when it is of other networks.
-    """
-    source, fault = Path(folder), None
-    try:
-        manifest.check_files(source, manifest.read_all(source)[_rank() :: _world_size()])
-    except CheckpointError as error:
-        fault = error
-    if any_rank(fault is not None, device=_device(state)):
-        raise fault or CheckpointError(source, "another rank found it incomplete or altered")
-    reader = dcp.FileSystemReader(source)
-    saved = reader.read_metadata().state_dict_metadata
-    tensors = state.template({key: value for key, value in saved.items() if isinstance(value, TensorStorageMetadata)})
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-    state.load_state_dict(tensors)
-
-
-def latest(root: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint below `root` whose every file is as it was written; rank 0 looks, all ranks follow."""
-    return _from_rank_0(_newest_whole(Path(root)) if _rank() == 0 else None)
-
-
-def retain(root: str | os.PathLike[str], keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints below `root` (on rank 0). Returns the deleted folders."""
-    require(keep >= 1, "keep_checkpoints", keep, "a whole number of at least 1")
-    if _rank() != 0:
-        return []
-    old = _by_age(Path(root))[keep:]
-    for folder in old:
-        shutil.rmtree(folder)
-    return old
-
-
-def folder_name(update: int) -> str:
-    """Name of the checkpoint after `update` updates; names sort by age."""
-    return f"update-{update:08d}"
-
-
-def _random_states() -> dict[str, Tensor]:
-    prefix = f"rng/rank{_rank():02d}"
-    states = {f"{prefix}/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states[f"{prefix}/cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_random_states(tensors: Mapping[str, Tensor]) -> None:
-    mine = _below(tensors, f"rng/rank{_rank():02d}/")
-    if "cpu" in mine:
-        torch.set_rng_state(mine["cpu"])
-    if "cuda" in mine and torch.cuda.is_available():
-        torch.cuda.set_rng_state(mine["cuda"])
-
-
-def _moments(name: str, optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """An optimizer's state by parameter name; nothing for a parameter (or an optimizer) that never stepped."""
-    names = {id(parameter): key for key, parameter in network.named_parameters()}
-    found = {}
-    for parameter, entries in optimizer.state.items():
-        for entry, value in entries.items():
-            require(isinstance(value, Tensor), f"optimizers.{name}.{entry}", value, "a tensor")
-            found[f"optimizers/{name}/{names[id(parameter)]}/{entry}"] = value
-    return found
-
-
-def _set_moments(optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    parameters = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, entry = key.split("/")
-        state.setdefault(parameters.index(id(network.get_parameter(name))), {})[entry] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _by_age(root: Path) -> list[Path]:
-    """Checkpoints below `root` with all their manifests, newest first; their files are not read."""
-    found = []
-    for folder in _folders(root):
-        try:
-            found.append((manifest.read_all(folder)[0]["update"], folder.name, folder))
-        except CheckpointError as error:
-            _log.warning("skipped: %s", error)
-    return [folder for _, _, folder in sorted(found, reverse=True)]
-
-
-def _newest_whole(root: Path) -> Path | None:
-    for folder in _by_age(root):
-        try:
-            manifest.check_files(folder, manifest.read_all(folder))
-        except CheckpointError as error:
-            _log.warning("skipped: %s", error)
-            continue
-        return folder
-    return None
-
-
-def _folders(root: Path) -> Iterable[Path]:
-    visible = root.iterdir() if root.is_dir() else ()
-    return [path for path in visible if path.is_dir() and not path.name.startswith(".")]
-
-
-def _move_into_place(partial: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(partial, target)
-    manifest.sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _from_rank_0(value: Any) -> Any:
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _device(state: TrainState) -> torch.device:
-    return next(parameter for network in state.networks.values() for parameter in network.parameters()).device
+    """Read a local folder into `state` (until the jobs use `Checkpointer`)."""
+    _read_into(state, Path(folder), None)

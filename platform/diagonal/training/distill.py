@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +29,9 @@ class PromptBatch:
     text: Tensor
     samples: Sequence[int]
 
-    def split(self, size: int) -> list[PromptBatch]:
-        """Micro-batches of at most `size` samples."""
-        starts = range(0, len(self.samples), size)
-        return [PromptBatch(self.text[i : i + size], self.samples[i : i + size]) for i in starts]
+    def part(self, where: slice) -> PromptBatch:
+        """Some of its samples."""
+        return PromptBatch(self.text[where], self.samples[where])
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,9 @@ def generator_loss(
     """Total loss of METHOD I.6 on rollouts whose exit steps carry gradient, and its terms (detached)."""
     x = _rollout(networks.generator, config, batch, update, stage, "generator")
     fake, real = _score(networks, config, batch, x)
-    terms = {"dmd": losses.dmd(x, fake, real), "motion": losses.motion(x, fake, real)}
     weights = config.distill.loss
+    by_frame = losses.motion_frame_weights(x, fake, real) if weights.motion_weights else None
+    terms = {"dmd": losses.dmd(x, fake, real), "motion": losses.motion(x, fake, real, by_frame)}
     if networks.reference is not None and (weights.flow_regression > 0 or weights.regression > 0):
         target = _reference(networks.reference, config, batch)
         terms["flow_regression"] = losses.flow_regression(x, target)
@@ -70,13 +70,16 @@ def generator_loss(
     return total, {name: term.detach() for name, term in {**terms, "generator": total}.items()}
 
 
-def critic_loss(networks: Networks, config: Config, batch: PromptBatch, update: int, stage: int) -> Tensor:
-    """Flow matching of the critic on rollouts of their own, drawn by the same rule as the generator's."""
+def critic_loss(
+    networks: Networks, config: Config, batch: PromptBatch, update: int, stage: int
+) -> tuple[Tensor, Terms]:
+    """Flow matching of the critic on rollouts of their own, drawn by the same rule as the generator's; its one term."""
     with torch.no_grad():
         x = _rollout(networks.generator, config, batch, update, stage, "critic")
     level, noise = _score_draws(config, batch, x, "critic")
     predicted = velocity(networks.critic, blend(x, noise, level), level, batch.text)
-    return losses.critic_flow(predicted, noise, x)
+    loss = losses.critic_flow(predicted, noise, x)
+    return loss, {"critic": loss.detach()}
 
 
 def _rollout(
@@ -118,11 +121,3 @@ def _score_draws(config: Config, batch: PromptBatch, x: Tensor, role: str) -> tu
     noise = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws])
     level = losses.score_level(uniform, config.schedule.shift, settings.level_low, settings.level_high)
     return level.to(x.device), noise.to(x.device)
-
-
-def mean_terms(terms: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> Terms:
-    """Weighted sum of each term over micro-batches."""
-    return {
-        name: sum((share * term[name] for term, share in zip(terms, shares, strict=True)), torch.zeros(()))
-        for name in terms[0]
-    }

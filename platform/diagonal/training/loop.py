@@ -5,62 +5,100 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diagonal.config import Config
 from diagonal.model.attention import BlockCausal
-from diagonal.training.checkpoint import TrainState
-from diagonal.training.distill import Networks, PromptBatch, Terms, critic_loss, generator_loss, mean_terms
+from diagonal.training.distill import Networks, PromptBatch, Terms, critic_loss, generator_loss
 from diagonal.training.ema import Ema
 from diagonal.training.ode_init import PairBatch, ode_loss
 from diagonal.training.parallel import any_rank, clip_gradients, finish_gradients, rollout_scope
+from diagonal.training.ranks import own_rank, world_size
+from diagonal.training.slices import micro_batches, require_own
+from diagonal.training.state import TrainState
 
 Batch = TypeVar("Batch")
+Part = TypeVar("Part", PairBatch, PromptBatch)
 Figures = dict[str, float]
 
 
 class TooManyNonFiniteError(RuntimeError):
-    """Updates in a row were skipped because their gradients were not finite."""
+    """Updates in a row were skipped because their losses or gradients were not finite."""
+
+
+class Stopped(Exception):  # noqa: N818  # not an error: somebody asked for it
+    """The loop ended before its last update, as asked; the checkpoint of `update` is whole."""
+
+    def __init__(self, update: int) -> None:
+        super().__init__(f"stopped after update {update}")
+        self.update = update
+
+
+class Save(Protocol):
+    """Keeps a checkpoint; with `wait` it is never skipped and is whole on return (`Checkpointer.save`)."""
+
+    def __call__(self, state: TrainState, *, wait: bool = False) -> None: ...
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Where a loop's results go: `report(update, figures)` after each update, `save(state)` at checkpoints."""
+    """What surrounds a loop: `report(update, figures)` after each update, `save` at checkpoints, and `stop()`, asked
+    after each update: one rank's yes stops all (a preemption, a user's request)."""
 
     report: Callable[[int, Mapping[str, float]], None]
-    save: Callable[[TrainState], None]
+    save: Save
+    stop: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
 class Plan(Generic[Batch]):
-    """What a loop does: up to update `last`, with `step(update, batch)` giving the update's figures."""
+    """What a loop does: up to update `last`, with `step(update, batch)` giving the update's figures.
+
+    `sample_tokens` is the number of latent tokens of a clip, for the reports.
+    """
 
     last: int
     checkpoint_every: int
     global_batch_size: int
     max_nonfinite: int
     step: Callable[[int, Batch], Figures]
+    sample_tokens: int = 0
 
 
 def run_loop(state: TrainState, plan: Plan[Batch], batches: Iterator[Batch], hooks: Hooks) -> None:
     """Go on from `state.update` to `plan.last`; `batches` must begin at `state.samples_seen`.
 
-    `TooManyNonFiniteError` after `max_nonfinite` skipped updates in a row.
+    Figures reported are the step's and, of this rank: `samples` (of all ranks, since the run's start), `tokens` (of the
+    update's clips), `data_wait_s` (for the batch) and `update_s` (computing); a long wait is a starved input.
+    Raises `Stopped` once `hooks.stop` asked for it, after a checkpoint of that update; `TooManyNonFiniteError` after
+    `max_nonfinite` skipped updates in a row; both on all ranks together.
     """
     skipped = 0
     for update in range(state.update + 1, plan.last + 1):
-        started_s = time.monotonic()
-        figures = plan.step(update, next(batches))
+        asked_s = time.monotonic()
+        batch = next(batches)
+        began_s = time.monotonic()
+        figures = plan.step(update, batch)
         state.update, state.samples_seen = update, update * plan.global_batch_size
+        hooks.report(update, {
+            **figures, "samples": state.samples_seen, "tokens": plan.global_batch_size * plan.sample_tokens,
+            "data_wait_s": began_s - asked_s, "update_s": time.monotonic() - began_s,
+        })
         skipped = skipped + 1 if figures.get("skipped") else 0
         if skipped >= plan.max_nonfinite:
-            raise TooManyNonFiniteError(f"update {update}: gradients were not finite {skipped} times in a row")
-        hooks.report(update, {**figures, "update_s": time.monotonic() - started_s})
-        if update % plan.checkpoint_every == 0 or update == plan.last:
-            hooks.save(state)
+            raise TooManyNonFiniteError(
+                f"update {update}: losses or gradients were not finite {skipped} times in a row, "
+                f"and distill.max_nonfinite = {plan.max_nonfinite}"
+            )
+        last = update == plan.last
+        stops = not last and hooks.stop is not None and any_rank(hooks.stop(), device=_device(state))
+        if last or stops or update % plan.checkpoint_every == 0:
+            hooks.save(state, wait=last or stops)
+        if stops:
+            raise Stopped(update)
 
 
 @dataclass(frozen=True)
@@ -75,18 +113,18 @@ class Learner:
         """One optimizer update from the gradients that `backward` leaves; its terms, and whether it was applied.
 
         The parameters stay gathered meanwhile, gradients are reduced once, and all ranks skip together when the norm
-        is not finite.
+        or a loss is not finite on any: weights and moments then stay as they were.
         """
         with rollout_scope(self.network):
             terms = backward()
             finish_gradients(self.network)
         norm = clip_gradients(self.network.parameters(), self.clip_norm)
-        applied = not any_rank(~torch.isfinite(norm))
+        values = torch.stack([*terms.values(), norm])
+        applied = not any_rank(~torch.isfinite(values).all())
         if applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        figures = {name: float(term) for name, term in terms.items()}
-        return {**figures, "gradient_norm": float(norm)}, applied
+        return dict(zip([*terms, "gradient_norm"], values.tolist(), strict=True)), applied
 
 
 @dataclass(frozen=True)
@@ -99,23 +137,19 @@ class OdeInitStep:
     mask: BlockCausal
 
     def __call__(self, update: int, batch: PairBatch) -> Figures:
-        figures, applied = self.learner.learn(lambda: self._backward(batch))
+        settings = self.config.ode_init
+        require_own(batch.samples, update, settings.batch_size, own_rank(), world_size())
+
+        def loss_of(part: PairBatch) -> tuple[Tensor, Terms]:
+            loss = ode_loss(self.learner.network, self.config, part, self.mask)
+            return loss, {"ode_regression": loss.detach()}
+
+        figures, applied = self.learner.learn(
+            lambda: accumulate(batch, settings.micro_batch_size, settings.batch_size, loss_of)
+        )
         if applied:
             self.ema.update(update)
         return {**figures, "skipped": float(not applied)}
-
-    def _backward(self, batch: PairBatch) -> Terms:
-        total, size = len(batch.samples), self.config.ode_init.micro_batch_size
-        terms = []
-        for start in range(0, total, size):
-            part = PairBatch(
-                batch.states[start : start + size], batch.levels, batch.text[start : start + size],
-                batch.samples[start : start + size],
-            )
-            loss = ode_loss(self.learner.network, self.config, part, self.mask) * (len(part.samples) / total)
-            loss.backward()
-            terms.append(loss.detach())
-        return {"ode_regression": torch.stack(terms).sum()}
 
 
 @dataclass(frozen=True)
@@ -130,33 +164,46 @@ class DistillStep:
     ema: Ema
 
     def __call__(self, update: int, batch: PromptBatch) -> Figures:
+        settings = self.config.distill
+        require_own(batch.samples, update, settings.batch_size, own_rank(), world_size())
         figures: Figures = {}
         skipped = False
-        if update % self.config.distill.generator_every == 0:
-            found, applied = self.generator.learn(lambda: self._generator_backward(batch, update))
+        if update % settings.generator_every == 0:
+            found, applied = self.generator.learn(lambda: self._backward(batch, update, generator_loss))
             if applied:
                 self.ema.update(update)
             figures |= {"generator_gradient_norm": found.pop("gradient_norm"), **found}
             skipped = not applied
         with rollout_scope(self.networks.generator):
-            found, applied = self.critic.learn(lambda: self._critic_backward(batch, update))
+            found, applied = self.critic.learn(lambda: self._backward(batch, update, critic_loss))
         figures |= {"critic": found["critic"], "critic_gradient_norm": found["gradient_norm"]}
         return {**figures, "skipped": float(skipped or not applied)}
 
-    def _generator_backward(self, batch: PromptBatch, update: int) -> Terms:
-        terms, shares = [], []
-        for part in batch.split(self.config.distill.micro_batch_size):
-            loss, found = generator_loss(self.networks, self.config, part, update, self.stage)
-            shares.append(len(part.samples) / len(batch.samples))
-            (loss * shares[-1]).backward()
-            terms.append(found)
-        return mean_terms(terms, shares)
+    def _backward(self, batch: PromptBatch, update: int, loss: Callable[..., tuple[Tensor, Terms]]) -> Terms:
+        settings = self.config.distill
+        return accumulate(
+            batch, settings.micro_batch_size, settings.batch_size,
+            lambda part: loss(self.networks, self.config, part, update, self.stage),
+        )
 
-    def _critic_backward(self, batch: PromptBatch, update: int) -> Terms:
-        terms, shares = [], []
-        for part in batch.split(self.config.distill.micro_batch_size):
-            loss = critic_loss(self.networks, self.config, part, update, self.stage)
-            shares.append(len(part.samples) / len(batch.samples))
-            (loss * shares[-1]).backward()
-            terms.append({"critic": loss.detach()})
-        return mean_terms(terms, shares)
+
+def accumulate(
+    batch: Part, size: int, batch_size: int, loss_of: Callable[[Part], tuple[Tensor, Terms]]
+) -> Terms:
+    """Backward of each micro-batch of at most `size` samples; each term's mean over this rank's samples.
+
+    The gradients of all ranks average to that of the mean over the global batch of `batch_size` samples.
+    """
+    parts = micro_batches(len(batch.samples), size, batch_size, world_size())
+    total = sum(weight for _, weight in parts)
+    means: Terms = {}
+    for where, weight in parts:
+        loss, terms = loss_of(batch.part(where))
+        (loss * weight).backward()
+        for name, term in terms.items():
+            means[name] = means.get(name, 0.0) + term * (weight / total)
+    return means
+
+
+def _device(state: TrainState) -> torch.device:
+    return next(parameter for network in state.networks.values() for parameter in network.parameters()).device

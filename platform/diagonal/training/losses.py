@@ -68,7 +68,11 @@ def regression(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def flow_regression(x: Tensor, reference: Tensor, features: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """`mean (F(Dx) - sg(F(Dx_ref)))^2`; F is the identity, or `features`, a head that some optimizer trains."""
+    """`mean (F(Dx) - sg(F(Dx_ref)))^2`.
+
+    F is the identity, and training uses no other: the published code's head is in no optimizer, so it stays the
+    identity that it is initialised to. `features` may be a head that some optimizer does train.
+    """
     extract = features or torch.nn.Identity()
     with torch.no_grad():
         target = extract(frame_difference(reference.float()))
@@ -76,13 +80,15 @@ def flow_regression(x: Tensor, reference: Tensor, features: Callable[[Tensor], T
 
 
 def ode_regression(prediction: Tensor, target: Tensor, keep: Tensor) -> Tensor:
-    """`mean (x0_prediction - x0)^2` over the frames where boolean `keep` `[b, f]`; 0 when none is kept.
+    """`mean_b mean_kept (x0_prediction - x0)^2`: of each sample over the frames where boolean `keep` `[b, f]`, then of
+    the samples; a sample that keeps none counts 0.
 
-    A chunk whose level is 0 is its own answer and is not kept.
+    A chunk whose level is 0 is its own answer and is not kept. By sample, so that the loss of a batch is the same
+    however it is cut over micro-batches and ranks.
     """
     mask = keep.bool()[:, None, :, None, None].expand(prediction.shape)
-    error = torch.where(mask, prediction.float() - target.detach().float(), 0.0)
-    return error.square().sum() / mask.sum().clamp_min(1)
+    error = torch.where(mask, prediction.float() - target.detach().float(), 0.0).square()
+    return (error.flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1)).mean()
 
 
 def critic_flow(velocity_prediction: Tensor, noise: Tensor, clean: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ class PairBatch:
     text: Tensor
     samples: Sequence[int]
 
+    def part(self, where: slice) -> PairBatch:
+        """Some of its samples."""
+        return PairBatch(self.states[where], self.levels, self.text[where], self.samples[where])
+
 
 def stage0_mask(config: Config) -> BlockCausal:
     """What each chunk of a clip sees with the configured sink and window, at absolute positions (METHOD I.8)."""
