@@ -107,7 +107,10 @@ TRAINING = (
     _gauge("diagonal_gradient_norm", "norm", "Gradient norm before clipping", "stage", "network"),
     _counter("diagonal_nonfinite_updates_total", "updates", "Updates skipped for a NaN or an infinity", "stage"),
     _counter("diagonal_samples_total", "samples", "Samples trained on", "stage"),
-    _gauge("diagonal_checkpoint_age_seconds", "seconds", "Age of the newest checkpoint", "stage"),
+    _gauge("diagonal_checkpoint_age_seconds", "seconds", "Age of the newest whole checkpoint", "stage"),
+    _counter("diagonal_checkpoints_refused_total", "checkpoints", "Incomplete or altered ones, passed over", "stage"),
+    _counter("diagonal_restarts_total", "restarts", "Times that workers were started again", "stage"),
+    _counter("diagonal_data_wait_seconds_total", "seconds", "Time that training waited for data", "stage"),
     _counter("diagonal_data_quarantined_total", "samples", "Samples set aside, by reason", "stage", "reason"),
 )
 
