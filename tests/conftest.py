@@ -7,8 +7,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.s3 import FaultyProxy, S3Server
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
@@ -22,7 +26,10 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)]),
 }
-STALE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+STALE = (
+    "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH",
+    "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_SESSION_TOKEN",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -87,3 +94,36 @@ def ray_cluster() -> Iterator[str]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> "Iterator[S3Server]":
+    """A real S3 service on loopback, started by the first test that asks."""
+    from tests.s3 import serve_s3
+
+    with serve_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of an empty bucket, which the AWS_* environment of this test leads to."""
+    from tests.s3 import environment
+
+    for name, value in environment(s3_server.url).items():
+        monkeypatch.setenv(name, value)
+    with s3_server.bucket() as name:
+        yield name
+
+
+@pytest.fixture
+def faulty_s3(bucket: str, s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch) -> "Iterator[FaultyProxy]":
+    """A proxy that records requests and fails as told; the environment leads to it, and through it to `bucket`."""
+    from tests.s3 import FaultyProxy
+
+    proxy = FaultyProxy(s3_server.url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    try:
+        yield proxy
+    finally:
+        proxy.close()

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from diagonal.model.weights import Release, save_base, write_release
 from tests.networks import (
@@ -19,6 +17,7 @@ from tests.networks import (
     small_tokenizer,
     small_wan,
 )
+from tests.s3 import FaultyProxy, S3Server, environment
 
 
 @pytest.fixture
@@ -43,18 +42,18 @@ def release(base: Path, tmp_path: Path) -> Release:
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """A client of an S3 service in this process, with a bucket named `models`; pyarrow finds it by its environment."""
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_EC2_METADATA_DISABLED": "true",
-        "DIAGONAL_CACHE": str(tmp_path / "cache"),
-    }.items():  # fmt: skip
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A client of an S3 service with a bucket named `models`; `fetch` finds it by its environment."""
+    for name, value in {**environment(s3_server.url), "DIAGONAL_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="models")
-    yield client
-    server.stop()
+    with s3_server.bucket("models"):
+        yield s3_server.client()
+
+
+@pytest.fixture
+def faulty(s3: Any, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy before `s3`, which `fetch` then goes through."""
+    proxy = FaultyProxy(s3_server.url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield proxy
+    proxy.close()

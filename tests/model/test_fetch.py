@@ -21,8 +21,10 @@ from diagonal.model.weights import (
     load_teacher,
     load_text,
 )
+from diagonal.storage import StorageError
 from tests.model.folders import TRANSFORMER, files_of, upload
 from tests.networks import begun, small_config, small_text_model, small_tokenizer, small_vae, small_wan
+from tests.s3 import FaultyProxy
 
 
 def test_a_path_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
@@ -45,46 +47,39 @@ def test_a_folder_on_s3_is_downloaded_once_and_whole(s3: Any, release: Release, 
         fetch("s3://models/none")
 
 
-def test_a_download_that_breaks_leaves_nothing(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyarrow import fs
-
+def test_a_copy_that_is_there_needs_no_storage(s3: Any, faulty: FaultyProxy) -> None:
     s3.put_object(Bucket="models", Key="m/a.txt", Body=b"a")
-    copy = fs.copy_files
+    folder = fetch("s3://models/m")
+    with faulty.outage():
+        assert fetch("s3://models/m") == folder
 
-    def break_off(source: str, target: str, **others: Any) -> None:
-        copy(source, target, **others)
-        raise OSError("connection reset")
 
-    monkeypatch.setattr(fs, "copy_files", break_off)
-    with pytest.raises(OSError, match="reset"):
+def test_a_download_that_breaks_leaves_nothing_and_can_be_repeated(
+    s3: Any, faulty: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.put_object(Bucket="models", Key="m/a.txt", Body=b"a")
+    s3.put_object(Bucket="models", Key="m/b.txt", Body=b"b" * 1000)
+    faulty.fail(403, "AccessDenied", key="b.txt")
+    with pytest.raises(StorageError, match="could not look for s3://models/m/b.txt"):
         fetch("s3://models/m")
+    assert faulty.count("GET", "a.txt") == 1
     assert not any(path.is_dir() for path in (tmp_path / "cache").iterdir())
-    monkeypatch.undo()
+    faulty.mend()
+    faulty.truncate(key="b.txt", times=1)
+    assert files_of(fetch("s3://models/m")) == {"a.txt": b"a", "b.txt": b"b" * 1000}
 
 
-def test_two_that_ask_at_once_download_once(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyarrow import fs
-
+def test_two_that_ask_at_once_download_once(s3: Any, faulty: FaultyProxy) -> None:
     s3.put_object(Bucket="models", Key="m/a.txt", Body=b"a")
-    copies, copy, both = [], fs.copy_files, threading.Barrier(2, timeout=20)
-
-    def count(*arguments: Any, **others: Any) -> None:
-        copies.append(arguments)
-        copy(*arguments, **others)
-
-    monkeypatch.setattr(fs, "copy_files", count)
+    faulty.slow(0.5, method="GET", key="a.txt")
     found: list[Path] = []
-
-    def ask() -> None:
-        both.wait()
-        found.append(fetch("s3://models/m"))
-
-    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(fetch("s3://models/m"))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert len(copies) == 1 and len(set(found)) == 1 and (found[0] / "a.txt").read_bytes() == b"a"
+    assert faulty.count("GET", "a.txt") == 1
+    assert len(found) == 2 and len(set(found)) == 1 and (found[0] / "a.txt").read_bytes() == b"a"
 
 
 def test_the_full_preset_goes_from_diffusers_folders_to_pixels(s3: Any, tmp_path: Path) -> None:

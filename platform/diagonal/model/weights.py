@@ -25,6 +25,7 @@ from diagonal.errors import FieldError, require
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of
+from diagonal.storage import Folder
 from diagonal.tree import read_json, write_json
 
 Model = TypeVar("Model", bound=ModelMixin)
@@ -56,23 +57,24 @@ def base_folder(config: Config) -> Path:
 def fetch(uri: str, cache: str | os.PathLike[str] | None = None) -> Path:
     """A local folder with the files of `uri`: itself when local, else a whole copy of an s3:// folder.
 
-    One process downloads, others wait for it; the copy stays, so what lies under one URI must not change.
+    One process downloads, others wait for it; the copy stays, so what lies under one URI must not change. `FieldError`
+    when there is no such folder, `StorageError` when the storage does not answer.
     """
-    if not uri.startswith("s3://"):
-        require(Path(uri).is_dir(), "path", uri, "an existing folder or an s3:// URI")
+    source = Folder(uri)
+    if source.is_local:
+        require(source.path.is_dir(), "path", uri, "an existing folder or an s3:// URI")
         return Path(uri)
-    from pyarrow import fs  # only S3 needs it
-
-    source, path = fs.FileSystem.from_uri(uri)
-    require(source.get_file_info(path).type == fs.FileType.Directory, "path", uri, "an s3:// folder that exists")
     root = Path(cache or os.environ.get("DIAGONAL_CACHE") or Path.home() / ".cache" / "diagonal")
     root.mkdir(parents=True, exist_ok=True)
-    target = root / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    target = root / hashlib.sha256(source.uri.encode()).hexdigest()[:16]
     with (root / f"{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
+            files = source.files()
+            require(bool(files), "path", uri, "an s3:// folder that exists")
             with _whole_folder(target) as folder:
-                fs.copy_files(path, str(folder), source_filesystem=source, destination_filesystem=fs.LocalFileSystem())
+                for name in files:
+                    source.get(name, folder / name)
     return target
 
 

@@ -1,0 +1,91 @@
+"""Files below a local folder: written under a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+PART_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A local folder; errors are the operating system's."""
+
+    root: Path
+
+    def has(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def names(self) -> list[str]:
+        return [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
+
+    def sizes(self) -> dict[str, int]:
+        return {path.relative_to(self.root).as_posix(): path.stat().st_size
+                for path in self.root.rglob("*") if path.is_file()}
+
+    def parts(self, name: str) -> Iterator[bytes]:
+        with (self.root / name).open("rb") as file:
+            while part := file.read(PART_BYTES):
+                yield part
+
+    def open(self, name: str) -> pa.NativeFile:
+        return pa.OSFile(str(self.root / name), "rb")
+
+    def write(self, name: str, data: bytes) -> None:
+        with whole_file(self.root / name) as file:
+            file.write(data)
+
+    def put(self, source: Path, name: str) -> None:
+        with source.open("rb") as file, whole_file(self.root / name) as target:
+            shutil.copyfileobj(file, target, PART_BYTES)
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+    def delete(self) -> None:
+        if self.root.exists():
+            shutil.rmtree(self.root)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name, synced to disk, when the block ends well, and else leaves nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def swap_folder(new: Path, target: Path, old: Path) -> None:
+    """Give the folder `new` the name `target`, whose older folder becomes `old`; synced to disk."""
+    for path in [*new.rglob("*"), new]:
+        _sync(path)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
