@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from diagonal.errors import require
+from diagonal.errors import FieldError, require
 from diagonal.storage import Folder, StorageError
 from diagonal.training import manifest
 from diagonal.training.manifest import Checkpoint, CheckpointError, UnfinishedError, checkpoints, folder_name
@@ -245,6 +245,8 @@ def _fetched(chosen: Checkpoint, local: Path, names: list[str]) -> CheckpointErr
             manifest.check_file(chosen, name, local / name)
     except (CheckpointError, StorageError) as error:
         return error
+    except FieldError as error:
+        return CheckpointError(chosen.folder, str(error))
     return None
 
 

@@ -136,8 +136,8 @@ def check_file(checkpoint: Checkpoint, name: str, path: Path) -> None:
 
 
 def bury(folder: Folder) -> None:
-    """Delete a checkpoint so that it no longer counts from the first write on."""
-    folder.write(name_of(0), b'"being deleted"\n')
+    """Delete a checkpoint; it no longer counts from the first file on."""
+    folder.remove(name_of(0))
     folder.delete()
 
 
@@ -169,9 +169,7 @@ def _read(folder: Folder, rank: int) -> Manifest:
         manifest = json.loads(folder.read(name))
     except (FieldError, ValueError, FileNotFoundError) as error:
         raise UnfinishedError(folder, f"{name} is missing or unreadable ({error})") from error
-    if not isinstance(manifest, dict):
-        raise UnfinishedError(folder, f"{name}: {manifest}")
-    version = manifest.get("format_version")
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(folder, f"{name}: format_version = {version!r}: allowed is {FORMAT_VERSION}")
     return manifest
