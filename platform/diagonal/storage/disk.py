@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,8 +29,13 @@ class Disk:
         return [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
 
     def sizes(self) -> dict[str, int]:
-        return {path.relative_to(self.root).as_posix(): path.stat().st_size
-                for path in self.root.rglob("*") if path.is_file()}
+        """Files may come and go meanwhile."""
+        found = {}
+        for folder, _, names in os.walk(self.root):
+            for path in (Path(folder, name) for name in names):
+                with suppress(FileNotFoundError):
+                    found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        return found
 
     def parts(self, name: str) -> Iterator[bytes]:
         with (self.root / name).open("rb") as file:
