@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
-from diagonal.data.prompts import load_prompts, samples
 from diagonal.errors import require
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.model.weights import check_transformer, fetch, load_causal, load_teacher
 from diagonal.storage import Folder
-from diagonal.training.checkpoint import TrainState
 from diagonal.training.distill import Networks, PromptBatch
 from diagonal.training.ema import Ema
 from diagonal.training.loop import DistillStep, Learner, Plan, run_loop
 from diagonal.training.parallel import ParallelPlan, Precision, full_state_dict, full_tensors, parallelize
+from diagonal.training.state import TrainState
 from jobs.artefacts import base_lineage, lineage_of, local_copy, write_student
 from jobs.export import export
-from jobs.fit import Worker, check_batch, fit
+from jobs.feed import Feed, sample_order
+from jobs.fit import check_batch, fit
 from jobs.ode_init import initialise
-from jobs.pairs import prompts_of
 from jobs.pretrain import pretrain
+from jobs.prompts import training_prompts
 from jobs.run import Run, main, open_run, parser, say
+from jobs.samples import sample_captions
+from jobs.worker import Worker
 
 
 def distill(run: Run) -> Folder:
@@ -54,45 +58,49 @@ def student_folder(run: Run) -> Path:
     return fetch(run.initial_student)
 
 
-def _fit(run: Run) -> None:
+def teacher_folder(run: Run) -> Path:
+    """The network that gives the real score: a local folder that holds `transformer/`."""
+    return fetch(run.config.distill.teacher) if run.config.distill.teacher else run.base
+
+
+def distill_feed(run: Run) -> Feed:
+    """What stages 1 and 2 learn from: prompts alone."""
     options = run.config.distill
-    for folder in (run.base, student_folder(run)):
-        check_transformer(folder, run.config)
-    check_batch(options.batch_size, run.config.train.workers, "distill.batch_size")
-    prompts = load_prompts(options.prompts) if options.prompts else prompts_of(run)
+    prompts = training_prompts(run)
     updates = options.stage1_updates + options.stage2_updates
-    rows = [
-        {"sample": sample, "prompt": prompts[index]}
-        for sample, index in samples(len(prompts), run.config.seed, 0, updates * options.batch_size)
-    ]
-    fit(run, "distill", train, rows)
+    found = prompts.take(sample_order(len(prompts), run.config.seed, updates, options.batch_size))
+    rows = pa.table({"prompt": pa.array([prompt for _, prompt in found], pa.string())})
+    return Feed(rows, options.batch_size, updates, captions=sample_captions(run.config, prompts))
+
+
+def _fit(run: Run) -> None:
+    for folder in (run.base, student_folder(run), teacher_folder(run)):
+        check_transformer(folder, run.config)
+    check_batch(run.config.distill.batch_size, run.config.train.workers, "distill.batch_size")
+    fit(run, "distill", train, distill_feed(run))
     say(f"distill: student in {run.folder / 'stage2'}")
 
 
-def train(settings: dict[str, Any]) -> None:
+def train(worker: Worker, feed: Feed) -> None:
     """One rank of stages 1 and 2."""
-    worker = Worker.join(settings)
-    options = worker.config.distill
-    text = worker.text()
+    options, text = worker.config.distill, worker.text()
     state, networks = build(worker, text)
-    worker.resume(state)
-    updates = options.stage1_updates + options.stage2_updates
-    batches = (
-        prompt_batch(rows, text) for rows in worker.rows(state.samples_seen, options.batch_size)
-    )
-    for stage, last in ((1, options.stage1_updates), (2, updates)):
+    rows, hooks = worker.begin(state, feed, networks.generator, text)
+    batches = (prompt_batch(columns, text) for columns in rows)
+    geometry = worker.config.geometry
+    for stage, last in ((1, options.stage1_updates), (2, feed.updates)):
         if stage == 2:
             keep_stage1(worker, networks.generator)
             networks = with_reference(worker, networks)
         state.stage = stage
         plan = Plan(last, options.checkpoint_every, options.batch_size, options.max_nonfinite,
-                    step_of(worker, stage, state, networks))
-        run_loop(state, plan, batches, worker.hooks(updates))
+                    step_of(worker, stage, state, networks), geometry.clip_chunks * geometry.chunk_tokens)
+        run_loop(state, plan, batches, hooks)
     average = state.ema
     assert average is not None
     weights = full_tensors(average.shadow)
-    if worker.rank == 0:
-        lineage = {"parent": f"{worker.run.name}/stage1", "teacher": base_lineage(worker.run),
+    if worker.place.rank == 0:
+        lineage = {"parent": f"{worker.run.name}/stage1", "teacher": teacher_lineage(worker.run),
                    "updates": state.update, "weights": "ema"}
         write_student(worker.run, "stage2", networks.generator.config, weights, lineage)
 
@@ -102,7 +110,7 @@ def build(worker: Worker, text: TextEncoder) -> tuple[TrainState, Networks]:
     config, options, mesh = worker.config, worker.config.distill, worker.mesh()
     generator = load_causal(student_folder(worker.run), config).to(worker.device)
     critic = load_teacher(worker.run.base, config).to(worker.device)
-    teacher = load_teacher(worker.run.base, config).to(worker.device)
+    teacher = load_teacher(teacher_folder(worker.run), config).to(worker.device)
     for network in (generator, critic):
         parallelize(network, network.blocks, mesh, worker.plan, trainable=True)
     parallelize(teacher, teacher.blocks, mesh, worker.plan, trainable=False)
@@ -134,8 +142,8 @@ def keep_stage1(worker: Worker, generator: CausalWan) -> None:
     if worker.run.has_student("stage1"):
         return
     weights = full_state_dict(generator)
-    if worker.rank == 0:
-        lineage = {"parent": lineage_of(worker.run.initial_student), "teacher": base_lineage(worker.run),
+    if worker.place.rank == 0:
+        lineage = {"parent": lineage_of(worker.run.initial_student), "teacher": teacher_lineage(worker.run),
                    "updates": worker.config.distill.stage1_updates, "weights": "generator"}
         write_student(worker.run, "stage1", generator.config, weights, lineage)
 
@@ -147,7 +155,12 @@ def with_reference(worker: Worker, networks: Networks) -> Networks:
     reference = load_causal(local_copy(worker.run, "stage1"), worker.config).to(worker.device)
     plan = ParallelPlan(Precision(worker.config.model.compute_dtype))
     parallelize(reference, reference.blocks, worker.mesh(), plan, trainable=False)
-    return Networks(networks.generator, networks.critic, networks.teacher, networks.negative, reference)
+    return replace(networks, reference=reference)
+
+
+def teacher_lineage(run: Run) -> str:
+    """How lineage names the network that gave the real score."""
+    return lineage_of(run.config.distill.teacher) if run.config.distill.teacher else base_lineage(run)
 
 
 def prompt_batch(rows: Mapping[str, Any], text: TextEncoder) -> PromptBatch:

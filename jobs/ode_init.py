@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 import torch
 
-from diagonal.data.prompts import samples
-from diagonal.data.stages import ReadPairs, read_manifest
+from diagonal.data.stages import ReadPairs
 from diagonal.data.trajectory import from_bits
 from diagonal.model.text import TextEncoder
 from diagonal.model.weights import check_transformer, load_causal
-from diagonal.training.checkpoint import TrainState
 from diagonal.training.ema import Ema
 from diagonal.training.loop import Learner, OdeInitStep, Plan, run_loop
 from diagonal.training.ode_init import PairBatch, stage0_mask
 from diagonal.training.parallel import full_tensors, parallelize
+from diagonal.training.state import TrainState
 from jobs.artefacts import base_lineage, write_student
-from jobs.fit import Worker, check_batch, fit
-from jobs.pairs import make_pairs
+from jobs.feed import Feed, sample_order
+from jobs.fit import check_batch, fit
+from jobs.pairs import usable_pairs
+from jobs.prompts import pair_prompts
 from jobs.run import Run, main, open_run, parser, say
+from jobs.samples import sample_captions
+from jobs.worker import Worker
+
+CLIP_NORM = 10.0
 
 
 def initialise(run: Run) -> None:
@@ -30,19 +36,18 @@ def initialise(run: Run) -> None:
     settings = run.config.ode_init
     check_transformer(run.base, run.config)
     check_batch(settings.batch_size, run.config.train.workers, "ode_init.batch_size")
-    pairs = make_pairs(run)
-    places = [(entry["file"], i) for entry in read_manifest(pairs)["shards"] for i in range(entry["rows"])]
-    rows = [
-        {"sample": sample, "file": places[index][0], "index": places[index][1]}
-        for sample, index in samples(len(places), run.config.seed, 0, settings.updates * settings.batch_size)
-    ]
-    fit(run, "ode_init", train, rows, read=(ReadPairs, {"folder": str(pairs)}))
+    places = usable_pairs(run)
+    order = sample_order(len(places), run.config.seed, settings.updates, settings.batch_size)
+    rows = pa.table({"file": [places[item][0] for item in order], "index": [places[item][1] for item in order]})
+    read = (ReadPairs, {"folder": run.folder / "pairs"})
+    captions = sample_captions(run.config, pair_prompts(run))
+    feed = Feed(rows, settings.batch_size, settings.updates, read, captions)
+    fit(run, "ode_init", train, feed)
     say(f"ode_init: student in {run.folder / 'ode_init'}")
 
 
-def train(settings: dict[str, Any]) -> None:
+def train(worker: Worker, feed: Feed) -> None:
     """One rank of stage 0."""
-    worker = Worker.join(settings)
     config, options = worker.config, worker.config.ode_init
     student = load_causal(worker.run.base, config).to(worker.device)
     text = worker.text()
@@ -50,13 +55,13 @@ def train(settings: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.01)
     ema = Ema(student.named_parameters(), options.ema_decay, start_update=1)
     state = TrainState(0, {"generator": student}, {"generator": optimizer}, ema)
-    worker.resume(state)
-    step = OdeInitStep(config, Learner(student, optimizer, 10.0), ema, stage0_mask(config))
-    plan = Plan(options.updates, options.checkpoint_every, options.batch_size, config.distill.max_nonfinite, step)
-    batches = (pair_batch(rows, text, worker) for rows in worker.rows(state.samples_seen, options.batch_size))
-    run_loop(state, plan, batches, worker.hooks(options.updates))
+    rows, hooks = worker.begin(state, feed, student, text)
+    step = OdeInitStep(config, Learner(student, optimizer, CLIP_NORM), ema, stage0_mask(config))
+    plan = Plan(options.updates, options.checkpoint_every, options.batch_size, config.distill.max_nonfinite, step,
+                config.geometry.clip_chunks * config.geometry.chunk_tokens)
+    run_loop(state, plan, (pair_batch(columns, text, worker) for columns in rows), hooks)
     weights = full_tensors(ema.shadow)
-    if worker.rank == 0:
+    if worker.place.rank == 0:
         lineage = {"parent": base_lineage(worker.run), "pairs": f"{worker.run.name}/pairs", "updates": state.update}
         write_student(worker.run, "ode_init", student.config, weights, lineage)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,11 @@ from diagonal.config import PRESETS, Config
 from diagonal.errors import FieldError, require
 from diagonal.model.weights import LINEAGE, MANIFEST, ReleaseError, base_folder, embedded
 from diagonal.storage import Folder, StorageError
+from diagonal.training.checkpoint import CheckpointError
+from diagonal.training.loop import TooManyNonFiniteError
 from jobs.ray_cluster import connect as connect
 
+STOPPED = 128 + signal.SIGTERM
 CONFIG, HISTORY, SUMMARY = "config.json", "history.json", "summary.json"
 FREE_FIELDS = frozenset({  # where and how often, never what: a run may go on with others
     "train.workers", "train.min_workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.shard_group",
@@ -29,6 +33,14 @@ FREE_FIELDS = frozenset({  # where and how often, never what: a run may go on wi
     "pairs.text_workers", "pairs.solver_workers", "pairs.max_bad_share",
     "prompts.extend_timeout_s", "prompts.extend_concurrency", "prompts.extend_key_variable",
 })  # fmt: skip
+
+
+class JobFailed(RuntimeError):  # noqa: N818
+    """A stage ended with an error that its restarts did not mend; the message is all that is said."""
+
+
+class JobStopped(Exception):  # noqa: N818  # not an error: somebody asked for it
+    """The job was asked to end before its time, by SIGTERM; the message says how to go on."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,11 @@ class Run:
     def is_finished(self) -> bool:
         """Whether its release is there."""
         return self.folder.has(f"release/{MANIFEST}")
+
+    @property
+    def go_on(self) -> str:
+        """What to say to somebody whose run was cut off."""
+        return f"go on with --name {self.name} --resume"
 
     def has_student(self, stage: str) -> bool:
         """Whether the student of `ode_init`, `stage1` or `stage2` is there, whole."""
@@ -224,6 +241,9 @@ def main(module: str) -> None:
     except (FieldError, ReleaseError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except StorageError as error:
+    except (StorageError, CheckpointError, TooManyNonFiniteError, JobFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except JobStopped as stopped:
+        print(str(stopped), file=sys.stderr)
+        sys.exit(STOPPED)
