@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -154,6 +155,7 @@ class SmallRelease:
     encoder: Any
     codec: Decoder
     name: str = "small"
+    manifest: Mapping[str, Any] = field(default_factory=lambda: {"files": {}})
 
     def generator(self, device: torch.device | str = "cpu") -> nn.Module:
         return self.network.to(device).requires_grad_(False)

@@ -43,13 +43,15 @@ class Clock:
 
 
 def engine_of(*settings: str, release: SmallRelease | None = None, **parts: Any) -> Engine:
-    return Engine(release or small_release(*settings), **parts)  # type: ignore[arg-type]
+    """An engine whose clock stands still, unless another is given: nobody is refused because a machine is slow."""
+    return Engine(release or small_release(*settings), **{"clock": Clock(), **parts})
 
 
 def spec_of(
-    session_id: str = "s", *, frames: int | None = 81, prompt: str = PROMPT, seed: int = 3, schedule: str | None = None
+    session_id: str = "s", *, frames: int | None = 81, prompt: str = PROMPT, seed: int = 3,
+    schedule: str | None = None, paced: bool = True, record: bool = False,
 ) -> SessionSpec:
-    return SessionSpec(session_id, prompt, seed, frames, schedule)
+    return SessionSpec(session_id, prompt, seed, frames, schedule, paced, record)
 
 
 def pull(engine: Engine, session_id: str = "s") -> ChunkResult:

@@ -1,4 +1,4 @@
-"""A session: its state machine, its timeline, its slack, and what it keeps of the past."""
+"""A session: its state machine, its slack, its size, and what it keeps of the past."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from diagonal.engine.session import (
     Session,
     SessionSpec,
     SessionState,
-    Transition,
+    decoder_bytes,
 )
+from diagonal.engine.snapshot import Identity
 from diagonal.errors import FieldError
 from diagonal.model.cache import KVPool
 from diagonal.model.vae import DecoderState
@@ -27,20 +28,25 @@ CONFIG = small_config()
 GEOMETRY = CONFIG.geometry
 S = SessionState
 LEGAL = {
-    (S.QUEUED, S.RUNNING), (S.QUEUED, S.CANCELLED), (S.QUEUED, S.FAILED),
+    (S.QUEUED, S.RUNNING), (S.QUEUED, S.PAUSED), (S.QUEUED, S.CANCELLED), (S.QUEUED, S.FAILED),
     (S.RUNNING, S.PAUSED), (S.RUNNING, S.DONE), (S.RUNNING, S.CANCELLED), (S.RUNNING, S.FAILED),
-    (S.PAUSED, S.RUNNING), (S.PAUSED, S.CANCELLED), (S.PAUSED, S.FAILED),
+    (S.PAUSED, S.QUEUED), (S.PAUSED, S.RUNNING), (S.PAUSED, S.CANCELLED), (S.PAUSED, S.FAILED),
 }  # fmt: skip
 
 
-def session_of(pixel_frames: int | None = 81, history_frames: int = 24) -> Session:
+def session_of(pixel_frames: int | None = 81, history_frames: int = 24, **fields: Any) -> Session:
     pool = KVPool(layers=1, heads=1, head_dim=2, page_tokens=GEOMETRY.chunk_tokens, pages=4)
     spec = SessionSpec("s", "a red circle", 0, pixel_frames)
-    return Session(spec, StepSchedule(), new_cache(CONFIG, pool), DecoderState(), history_frames)
+    identity = Identity("small", "", "")
+    return Session(
+        spec, StepSchedule(), new_cache(CONFIG, pool), DecoderState(), history_frames, identity, **fields
+    )
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(S, S)))
-def test_a_move_is_allowed_or_raises_and_changes_nothing(before: SessionState, after: SessionState) -> None:
+def test_a_move_is_allowed_or_raises_naming_both_states_and_changes_nothing(
+    before: SessionState, after: SessionState
+) -> None:
     session = session_of()
     session.state = before
     if (before, after) in LEGAL:
@@ -58,6 +64,17 @@ def test_a_session_ends_done_cancelled_or_failed() -> None:
         if session.ended:
             ended.append(session.state)
     assert ended == [S.DONE, S.CANCELLED, S.FAILED]
+
+
+def test_only_a_paused_session_holds_no_slot_and_only_a_watched_one_under_way_is_in_the_budget() -> None:
+    session = session_of()
+    found = {}
+    for session.state in S:
+        found[session.state] = (session.live, session.playing)
+    assert found == {
+        S.QUEUED: (True, True), S.RUNNING: (True, True), S.PAUSED: (False, False),
+        S.DONE: (True, False), S.CANCELLED: (True, False), S.FAILED: (True, False),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -102,14 +119,22 @@ def test_slack_is_the_media_made_less_the_time_gone_by() -> None:
     assert session.slack_s(GEOMETRY, 12.0) == 45 / 16 - 2.0
 
 
-def test_a_transition_moves_the_text_evenly_and_lands_exactly_on_its_target() -> None:
-    start, target = draw(1, 6, 16, seed=1), draw(1, 6, 16, seed=2)
-    step = Transition(start, target, 4)
-    assert torch.equal(step.text, start)
-    for done in range(1, 5):
-        step = step.advance()
-        torch.testing.assert_close(step.text, start + done / 4 * (target - start), rtol=0, atol=1e-6)
-    assert torch.equal(step.text, target) and step.done == step.total
+def test_a_session_set_to_play_has_so_much_slack_then_on_whatever_clock() -> None:
+    session = session_of()
+    session.next_chunk = 5
+    session.play_from(GEOMETRY, None, 50.0)
+    assert session.started_s is None
+    session.play_from(GEOMETRY, 0.8125, 7000.0)
+    assert session.slack_s(GEOMETRY, 7000.0) == 0.8125 and session.slack_s(GEOMETRY, 7001.0) == -0.1875
+
+
+def test_a_session_ends_when_its_frames_are_made_and_what_is_ahead_is_played() -> None:
+    session = session_of(81)
+    assert session.progress(GEOMETRY, 0.0).remaining_s == 81 / 16
+    session.next_chunk = 5
+    session.play_from(GEOMETRY, 0.5, 10.0)
+    assert session.progress(GEOMETRY, 10.0).remaining_s == (81 - 57) / 16 + 0.5
+    assert session_of(None).progress(GEOMETRY, 0.0).remaining_s == float("inf")
 
 
 def test_what_is_kept_is_the_window_without_the_chunk_in_progress_and_the_newest_latents() -> None:
@@ -121,3 +146,16 @@ def test_what_is_kept_is_the_window_without_the_chunk_in_progress_and_the_newest
     assert session.history is not None
     assert torch.equal(session.history, torch.cat(parts, dim=1)[:, -7:])
     assert session.history.untyped_storage().nbytes() == session.history.nbytes, "no older frame hides behind it"
+    assert session.latents_bytes() == (3 * 3 + 7) * 4 * 4 * 6 * 4
+
+
+def test_latents_are_kept_in_the_element_type_of_the_cache() -> None:
+    session = session_of(latents_dtype=torch.bfloat16)
+    part = draw(4, 3, 4, 6)
+    session.remember(KeptChunk(0, part, 0.5), part)
+    assert session.history is not None and session.history.dtype == session.kept[0].written.dtype == torch.bfloat16
+    assert session.latents_bytes() == 2 * part.numel() * 2
+
+
+def test_the_decoders_bytes_are_those_of_its_tensors() -> None:
+    assert decoder_bytes(DecoderState(3, [None, "Rep", draw(2, 3), draw(5, dtype=torch.bfloat16)])) == 6 * 4 + 5 * 2

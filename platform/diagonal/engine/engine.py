@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -10,311 +9,321 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diagonal.diffusion.rollout import (
-    DenoisedChunk,
-    KeptChunk,
-    chunk_noise_of,
-    denoise_chunk,
-    new_cache,
-    new_pool,
-    recache,
-)
+from diagonal.diffusion.rollout import DenoisedChunk, KeptChunk
+from diagonal.engine.admission import BudgetError, CapacityError, ChunkKind
+from diagonal.engine.drift import ReanchorPolicy
+from diagonal.engine.generation import ChunkMaker, Servable, SessionError, emit
 from diagonal.engine.scheduler import Candidate, choose
-from diagonal.engine.session import (
-    ChunkResult,
-    Event,
-    PromptChange,
-    Session,
-    SessionSpec,
-    SessionState,
-    Snapshot,
-    Transition,
-)
-from diagonal.errors import require
+from diagonal.engine.script import PromptChange, SessionSpec
+from diagonal.engine.session import ChunkResult, Session, SessionState
+from diagonal.engine.sessions import EngineStats, Sessions
 from diagonal.metrics import MetricSink, NullSink
-from diagonal.model.cache import CacheBatch
-from diagonal.model.weights import Release
-from diagonal.schedule import StepSchedule
 
+__all__ = ["BudgetError", "CapacityError", "Engine", "EngineStats", "Health"]
 
-class CapacityError(RuntimeError):
-    """No slot is free; `retry_after_s` is when to ask again."""
-
-    def __init__(self, sessions: int, retry_after_s: float) -> None:
-        super().__init__(f"all {sessions} session slots are in use; retry after {retry_after_s:g} s")
-        self.retry_after_s = retry_after_s
+FAILURES_IN_ROW = 3  # after so many failed chunks without a good one the engine no longer calls itself well
+_PROBE = SessionSpec("engine probe", "a probe", 0, None, paced=False)
 
 
 @dataclass(frozen=True)
-class EngineStats:
-    """A reading of the engine; `chunk_s` is the moving mean of a chunk's generation time, 0 before the first."""
+class Health:
+    """Whether chunks come out; `failures_in_row` counts those that did not since one did."""
 
-    active_sessions: int
-    free_slots: int
-    cache_bytes: int
-    cache_capacity_bytes: int
-    chunk_s: float
+    healthy: bool
+    failures_in_row: int
 
 
-class Engine:
+@dataclass(frozen=True)
+class _Stopwatch:
+    """When a step began, and how many chunks it re-cached first."""
+
+    started_s: float
+    recached: int = 0
+
+
+class Engine(Sessions):
     """Owns the pool and the sessions of one device.
 
-    `open`, `interact`, `request`, `close` and `stats` may be called from any thread; `step`, `snapshot` and `restore`
-    belong to the one thread that drives the engine.
+    `step`, `warm_up` and `exercise` belong to the one thread that drives the engine; all else (`Sessions`) may be
+    called from any thread.
     """
 
     def __init__(
         self,
-        release: Release,
+        release: Servable,
         *,
         device: torch.device | str = "cpu",
         metrics: MetricSink | None = None,
         clock: Callable[[], float] = time.monotonic,
+        reanchor: ReanchorPolicy | None = None,
     ) -> None:
-        self.config = release.config
-        self.geometry = release.config.geometry
-        self._network = release.generator(device)
-        self._text = release.text(device)
-        self._decoder = release.decoder(device)
-        self._slots = self.config.serve.max_sessions
-        window = self.config.cache.window_frames // self.geometry.chunk_frames
-        self._pool = new_pool(self.config, self._network, self._slots * window)
-        self._metrics = metrics or NullSink()
-        self._clock = clock
-        self._sessions: dict[str, Session] = {}
-        self._closing: set[str] = set()
-        self._lock = threading.Lock()
-        self._chunk_s = 0.0
-
-    def open(self, spec: SessionSpec) -> None:
-        """Accept a session. `FieldError` on a wrong field or an id in use, `CapacityError` when all slots are taken."""
-        schedule = self._schedule(spec)
-        with self._lock:
-            require(spec.session_id not in self._sessions, "session_id", spec.session_id, "an id that is not in use")
-            if len(self._sessions) >= self._slots:
-                raise CapacityError(self._slots, max(1.0, self._chunk_s))
-            self._sessions[spec.session_id] = self._new_session(spec, schedule)
-        self._report_occupancy()
-
-    def interact(self, session_id: str, change: PromptChange) -> None:
-        """Queue a prompt change for the next chunk; `KeyError` for an unknown session."""
-        with self._lock:
-            self._sessions[session_id].pending.append(change)
-
-    def request(self, session_id: str) -> None:
-        """Ask for the session's next chunk; `KeyError` for an unknown session."""
-        with self._lock:
-            self._sessions[session_id].asked = True
-
-    def close(self, session_id: str) -> None:
-        """End a session; its cache is free at the next step at the latest. Unknown ids are ignored."""
-        with self._lock:
-            if session_id in self._sessions:
-                self._closing.add(session_id)
-
-    def stats(self) -> EngineStats:
-        """Sessions, slots, cache bytes and chunk time now."""
-        with self._lock:
-            active = len(self._sessions)
-        return EngineStats(
-            active, self._slots - active, self._pool.bytes_in_use, self._pool.capacity_bytes, self._chunk_s
-        )
+        maker = ChunkMaker(release, device, release.config.serve.max_sessions)
+        super().__init__(maker, metrics or NullSink(), clock)
+        self._pool = maker.pool
+        self._reanchor = reanchor or ReanchorPolicy.of(self.config.serve, maker.window_chunks)
+        self._failures_in_row = 0
 
     @torch.no_grad()
     def step(self) -> list[ChunkResult]:
         """Generate the next chunk of the sessions with least slack among those that asked; [] when none did."""
-        self._free_closed()
+        self._settle()
+        chosen = self._next_batch()
+        if not chosen:
+            return []
+        watch = _Stopwatch(self._clock())
         ready, results = [], []
-        for session in self._next_batch():
+        for session, changes in chosen:
             try:
-                self._prepare(session)
+                recached = self._prepare(session, changes)
+                watch = replace(watch, recached=watch.recached + recached)
                 ready.append(session)
-            except (RuntimeError, ValueError) as error:
+            except SessionError as error:
                 results.append(self._fail(session, error))
-        return results + self._generate_isolated(ready)
-
-    def snapshot(self, session_id: str) -> Snapshot:
-        """What is needed to go on elsewhere.
-
-        `KeyError` for an unknown session, `FieldError` before its first chunk and after its end.
-        """
-        session = self._sessions[session_id]
-        under_way = session.history is not None and not session.ended
-        require(under_way, "session", session_id, "a session that has finished a chunk and has not ended")
-        assert session.history is not None and session.text is not None
-        with self._lock:
-            pending = tuple(session.pending)
-        return Snapshot(
-            session.spec, session.next_chunk, tuple(session.kept), session.history, session.text,
-            session.transition, pending, tuple(session.events),
-        )
+        if ready:
+            results += self._make(ready, watch)
+        self._settle()
+        self._report_occupancy()
+        return results
 
     @torch.no_grad()
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go on with a session of another engine: re-cache its window, rebuild its decoder.
+    def warm_up(self) -> None:
+        """Measure what chunks and re-caches cost, by kind and batch size, before the first session comes.
 
-        Errors as `open`; one that comes later closes the session again.
+        The first round of each size is not counted: it compiles kernels and fills allocators.
         """
-        self.open(snapshot.spec)
-        session = self._sessions[snapshot.spec.session_id]
+        largest = min(self.config.serve.batch_sessions, self._slots)
+        sizes = [size for size in (1, 2, 4, 8, 16, 32) if size < largest]
+        for size in [*sizes, largest]:
+            for counted in (False, True):
+                self._rehearse(size, counted)
+
+    @torch.no_grad()
+    def exercise(self) -> bool:
+        """Make one chunk for nobody; whether that went well, which also is what `health` then says.
+
+        When sessions hold every page, their own chunks are the exercise, and nothing is made.
+        """
+        if self._pool.free_pages == 0:
+            return self.health().healthy
         try:
-            self._take_over(session, snapshot)
-        except (RuntimeError, ValueError):
-            self.close(snapshot.spec.session_id)
-            raise
+            session = self._maker.new_session(_PROBE, self.config.schedule)
+            try:
+                self._maker.prepare(session)
+                self._rehearse_chunk([session])
+            finally:
+                session.cache.close()
+        except SessionError:
+            self._failures_in_row += 1
+            return False
+        self._failures_in_row = 0
+        return True
 
-    def _take_over(self, session: Session, snapshot: Snapshot) -> None:
-        device = self._pool.keys.device
-        session.next_chunk, session.events = snapshot.next_chunk, list(snapshot.events)
-        session.kept = [replace(item, written=item.written.to(device)) for item in snapshot.kept]
-        session.history, session.text = snapshot.history.to(device), snapshot.text.to(device)
-        if snapshot.transition is not None:
-            start, target = snapshot.transition.start.to(device), snapshot.transition.target.to(device)
-            session.transition = replace(snapshot.transition, start=start, target=target)
-        with self._lock:
-            session.pending.extendleft(reversed(snapshot.pending))
-        session.move(SessionState.RUNNING)
-        self._recache(session, "restore")
-        self._decoder.decode(session.history.unsqueeze(0), session.decoder_state)
+    def health(self) -> Health:
+        """Unhealthy after three failed chunks in a row, until one or `exercise` succeeds."""
+        return Health(self._failures_in_row < FAILURES_IN_ROW, self._failures_in_row)
 
-    def _schedule(self, spec: SessionSpec) -> StepSchedule:
-        own = self.config.schedule
-        return own if spec.schedule is None else StepSchedule(spec.schedule, own.shift, own.context)
-
-    def _new_session(self, spec: SessionSpec, schedule: StepSchedule) -> Session:
-        return Session(
-            spec, schedule, new_cache(self.config, self._pool), self._decoder.start(),
-            self.config.serve.decoder_history_frames,
-        )
-
-    def _free_closed(self) -> None:
+    def _settle(self) -> None:
+        """At a chunk boundary: free what was closed, and leave of paused sessions their snapshots."""
+        now_s = self._clock()
         with self._lock:
             closing, self._closing = self._closing, set()
             gone = [self._sessions.pop(session_id) for session_id in closing if session_id in self._sessions]
+            pausing = [session for session in self._sessions.values() if session.pausing and not session.ended]
+            for session in pausing:
+                session.pausing = False
+                session.ahead_s = None if session.started_s is None else session.slack_s(self.geometry, now_s)
+                session.move(SessionState.PAUSED)
+                session.log("pause")
         for session in gone:
             session.cache.close()
             if not session.ended:
                 session.move(SessionState.CANCELLED)
-        if gone:
+        for session in pausing:
+            self._maker.evict(session)
+            assert session.saved is not None
+            session.saved = replace(session.saved, ahead_s=session.ahead_s)
+        if gone or pausing:
             self._report_occupancy()
 
-    def _next_batch(self) -> list[Session]:
+    def _next_batch(self) -> list[tuple[Session, list[PromptChange]]]:
+        """The sessions to make a chunk for, and the prompt changes that each takes in."""
         now_s = self._clock()
         with self._lock:
-            candidates = [
-                Candidate(session_id, session.slack_s(self.geometry, now_s), self._batch_key(session))
-                for session_id, session in self._sessions.items()
-                if session.asked and not session.ended
-            ]
-            chosen = [self._sessions[i] for i in choose(candidates, self.config.serve.batch_sessions)]
+            asking = {i: s for i, s in self._sessions.items() if s.asked and s.live and not s.ended}
+            candidates = [Candidate(i, self._slack_s(s, now_s), _batch_key(s), s.spec.paced) for i, s in asking.items()]
+            playing = any(session.playing for session in self._sessions.values())
+            chosen = [asking[i] for i in choose(
+                candidates, self.config.serve.batch_sessions, self._background_limit if playing else None
+            )]
             for session in chosen:
                 session.asked = False
-        return chosen
+                self._metrics.observe("diagonal_session_queue_seconds", now_s - (session.asked_s or now_s))
+            return [(session, list(session.pending)) for session in chosen]
 
-    def _batch_key(self, session: Session) -> Hashable:
-        return session.schedule.levels(session.next_chunk), session.schedule.resolved_context, len(session.kept)
+    def _slack_s(self, session: Session, now_s: float) -> float:
+        """Playout slack, less the re-cache that its next chunk needs first."""
+        due = session.pending or session.timeline.moving or session.stale or session.reanchor
+        return session.slack_s(self.geometry, now_s) - (self._cost.recache_s(len(session.kept)) if due else 0.0)
 
-    def _prepare(self, session: Session) -> None:
-        """Bring text and cache to the next chunk: start, prompt changes, transitions."""
-        if session.text is None:
-            session.text = self._encode(session.spec.prompt)
-            session.move(SessionState.RUNNING)
-        with self._lock:
-            changes = list(session.pending)
-            session.pending.clear()
-        if changes:
-            change = changes[-1]
-            detail = {"event_ids": [c.event_id for c in changes], "transition_chunks": change.transition_chunks}
-            session.events.append(Event("prompt", session.next_chunk, {**detail, "prompt": change.prompt}))
-            session.transition = Transition(
-                session.text, self._encode(change.prompt), max(1, change.transition_chunks)
-            )
-        if session.transition is not None:
-            session.transition = session.transition.advance()
-            session.text = session.transition.text
-            self._recache(session, "prompt")
-            if session.transition.done >= session.transition.total:
-                session.transition = None
-        session.cache.begin(session.next_chunk)
+    def _background_limit(self, key: Hashable) -> int:
+        """How many chunks nobody waits for may be made at once while others play: those of half the lead."""
+        assert isinstance(key, tuple)
+        levels, context, context_chunks = key
+        kind = ChunkKind(len(levels) + (context != "reuse"), context_chunks)
+        return self._cost.largest_batch(kind, self.config.serve.batch_sessions, self.config.serve.lead_s / 2)
 
-    def _encode(self, prompt: str) -> Tensor:
-        return self._text.encode([prompt])
+    def _prepare(self, session: Session, changes: Sequence[PromptChange]) -> int:
+        """Bring a session to its next chunk; returns the chunks re-cached."""
+        reanchored, stale = session.reanchored, session.stale
+        recached = self._maker.prepare(session, changes)
+        if session.spec.paced:
+            with self._lock:
+                self._cost.observe_chunk(recached > 0)
+        if recached:
+            reason = stale or ("reanchor" if session.reanchored != reanchored else "prompt")
+            self._metrics.inc("diagonal_recaches_total", reason=reason)
+            self._metrics.inc("diagonal_model_forward_calls_total", recached)
+        return recached
 
-    def _recache(self, session: Session, reason: str) -> None:
-        assert session.text is not None
-        forwards = recache(self._network, session.cache, session.kept, session.text)
-        session.events.append(Event("recache", session.next_chunk, {"reason": reason, "forwards": forwards}))
-        self._metrics.inc("diagonal_model_forward_calls_total", forwards)
-
-    def _generate_isolated(self, batch: Sequence[Session]) -> list[ChunkResult]:
-        """Generate a batch; when its forward fails, each session alone, so that only the culprit ends."""
-        if not batch:
-            return []
-        started_s = self._clock()
+    def _make(self, batch: Sequence[Session], watch: _Stopwatch | None) -> list[ChunkResult]:
+        """A chunk for each; when the shared forward fails, one by one, so that only the culprit ends."""
+        started_s, kind = self._clock(), _kind(batch[0])
         try:
-            done = self._denoise(batch)
-        except (RuntimeError, ValueError) as error:
+            done = self._maker.denoise(batch)
+        except SessionError as error:
             if len(batch) == 1:
                 return [self._fail(batch[0], error)]
-            return [result for session in batch for result in self._generate_isolated([session])]
-        results = [self._finish(session, done, index, started_s) for index, session in enumerate(batch)]
-        elapsed_s = (self._clock() - started_s) / len(batch)
-        self._chunk_s = elapsed_s if self._chunk_s == 0.0 else 0.9 * self._chunk_s + 0.1 * elapsed_s
-        self._report_occupancy()
+            return [result for session in batch for result in self._make([session], None)]
+        self._metrics.inc("diagonal_model_forward_calls_total", done.forwards)
+        results = self._show(batch, done, watch.started_s if watch else started_s)
+        if watch is not None:
+            self._measure(watch, kind, len(batch))
         return results
 
-    def _denoise(self, batch: Sequence[Session]) -> DenoisedChunk:
-        chunks = [session.next_chunk for session in batch]
-        noise = chunk_noise_of(
-            self.geometry, [session.spec.seed for session in batch], chunks, self._pool.keys.device
-        )
-        text = torch.cat([session.text for session in batch if session.text is not None])
-        caches = CacheBatch([session.cache for session in batch])
-        done = denoise_chunk(self._network, batch[0].schedule, chunks[0], text, caches, noise)
-        self._metrics.inc("diagonal_model_forward_calls_total", done.forwards)
-        return done
+    def _show(self, batch: Sequence[Session], done: DenoisedChunk, started_s: float) -> list[ChunkResult]:
+        """Decode, bring over and note a batch's chunks; those of sessions closed meanwhile are dropped."""
+        with self._lock:
+            wanted = [n for n, session in enumerate(batch) if session.spec.session_id not in self._closing]
+        results: list[ChunkResult] = []
+        decoded: dict[int, Tensor] = {}
+        for number in wanted:
+            try:
+                decoded[number] = self._maker.decode(batch[number], done.clean[number])
+            except SessionError as error:
+                results.append(self._fail(batch[number], error))
+        if not decoded:
+            return results
+        for number, pixels in zip(
+            decoded, emit(list(decoded.values()), [done.clean[n] for n in decoded]), strict=True
+        ):
+            if isinstance(pixels, SessionError):
+                results.append(self._fail(batch[number], pixels))
+            else:
+                results.append(self._finish(batch[number], done, number, pixels, started_s))
+        return results
 
-    def _finish(self, session: Session, done: DenoisedChunk, index: int, started_s: float) -> ChunkResult:
-        """Decode and emit one session's part of a batch, and move it on; a failure here is this session's alone."""
+    def _finish(
+        self, session: Session, done: DenoisedChunk, index: int, pixels: Tensor, started_s: float
+    ) -> ChunkResult:
+        """Move a session on by its chunk."""
         chunk = session.next_chunk
         clean, written = done.clean[index].clone(), done.written[index].clone()  # a snapshot holds no neighbour's
-        try:
-            pixels = self._decode(session, clean)
-        except (RuntimeError, ValueError) as error:
-            return self._fail(session, error)
         session.remember(KeptChunk(chunk, written, done.written_level), clean)
-        session.next_chunk += 1
+        self._note_drift(session, pixels)
+        self._failures_in_row = 0
         now_s = self._clock()
-        if session.started_s is None:
-            session.started_s = now_s - self.geometry.pixel_start(chunk) / self.geometry.pixel_fps
-        last = session.next_chunk == session.total_chunks(self.geometry)
-        if last:
-            session.move(SessionState.DONE)
+        with self._lock:
+            for _ in session.applying:
+                session.pending.popleft()
+            applied, session.applying = tuple(change.event_id for change in session.applying), ()
+            session.next_chunk += 1
+            if session.started_s is None:
+                session.started_s = now_s - self.geometry.pixel_start(chunk) / self.geometry.pixel_fps
+            session.reanchor = session.reanchor or self._reanchor_cause(session)
+            saved = session.save(self.geometry, session.slack_s(self.geometry, now_s))
+            saved = replace(saved, pending=tuple(session.pending))
+            last = session.next_chunk == session.total_chunks(self.geometry)
+            if last:
+                session.move(SessionState.DONE)
         shown = session.shown_pixel_frames(self.geometry, chunk)
         self._metrics.inc("diagonal_frames_generated_total", shown)
         self._metrics.observe("diagonal_chunk_generation_seconds", now_s - started_s)
-        applied = [i for e in session.events if e.kind == "prompt" and e.chunk == chunk for i in e.detail["event_ids"]]
         return ChunkResult(
             session.spec.session_id, chunk, pixels[:shown], self.geometry.pixel_start(chunk), now_s - started_s,
-            done.forwards, tuple(applied), last,
+            done.forwards, applied, last, snapshot=None if last else saved,
         )
 
-    def _decode(self, session: Session, clean: Tensor) -> Tensor:
-        """Pixels on the CPU; `RuntimeError` when the latents are not finite. Results leave the device here alone."""
-        if not bool(torch.isfinite(clean).all()):  # host sync: the emit point
-            raise RuntimeError("the generated latents are not finite")
-        return self._decoder.decode(clean.unsqueeze(0), session.decoder_state)[0].cpu()
+    def _note_drift(self, session: Session, pixels: Tensor) -> None:
+        for name, ratio in session.drift.observe(pixels.numpy()).items():
+            self._metrics.observe("diagonal_stream_drift_ratio", ratio, measure=name)
 
-    def _fail(self, session: Session, error: Exception) -> ChunkResult:
+    def _reanchor_cause(self, session: Session) -> str:
+        return self._reanchor.cause(session.drift, session.next_chunk, session.reanchored) or ""
+
+    def _measure(self, watch: _Stopwatch, kind: ChunkKind, sessions: int) -> None:
+        """Feed the cost model: a step without re-caches is a chunk's cost, the surplus of one with them is theirs."""
+        elapsed_s = self._clock() - watch.started_s
+        with self._lock:
+            if watch.recached == 0:
+                self._cost.observe(kind, sessions, elapsed_s)
+            elif (surplus_s := elapsed_s - self._cost.step_s(kind, sessions)) > 0:
+                self._cost.observe_recache(watch.recached, surplus_s)
+        each_s = elapsed_s / sessions
+        self._chunk_s = each_s if self._chunk_s == 0.0 else 0.9 * self._chunk_s + 0.1 * each_s
+
+    def _fail(self, session: Session, error: SessionError) -> ChunkResult:
         """End one session with its reason; the others go on."""
-        session.move(SessionState.FAILED)
+        self._failures_in_row += 1
+        self._metrics.inc("diagonal_session_failures_total", code=error.code)
+        with self._lock:
+            session.move(SessionState.FAILED)
         self.close(session.spec.session_id)
         empty = torch.empty((0, self.geometry.pixel_height, self.geometry.pixel_width, 3), dtype=torch.uint8)
         first = self.geometry.pixel_start(session.next_chunk)
-        return ChunkResult(session.spec.session_id, session.next_chunk, empty, first, 0.0, 0, (), True, str(error))
+        return ChunkResult(
+            session.spec.session_id, session.next_chunk, empty, first, 0.0, 0, (), True, str(error), error.code
+        )
 
-    def _report_occupancy(self) -> None:
-        stats = self.stats()
-        self._metrics.set("diagonal_sessions_active", stats.active_sessions)
-        self._metrics.set("diagonal_kv_cache_bytes", stats.cache_bytes)
-        self._metrics.set("diagonal_kv_cache_capacity_bytes", stats.cache_capacity_bytes)
+    def _rehearse(self, size: int, counted: bool) -> None:
+        """The first chunks of `size` streams up to a full window, and a re-cache, for nobody."""
+        chunks = max(self._maker.window_chunks, len(self.config.schedule.rows))
+        sessions = [self._maker.new_session(_PROBE, self.config.schedule) for _ in range(size)]
+        try:
+            for _ in range(chunks):
+                started_s, kind = self._clock(), _kind(sessions[0])
+                for session in sessions:
+                    self._maker.prepare(session)
+                self._rehearse_chunk(sessions)
+                if counted:
+                    self._cost.observe(kind, size, self._clock() - started_s)
+            started_s, sessions[0].stale = self._clock(), "restore"
+            recached = self._maker.prepare(sessions[0])
+            self._maker.settle()
+            if counted:
+                self._cost.observe_recache(recached, self._clock() - started_s)
+        finally:
+            for session in sessions:
+                session.cache.close()
+
+    def _rehearse_chunk(self, sessions: Sequence[Session]) -> None:
+        """One chunk of sessions that nobody opened; `SessionError` when it fails."""
+        done = self._maker.denoise(sessions)
+        pixels = [self._maker.decode(session, done.clean[n]) for n, session in enumerate(sessions)]
+        for number, shown in enumerate(emit(pixels, list(done.clean))):
+            if isinstance(shown, SessionError):
+                raise shown
+            written = KeptChunk(sessions[number].next_chunk, done.written[number], done.written_level)
+            sessions[number].remember(written, done.clean[number])
+            sessions[number].next_chunk += 1
+
+
+def _kind(session: Session) -> ChunkKind:
+    """What the session's next chunk costs depends on this, and on the size of its batch."""
+    return ChunkKind(session.schedule.forwards(session.next_chunk), len(session.kept))
+
+
+def _batch_key(session: Session) -> Hashable:
+    context = len(session.kept)
+    if session.reanchor:
+        context = min(context, session.cache.sink_chunks + 1)
+    return session.schedule.levels(session.next_chunk), session.schedule.resolved_context, context

@@ -1,10 +1,10 @@
-"""Sessions: what a viewer asked for, the state machine of its life, its prompt timeline, and its snapshot."""
+"""Sessions: the state machine of a stream's life, its progress, and what it keeps of the past."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -12,16 +12,22 @@ import torch
 from torch import Tensor
 
 from diagonal.diffusion.rollout import KeptChunk
-from diagonal.errors import require
+from diagonal.engine.admission import Progress
+from diagonal.engine.drift import DriftMonitor
+from diagonal.engine.script import MAX_SEED, Event, PromptChange, SessionSpec, Timeline
+from diagonal.engine.snapshot import Identity, MediaTimeline, Snapshot
 from diagonal.geometry import ChunkGeometry
 from diagonal.model.cache import KVCache
 from diagonal.model.vae import DecoderState
 from diagonal.schedule import StepSchedule
 
-MAX_SEED = 2**63 - 1
+__all__ = ["MAX_SEED", "MOVES", "ChunkResult", "Event", "IllegalMoveError", "PromptChange", "Session", "SessionInfo",
+           "SessionSpec", "SessionState", "decoder_bytes"]
 
 
 class SessionState(StrEnum):
+    """QUEUED holds a slot and nothing else, RUNNING its cache and decoder, PAUSED only what a snapshot holds."""
+
     QUEUED = "queued"
     RUNNING = "running"
     PAUSED = "paused"
@@ -30,12 +36,11 @@ class SessionState(StrEnum):
     FAILED = "failed"
 
 
+_ENDS = frozenset({SessionState.CANCELLED, SessionState.FAILED})
 MOVES: Mapping[SessionState, frozenset[SessionState]] = {
-    SessionState.QUEUED: frozenset({SessionState.RUNNING, SessionState.CANCELLED, SessionState.FAILED}),
-    SessionState.RUNNING: frozenset(
-        {SessionState.PAUSED, SessionState.DONE, SessionState.CANCELLED, SessionState.FAILED}
-    ),
-    SessionState.PAUSED: frozenset({SessionState.RUNNING, SessionState.CANCELLED, SessionState.FAILED}),
+    SessionState.QUEUED: _ENDS | {SessionState.RUNNING, SessionState.PAUSED},
+    SessionState.RUNNING: _ENDS | {SessionState.PAUSED, SessionState.DONE},
+    SessionState.PAUSED: _ENDS | {SessionState.QUEUED, SessionState.RUNNING},
     SessionState.DONE: frozenset(),
     SessionState.CANCELLED: frozenset(),
     SessionState.FAILED: frozenset(),
@@ -45,57 +50,16 @@ MOVES: Mapping[SessionState, frozenset[SessionState]] = {
 class IllegalMoveError(RuntimeError):
     """A state change that the session's life does not allow."""
 
-
-@dataclass(frozen=True)
-class SessionSpec:
-    """What was asked for. `pixel_frames` None is an endless stream; `schedule` None is the release's own."""
-
-    session_id: str
-    prompt: str
-    seed: int
-    pixel_frames: int | None
-    schedule: str | None = None
-
-    def __post_init__(self) -> None:
-        require(self.session_id != "", "session_id", self.session_id, "a name that is not empty")
-        require(self.prompt.strip() != "", "prompt", self.prompt, "a text that is not empty")
-        require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"a whole number from 0 to {MAX_SEED}")
-        require(
-            self.pixel_frames is None or self.pixel_frames >= 1,
-            "pixel_frames", self.pixel_frames, "a whole number of at least 1, or null for an endless stream",
-        )
-
-
-@dataclass(frozen=True)
-class PromptChange:
-    """A new prompt from the next chunk on; `transition_chunks` 0 is a hard switch, n interpolates over n chunks."""
-
-    event_id: str
-    prompt: str
-    transition_chunks: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.prompt.strip() != "", "prompt", self.prompt, "a text that is not empty")
-        require(
-            0 <= self.transition_chunks <= 64,
-            "transition_chunks", self.transition_chunks, "a whole number from 0 to 64",
-        )
-
-
-@dataclass(frozen=True)
-class Event:
-    """One entry of the event log: what happened before that chunk was generated (METHOD I.11)."""
-
-    kind: str
-    chunk: int
-    detail: Mapping[str, Any] = field(default_factory=dict)
+    def __init__(self, session_id: str, before: SessionState, after: SessionState) -> None:
+        super().__init__(f"session {session_id}: {before} -> {after} is not allowed")
 
 
 @dataclass(frozen=True)
 class ChunkResult:
     """One generated chunk: pixels `[f, h, w, 3]` uint8 on the CPU, surplus frames of the last chunk dropped.
 
-    With `error` set the session has failed and the pixels are empty.
+    With `error` set the session has failed, `code` says where, and the pixels are empty. `snapshot` is the session as
+    it was after this chunk: who sends it along with the chunk can go on elsewhere without a gap or a repetition.
     """
 
     session_id: str
@@ -107,69 +71,93 @@ class ChunkResult:
     applied_event_ids: tuple[str, ...]
     last: bool
     error: str | None = None
+    code: str | None = None
+    snapshot: Snapshot | None = None
 
 
 @dataclass(frozen=True)
-class Transition:
-    """A prompt change under way: from one text to another, `done` of `total` chunks."""
+class SessionInfo:
+    """A reading of one session. `steps` is the schedule it runs, `shortened` whether overload chose that.
 
-    start: Tensor
-    target: Tensor
-    total: int
-    done: int = 0
+    `ahead_s` is the media that its viewer has left (None before the first chunk); `drift` each measure of the newest
+    pictures over that of the first.
+    """
 
-    def advance(self) -> Transition:
-        return Transition(self.start, self.target, self.total, self.done + 1)
-
-    @property
-    def text(self) -> Tensor:
-        """Embeddings `[1, l, n]` at this point of the change."""
-        return torch.lerp(self.start, self.target, min(1.0, self.done / self.total))
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What another replica needs to go on with the next chunk: kept inputs, decoder history, progress, timeline."""
-
-    spec: SessionSpec
+    state: SessionState
     next_chunk: int
-    kept: tuple[KeptChunk, ...]
-    history: Tensor
-    text: Tensor
-    transition: Transition | None
-    pending: tuple[PromptChange, ...]
-    events: tuple[Event, ...]
+    steps: str
+    shortened: bool
+    ahead_s: float | None
+    cache_bytes: int
+    decoder_bytes: int
+    latents_bytes: int
+    drift: Mapping[str, float]
 
 
 @dataclass
 class Session:
-    """One stream on this device. The pool owns its memory, the session its progress, the engine the step."""
+    """One stream on this device. The pool owns its memory, the session its progress, the engine the step.
+
+    `stale` names why its cache and decoder are to be built from `kept` and `history` before the next chunk.
+    `reanchor` names why its window is to be cut to sink and newest chunk before it.
+    """
 
     spec: SessionSpec
     schedule: StepSchedule
     cache: KVCache
     decoder_state: DecoderState
     history_frames: int
+    identity: Identity
+    shortened: bool = False
+    latents_dtype: torch.dtype = torch.float32
     state: SessionState = SessionState.QUEUED
     next_chunk: int = 0
+    timeline: Timeline = field(default_factory=lambda: Timeline(()))
     text: Tensor | None = None
-    transition: Transition | None = None
     pending: deque[PromptChange] = field(default_factory=deque)
+    applying: tuple[PromptChange, ...] = ()
     kept: list[KeptChunk] = field(default_factory=list)
     history: Tensor | None = None
     events: list[Event] = field(default_factory=list)
+    drift: DriftMonitor = field(default_factory=DriftMonitor)
     started_s: float | None = None
+    ahead_s: float | None = None
+    asked_s: float | None = None
     asked: bool = False
+    pausing: bool = False
+    stale: str = ""
+    reanchor: str = ""
+    reanchored: int = 0
+    saved: Snapshot | None = None
+
+    def __post_init__(self) -> None:
+        if not self.timeline.blends:
+            self.timeline = Timeline.of(self.spec.prompt)
 
     def move(self, state: SessionState) -> None:
         """Change state; `IllegalMoveError` where the state machine does not allow it."""
         if state not in MOVES[self.state]:
-            raise IllegalMoveError(f"session {self.spec.session_id}: {self.state} -> {state} is not allowed")
+            raise IllegalMoveError(self.spec.session_id, self.state, state)
         self.state = state
 
     @property
     def ended(self) -> bool:
         return not MOVES[self.state]
+
+    @property
+    def live(self) -> bool:
+        """Whether it holds a slot: everything but a paused session, until it is closed."""
+        return self.state is not SessionState.PAUSED
+
+    @property
+    def playing(self) -> bool:
+        """Whether the real-time budget counts it."""
+        return self.spec.paced and self.live and not self.ended
+
+    def log(self, kind: str, **detail: Any) -> None:
+        """Add to the event log of a recorded session, at the chunk to come."""
+        if self.spec.record:
+            self.events.append(Event(kind, self.next_chunk, detail))
 
     def total_chunks(self, geometry: ChunkGeometry) -> int | None:
         """Chunks to generate, None for an endless stream."""
@@ -188,10 +176,63 @@ class Session:
             return float("-inf")
         return geometry.pixel_start(self.next_chunk) / geometry.pixel_fps - (now_s - self.started_s)
 
+    def play_from(self, geometry: ChunkGeometry, ahead_s: float | None, now_s: float) -> None:
+        """Set the clock so that the viewer has `ahead_s` seconds of media left now."""
+        if ahead_s is not None:
+            self.started_s = now_s - (geometry.pixel_start(self.next_chunk) / geometry.pixel_fps - ahead_s)
+
+    def progress(self, geometry: ChunkGeometry, now_s: float) -> Progress:
+        """What admission needs to know of it."""
+        remaining_s = float("inf")
+        if self.spec.pixel_frames is not None:
+            to_make = max(0, self.spec.pixel_frames - geometry.pixel_start(self.next_chunk))
+            ahead_s = 0.0 if self.started_s is None else max(0.0, self.slack_s(geometry, now_s))
+            remaining_s = to_make / geometry.pixel_fps + ahead_s
+        recaching = bool(self.pending or self.timeline.moving or self.stale)
+        return Progress(self.schedule, self.next_chunk, self.total_chunks(geometry), recaching, remaining_s)
+
     def remember(self, chunk: KeptChunk, clean: Tensor) -> None:
-        """Keep a finished chunk's cache input and its clean latents `[c, f, h, w]`, within window and history."""
-        self.kept.append(chunk)
+        """Keep a finished chunk's cache input and its clean latents `[c, f, h, w]`, within window and history.
+
+        In the cache's element type: of a bfloat16 network's input that is what the network itself reads.
+        """
+        self.kept.append(replace(chunk, written=chunk.written.to(self.latents_dtype)))
         if len(self.kept) >= self.cache.window_chunks:
             del self.kept[self.cache.sink_chunks]
+        clean = clean.to(self.latents_dtype)
         history = clean if self.history is None else torch.cat((self.history, clean), dim=1)
         self.history = history[:, -self.history_frames :].contiguous()
+
+    def save(self, geometry: ChunkGeometry, ahead_s: float | None) -> Snapshot:
+        """Note what another engine needs to go on from here; tensors are referred to, never changed later."""
+        media = MediaTimeline(self.next_chunk, geometry.pixel_start(self.next_chunk), geometry.pixel_fps)
+        events = tuple(self.events) if self.spec.record else None
+        self.saved = Snapshot(
+            identity=self.identity, spec=self.spec, schedule=self.schedule, shortened=self.shortened,
+            next_chunk=self.next_chunk, media=media, ahead_s=ahead_s, timeline=self.timeline, kept=tuple(self.kept),
+            history=self.history, reanchored=self.reanchored, drift=self.drift.to_dict(), events=events,
+        )
+        return self.saved
+
+    def bring_back(self, device: torch.device) -> None:
+        """Move what it kept to the device."""
+        self.kept = [replace(item, written=item.written.to(device)) for item in self.kept]
+        self.history = None if self.history is None else self.history.to(device)
+
+    def take_over(self, snapshot: Snapshot) -> None:
+        """Stand where the snapshot's session stood; cache and decoder are built before the next chunk."""
+        self.next_chunk, self.timeline = snapshot.next_chunk, snapshot.timeline
+        self.kept, self.history = list(snapshot.kept), snapshot.history
+        self.reanchored, self.drift = snapshot.reanchored, DriftMonitor.from_dict(snapshot.drift)
+        self.pending = deque(snapshot.pending)
+        self.events = list(snapshot.events or ())
+
+    def latents_bytes(self) -> int:
+        """Bytes of the latents that it keeps."""
+        parts = [item.written for item in self.kept] + ([] if self.history is None else [self.history])
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+def decoder_bytes(state: DecoderState) -> int:
+    """Bytes of the features that a stream's decoder keeps (1.9 GB for Wan's at 832x480)."""
+    return sum(part.numel() * part.element_size() for part in state.features if isinstance(part, Tensor))

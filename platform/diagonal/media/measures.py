@@ -46,6 +46,11 @@ def sharpness(pixels: Pixels) -> float:
     return float(np.sqrt((np.square(across).sum() + np.square(down).sum()) / luma.size))
 
 
+def brightness(pixels: Pixels) -> float:
+    """Mean luma; 0 is black, 1 is white."""
+    return float(_luma(pixels).mean())
+
+
 def motion_amplitude(pixels: Pixels) -> float:
     """Mean absolute change of a pixel's luma between neighbouring frames; 0 is a still."""
     luma = _luma(pixels)

@@ -1,0 +1,198 @@
+"""From a session's state to pixels: text, re-cache, denoising, decode, emit. Holds the networks and the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diagonal.config import Config
+from diagonal.diffusion.rollout import (
+    DenoisedChunk,
+    cache_dtype,
+    chunk_noise_of,
+    denoise_chunk,
+    new_cache,
+    new_pool,
+    recache,
+)
+from diagonal.engine.script import PromptChange, SessionSpec, Timeline
+from diagonal.engine.session import Session, SessionState
+from diagonal.engine.snapshot import Identity, ReleaseLike
+from diagonal.model.cache import CacheBatch, PoolExhaustedError
+from diagonal.model.vae import Decoder
+from diagonal.schedule import StepSchedule
+
+# What a session's own step may fail with; anything else is a fault of the engine, and ends its thread.
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, OSError)
+OUT_OF_MEMORY = (PoolExhaustedError, MemoryError, torch.OutOfMemoryError)
+
+
+class SessionError(RuntimeError):
+    """Why a session's chunk could not be made; `code` is for programs and metrics."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextmanager
+def stage(code: str) -> Iterator[None]:
+    """Turn what fails inside into a `SessionError` of that code, or of `out_of_memory`."""
+    try:
+        yield
+    except SessionError:
+        raise
+    except OUT_OF_MEMORY as error:
+        raise SessionError("out_of_memory", str(error)) from error
+    except FAILURES as error:
+        raise SessionError(code, str(error)) from error
+
+
+class Servable(ReleaseLike, Protocol):
+    """What an engine asks of `diagonal.model.weights.Release`."""
+
+    def generator(self, device: torch.device | str = "cpu") -> Any: ...
+
+    def text(self, device: torch.device | str = "cpu") -> Any: ...
+
+    def decoder(self, device: torch.device | str = "cpu") -> Decoder: ...
+
+
+class ChunkMaker:
+    """The steps of one chunk on one device. Not for more than one thread at a time."""
+
+    def __init__(self, release: Servable, device: torch.device | str, slots: int) -> None:
+        self.config: Config = release.config
+        self.geometry = release.config.geometry
+        self.identity = Identity.of(release)
+        self.window_chunks = self.config.cache.window_frames // self.geometry.chunk_frames
+        self._network = release.generator(device)
+        self._text = release.text(device)
+        self._decoder = release.decoder(device)
+        self.pool = new_pool(self.config, self._network, slots * self.window_chunks)
+
+    def new_session(self, spec: SessionSpec, schedule: StepSchedule, shortened: bool = False) -> Session:
+        """A session with an empty cache."""
+        return Session(
+            spec, schedule, new_cache(self.config, self.pool), self._decoder.start(),
+            self.config.serve.decoder_history_frames, self.identity, shortened, cache_dtype(self.config),
+        )
+
+    def prepare(self, session: Session, changes: Sequence[PromptChange] = ()) -> int:
+        """Bring text, cache and decoder to the next chunk; returns the forwards of a re-cache. One serves all reasons.
+
+        `SessionError` when something of it fails.
+        """
+        reasons = [session.stale] if session.stale else []
+        if session.stale:
+            with stage("out_of_memory"):
+                session.bring_back(self.pool.keys.device)
+        if session.state is SessionState.QUEUED:
+            session.move(SessionState.RUNNING)
+        with stage("prompt_failed"):
+            if self._follow_timeline(session, changes):
+                reasons.append("prompt")
+        with stage("recache_failed"):
+            if session.reanchor and self._cut_window(session):
+                reasons.append("reanchor")
+            forwards = self._recache(session, reasons) if reasons and session.kept else 0
+        with stage("decode_failed"):
+            self._rebuild_decoder(session)
+        with stage("recache_failed"):
+            session.cache.begin(session.next_chunk)
+        return forwards
+
+    def _follow_timeline(self, session: Session, changes: Sequence[PromptChange]) -> bool:
+        """Take in prompt changes and move one chunk on; whether the text is another one now."""
+        session.applying = tuple(changes)
+        if changes:
+            newest = changes[-1]
+            session.timeline = session.timeline.change(newest.prompt, newest.transition_chunks)
+            session.log("prompt", prompt=newest.prompt, transition_chunks=newest.transition_chunks,
+                        event_ids=[change.event_id for change in changes])
+        moved = session.timeline.moving
+        session.timeline = session.timeline.advance()
+        if moved or session.text is None:
+            session.text = self._encode(session.timeline)
+        if moved:
+            session.drift.restart()
+        return moved
+
+    def _encode(self, timeline: Timeline) -> Tensor:
+        return timeline.text(lambda prompt: self._text.encode([prompt]))
+
+    def _cut_window(self, session: Session) -> bool:
+        """Keep the sink and the newest chunk alone; whether that was less than before."""
+        cause, session.reanchor = session.reanchor, ""
+        session.reanchored = session.next_chunk
+        sink = session.cache.sink_chunks
+        if len(session.kept) <= sink + 1:
+            return False
+        del session.kept[sink:-1]
+        session.log("reanchor", cause=cause)
+        return True
+
+    def _recache(self, session: Session, reasons: Sequence[str]) -> int:
+        assert session.text is not None
+        forwards = recache(self._network, session.cache, session.kept, session.text)
+        session.log("recache", reasons=list(reasons), forwards=forwards)
+        return forwards
+
+    def _rebuild_decoder(self, session: Session) -> None:
+        """After a pause or a move: the decoder's state, from the newest clean latents."""
+        if session.stale and session.history is not None:
+            session.decoder_state = self._decoder.start()
+            self._decoder.decode(session.history.unsqueeze(0).float(), session.decoder_state)
+        session.stale = ""
+
+    def denoise(self, batch: Sequence[Session]) -> DenoisedChunk:
+        """The shared forwards of prepared sessions with one batch key; `SessionError` when they fail."""
+        with stage("forward_failed"):
+            chunks = [session.next_chunk for session in batch]
+            noise = chunk_noise_of(
+                self.geometry, [session.spec.seed for session in batch], chunks, self.pool.keys.device
+            )
+            text = torch.cat([session.text for session in batch if session.text is not None])
+            caches = CacheBatch([session.cache for session in batch])
+            return denoise_chunk(self._network, batch[0].schedule, chunks[0], text, caches, noise)
+
+    def decode(self, session: Session, clean: Tensor) -> Tensor:
+        """Pixels `[f, h, w, 3]` uint8 on the device, of the session's next latents `[c, f, h, w]`."""
+        with stage("decode_failed"):
+            return self._decoder.decode(clean.unsqueeze(0), session.decoder_state)[0]
+
+    def evict(self, session: Session) -> None:
+        """Leave only the session's snapshot, off the device."""
+        session.cache.close()
+        session.decoder_state = self._decoder.start()
+        session.text = None
+        if session.saved is not None:
+            session.saved = session.saved.to("cpu")
+            session.kept, session.history = list(session.saved.kept), session.saved.history
+
+    def settle(self) -> None:
+        """Wait for the device, where a time is to be measured outside the hot loop."""
+        if self.pool.keys.device.type == "cuda":
+            torch.cuda.synchronize(self.pool.keys.device)
+
+
+def emit(pixels: Sequence[Tensor], clean: Sequence[Tensor]) -> list[Tensor | SessionError]:
+    """The step's one host sync: pixels of all its sessions on the CPU, in one transfer with whether they are finite.
+
+    Pixels are `[f, h, w, 3]` uint8 of one shape. `SessionError` stands for latents that are not finite, and for pixels
+    that could not be brought over.
+    """
+    try:
+        with stage("decode_failed"):
+            finite = torch.stack([torch.isfinite(part).all() for part in clean]).to(pixels[0].device, torch.uint8)
+            packed = torch.cat((torch.stack(list(pixels)).flatten(1), finite.unsqueeze(1)), dim=1).cpu()  # host sync
+    except SessionError as error:
+        if len(pixels) == 1:
+            return [error]
+        return [emit([one], [other])[0] for one, other in zip(pixels, clean, strict=True)]
+    refused = SessionError("not_finite", "the generated latents are not finite")
+    return [row[:-1].view(pixels[0].shape) if row[-1] else refused for row in packed]
