@@ -15,3 +15,11 @@ def two_ranks() -> Iterator[Ranks]:
     ranks = Ranks(2)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def three_ranks() -> Iterator[Ranks]:
+    """Three processes in one process group, started when first used."""
+    ranks = Ranks(3)
+    yield ranks
+    ranks.stop()
