@@ -1,67 +1,97 @@
-"""Stage 0 data: prompts to teacher trajectories on Ray Data; finished shards are kept, so a killed run goes on."""
+"""Stage 0 data: prompts to teacher trajectories on Ray Data; finished shards are kept, so a killed run goes on.
+
+The trajectories are always of the base model's own teacher (METHOD I.7); distill.teacher gives the real score alone.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter as Tally
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.util.metrics import Counter, Gauge, Histogram
 
-from diagonal.data.prompts import load_prompts, samples
-from diagonal.data.stages import EncodeText, SolveTrajectory, WriteShard, shard_name, teacher_id
-from diagonal.data.trajectory import read_shard
-from diagonal.data.world import training_scenes
-from diagonal.diffusion.noise import mixed_seed
+from diagonal.data.pair_set import (
+    MANIFEST,
+    USABLE,
+    PairPlan,
+    Shard,
+    begin,
+    finish,
+    finished,
+    keep_usable,
+    usable_places,
+    verify,
+)
+from diagonal.data.stages import EncodeText, SolveShard, teacher_id
 from diagonal.errors import require
-from diagonal.model.weights import file_hash
-from diagonal.tree import write_json
+from diagonal.metrics import FactorySink
+from diagonal.model.weights import check_transformer
+from diagonal.storage import Folder
+from jobs.prompts import pair_prompts, pair_prompts_folder, prompts_sha256
 from jobs.run import Run, connect, main, open_run, parser, say
 
-
-def prompts_of(run: Run) -> list[str]:
-    """The run's prompts: the configured file, or the embedded world's training captions."""
-    uri = run.config.pairs.prompts
-    require(bool(uri) or run.config.preset == "tiny", "pairs.prompts", uri, "a prompt file (only tiny has its own)")
-    return load_prompts(uri) if uri else [scene.caption for scene in training_scenes()]
+SEEN_WITHIN_S = 60.0  # network file systems show a new file late
 
 
-def plan_rows(run: Run, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Every sample of the finished set: its number, prompt, seed and shard. A function of the configuration alone."""
-    pairs, seed = run.config.pairs, run.config.seed
-    size = pairs.rows_per_shard
-    return [
-        {
-            "sample": sample, "prompt": prompts[index], "seed": mixed_seed(seed, "pairs", sample),
-            "shard": sample // size, "shard_rows": min(size, pairs.count - sample // size * size),
-        }
-        for sample, index in samples(len(prompts), seed, 0, pairs.count)
-    ]
+def prompts_of(run: Run) -> Sequence[str]:
+    """The prompts that the run's pairs are of."""
+    return pair_prompts(run)
 
 
-def is_done(folder: Path, shard: int) -> bool:
-    """Whether that shard was finished: its file or the list of its rows set aside is there."""
-    name = shard_name(shard)
-    return (folder / f"{name}.parquet").exists() or (folder / "set_aside" / f"{name}.json").exists()
+def plan_of(run: Run) -> PairPlan:
+    """What decides the run's pairs; prepares its prompts, and checks the teacher."""
+    check_transformer(run.base, run.config)
+    folder = pair_prompts_folder(run)
+    return PairPlan(run.config, len(pair_prompts(run)), prompts_sha256(folder), teacher_id(run.config))
 
 
-def make_pairs(run: Run) -> Path:
+def make_pairs(run: Run) -> Folder:
     """Solve and write the shards that are missing, then the manifest; returns the folder."""
-    folder = (run.folder / "pairs").path
-    if (folder / "manifest.json").exists():
+    folder = run.folder / "pairs"
+    if folder.has(MANIFEST):
         return folder
-    rows = plan_rows(run, prompts_of(run))
-    missing = [row for row in rows if not is_done(folder, row["shard"])]
-    shards = len({row["shard"] for row in missing})
-    size_gb = _trajectory_bytes(run) * len(rows) / 1e9
-    say(f"pairs: {len(rows)} trajectories, {size_gb:.3f} GB; {len(missing)} to solve in {shards} shards")
-    if missing:
-        _solve(run, folder, missing, shards)
-    _finish(run, folder, rows)
+    plan = plan_of(run)
+    begin(folder, plan)
+    shards = finished(folder, plan)
+    missing = [number for number in plan.shards if number not in shards]
+    size_gb = _trajectory_bytes(run) * run.config.pairs.count / 1e9
+    say(f"pairs: {run.config.pairs.count} trajectories, {size_gb:.3f} GB, in {len(plan.shards)} shards of which "
+        f"{len(missing)} are to be made")
+    plan.check_bad([row for shard in shards.values() for row in shard.set_aside])
+    for shard in _solve(run, folder, plan, missing):
+        shards[shard.number] = shard
+        plan.check_bad([row for found in shards.values() for row in found.set_aside])
+    manifest = finish(folder, plan, [shards[number] for number in plan.shards])
+    say(f"pairs: {manifest['rows']} trajectories in {folder}, {len(manifest['set_aside'])} set aside")
     return folder
+
+
+def usable_pairs(run: Run) -> list[tuple[str, int]]:
+    """(file, row in it) of every pair to train on, in one order for all ranks and resumes; makes and verifies the set.
+
+    All rows are read once before the first training; those that are corrupt are left out, and named in
+    `pairs/usable.json`. Past pairs.max_bad_share this is a `FieldError`.
+    """
+    folder = make_pairs(run)
+    if not folder.has(USABLE):
+        bad = verify(folder)
+        for row in bad:
+            say(f"pairs: {row['file']}, row {row['index']} (sample {row['sample']}) set aside: {row['reason']}")
+        _count_bad("ode_init", bad)
+        keep_usable(folder, plan_of(run), bad)
+    return usable_places(folder)
+
+
+def _count_bad(stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    sink = FactorySink(Counter, Gauge, Histogram)
+    for reason, count in Tally(row["reason"] for row in rows).items():
+        sink.inc("diagonal_data_quarantined_total", count, stage=stage, reason=reason)
 
 
 def _trajectory_bytes(run: Run) -> int:
@@ -69,53 +99,69 @@ def _trajectory_bytes(run: Run) -> int:
     return 2 * len(run.config.pairs.kept_raw) * math.prod(run.config.geometry.clip_shape())
 
 
-def _solve(run: Run, folder: Path, rows: list[dict[str, Any]], shards: int) -> None:
-    """One block is one shard from reading to writing, as no stage cuts or merges blocks (batch_size=None)."""
+def _solve(run: Run, folder: Folder, plan: PairPlan, missing: Sequence[int]) -> Iterator[Shard]:
+    """Each missing shard when it is written, through a pool that encodes text and one that solves and writes.
+
+    A row of the data set is a shard's number and its prompts' embeddings: trajectories stay in the process that solves
+    them. An actor that is lost is replaced and its shard solved again, train.max_failures times.
+    """
+    if not missing:
+        return
     connect()
+    config, gpus = run.config, run.config.train.gpus_per_worker
+    dataset = ray.data.from_items([{"shard": number} for number in missing], override_num_blocks=len(missing))
+    arguments = {"plan": plan, "prompts": pair_prompts_folder(run)}
+    dataset = _mapped(dataset, run, EncodeText, arguments, config.pairs.text_workers)
+    arguments = {"plan": plan, "folder": folder, "device": "cuda" if gpus else "cpu"}
+    workers = config.pairs.solver_workers or config.train.workers
+    dataset = _mapped(dataset, run, SolveShard, arguments, workers, **({"num_gpus": gpus} if gpus else {}))
+    progress = _Progress(len(missing))
+    for row in dataset.iter_rows():
+        aside = json.loads(row["set_aside"])
+        shard = Shard(row["shard"], row["rows"], row["bytes"], row["checksum"], tuple(aside))
+        _check_seen(folder, shard)
+        progress(shard)
+        yield shard
+
+
+def _mapped(dataset: Any, run: Run, stage: type, arguments: dict[str, Any], workers: int, **resources: Any) -> Any:
+    """One call of the stage for each row, on a pool of up to `workers` actors of one CPU each."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    gpus = run.config.train.gpus_per_worker
-    arguments = {"config": run.config.to_dict(), "device": "cuda" if gpus else "cpu"}
-    pool: dict[str, Any] = {"compute": ActorPoolStrategy(min_size=1, max_size=run.config.train.workers)}
-    if gpus:
-        pool["num_gpus"] = gpus
-    dataset = ray.data.from_blocks(_blocks(rows))
-    dataset = dataset.map_batches(
-        EncodeText, fn_constructor_kwargs={**arguments, "device": "cpu"}, batch_size=None,
-        compute=ActorPoolStrategy(min_size=1, max_size=1), num_cpus=1,
+    retries = run.config.train.max_failures
+    return dataset.map_batches(
+        stage, fn_constructor_kwargs=arguments, batch_size=1, num_cpus=1, max_restarts=retries,
+        max_task_retries=retries, compute=ActorPoolStrategy(min_size=1, max_size=workers), **resources,
     )
-    dataset = dataset.map_batches(SolveTrajectory, fn_constructor_kwargs=arguments, batch_size=None, num_cpus=1, **pool)
-    dataset = dataset.map_batches(
-        WriteShard, fn_constructor_kwargs={"folder": str(folder), "teacher_id": teacher_id(run.config)},
-        batch_size=None, compute=ActorPoolStrategy(min_size=1, max_size=1), num_cpus=0.5,
-    )
-    started_s, done = time.monotonic(), 0
-    for row in dataset.iter_rows():
-        done += 1
-        rate = done / (time.monotonic() - started_s)
-        say(f"pairs: shard {row['shard']} done, {done}/{shards}, about {(shards - done) / rate:.0f} s left")
 
 
-def _blocks(rows: list[dict[str, Any]]) -> list[Any]:
-    import pandas as pd
+def _check_seen(folder: Folder, shard: Shard, within_s: float = SEEN_WITHIN_S) -> None:
+    """`FieldError` when a shard that an actor wrote is not in the driver's folder: the node's disk is its own."""
+    until_s = time.monotonic() + within_s
+    while shard.rows and not folder.has(shard.file):
+        require(time.monotonic() < until_s, "train.storage", str(folder),
+                f"a folder that every node of the cluster sees: a node wrote {shard.file} to one of its own")
+        time.sleep(0.5)
 
-    frame = pd.DataFrame(rows)
-    return [block.reset_index(drop=True) for _, block in frame.groupby("shard", sort=True)]
 
+class _Progress:
+    """Counts shards in Ray's metrics and says how far the job is."""
 
-def _finish(run: Run, folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Check the share set aside and write the manifest, which makes the set finished."""
-    files = sorted(folder.glob("pairs-*.parquet"))
-    entries = [{"file": f.name, "rows": read_shard(f).num_rows, "sha256": file_hash(f)} for f in files]
-    good = sum(entry["rows"] for entry in entries)
-    share = 1.0 - good / len(rows)
-    limit = run.config.pairs.max_bad_share
-    require(share <= limit, "share of rows set aside", round(share, 4), f"at most pairs.max_bad_share = {limit}")
-    write_json(folder / "manifest.json", {
-        "format_version": 1, "rows": good, "set_aside": len(rows) - good, "shards": entries,
-        "teacher_id": teacher_id(run.config), "config": run.config.to_dict(),
-    })
-    say(f"pairs: {good} trajectories in {folder}, {len(rows) - good} set aside")
+    def __init__(self, shards: int) -> None:
+        self._sink = FactorySink(Counter, Gauge, Histogram)
+        self._started_s, self._shards, self._done, self._rows = time.monotonic(), shards, 0, 0
+
+    def __call__(self, shard: Shard) -> None:
+        self._done += 1
+        self._rows += shard.rows
+        seconds = time.monotonic() - self._started_s
+        self._sink.inc("diagonal_pairs_total", shard.rows)
+        self._sink.set("diagonal_pairs_per_second", self._rows / seconds)
+        _count_bad("pairs", shard.set_aside)
+        aside = f" ({len(shard.set_aside)} rows set aside)" if shard.set_aside else ""
+        left_s = (self._shards - self._done) * seconds / self._done
+        say(f"pairs: shard {shard.number} done{aside}, {self._done}/{self._shards}, "
+            f"{self._rows / seconds:.2f} pairs/s, about {left_s:.0f} s left")
 
 
 def work(argv: Sequence[str]) -> None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diagonal.data.prompts import distinct, epoch_order, load_prompts, normalise, prompt_id, samples
+from diagonal.data.prompts import (
+    PIECE_BYTES,
+    SeenIds,
+    epoch_order,
+    is_held_out,
+    normalise,
+    prompt_id,
+    read_prompts,
+    samples,
+)
 from diagonal.errors import FieldError
 
 
@@ -23,8 +35,8 @@ def test_an_id_never_changes() -> None:
     assert prompt_id("a red circle") == "a1e4a280d27cad5b"
 
 
-def test_distinct_keeps_the_first_order_and_drops_empty_prompts() -> None:
-    assert distinct(["b", " a ", "", "b ", " \n", "a", "c"]) == ["b", "a", "c"]
+def read(uri: str) -> list[str]:
+    return list(read_prompts(uri))
 
 
 def write(folder: Path, suffix: str, prompts: list[str]) -> str:
@@ -39,65 +51,131 @@ def write(folder: Path, suffix: str, prompts: list[str]) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
-def test_any_kind_of_file_gives_its_distinct_prompts(suffix: str, tmp_path: Path) -> None:
-    uri = write(tmp_path, suffix, ["a  red circle", "ein blaues Dreieck", "a red circle", "一个红色的圆"])
-    assert load_prompts(uri) == ["a red circle", "ein blaues Dreieck", "一个红色的圆"]
-    assert load_prompts(f"file://{uri}") == load_prompts(uri)
+def test_any_kind_of_file_gives_its_prompts(suffix: str, tmp_path: Path) -> None:
+    prompts = ["a  red circle", "ein blaues Dreieck", "a red circle", "一个红色的圆"]
+    uri = write(tmp_path, suffix, prompts)
+    assert [prompt for prompt in read(uri) if prompt] == prompts
+    assert read(f"file://{uri}") == read(uri)
+
+
+def test_a_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path) -> None:
+    for name, prompt in (("b.txt", "second"), ("a.jsonl", json.dumps({"prompt": "first"})), ("c.csv", "not read")):
+        (tmp_path / name).write_text(prompt)
+    assert read(str(tmp_path)) == ["first", "second"]
+    (tmp_path / "a.jsonl").write_text("[")
+    with pytest.raises(FieldError, match=f"{tmp_path}/a.jsonl, line 1 = "):
+        read(str(tmp_path))
+
+
+def test_a_file_on_s3_is_read_in_pieces(bucket: str, s3_server: Any, tmp_path: Path) -> None:
+    lines = [f"{number} " + "x" * 1000 for number in range(2 * PIECE_BYTES // 1000)]
+    s3_server.client().upload_file(write(tmp_path, ".txt", lines), bucket, "deep/p.txt")
+    s3_server.client().upload_file(write(tmp_path, ".parquet", lines), bucket, "deep/p.parquet")
+    assert read(f"s3://{bucket}/deep/p.txt") == lines == read(f"s3://{bucket}/deep/p.parquet")
+    with pytest.raises(FieldError, match="prompts = 's3://.*/none.txt': allowed is a file that exists"):
+        read(f"s3://{bucket}/deep/none.txt")
+
+
+def test_prompts_of_any_number_are_read_in_the_memory_of_a_piece(tmp_path: Path) -> None:
+    path, line = tmp_path / "p.txt", b"x" * 999 + b"\n"
+    path.write_bytes(line * 60_000)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_prompts(str(path))) == 60_000
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 8 * PIECE_BYTES < path.stat().st_size / 6
+
+
+def test_lines_are_whole_wherever_a_piece_ends(tmp_path: Path) -> None:
+    lines = ["é" * (PIECE_BYTES // 4 - 3), "b", "一" * (PIECE_BYTES // 4), "", "c"]
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    assert read(str(tmp_path / "p.txt")) == lines
+
+
+def test_a_line_without_end_is_refused_by_its_number(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"a\n" + b"x" * (3 * PIECE_BYTES))
+    with pytest.raises(FieldError, match=r"p.txt, line 2 = .*at most 1048576 bytes"):
+        read(str(tmp_path / "p.txt"))
 
 
 def test_a_line_separator_inside_a_json_text_does_not_end_the_line(tmp_path: Path) -> None:
-    assert load_prompts(write(tmp_path, ".jsonl", ["a\u2028red\u0085circle", "b"])) == ["a red circle", "b"]
+    found = read(write(tmp_path, ".jsonl", ["a\u2028red\u0085circle", "b"]))
+    assert [normalise(prompt) for prompt in found if prompt] == ["a red circle", "b"]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\na blue square\r\n")
-    assert load_prompts(str(tmp_path / "p.txt")) == ["a red circle", "a blue square"]
+    found = read(str(tmp_path / "p.txt"))
+    assert [normalise(prompt) for prompt in found if prompt] == ["a red circle", "a blue square"]
 
 
 @pytest.mark.parametrize(
     ("line", "place"), [("{", "line 2"), ('{"text": "a"}', "line 2"), ('"a"', "line 2"), ('{"prompt": null}', "line 2"),
-                        ('{"prompt": 5}', "line 2")],
+                        ('{"prompt": 5}', "line 2"), ('{"prompt": "\\ud800"}', "line 2")],
 )  # fmt: skip
 def test_a_line_that_holds_no_prompt_is_refused_by_its_number(line: str, place: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
     with pytest.raises(FieldError, match=f"p.jsonl, {place} = "):
-        load_prompts(str(tmp_path / "p.jsonl"))
+        read(str(tmp_path / "p.jsonl"))
 
 
 def test_a_table_without_prompts_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "p.parquet")
     with pytest.raises(FieldError, match='p.parquet.*column "prompt"'):
-        load_prompts(str(tmp_path / "p.parquet"))
+        read(str(tmp_path / "p.parquet"))
     (tmp_path / "p.parquet").write_bytes(b"text")
-    with pytest.raises(FieldError, match="p.parquet.*a Parquet file"):
-        load_prompts(str(tmp_path / "p.parquet"))
+    with pytest.raises(FieldError, match="p.parquet.*a Parquet file that can be read"):
+        read(str(tmp_path / "p.parquet"))
     pq.write_table(pa.table({"prompt": ["a", None]}), tmp_path / "p.parquet")
     with pytest.raises(FieldError, match="p.parquet, row 1 = None"):
-        load_prompts(str(tmp_path / "p.parquet"))
+        read(str(tmp_path / "p.parquet"))
 
 
 def test_a_missing_an_empty_and_an_unknown_file_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(FieldError, match="prompts = .*nowhere.txt': allowed is a file that exists"):
-        load_prompts(str(tmp_path / "nowhere.txt"))
-    with pytest.raises(FieldError, match="at least one prompt"):
-        load_prompts(write(tmp_path, ".txt", ["", "  "]))
-    (tmp_path / "p.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(FieldError, match="p.txt.*a text in UTF-8"):
-        load_prompts(str(tmp_path / "p.txt"))
-    with pytest.raises(FieldError, match=r"prompts = 'p.csv': allowed is a file ending in one of"):
-        load_prompts("p.csv")
+        read(str(tmp_path / "nowhere.txt"))
+    with pytest.raises(FieldError, match="prompts = '': allowed is a file that exists"):
+        read("")
+    (tmp_path / "p.txt").write_bytes(b"a\ncaf\xe9")
+    with pytest.raises(FieldError, match="p.txt, line 2 = .*a text in UTF-8"):
+        read(str(tmp_path / "p.txt"))
+    (tmp_path / "p.csv").write_text("a")
+    with pytest.raises(FieldError, match=r"prompts = .*p.csv': allowed is a file ending in one of"):
+        read(str(tmp_path / "p.csv"))
 
 
 def test_an_epoch_is_a_permutation_of_seed_and_epoch_alone() -> None:
-    assert sorted(epoch_order(50, 1, 0)) == list(range(50))
-    assert epoch_order(50, 1, 0) == epoch_order(50, 1, 0)
-    assert len({tuple(epoch_order(50, seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+    assert sorted(epoch_order(50, 1, 0).tolist()) == list(range(50))
+    assert epoch_order(50, 1, 0).tolist() == epoch_order(50, 1, 0).tolist()
+    assert len({tuple(epoch_order(50, seed, epoch).tolist()) for seed in (1, 2) for epoch in (0, 1)}) == 4
 
 
 def test_samples_may_be_taken_up_anywhere() -> None:
     whole = list(samples(7, 3, 0, 30))
     assert [sample for sample, _ in whole] == list(range(30))
-    assert [index for _, index in whole[7:14]] == epoch_order(7, 3, 1)
+    assert [index for _, index in whole[7:14]] == epoch_order(7, 3, 1).tolist()
     for start in (1, 6, 7, 20):
         assert list(samples(7, 3, start, 30)) == whole[start:]
     assert list(samples(7, 3, 5, 5)) == []
+
+
+def test_a_prompt_is_held_out_by_its_id_alone_and_stays_so_in_a_larger_share() -> None:
+    ids = [prompt_id(str(number)) for number in range(20_000)]
+    few, more = ({i for i in ids if is_held_out(i, share)} for share in (0.01, 0.1))
+    assert few < more
+    assert abs(len(few) / len(ids) - 0.01) < 0.003 and abs(len(more) / len(ids) - 0.1) < 0.01
+    assert not any(is_held_out(i, 0.0) for i in [*ids, "0" * 16])
+    assert is_held_out("0" * 16, 0.01) and not is_held_out("f" * 16, 0.99)
+
+
+def test_an_id_is_new_once(tmp_path: Path) -> None:
+    drawn = np.random.default_rng(0).integers(0, 5000, 20_000).astype(np.uint64)
+    seen, fresh = SeenIds(), []
+    for part in np.array_split(drawn, 37):
+        fresh += seen.add(part).tolist()
+    known: set[int] = set()
+    expected = [not (number in known or known.add(number)) for number in drawn.tolist()]  # type: ignore[func-returns-value]
+    assert fresh == expected
+    assert seen.add(np.array([], dtype=np.uint64)).tolist() == []

@@ -1,21 +1,28 @@
-"""Prompts: reading, normalising, de-duplicating, and the order in which training sees them."""
+"""Prompts: reading files of any length, one form and one id for each, and the order in which training sees them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pyarrow import fs
+from numpy.typing import NDArray
 
+from diagonal.data.ranged import open_file
 from diagonal.diffusion.noise import generator
 from diagonal.errors import FieldError, require
+from diagonal.storage import Folder
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+PIECE_BYTES = 2**20
+ROWS_AT_ONCE = 1024
+ID_RANGE = 2**64
 
 
 def normalise(prompt: str) -> str:
@@ -28,75 +35,143 @@ def prompt_id(prompt: str) -> str:
     return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:16]
 
 
-def distinct(prompts: Iterable[str]) -> list[str]:
-    """Normalised prompts in their first order, without empty ones and repetitions."""
-    return list(dict.fromkeys(p for p in map(normalise, prompts) if p))
+def is_held_out(identity: str, share: float) -> bool:
+    """Whether the prompt of that id is kept from training: a function of the id alone, for about `share` of them."""
+    return int(identity, 16) < share * ID_RANGE
+
+
+def read_prompts(uri: str, patience_s: float = 120.0) -> Iterator[str]:
+    """Prompts as they stand in a file, or in a folder's files by name, local or s3://, in memory for a piece of it.
+
+    `.txt` holds one a line; `.jsonl` and `.parquet` have a field `prompt`. `FieldError` names the file, or the line or
+    row of it, that is not so.
+    """
+    whole = Folder(uri.removeprefix("file://"), patience_s)
+    folder, names = (whole.parent, [whole.name]) if whole.parent.has(whole.name) else (whole, _inside(whole, uri))
+    for name in names:
+        place = uri if folder != whole else f"{uri.rstrip('/')}/{name}"
+        require(name.endswith(SUFFIXES), "prompts", uri, f"a file ending in one of {SUFFIXES}")
+        with open_file(folder, name) as file:
+            if name.endswith(".parquet"):
+                yield from _parquet_prompts(file, place)
+            else:
+                yield from _line_prompts(file, place, _jsonl_prompt if name.endswith(".jsonl") else _line_prompt)
 
 
 def load_prompts(uri: str) -> list[str]:
-    """Distinct prompts of a file, local or s3://: `.txt` one a line, `.jsonl` and `.parquet` with a field `prompt`.
-
-    `FieldError` names the file, or the line or row of it, that is not so.
-    """
-    require(uri.endswith(SUFFIXES), "prompts", uri, f"a file ending in one of {SUFFIXES}")
-    filesystem, path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
-    require(filesystem.get_file_info(path).type == fs.FileType.File, "prompts", uri, "a file that exists")
-    if uri.endswith(".parquet"):
-        prompts = _parquet_prompts(filesystem, path, uri)
-    else:
-        with filesystem.open_input_stream(path) as stream:
-            lines = _lines(stream.read(), uri)
-        prompts = lines if uri.endswith(".txt") else _jsonl_prompts(lines, uri)
-    found = distinct(prompts)
+    """Distinct normalised prompts of a file, in their first order."""
+    found = list(dict.fromkeys(p for p in map(normalise, read_prompts(uri)) if p))
     require(bool(found), "prompts", uri, "a file with at least one prompt")
     return found
 
 
-def _lines(data: bytes, uri: str) -> list[str]:
+def _inside(folder: Folder, uri: str) -> list[str]:
+    found = [name for name in folder.children() if name.endswith(SUFFIXES)]
+    allowed = f"a file that exists, or a folder of files, ending in one of {SUFFIXES}"
+    require(bool(found) and bool(uri), "prompts", uri, allowed)
+    return found
+
+
+def _line_prompts(file: pa.NativeFile, place: str, read: Callable[[str, str], str]) -> Iterator[str]:
+    for number, line in enumerate(_lines(file, place), 1):
+        where = f"{place}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise FieldError(where, line[:80], f"a text in UTF-8 ({error})") from error
+        yield read(text, where)
+
+
+def _lines(file: pa.NativeFile, place: str) -> Iterator[bytes]:
+    """Lines that end at a line feed alone: a JSON text may hold other separators."""
+    rest, number = b"", 0
+    while piece := file.read(PIECE_BYTES):
+        *whole, rest = (rest + piece).split(b"\n")
+        number += len(whole)
+        yield from whole
+        require(len(rest) <= PIECE_BYTES, f"{place}, line {number + 1}", rest[:80], f"at most {PIECE_BYTES} bytes")
+    if rest:
+        yield rest
+
+
+def _line_prompt(line: str, where: str) -> str:
+    return line
+
+
+def _jsonl_prompt(line: str, where: str) -> str:
+    if not line.strip():
+        return ""
     try:
-        return data.decode("utf-8-sig").split("\n")  # not splitlines: a JSON text may hold other separators
-    except UnicodeDecodeError as error:
-        raise FieldError("prompts", uri, f"a text in UTF-8 ({error})") from error
+        value = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise FieldError(where, line[:80], 'a JSON object with a field "prompt"') from error
+    return _text(value, where)
 
 
-def _parquet_prompts(filesystem: fs.FileSystem, path: str, uri: str) -> list[str]:
+def _parquet_prompts(file: pa.NativeFile, place: str) -> Iterator[str]:
     try:
-        table = pq.read_table(path, filesystem=filesystem, columns=["prompt"])
-    except pa.ArrowInvalid as error:
-        raise FieldError("prompts", uri, 'a Parquet file with a column "prompt"') from error
-    return [_text(value, f"{uri}, row {row}") for row, value in enumerate(table["prompt"].to_pylist())]
+        table = pq.ParquetFile(file)
+        require("prompt" in table.schema_arrow.names, "prompts", place, 'a Parquet file with a column "prompt"')
+        row = 0
+        for batch in table.iter_batches(ROWS_AT_ONCE, columns=["prompt"]):
+            for value in batch.column(0).to_pylist():
+                yield _text(value, f"{place}, row {row}")
+                row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise FieldError("prompts", place, f"a Parquet file that can be read ({error})") from error
 
 
-def _jsonl_prompts(lines: Sequence[str], uri: str) -> list[str]:
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            place = f"{uri}, line {number}"
-            try:
-                value = json.loads(line)["prompt"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise FieldError(place, line[:80], 'a JSON object with a field "prompt"') from error
-            prompts.append(_text(value, place))
-    return prompts
-
-
-def _text(value: object, place: str) -> str:
+def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise FieldError(place, value, "a prompt that is a text")
+        raise FieldError(where, value, "a prompt that is a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may escape half a character
+        raise FieldError(where, value[:80], f"a text in Unicode ({error})") from error
     return value
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+class SeenIds:
+    """A set of 64-bit ids in 8 bytes each: sorted runs, merged with those that are no longer."""
+
+    def __init__(self) -> None:
+        self._runs: list[NDArray[np.uint64]] = []
+
+    def add(self, ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Add ids `[n]`; returns `[n]`, true for the first of each that was not in the set."""
+        unique, first = np.unique(ids, return_index=True)
+        known = np.zeros(len(unique), dtype=bool)
+        for run in self._runs:
+            known |= run[np.minimum(np.searchsorted(run, unique), len(run) - 1)] == unique
+        new, fresh = unique[~known], np.zeros(len(ids), dtype=bool)
+        fresh[first[~known]] = True
+        while len(new) and self._runs and len(self._runs[-1]) <= len(new):
+            new = np.sort(np.concatenate((self._runs.pop(), new)))
+        if len(new):
+            self._runs.append(new)
+        return fresh
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """A permutation of range(count) that depends on (seed, epoch) alone."""
-    return torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
+    return torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
+
+
+class Order:
+    """Which of `count` items each global sample number reads, epoch after epoch; holds one epoch's permutation."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, sample: int) -> int:
+        epoch, place = divmod(sample, self._count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self._count, self._seed, epoch)
+        return int(self._order[place])
 
 
 def samples(count: int, seed: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """(global sample number, index of the item it reads) for samples start to stop, epoch after epoch."""
-    order: Sequence[int] = ()
-    epoch = -1
-    for sample in range(start, stop):
-        if sample // count != epoch:
-            epoch = sample // count
-            order = epoch_order(count, seed, epoch)
-        yield sample, order[sample % count]
+    order = Order(count, seed)
+    return ((sample, order[sample]) for sample in range(start, stop))

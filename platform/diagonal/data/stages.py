@@ -2,112 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import Path
+import json
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from diagonal.config import Config
-from diagonal.data.prompts import prompt_id
-from diagonal.data.trajectory import checksum, from_bits, read_row, read_shard, to_bits, write_shard
-from diagonal.diffusion.noise import clip_noise
-from diagonal.diffusion.teacher import solve
+from diagonal.data.pair_set import (
+    NOT_FINITE,
+    PLAN,
+    USABLE,
+    PairPlan,
+    aside_file,
+    rows_checksum,
+    shard_file,
+)
+from diagonal.data.prompt_set import PromptSet
+from diagonal.data.prompts import Order
+from diagonal.data.ranged import open_file
+from diagonal.data.trajectory import (
+    CorruptRowError,
+    checksum,
+    from_bits,
+    groups_of,
+    open_shard,
+    read_row,
+    shard_bytes,
+    to_bits,
+)
+from diagonal.diffusion.noise import clip_noise, mixed_seed
+from diagonal.diffusion.teacher import Trajectory, solve
+from diagonal.errors import require
 from diagonal.model.weights import base_folder, file_hash, load_teacher, load_text
-from diagonal.tree import read_json, write_json
+from diagonal.storage import Folder
 
 Columns = dict[str, Any]
+Row = dict[str, Any]
+HELD_BYTES = 256 * 2**20  # of row groups that a reader of pairs holds
 
 
 class EncodeText:
-    """Adds `text_bf16`, the prompts' embeddings as int16 bits `[n, l, d]`, to columns with `prompt`."""
+    """Columns with one `shard` number, to which it adds `rows`, the shard's samples as JSON, and `text_bf16`.
 
-    def __init__(self, config: Mapping[str, Any], device: str = "cpu") -> None:
-        self._config = Config.from_dict(config)
-        dtype = getattr(torch, self._config.model.compute_dtype)
-        self._text = load_text(base_folder(self._config), self._config, dtype).to(device)
+    `text_bf16` `[1, n, l, d]` holds the embeddings of its n prompts as int16 bits. The rows are a function of the plan
+    and of the prompts in the folder `prompts`, so nobody holds them all.
+    """
 
-    def __call__(self, batch: Columns) -> Columns:
-        return {**batch, "text_bf16": to_bits(self._text.encode([str(prompt) for prompt in batch["prompt"]]))}
-
-
-class SolveTrajectory:
-    """Adds `states_bf16` `[n, s, c, f, h, w]` and `levels`: the guided teacher's ODE solutions from seeded noise."""
-
-    def __init__(self, config: Mapping[str, Any], device: str = "cpu") -> None:
-        self._config, self._device = Config.from_dict(config), device
-        folder = base_folder(self._config)
-        dtype = getattr(torch, self._config.model.compute_dtype)
-        self._teacher = load_teacher(folder, self._config, dtype).to(device)
-        text = load_text(folder, self._config, dtype)
-        self._negative = text.encode([self._config.model.negative_prompt]).to(device)
+    def __init__(self, plan: PairPlan, prompts: Folder, device: str = "cpu") -> None:
+        config = plan.config
+        self._plan, self._prompts = plan, PromptSet(prompts)
+        self._order = Order(len(self._prompts), config.seed)
+        dtype = getattr(torch, config.model.compute_dtype)
+        self._text = load_text(base_folder(config), config, dtype).to(device)
 
     def __call__(self, batch: Columns) -> Columns:
+        rows = self.rows(_only(batch["shard"]))
+        text = to_bits(self._text.encode([row["prompt"] for row in rows]))
+        return {"shard": batch["shard"], "rows": np.array([json.dumps(rows)]), "text_bf16": text[None]}
+
+    def rows(self, shard: int) -> list[Row]:
+        """The samples of a shard: number, prompt_id, prompt, seed."""
+        samples = self._plan.samples(shard)
+        prompts = self._prompts.take([self._order[sample] for sample in samples])
+        return [
+            {"sample": sample, "prompt_id": identity, "prompt": prompt,
+             "seed": mixed_seed(self._plan.config.seed, "pairs", sample)}
+            for sample, (identity, prompt) in zip(samples, prompts, strict=True)
+        ]
+
+
+class SolveShard:
+    """Solves the guided teacher's ODE for one shard's rows and writes the shard: whole, or not at all.
+
+    Takes what `EncodeText` gives; returns one row of plain columns: see `diagonal.data.pair_set.Shard`. Rows that are
+    not finite are set aside with a reason. A folder without the plan that the job wrote, as it is where a node does not
+    share the job's disk, is refused before anything is solved.
+    """
+
+    def __init__(self, plan: PairPlan, folder: Folder, device: str = "cpu") -> None:
+        seen_by_all = f"a folder that every node of the cluster sees; {PLAN}, which the job wrote, is not there"
+        require(folder.has(PLAN), "train.storage", str(folder), seen_by_all)
+        self._plan, self._config, self._folder, self._device = plan, plan.config, folder, device
+        base, dtype = base_folder(plan.config), getattr(torch, plan.config.model.compute_dtype)
+        self._teacher = load_teacher(base, plan.config, dtype).to(device)
+        self._negative = load_text(base, plan.config, dtype).encode([plan.config.model.negative_prompt]).to(device)
+
+    def __call__(self, batch: Columns) -> Columns:
+        shard, rows = _only(batch["shard"]), json.loads(str(_only(batch["rows"])))
+        states, levels = self.solve([row["seed"] for row in rows], from_bits(batch["text_bf16"][0]).float())
+        solved = [{**row, "levels": levels, "states_bf16": bits, "checksum": checksum(bits)}
+                  for row, bits in zip(rows, states, strict=True)]
+        good = [row for row in solved if bool(torch.isfinite(from_bits(row["states_bf16"])).all())]
+        kept = {row["sample"] for row in good}
+        bad = [{"sample": row["sample"], "prompt_id": row["prompt_id"], "reason": NOT_FINITE}
+               for row in rows if row["sample"] not in kept]
+        written = self._write(shard, good, bad)
+        digest = rows_checksum((row["sample"], row["checksum"]) for row in good) if good else ""
+        return {name: np.array([value]) for name, value in (
+            ("shard", shard), ("rows", len(good)), ("bytes", written), ("checksum", digest),
+            ("set_aside", json.dumps(bad)),
+        )}  # fmt: skip
+
+    def solve(self, seeds: list[int], text: Tensor) -> tuple[np.ndarray, list[float]]:
+        """States as int16 bits `[n, s, c, f, h, w]` from seeded noise, under embeddings `[n, l, d]`; their levels."""
         pairs, geometry = self._config.pairs, self._config.geometry
-        text = from_bits(batch["text_bf16"]).float().to(self._device)
-        shape = geometry.chunk_shape()[1:]
-        noise = torch.stack([clip_noise(int(seed), geometry.clip_chunks, shape) for seed in batch["seed"]])
-        parts = []
-        for part in torch.arange(len(noise)).split(pairs.batch_size):
+        shape, text = geometry.chunk_shape()[1:], text.to(self._device)
+        parts: list[np.ndarray] = []
+        levels: tuple[float, ...] = ()
+        for part in torch.arange(len(seeds)).split(pairs.batch_size):
+            noise = torch.stack([clip_noise(seeds[index], geometry.clip_chunks, shape) for index in part.tolist()])
             states, levels = solve(
-                self._teacher, noise[part].to(self._device), text[part], self._negative.expand(len(part), -1, -1),
+                self._teacher, noise.to(self._device), text[part], self._negative.expand(len(part), -1, -1),
                 weight=pairs.guidance, steps=pairs.solver_steps, shift=self._config.schedule.shift,
                 kept_raw=pairs.kept_raw,
             )
             parts.append(to_bits(states))
-        kept = {name: column for name, column in batch.items() if name != "text_bf16"}
-        rows = len(noise)
-        return {**kept, "states_bf16": np.concatenate(parts), "levels": np.tile(np.array(levels), (rows, 1))}
+        return np.concatenate(parts), list(levels)
 
-
-class WriteShard:
-    """Checks the rows of one shard and writes it; rows that are not finite are set aside with a reason.
-
-    Returns one row: shard number, rows written, rows set aside. The batch must be exactly one shard.
-    """
-
-    def __init__(self, folder: str, teacher_id: str) -> None:
-        self._folder, self._teacher_id = Path(folder), teacher_id
-
-    def __call__(self, batch: Columns) -> Columns:
-        shard, size = int(batch["shard"][0]), int(batch["shard_rows"][0])
-        if len(batch["shard"]) != size or len(set(batch["shard"].tolist())) != 1:
-            raise RuntimeError(f"shard {shard}: {len(batch['shard'])} rows came as one batch, {size} were expected")
-        rows = [self._row(batch, index) for index in range(size)]
-        finite = [bool(torch.isfinite(from_bits(row["states_bf16"])).all()) for row in rows]
-        good = [row for row, kept in zip(rows, finite, strict=True) if kept]
-        bad = [{"sample": row["sample"], "prompt_id": row["prompt_id"], "reason": "states are not finite"}
-               for row, kept in zip(rows, finite, strict=True) if not kept]
+    def _write(self, shard: int, good: list[Row], bad: list[Row]) -> int:
+        """Write the shard after the list of what it lacks, so that a shard which is there is told whole; its bytes."""
         if bad:
-            write_json(self._folder / "set_aside" / f"{shard_name(shard)}.json", bad)
-        if good:
-            write_shard(self._folder / f"{shard_name(shard)}.parquet", good)
-        return {"shard": np.array([shard]), "rows": np.array([len(good)]), "set_aside": np.array([len(bad)])}
-
-    def _row(self, batch: Columns, index: int) -> Columns:
-        bits, prompt = batch["states_bf16"][index], str(batch["prompt"][index])
-        return {
-            "sample": int(batch["sample"][index]), "prompt_id": prompt_id(prompt), "prompt": prompt,
-            "seed": int(batch["seed"][index]), "levels": [float(level) for level in batch["levels"][index]],
-            "states_bf16": bits, "checksum": checksum(bits), "teacher_id": self._teacher_id,
-        }
+            self._folder.write_json(aside_file(shard), bad)
+        else:
+            self._folder.remove(aside_file(shard))
+        if not good:
+            return 0
+        data = shard_bytes(good, self._plan.about)
+        self._folder.write(shard_file(shard), data)
+        return len(data)
 
 
 class ReadPairs:
-    """Reads the trajectory that each row's `file` and `index` name; adds `states_bf16`, `levels` and `prompt`."""
+    """Reads the trajectory that each row's `file` and `index` name; adds `states_bf16`, `levels` and `prompt`.
 
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
-        self._table = lru_cache(maxsize=8)(self._read)
+    A row whose bytes changed since the set was verified is read once more, then `CorruptRowError` names it.
+    """
 
-    def _read(self, name: str) -> pa.Table:
-        return read_shard(self._folder / name)
+    def __init__(self, folder: Folder | str) -> None:
+        self._folder = folder if isinstance(folder, Folder) else Folder(folder)
+        self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._places: dict[str, list[tuple[int, int]]] = {}
 
     def __call__(self, batch: Columns) -> Columns:
-        found = [read_row(self._table(str(f)), int(i)) for f, i in zip(batch["file"], batch["index"], strict=True)]
+        asked = zip(batch["file"], batch["index"], strict=True)
+        found = [self._row(str(file), int(index)) for file, index in asked]
         return {
             "sample": batch["sample"],
             "prompt": np.array([trajectory.prompt for trajectory in found]),
@@ -115,19 +157,41 @@ class ReadPairs:
             "states_bf16": np.stack([to_bits(trajectory.states) for trajectory in found]),
         }
 
+    def _row(self, file: str, index: int) -> Trajectory:
+        try:
+            return read_row(*self._table(file, index))
+        except (CorruptRowError, pa.ArrowException, OSError):
+            self._groups.clear()  # what was read may be wrong, and not what is stored
+        try:
+            return read_row(*self._table(file, index))
+        except (CorruptRowError, pa.ArrowException, OSError) as error:
+            raise CorruptRowError(
+                f"{self._folder / file}, row {index}, changed after the set was verified ({error}); remove "
+                f"{self._folder / USABLE} and go on: the set is then verified again"
+            ) from error
 
-def shard_name(shard: int) -> str:
-    """Base name of a shard's files."""
-    return f"pairs-{shard:06d}"
+    def _table(self, file: str, index: int) -> tuple[pa.Table, int]:
+        """The row group that holds a row, and its place in it; the newest groups are held."""
+        group, place = self._places[file][index] if file in self._places else (-1, 0)
+        if (file, group) in self._groups:
+            self._groups.move_to_end((file, group))
+            return self._groups[file, group], place
+        with open_file(self._folder, file) as source:
+            shard = open_shard(source, file)
+            group, place = self._places.setdefault(file, list(groups_of(shard)))[index]
+            self._groups[file, group] = table = shard.read_row_group(group)
+        while len(self._groups) > 1 and sum(held.nbytes for held in self._groups.values()) > HELD_BYTES:
+            self._groups.popitem(last=False)
+        return table, place
+
+
+def _only(column: Any) -> Any:
+    """The one item of a column."""
+    require(len(column) == 1, "rows of a batch", len(column), "1: one shard at a time")
+    return column[0].item() if isinstance(column[0], np.generic) else column[0]
 
 
 def teacher_id(config: Config) -> str:
     """First 16 hexadecimal digits over the teacher's weight files."""
     files = sorted((base_folder(config) / "transformer").glob("*.safetensors"))
     return checksum(np.frombuffer("".join(file_hash(file) for file in files).encode(), dtype=np.uint8))[:16]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished pairs folder."""
-    manifest: dict[str, Any] = read_json(folder / "manifest.json")
-    return manifest

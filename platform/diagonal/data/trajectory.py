@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,11 @@ import torch
 from torch import Tensor
 
 from diagonal.diffusion.teacher import Trajectory
-from diagonal.errors import require
+from diagonal.errors import FieldError, require
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+GROUP_BYTES = 16 * 2**20  # of states in one row group, which is the least that a reader reads
+VERSION_KEY, ABOUT_KEY = b"schema_version", b"diagonal"
 
 
 class CorruptRowError(RuntimeError):
@@ -39,44 +40,67 @@ def checksum(bits: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(bits).tobytes()).hexdigest()
 
 
-def schema(state_shape: Sequence[int]) -> pa.Schema:
-    """Columns of a shard; `states_bf16` is an Arrow fixed-shape tensor of int16 bits `[s, c, f, h, w]`."""
+def schema(state_shape: Sequence[int], about: Mapping[str, Any] | None = None) -> pa.Schema:
+    """Columns of a shard; `states_bf16` is an Arrow fixed-shape tensor of int16 bits `[s, c, f, h, w]`.
+
+    The metadata holds `schema_version`, and as JSON under `diagonal` what all rows have in common (see
+    `diagonal.data.pair_set.PairPlan.about`).
+    """
     return pa.schema(
         [
             ("sample", pa.int64()), ("prompt_id", pa.string()), ("prompt", pa.string()), ("seed", pa.int64()),
             ("levels", pa.list_(pa.float64())), ("states_bf16", pa.fixed_shape_tensor(pa.int16(), list(state_shape))),
-            ("checksum", pa.string()), ("teacher_id", pa.string()),
+            ("checksum", pa.string()),
         ],
-        metadata={"schema_version": str(SCHEMA_VERSION)},
+        metadata={VERSION_KEY: str(SCHEMA_VERSION), ABOUT_KEY: json.dumps(about or {}, sort_keys=True)},
     )
 
 
-def write_shard(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows (columns of `schema`) as one Parquet file, whole or not at all."""
-    shape = rows[0]["states_bf16"].shape
-    layout = schema(shape)
+def shard_bytes(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> bytes:
+    """Rows (columns of `schema`) as one Parquet file: the same bytes for the same rows; pages carry checksums."""
     states = np.stack([row["states_bf16"] for row in rows])
+    layout = schema(states.shape[1:], about)
     columns = [
         pa.FixedShapeTensorArray.from_numpy_ndarray(states) if field.name == "states_bf16"
         else pa.array([row[field.name] for row in rows], type=field.type)
         for field in layout
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(pa.Table.from_arrays(columns, schema=layout), temporary)
-    os.replace(temporary, path)
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.Table.from_arrays(columns, schema=layout), sink, compression="zstd", write_page_checksum=True,
+        row_group_size=max(1, GROUP_BYTES // states[0].nbytes),
+    )
+    return sink.getvalue().to_pybytes()
 
 
-def read_shard(path: Path) -> pa.Table:
-    """The table of a shard; `FieldError` when its schema is of another version."""
-    table = pq.read_table(path)
-    version = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
-    require(version == str(SCHEMA_VERSION), f"{path.name} schema_version", version, str(SCHEMA_VERSION))
-    return table
+def open_shard(file: pa.NativeFile, name: str) -> pq.ParquetFile:
+    """A shard of this version, opened; `FieldError` for another version, `pa.ArrowException` or `OSError` for a file
+    that is broken."""
+    shard = pq.ParquetFile(file, page_checksum_verification=True)
+    found = shard.schema_arrow
+    version = (found.metadata or {}).get(VERSION_KEY, b"none").decode()
+    require(version == str(SCHEMA_VERSION), f"{name} schema_version", version, str(SCHEMA_VERSION))
+    states = found.field("states_bf16").type if "states_bf16" in found.names else None
+    shape = states.shape if isinstance(states, pa.FixedShapeTensorType) else ()
+    if not shape or not found.equals(schema(shape)):
+        raise FieldError(f"{name} columns", found.names, f"those of schema version {SCHEMA_VERSION}")
+    return shard
+
+
+def about_shard(shard: pq.ParquetFile) -> dict[str, Any]:
+    """What all rows of a shard have in common, as its metadata has it."""
+    about: dict[str, Any] = json.loads(shard.schema_arrow.metadata[ABOUT_KEY])
+    return about
+
+
+def groups_of(shard: pq.ParquetFile) -> Iterator[tuple[int, int]]:
+    """(row group, place in it) of each row of a shard, in order."""
+    for group in range(shard.metadata.num_row_groups):
+        yield from ((group, place) for place in range(shard.metadata.row_group(group).num_rows))
 
 
 def read_row(table: pa.Table, index: int) -> Trajectory:
-    """One trajectory of a shard; `CorruptRowError` when its states do not match their checksum."""
+    """One trajectory of a table; `CorruptRowError` when its states do not match their checksum."""
     row_alone = table.slice(index, 1)  # before combining: that copies
     bits = row_alone["states_bf16"].combine_chunks().to_numpy_ndarray()[0]
     row = {name: table[name][index].as_py() for name in ("sample", "prompt", "seed", "levels", "checksum")}
