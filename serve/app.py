@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ray import serve
 
+from diagonal.errors import FieldError
 from serve.ingress import GatewayDeployment
 from serve.replica import Replica
 from serve.router import SessionRouter
@@ -22,6 +24,8 @@ _STREAMS = 1_000
 def build(arguments: dict[str, Any]) -> serve.Application:
     """The application; `arguments` are the fields of `ServeSettings`, wrong ones raise `FieldError`."""
     settings = ServeSettings.from_arguments(arguments)
+    if settings.auth == "local" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") not in ("", "0"):
+        raise FieldError("auth", settings.auth, "keys, behind HAProxy: every caller then seems to be on this machine")
     store = _deployment(Store, "Store", _CALLS, num_cpus=settings.store_cpus)
     replica = _deployment(Replica, "Replica", _CALLS, num_cpus=settings.replica_cpus, num_gpus=settings.replica_gpus)
     replica = replica.options(

@@ -1,7 +1,4 @@
-"""The store's tables and every statement on them, through SQLAlchemy: SQLite by default, any database by URL.
-
-Each public method is one transaction: it happens whole or not at all.
-"""
+"""Every statement on videos, their chunks and their interactions. Each public method is one transaction."""
 
 from __future__ import annotations
 
@@ -9,171 +6,180 @@ from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sql
-from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
 
-from serve.records import EncodedChunk, Interaction, Pacing, Status, VideoRecord
+from serve.records import EncodedChunk, Interaction, InteractionKind, Pacing, Status, VideoRecord
+from serve.tables import CHUNKS, IDEMPOTENCY, INTERACTIONS, USAGE, VIDEOS, Tables
 
-_TABLES = MetaData()
-_VIDEOS = Table(
-    "videos",
-    _TABLES,
-    Column("number", Integer, primary_key=True, autoincrement=True),
-    Column("id", String(64), unique=True, nullable=False),
-    Column("model", String(128), nullable=False),
-    Column("prompt", Text, nullable=False),
-    Column("seed", sql.BigInteger, nullable=False),
-    Column("frames", Integer, nullable=False),
-    Column("fps", Integer, nullable=False),
-    Column("scale", Integer, nullable=False),
-    Column("size", String(32), nullable=False),
-    Column("pacing", String(16), nullable=False),
-    Column("created_at", Float, nullable=False),
-    Column("status", String(16), nullable=False),
-    Column("replica", String(128), nullable=False),
-    Column("mime", String(128), nullable=False),
-    Column("chunks_done", Integer, nullable=False),
-    Column("frames_done", Integer, nullable=False),
-    Column("completed_at", Float),
-    Column("error_code", String(64)),
-    Column("error_message", Text),
-    Column("epoch", Integer, nullable=False),
-)
-_CHUNKS = Table(
-    "chunks",
-    _TABLES,
-    Column("video_id", String(64), primary_key=True),
-    Column("chunk", Integer, primary_key=True),
-    Column("frames", Integer, nullable=False),
-    Column("first_pixel_frame", Integer, nullable=False),
-)
-_INTERACTIONS = Table(
-    "interactions",
-    _TABLES,
-    Column("number", Integer, primary_key=True, autoincrement=True),
-    Column("video_id", String(64), nullable=False, index=True),
-    Column("event_id", String(128), nullable=False),
-    Column("prompt", Text, nullable=False),
-    Column("transition_chunks", Integer, nullable=False),
-    Column("chunk", Integer),
-    Column("pixel_frame", Integer),
-    sql.UniqueConstraint("video_id", "event_id"),
-)
 _RUNNING = (Status.QUEUED.value, Status.IN_PROGRESS.value)
+_FIRST_MINUTE_S = 60
 
 
 class Database:
-    """Videos, their chunks and their prompt changes. Safe to use from several threads."""
+    """Videos and all that belongs to them. Safe to use from several threads."""
 
-    def __init__(self, url: str) -> None:
-        self._engine = sql.create_engine(url)
-        if self._engine.dialect.name == "sqlite":
-            sql.event.listen(self._engine, "connect", _tune_sqlite)
-        _TABLES.create_all(self._engine)
-
-    def close(self) -> None:
-        self._engine.dispose()
-
-    def add(self, video: VideoRecord) -> None:
-        columns = {column.name for column in _VIDEOS.columns} - {"number"}
-        row = {name: value for name, value in vars(video).items() if name in columns}
-        with self._engine.begin() as connection:
-            connection.execute(_VIDEOS.insert().values(**row))
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
 
     def get(self, video_id: str) -> VideoRecord | None:
-        with self._engine.connect() as connection:
-            row = connection.execute(_VIDEOS.select().where(_VIDEOS.c.id == video_id)).mappings().first()
-            return None if row is None else replace(_video(row), interactions=_interactions(connection, video_id))
+        with self._tables.reading() as connection:
+            row = connection.execute(VIDEOS.select().where(VIDEOS.c.id == video_id)).mappings().first()
+            return None if row is None else replace(read_video(row), interactions=_interactions(connection, video_id))
 
-    def newest(self, limit: int, after: str | None, ascending: bool) -> list[VideoRecord]:
-        """At most `limit` videos by age, those that follow the video `after`; without their interactions."""
-        order = _VIDEOS.c.number.asc() if ascending else _VIDEOS.c.number.desc()
-        query = _VIDEOS.select().order_by(order).limit(limit)
+    def newest(self, owner: str, limit: int, after: str | None, ascending: bool) -> list[VideoRecord]:
+        """At most `limit` of an owner's videos by age, those after the video `after`; without their interactions."""
+        order = VIDEOS.c.number.asc() if ascending else VIDEOS.c.number.desc()
+        query = VIDEOS.select().where(VIDEOS.c.owner == owner).order_by(order).limit(limit)
         if after is not None:
-            mark = sql.select(_VIDEOS.c.number).where(_VIDEOS.c.id == after).scalar_subquery()
-            query = query.where(_VIDEOS.c.number > mark if ascending else _VIDEOS.c.number < mark)
-        with self._engine.connect() as connection:
-            return [_video(row) for row in connection.execute(query).mappings()]
+            mark = sql.select(VIDEOS.c.number).where(VIDEOS.c.id == after, VIDEOS.c.owner == owner).scalar_subquery()
+            query = query.where(VIDEOS.c.number > mark if ascending else VIDEOS.c.number < mark)
+        with self._tables.reading() as connection:
+            return [read_video(row) for row in connection.execute(query).mappings()]
 
-    def claim(self, video_id: str, epoch: int) -> bool:
-        """Become the driver: the epoch moves on from `epoch`, for exactly one caller."""
-        return self._update(video_id, _VIDEOS.c.epoch == epoch, epoch=epoch + 1)
+    def opened(self, video_id: str, replica: str, mime: str) -> bool:
+        """A replica holds the session of a video that waited for one."""
+        values = {"status": Status.IN_PROGRESS.value, "replica": replica, "mime": mime}
+        return self._update(video_id, VIDEOS.c.status == Status.QUEUED.value, **values)
 
-    def add_chunk(self, video_id: str, epoch: int, chunk: EncodedChunk) -> bool:
-        """Note a chunk, if it is the next one and comes from the newest driver."""
-        with self._engine.begin() as connection:
-            next_one = (_VIDEOS.c.epoch == epoch) & (_VIDEOS.c.chunks_done == chunk.chunk)
+    def claim(self, video_id: str, replica: str, epoch: int) -> bool:
+        """Become the driver, of a session that `replica` holds: the epoch moves on from `epoch`, for one caller."""
+        return self._update(video_id, VIDEOS.c.epoch == epoch, epoch=epoch + 1, replica=replica)
+
+    def add_chunk(self, video_id: str, epoch: int, chunk: EncodedChunk, file: str, sha256: str, now: float) -> bool:
+        """Note a chunk whose file is there, if it is the next one and comes from the newest driver.
+
+        The same chunk again, from who gave it before, is no harm: the answer may have been lost.
+        """
+        with self._tables.writing() as connection:
+            next_one = (VIDEOS.c.epoch == epoch) & (VIDEOS.c.chunks_done == chunk.chunk)
             done = {"chunks_done": chunk.chunk + 1, "frames_done": chunk.first_pixel_frame + chunk.frames}
-            if not connection.execute(_running(video_id, next_one).values(**done)).rowcount:
-                return False
-            place = {"chunk": chunk.chunk, "first_pixel_frame": chunk.first_pixel_frame}
-            connection.execute(_CHUNKS.insert().values(video_id=video_id, frames=chunk.frames, **place))
+            changed = running(video_id, next_one).values(**done).returning(VIDEOS.c.account, VIDEOS.c.fps)
+            video = connection.execute(changed).first()
+            if video is None:
+                same = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk == chunk.chunk) & (CHUNKS.c.file == file)
+                return connection.execute(CHUNKS.select().where(same)).first() is not None
+            place = {"chunk": chunk.chunk, "first_pixel_frame": chunk.first_pixel_frame, "file": file}
+            connection.execute(CHUNKS.insert().values(video_id=video_id, frames=chunk.frames, sha256=sha256, **place))
             if chunk.applied_event_ids:
-                applied = _INTERACTIONS.c.event_id.in_(chunk.applied_event_ids)
-                query = _INTERACTIONS.update().where(_INTERACTIONS.c.video_id == video_id, applied)
+                applied = INTERACTIONS.c.event_id.in_(chunk.applied_event_ids)
+                query = INTERACTIONS.update().where(INTERACTIONS.c.video_id == video_id, applied)
                 connection.execute(query.values(chunk=chunk.chunk, pixel_frame=chunk.first_pixel_frame))
+            _charge_long_stream(connection, video_id, chunk, video.account, video.fps, now)
             return True
 
-    def chunk_frames(self, video_id: str, chunk: int) -> int | None:
-        """Pixel frames of a chunk that is there."""
-        query = sql.select(_CHUNKS.c.frames).where(_CHUNKS.c.video_id == video_id, _CHUNKS.c.chunk == chunk)
-        with self._engine.connect() as connection:
-            return connection.execute(query).scalar()
+    def chunk(self, video_id: str, chunk: int) -> tuple[int, str, str] | None:
+        """Pixel frames, file and SHA-256 of a chunk that is there."""
+        columns = (CHUNKS.c.frames, CHUNKS.c.file, CHUNKS.c.sha256)
+        query = sql.select(*columns).where(CHUNKS.c.video_id == video_id, CHUNKS.c.chunk == chunk)
+        with self._tables.reading() as connection:
+            row = connection.execute(query).first()
+            return None if row is None else (row.frames, row.file or str(chunk), row.sha256)
+
+    def chunk_files(self, video_id: str) -> list[str]:
+        """Names of the files of a video's chunks, in order."""
+        query = sql.select(CHUNKS.c.chunk, CHUNKS.c.file).where(CHUNKS.c.video_id == video_id).order_by(CHUNKS.c.chunk)
+        with self._tables.reading() as connection:
+            return [row.file or str(row.chunk) for row in connection.execute(query)]
 
     def finish(
-        self, video_id: str, status: Status, at: float, code: str | None = None, message: str | None = None
+        self, video_id: str, status: Status, at: float, code: str | None = None, message: str | None = None,
+        *, expires_at: float | None = None,
     ) -> bool:
         """End a video that is not over; False when it was, or is gone."""
-        return self._update(video_id, status=status, completed_at=at, error_code=code, error_message=message)
+        values = {"completed_at": at, "error_code": code, "error_message": message, "expires_at": expires_at}
+        return self._update(video_id, status=status.value, **values)
 
-    def add_interaction(self, video_id: str, change: Interaction) -> Interaction | None:
-        """Note a prompt change, once: returns the one that is there already under this event id, else None."""
-        mine = (_INTERACTIONS.c.video_id == video_id) & (_INTERACTIONS.c.event_id == change.event_id)
-        with self._engine.begin() as connection:
-            known = connection.execute(_INTERACTIONS.select().where(mine)).mappings().first()
-            if known is None:
-                connection.execute(_INTERACTIONS.insert().values(video_id=video_id, **vars(change)))
-                return None
-            return _interaction(known)
+    def add_interaction(self, video_id: str, change: Interaction, pending: int) -> Interaction | bool:
+        """Note an interaction, once: the one that is there already by this event id, else whether there was room.
+
+        At most `pending` may wait to take effect.
+        """
+        mine = (INTERACTIONS.c.video_id == video_id) & (INTERACTIONS.c.event_id == change.event_id)
+        waiting = (INTERACTIONS.c.video_id == video_id) & INTERACTIONS.c.chunk.is_(None)
+        with self._tables.writing() as connection:
+            connection.execute(sql.select(VIDEOS.c.id).where(VIDEOS.c.id == video_id).with_for_update())
+            known = connection.execute(INTERACTIONS.select().where(mine)).mappings().first()
+            if known is not None:
+                return _interaction(known)
+            count = connection.execute(sql.select(sql.func.count()).select_from(INTERACTIONS).where(waiting))
+            if count.scalar_one() >= pending:
+                return False
+            connection.execute(INTERACTIONS.insert().values(video_id=video_id, **vars(change)))
+            return True
 
     def remove_interaction(self, video_id: str, event_id: str) -> None:
-        """Take back a prompt change that no replica took."""
-        mine = (_INTERACTIONS.c.video_id == video_id) & (_INTERACTIONS.c.event_id == event_id)
-        with self._engine.begin() as connection:
-            connection.execute(_INTERACTIONS.delete().where(mine))
+        """Take back an interaction that no replica took."""
+        mine = (INTERACTIONS.c.video_id == video_id) & (INTERACTIONS.c.event_id == event_id)
+        with self._tables.writing() as connection:
+            connection.execute(INTERACTIONS.delete().where(mine))
 
-    def remove(self, video_id: str) -> None:
-        """Forget a video and all that belongs to it."""
-        with self._engine.begin() as connection:
-            for table, column in ((_VIDEOS, "id"), (_CHUNKS, "video_id"), (_INTERACTIONS, "video_id")):
-                connection.execute(table.delete().where(table.c[column] == video_id))
+    def set_resume(self, video_id: str, old_hash: str, new_hash: str) -> bool:
+        """Replace the resume token that counts, for whoever holds the old one; one caller succeeds."""
+        return self._update(video_id, VIDEOS.c.resume_hash == old_hash, resume_hash=new_hash)
+
+    def remove(self, video_id: str, owner: str | None = None) -> VideoRecord | None:
+        """Forget a video and all that belongs to it; returns what it was. With `owner`, only if it is his."""
+        mine = VIDEOS.c.id == video_id if owner is None else (VIDEOS.c.id == video_id) & (VIDEOS.c.owner == owner)
+        with self._tables.writing() as connection:
+            row = connection.execute(VIDEOS.select().where(mine).with_for_update()).mappings().first()
+            if row is None:
+                return None
+            connection.execute(VIDEOS.delete().where(mine))
+            for table in (CHUNKS, INTERACTIONS, IDEMPOTENCY):
+                connection.execute(table.delete().where(table.c.video_id == video_id))
+            return read_video(row)
+
+    def under_way(self) -> list[VideoRecord]:
+        """Every video that is not over."""
+        with self._tables.reading() as connection:
+            found = connection.execute(VIDEOS.select().where(VIDEOS.c.status.in_(_RUNNING))).mappings()
+            return [read_video(row) for row in found]
+
+    def expired(self, now: float, limit: int = 100) -> list[str]:
+        """Videos that are over and past their time."""
+        query = sql.select(VIDEOS.c.id).where(VIDEOS.c.expires_at <= now, VIDEOS.c.status.not_in(_RUNNING))
+        with self._tables.reading() as connection:
+            return list(connection.execute(query.limit(limit)).scalars())
+
+    def known(self, video_ids: list[str]) -> set[str]:
+        """Those of these videos that there are."""
+        with self._tables.reading() as connection:
+            return set(connection.execute(sql.select(VIDEOS.c.id).where(VIDEOS.c.id.in_(video_ids))).scalars())
 
     def _update(self, video_id: str, *conditions: Any, **values: Any) -> bool:
-        with self._engine.begin() as connection:
-            return bool(connection.execute(_running(video_id, *conditions).values(**values)).rowcount)
+        with self._tables.writing() as connection:
+            return bool(connection.execute(running(video_id, *conditions).values(**values)).rowcount)
 
 
-def _running(video_id: str, *conditions: Any) -> sql.Update:
-    return _VIDEOS.update().where(_VIDEOS.c.id == video_id, _VIDEOS.c.status.in_(_RUNNING), *conditions)
+def running(video_id: str, *conditions: Any) -> sql.Update:
+    """A change of a video that is not over."""
+    return VIDEOS.update().where(VIDEOS.c.id == video_id, VIDEOS.c.status.in_(_RUNNING), *conditions)
 
 
-def _video(row: sql.RowMapping) -> VideoRecord:
+def read_video(row: sql.RowMapping) -> VideoRecord:
     values = {name: value for name, value in row.items() if name != "number"}
     return VideoRecord(**values | {"status": Status(row["status"]), "pacing": Pacing(row["pacing"])})
 
 
+def video_row(video: VideoRecord) -> dict[str, Any]:
+    columns = {column.name for column in VIDEOS.columns} - {"number"}
+    return {name: value for name, value in vars(video).items() if name in columns}
+
+
+def _charge_long_stream(
+    connection: sql.Connection, video_id: str, chunk: EncodedChunk, account: str, fps: int, now: float
+) -> None:
+    """A stream was charged its first minute when it was admitted; what it makes after that is charged as it comes."""
+    kind = connection.execute(sql.select(VIDEOS.c.pacing).where(VIDEOS.c.id == video_id)).scalar_one()
+    beyond = min(chunk.frames, chunk.first_pixel_frame + chunk.frames - _FIRST_MINUTE_S * fps)
+    if kind == Pacing.REALTIME.value and beyond > 0:
+        connection.execute(USAGE.insert().values(account=account, at=now, frames=beyond))
+
+
 def _interaction(row: sql.RowMapping) -> Interaction:
     names = ("event_id", "prompt", "transition_chunks", "chunk", "pixel_frame")
-    return Interaction(**{name: row[name] for name in names})
+    return Interaction(**{name: row[name] for name in names}, kind=InteractionKind(row["kind"]))
 
 
 def _interactions(connection: sql.Connection, video_id: str) -> tuple[Interaction, ...]:
-    query = _INTERACTIONS.select().where(_INTERACTIONS.c.video_id == video_id).order_by(_INTERACTIONS.c.number)
+    query = INTERACTIONS.select().where(INTERACTIONS.c.video_id == video_id).order_by(INTERACTIONS.c.number)
     return tuple(_interaction(row) for row in connection.execute(query).mappings())
-
-
-def _tune_sqlite(connection: Any, _: Any) -> None:
-    # Readers do not wait for the writer; a crash of the machine may lose the newest commits, never the file.
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()

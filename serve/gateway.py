@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import contextvars
-import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any, TypeVar
-
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from typing import Any
 
 from diagonal.metrics import MetricSink
+from serve.auth import LOCAL_CALLER
+from serve.calls import answer, apart, patient
+from serve.credentials import CLIENT_SECRET_S, Secret
 from serve.driver import Driver
-from serve.problems import Problem, not_found, refused
-from serve.records import Interaction, ModelInfo, Opened, Refused, Segment, Status, VideoRecord
+from serve.problems import SILENCES, Problem, not_found, refused
+from serve.reader import BrokenStreamError, ChunkReader
+from serve.records import (
+    Caller,
+    Idempotency,
+    Interaction,
+    ModelInfo,
+    Opened,
+    Refused,
+    Status,
+    VideoRecord,
+)
 from serve.router import address
 from serve.schemas import InteractionRequest, VideoRequest, checked_prompt, new_video
 from serve.settings import ServeSettings
+from serve.tables import LOCAL
 
-T = TypeVar("T")
-_CALL_TIMEOUT_S = 30.0
 _READY_TIMEOUT_S = 5.0
-_SEGMENT_WAIT_S = 5.0
 _PART_BYTES = 1 << 20
-
-
-class BrokenStreamError(Exception):
-    """A video failed while it was read: the response is cut, so that nobody takes it for the whole."""
 
 
 class Gateway:
     """What the routes do. `store` and `replica` are Serve handles."""
 
     def __init__(self, settings: ServeSettings, store: Any, replica: Any, metrics: MetricSink) -> None:
-        self._settings, self._store, self._replica, self._metrics = settings, store, replica, metrics
+        self.settings, self._store, self._replica, self._metrics = settings, store, replica, metrics
         self._model: ModelInfo | None = None
         self._drivers: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
@@ -45,91 +46,150 @@ class Gateway:
     async def model(self) -> ModelInfo:
         """What the replicas serve; asked for once."""
         if self._model is None:
-            self._model = await _answer(self._replica.describe.remote())
+            self._model = await answer(self._replica.describe.remote())
         return self._model
 
     async def check_ready(self) -> None:
         """`Problem` 503 unless the store and a replica with a running engine answer."""
         try:
-            ready = [await _answer(part.ready.remote(), _READY_TIMEOUT_S) for part in (self._store, self._replica)]
-        except (RayError, RayServeException, TimeoutError):
+            ready = [await answer(part.ready.remote(), _READY_TIMEOUT_S) for part in (self._store, self._replica)]
+        except SILENCES:
             ready = [False]
         if not all(ready):
             raise Problem(503, "not_ready", "the service is not ready", retry_after_s=1.0)
 
-    async def create(self, request: VideoRequest) -> VideoRecord:
+    async def caller(self, shown: Secret) -> Caller | None:
+        """Whose key this is."""
+        found: Caller | None = await answer(self._store.caller.remote(shown))
+        return found
+
+    async def redeem(self, shown: Secret) -> Caller | None:
+        """Use a client secret up: who made it."""
+        key_id = await answer(self._store.redeem.remote(shown))
+        if key_id is None or key_id == LOCAL:
+            return LOCAL_CALLER if key_id == LOCAL else None
+        found: Caller | None = await answer(self._store.caller_of.remote(key_id))
+        return found
+
+    async def create_client_secret(self, caller: Caller, seconds: float = CLIENT_SECRET_S) -> tuple[str, float]:
+        """A secret with which a browser opens one session in the caller's name, and when it ends."""
+        text, expires_at = await answer(self._store.create_client_secret.remote(caller.key_id, seconds))
+        return str(text), float(expires_at)
+
+    async def create(
+        self, request: VideoRequest, caller: Caller, idempotency: Idempotency | None = None, resume_hash: str = ""
+    ) -> VideoRecord:
         """Admit a video: a replica holds its session before this answers, and a driver makes it."""
         video = new_video(request, await self.model(), time.time())
-        return await asyncio.shield(_apart(self._admit(video)))  # a caller who goes away leaves nothing half made
+        video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash)
+        # A caller who goes away leaves nothing half made.
+        return await asyncio.shield(apart(self._admit(video, caller, idempotency)))
 
-    async def _admit(self, video: VideoRecord) -> VideoRecord:
+    async def _admit(self, video: VideoRecord, caller: Caller, idempotency: Idempotency | None) -> VideoRecord:
+        known: VideoRecord | Refused | None = await answer(self._store.admit.remote(video, caller, idempotency))
+        if isinstance(known, VideoRecord):
+            return known
+        if isinstance(known, Refused):
+            if known.retry_after_s is not None:
+                self._metrics.inc("diagonal_rejected_total", reason="quota")
+            raise refused(known)
+        try:
+            opened = await self._open(video)
+        except (Problem, *SILENCES):
+            await patient(lambda: self._store.withdraw.remote(video, caller))
+            raise
+        video = replace(video, status=Status.IN_PROGRESS, replica=opened.replica, mime=opened.mime)
+        try:
+            kept = await answer(self._store.opened.remote(video.id, opened.replica, opened.mime, opened.init))
+        except SILENCES:
+            await self._at(video).close.remote(video.id, "cancelled")
+            raise
+        if not kept:
+            await self._at(video).close.remote(video.id, "cancelled")
+            raise not_found(video.id)
+        self._start_driver(video)
+        return video
+
+    async def _open(self, video: VideoRecord) -> Opened:
         replica = self._replica.options(session_id=address("", video.id))
-        opened: Opened | Refused = await _answer(
+        opened: Opened | Refused = await answer(
             replica.open.remote(video.id, video.prompt, video.seed, video.frames, video.scale)
         )
         if isinstance(opened, Refused):
             raise refused(opened)
-        video = replace(video, replica=opened.replica, mime=opened.mime)
-        try:
-            await _answer(self._store.create.remote(video, opened.init))
-        except (RayError, RayServeException, TimeoutError):
-            await self._at(video).close.remote(video.id, "cancelled")
-            raise
-        self._start_driver(video)
-        return video
+        return opened
 
-    async def get(self, video_id: str) -> VideoRecord:
-        """The video; whoever asks for one that nobody drives drives it."""
-        video: VideoRecord | None = await _answer(self._store.get.remote(video_id))
-        if video is None:
+    async def get(self, video_id: str, caller: Caller) -> VideoRecord:
+        """The caller's video; whoever asks for one that nobody drives drives it."""
+        video: VideoRecord | None = await answer(self._store.get.remote(video_id))
+        if video is None or video.owner != caller.key_id:
             raise not_found(video_id)
         if video.orphan:
             await self._adopt(video)
         return video
 
-    async def newest(self, limit: int, after: str | None, ascending: bool) -> list[VideoRecord]:
-        return list(await _answer(self._store.list.remote(limit, after, ascending)))
+    async def newest(self, caller: Caller, limit: int, after: str | None, ascending: bool) -> list[VideoRecord]:
+        return list(await answer(self._store.list.remote(caller.key_id, limit, after, ascending)))
 
-    async def delete(self, video_id: str) -> None:
-        """Cancel the video if it is not over, free its cache, and remove it."""
-        video: VideoRecord | None = await _answer(self._store.delete.remote(video_id))
+    async def delete(self, video_id: str, caller: Caller) -> None:
+        """Cancel the caller's video if it is not over, free its cache, and remove it."""
+        video: VideoRecord | None = await answer(self._store.delete.remote(video_id, caller.key_id))
         if video is None:
             raise not_found(video_id)
         if not video.status.over:
-            await _answer(self._at(video).close.remote(video_id, "cancelled"))
+            await answer(self._at(video).close.remote(video_id, "cancelled"))
 
-    async def interact(self, video_id: str, request: InteractionRequest) -> str:
+    async def interact(self, video_id: str, request: InteractionRequest, caller: Caller) -> str:
         """Change the prompt at the next chunk; returns the event's id. The same event again is a retry."""
         prompt = checked_prompt(request.interaction.event.prompt, await self.model(), "interaction.event.prompt")
-        video = await self.get(video_id)
-        if video.status.over:
-            raise Problem(409, "video_over", f"the video is {video.status.value}: its prompt cannot be changed")
+        video = await self.get(video_id, caller)
         change = Interaction(request.interaction.event_id, prompt, request.interaction.transition_chunks)
-        known: Interaction | None = await _answer(self._store.add_interaction.remote(video_id, change))
-        if known is None:
+        earlier = next((one for one in video.interactions if one.event_id == change.event_id), None)
+        if earlier is None:
+            _check_takes_changes(video)
+            earlier = await answer(self._store.add_interaction.remote(video_id, change))
+        if earlier is True:
             await self._apply(video, change)
-        elif (known.prompt, known.transition_chunks) != (change.prompt, change.transition_chunks):
+        elif earlier is False:
+            raise Problem(429, "too_many_interactions", "too many prompt changes wait", retry_after_s=1.0)
+        elif not change.says_the_same(earlier):
             message = f"event {change.event_id!r} is already there, with other content"
             raise Problem(409, "event_id_conflict", message, param="interaction.event_id")
         return change.event_id
 
-    async def content(self, video_id: str) -> tuple[int, AsyncIterator[bytes]]:
+    async def content(self, video_id: str, caller: Caller) -> tuple[int, AsyncIterator[bytes]]:
         """Size and bytes of the finished file."""
-        video = await self.get(video_id)
+        video = await self.get(video_id, caller)
         if video.status is not Status.COMPLETED:
             message = f"the video is {video.status.value}, {video.frames_done} of {video.frames} frames are there"
             raise Problem(409, "video_not_ready", message, param="video_id")
-        first = await _answer(self._store.content.remote(video_id, 0, _PART_BYTES))
+        first = await answer(self._store.content.remote(video_id, 0, _PART_BYTES))
         if first is None:
             raise Problem(404, "content_gone", "the file is no longer there", param="video_id")
         return first[0], self._parts(video_id, *first)
 
-    async def stream(self, video_id: str, start_chunk: int) -> AsyncIterator[bytes]:
+    async def stream(self, video_id: str, start_chunk: int, caller: Caller) -> AsyncIterator[bytes]:
         """The initialisation segment, then every chunk from `start_chunk` on, each as soon as it is there."""
-        accepted_s = time.monotonic()
-        video = await self.get(video_id)
-        waited_from_s = accepted_s if video.chunks_done else accepted_s - max(0.0, time.time() - video.created_at)
-        return self._segments(video, start_chunk, waited_from_s)
+        reader = self.reader(await self.get(video_id, caller))
+        return self._segments(reader, start_chunk)
+
+    def reader(self, video: VideoRecord, name: str = "") -> ChunkReader:
+        """A way through the video for one connection; `leave_later` ends it."""
+        return ChunkReader(video, self._store, lambda: self._adopt_if_orphan(video.id), self._metrics, name)
+
+    def leave_later(self, reader: ChunkReader, return_s: float = 0.0) -> None:
+        """Say that the connection is gone, even though its task is being cancelled."""
+        task = apart(reader.leave(return_s))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def take_over(self, video: VideoRecord, old_hash: str, new_hash: str) -> bool:
+        """Make the holder of a resume token the session's only owner; False when the token does not count."""
+        return bool(await patient(lambda: self._store.take_over.remote(video.id, old_hash, new_hash)))
+
+    async def cancel(self, video: VideoRecord, code: str, message: str) -> None:
+        """End the video where it is; its driver frees the session within a chunk."""
+        await patient(lambda: self._store.end.remote(video.id, Status.CANCELLED, code, message))
 
     async def close(self) -> None:
         """This gateway goes away; other gateways take its videos over."""
@@ -138,51 +198,12 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _segments(self, video: VideoRecord, chunk: int, waited_from_s: float) -> AsyncIterator[bytes]:
-        reader = secrets.token_hex(8)
+    async def _segments(self, reader: ChunkReader, chunk: int) -> AsyncIterator[bytes]:
         try:
-            init = await self._segment(video.id, reader, -1)
-            if init is None or init.data is None:
-                return
-            yield init.data
-            sent_s: float | None = None
-            while (segment := await self._segment(video.id, reader, chunk)) is not None:
-                if segment.data is not None:
-                    sent_s = self._report_sent(segment, video.fps, waited_from_s, sent_s)
-                    yield segment.data
-                    chunk += 1
-                elif segment.status is Status.FAILED:
-                    raise BrokenStreamError(video.id)
-                elif segment.status.over:
-                    return
+            async for data in reader.segments(chunk):
+                yield data
         finally:
-            task = _apart(self._leave(video.id, reader))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
-
-    async def _segment(self, video_id: str, reader: str, chunk: int) -> Segment | None:
-        """A chunk, or news that there will be none; waits as long as it takes."""
-        while True:
-            waiting = self._store.segment.remote(video_id, reader, chunk, _SEGMENT_WAIT_S)
-            segment: Segment | None = await _answer(waiting, _SEGMENT_WAIT_S + _CALL_TIMEOUT_S)
-            if segment is None or segment.data is not None or segment.status.over:
-                return segment
-            if segment.orphan:
-                await self.get(video_id)
-
-    def _report_sent(self, segment: Segment, fps: int, waited_from_s: float, sent_s: float | None) -> float:
-        now_s = time.monotonic()
-        if sent_s is None:
-            self._metrics.observe("diagonal_time_to_first_frame_seconds", now_s - waited_from_s)
-        else:
-            self._metrics.observe("diagonal_chunk_interval_seconds", now_s - sent_s)
-        self._metrics.inc("diagonal_frames_sent_total", segment.frames)
-        self._metrics.inc("diagonal_stream_media_seconds_total", segment.frames / fps)
-        return now_s
-
-    async def _leave(self, video_id: str, reader: str) -> None:
-        with contextlib.suppress(RayError, RayServeException, TimeoutError):  # the store forgets silent readers
-            await _answer(self._store.leave.remote(video_id, reader))
+            self.leave_later(reader)
 
     async def _parts(self, video_id: str, size: int, part: bytes) -> AsyncIterator[bytes]:
         sent = 0
@@ -191,45 +212,56 @@ class Gateway:
             sent += len(part)
             if sent >= size:
                 return
-            following = await _answer(self._store.content.remote(video_id, sent, sent + _PART_BYTES))
+            following = await answer(self._store.content.remote(video_id, sent, sent + _PART_BYTES))
             if following is None or not following[1]:
                 raise BrokenStreamError(video_id)
             part = following[1]
 
     async def _apply(self, video: VideoRecord, change: Interaction) -> None:
         try:
-            answer: Refused | None = await _answer(
+            refusal: Refused | None = await answer(
                 self._at(video).interact.remote(video.id, change.event_id, change.prompt, change.transition_chunks)
             )
-        except (RayError, RayServeException, TimeoutError):
-            answer = Refused("session_lost", "the replica that held the session is gone")
-        if answer is not None:
-            await _answer(self._store.remove_interaction.remote(video.id, change.event_id))
-            raise refused(answer)
+        except SILENCES:
+            refusal = Refused("session_lost", "the replica that held the session is gone")
+        if refusal is not None:
+            await patient(lambda: self._store.remove_interaction.remote(video.id, change.event_id))
+            now: VideoRecord | None = await patient(lambda: self._store.get.remote(video.id))
+            if now is not None:
+                _check_takes_changes(now)  # it may have ended in between, which says more
+            raise refused(refusal)
+
+    async def _adopt_if_orphan(self, video_id: str) -> None:
+        video: VideoRecord | None = await patient(lambda: self._store.get.remote(video_id))
+        if video is not None and video.orphan:
+            await self._adopt(video)
 
     async def _adopt(self, video: VideoRecord) -> None:
-        if await _answer(self._store.claim.remote(video.id, video.epoch)):
-            self._start_driver(replace(video, epoch=video.epoch + 1))
+        mine: VideoRecord | None = await answer(self._store.claim.remote(video.id, video.replica, video.epoch))
+        if mine is not None:
+            self._start_driver(mine)
 
     def _start_driver(self, video: VideoRecord) -> None:
         model = self._model
         lead_s = model.lead_s if model else 1.0
         driver = Driver(
-            video, self._store, self._replica, self._metrics, lead_s, self._settings.reader_start_timeout_s
+            video, self._store, self._replica, self._metrics, lead_s, self.settings.reader_start_timeout_s
         )
-        task = _apart(driver.run())
+        task = apart(driver.run())
         self._drivers[video.id] = task
-        task.add_done_callback(lambda _: self._drivers.pop(video.id, None))
+        task.add_done_callback(lambda done: self._forget_driver(video.id, done))
+
+    def _forget_driver(self, video_id: str, done: asyncio.Task[None]) -> None:
+        if self._drivers.get(video_id) is done:  # it may have been replaced by a later one of this gateway
+            del self._drivers[video_id]
 
     def _at(self, video: VideoRecord) -> Any:
         """The handle of the replica that holds the video's session."""
         return self._replica.options(session_id=address(video.replica, video.id))
 
 
-def _apart(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Work that outlives the request that began it: Serve cancels a request's own calls when its caller goes away."""
-    return asyncio.get_running_loop().create_task(work, context=contextvars.Context())
-
-
-async def _answer(response: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
-    return await asyncio.wait_for(response, timeout_s)
+def _check_takes_changes(video: VideoRecord) -> None:
+    """`Problem` 409 when no chunk is left that a change could show in."""
+    if video.status.over or video.whole:
+        state = video.status.value if video.status.over else "drawn to its end"
+        raise Problem(409, "video_over", f"the video is {state}: it takes no changes any more")

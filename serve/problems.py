@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from http import HTTPStatus
 from math import ceil
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
 
 from diagonal.metrics import MetricSink
 from serve.records import Refused
@@ -22,6 +24,10 @@ _LOG = logging.getLogger("ray.serve")
 MEDIA_TYPE = "application/problem+json"
 _UNAVAILABLE_RETRY_S = 2.0
 _SHOWN_VALUE_CHARACTERS = 80
+_POLICY_CLOSE = 1008
+SILENCES = (RayError, RayServeException, TimeoutError)  # a part of the service that does not answer
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_REFUSALS = {"invalid_value": 400, "quota_too_small": 403, "idempotency_conflict": 422}
 
 
 class Problem(Exception):
@@ -33,6 +39,7 @@ class Problem(Exception):
         super().__init__(detail)
         self.status, self.code, self.detail, self.param = status, code, detail, param
         self.retry_after_s = retry_after_s
+        self.headers: Mapping[str, str] = {}
 
 
 def wrong_value(status: int, code: str, param: str, value: object, allowed: str) -> Problem:
@@ -53,12 +60,10 @@ def unavailable() -> Problem:
 
 
 def refused(answer: Refused) -> Problem:
-    """What a replica refused, as the caller is told."""
+    """What a replica or the store refused, as the caller is told."""
     if answer.retry_after_s is not None:
         return Problem(429, answer.code, answer.message, retry_after_s=answer.retry_after_s)
-    if answer.code == "invalid_value":
-        return Problem(400, answer.code, answer.message, param=answer.param)
-    return Problem(409, answer.code, answer.message, param=answer.param)
+    return Problem(_REFUSALS.get(answer.code, 409), answer.code, answer.message, param=answer.param)
 
 
 def invalid(error: ValidationError | RequestValidationError) -> Problem:
@@ -73,57 +78,83 @@ def invalid(error: ValidationError | RequestValidationError) -> Problem:
     return wrong_value(422, "invalid_value", param, first.get("input"), allowed)
 
 
-def answer(problem: Problem) -> JSONResponse:
+def answer(problem: Problem, request_id: str = "") -> JSONResponse:
     """The response; its media type is application/problem+json."""
-    kind = "rate_limit_error" if problem.status == 429 else "invalid_request_error"
-    error = {
-        "message": problem.detail,
-        "type": "server_error" if problem.status >= 500 else kind,
-        "param": problem.param,
-        "code": problem.code,
-    }
     body = {
         "type": f"urn:diagonal:problem:{problem.code}",
         "title": HTTPStatus(problem.status).phrase,
         "status": problem.status,
         "detail": problem.detail,
-        "error": error,
+        "request_id": request_id,
+        "error": error_member(problem),
     }
-    wait = {} if problem.retry_after_s is None else {"Retry-After": str(ceil(problem.retry_after_s))}
-    return JSONResponse(body, problem.status, headers=wait, media_type=MEDIA_TYPE)
+    headers = {} if problem.retry_after_s is None else {"Retry-After": str(ceil(problem.retry_after_s))}
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, problem.status, headers=headers | dict(problem.headers), media_type=MEDIA_TYPE)
+
+
+def error_member(problem: Problem) -> dict[str, Any]:
+    """OpenAI's `error` object."""
+    kind = "server_error" if problem.status >= 500 else _TYPES.get(problem.status, "invalid_request_error")
+    return {"message": problem.detail, "type": kind, "param": problem.param, "code": problem.code}
+
+
+async def reject(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request, or a WebSocket's before it is opened, with a problem."""
+    response = answer(problem, scope.get("state", {}).get("request_id", ""))
+    if scope["type"] == "http":
+        return await response(scope, receive, send)
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        return await send({"type": "websocket.close", "code": _POLICY_CLOSE, "reason": problem.code})
+
+    async def as_websocket(message: Message) -> None:
+        await send({**message, "type": f"websocket.{message['type']}"})
+
+    await response({**scope, "type": "http"}, receive, as_websocket)
 
 
 def install(app: FastAPI, metrics: MetricSink) -> None:
     """Make every error of `app` such an answer."""
 
-    def told(problem: Problem) -> JSONResponse:
+    def told(request: Request, problem: Problem) -> JSONResponse:
         metrics.inc("diagonal_errors_total", code=problem.code)
-        return answer(problem)
+        return answer(problem, getattr(request.state, "request_id", ""))
 
-    async def on_problem(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, Problem)
-        return told(error)
+    async def on_problem(request: Request, error: Exception) -> JSONResponse:
+        return told(request, cast(Problem, error))
 
-    async def on_invalid(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return told(invalid(error))
+    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
+        return told(request, invalid(cast(RequestValidationError, error)))
 
-    async def on_http(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        error = cast(HTTPException, error)
         phrase = HTTPStatus(error.status_code).phrase
-        return told(Problem(error.status_code, phrase.lower().replace(" ", "_"), phrase))
+        problem = Problem(error.status_code, phrase.lower().replace(" ", "_"), phrase)
+        problem.headers = error.headers or {}
+        return told(request, problem)
 
     async def on_silence(request: Request, error: Exception) -> JSONResponse:
-        _LOG.warning("%s %s: %s", request.method, request.url.path, type(error).__name__)
-        return told(unavailable())
+        _log(request, error, logging.WARNING)
+        return told(request, unavailable())
 
     async def on_anything(request: Request, error: Exception) -> JSONResponse:
-        _LOG.error("%s %s: %s", request.method, request.url.path, type(error).__name__)
-        return told(Problem(500, "internal_error", "something went wrong on the server"))
+        _log(request, error, logging.ERROR)
+        problem = Problem(500, "internal_error", "something went wrong on the server")
+        if request.app.state.names_answers:  # this answer is sent outside of the layer that does it for the others
+            problem.headers = {"X-Request-Id": getattr(request.state, "request_id", "")}
+        return told(request, problem)
 
     app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    for silence in (RayError, RayServeException, TimeoutError):
+    for silence in SILENCES:
         app.add_exception_handler(silence, on_silence)
     app.add_exception_handler(Exception, on_anything)
+
+
+def _log(request: Request, error: Exception, level: int) -> None:
+    """The error's kind and where the request went; its text could hold what a caller wrote."""
+    route = getattr(request.scope.get("route"), "path", "")
+    request_id = getattr(request.state, "request_id", "")
+    _LOG.log(level, "request %s %s %s: %s", request_id, request.method, route, type(error).__name__)

@@ -45,15 +45,47 @@ class ModelInfo:
         return f"{self.width * scale}x{self.height * scale}"
 
 
+class InteractionKind(StrEnum):
+    """What an interaction changes: the prompt from the next chunk on, or whether chunks are made at all."""
+
+    PROMPT = "prompt"
+    PAUSE = "pause"
+    RESUME = "resume"
+
+
 @dataclass(frozen=True)
 class Interaction:
-    """A prompt change; `chunk` and `pixel_frame` say where it took effect, None while it is queued."""
+    """What a viewer asked for in mid-stream; `chunk` and `pixel_frame` say where it took effect, None while queued."""
 
     event_id: str
     prompt: str
     transition_chunks: int = 0
     chunk: int | None = None
     pixel_frame: int | None = None
+    kind: InteractionKind = InteractionKind.PROMPT
+
+    def says_the_same(self, other: Interaction) -> bool:
+        """Whether `other` is this one sent again."""
+        mine = (self.event_id, self.kind, self.prompt, self.transition_chunks)
+        return mine == (other.event_id, other.kind, other.prompt, other.transition_chunks)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: a key by its public id, and what its account may use. 0 is no limit."""
+
+    key_id: str
+    account: str
+    sessions: int = 0
+    frames_per_minute: int = 0
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """A caller's own name for one request, and a hash of what it asked for."""
+
+    key: str
+    body_hash: str
 
 
 @dataclass(frozen=True)
@@ -61,6 +93,7 @@ class VideoRecord:
     """One video, as the store keeps it. Frames are pixel frames; times are seconds since 1970.
 
     `replica` is the one that holds its session. `epoch` counts its drivers: only the newest may add chunks.
+    `owner` is the key that made it, `account` pays for it; `resume_hash` is that of the only resume token that counts.
     `orphan` is told with every answer: nobody drives it, so whoever asks should.
     """
 
@@ -83,8 +116,17 @@ class VideoRecord:
     error_code: str | None = None
     error_message: str | None = None
     epoch: int = 0
+    owner: str = "local"
+    account: str = "local"
+    expires_at: float | None = None
+    resume_hash: str = ""
     orphan: bool = False
     interactions: tuple[Interaction, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether every frame is made; the file may not be there yet."""
+        return self.frames_done >= self.frames
 
 
 @dataclass(frozen=True)
@@ -120,12 +162,19 @@ class EncodedChunk:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the store tells a driver: whether to go on, whether another one drives now, and who watches."""
+    """What the store tells a driver: whether to go on, whether another one drives now, and who watches.
+
+    `position_s` is how far the slowest reader that tells has played, None when nobody does, and `window_s` how much
+    media he wants ahead. `returning`: a reader that lost its connection may still come back.
+    """
 
     go: bool
     superseded: bool = False
     readers: int = 0
     had_reader: bool = False
+    position_s: float | None = None
+    window_s: float | None = None
+    returning: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,3 +185,6 @@ class Segment:
     data: bytes | None = None
     frames: int = 0
     orphan: bool = False
+    sha256: str = ""
+    superseded: bool = False
+    error_code: str | None = None

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from fastapi import Depends, FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.formparsers import MultiPartException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Scope
 
 import diagonal
 from diagonal.metrics import MetricSink
 from serve import problems
+from serve.auth import Door
+from serve.edge import Edge
 from serve.gateway import Gateway
 from serve.problems import Problem
+from serve.records import Caller, Idempotency
 from serve.schemas import (
+    MAX_BODY_BYTES,
+    ClientSecret,
+    ClientSecretRequest,
     Health,
     InteractionQueued,
     InteractionRequest,
@@ -35,26 +43,31 @@ from serve.schemas import (
 )
 
 VIEWER = Path(__file__).parent / "viewer"
-_BODY_BYTES = 64 * 1024
-_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_BODY_TIMEOUT_S = 10.0
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _PAGE_POLICY = "default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 _PROBLEM = {"description": "Problem details, with OpenAI's error member", "content": {problems.MEDIA_TYPE: {}}}
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(("4XX", "5XX"), _PROBLEM)
 _VIDEO: dict[int | str, dict[str, Any]] = {200: {"content": {"video/mp4": {}}}}
 
 
-def create_app(gateway: Gateway, metrics: MetricSink) -> FastAPI:
-    """The application of one gateway."""
+def create_app(gateway: Gateway, metrics: MetricSink, names_answers: bool = True) -> FastAPI:
+    """The application of one gateway; `names_answers`: it sets X-Request-Id itself (Serve's proxy does otherwise)."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await gateway.close()
 
-    app = FastAPI(title="Diagonal", version=diagonal.__version__, lifespan=lifespan, responses=_ERRORS)
-    app.state.gateway = gateway
+    about: dict[str, Any] = {"title": "Diagonal", "version": diagonal.__version__, "responses": _ERRORS}
+    app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.gateway, app.state.names_answers = gateway, names_answers
     problems.install(app, metrics)
-    app.add_middleware(SameOrigin)
+    settings = gateway.settings
+    app.add_middleware(
+        Door, keyring=gateway, asks_everybody=settings.auth == "keys", origins=settings.allowed_origins
+    )
+    app.add_middleware(Edge, names_answers=names_answers)  # the last one added is the outermost
     _add_videos(app)
     _add_streams(app)
     _add_service(app)
@@ -68,71 +81,94 @@ def _gateway(request: Request) -> Gateway:
     return gateway
 
 
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller  # put there by the door
+    return caller
+
+
 Via = Annotated[Gateway, Depends(_gateway)]
+By = Annotated[Caller, Depends(_caller)]
 
 
 def _add_videos(app: FastAPI) -> None:
     @app.post("/v1/videos", openapi_extra=_body_of(VideoRequest, form=True))
-    async def create_video(request: Request, gateway: Via) -> VideoAnswer:
-        """Start a video. `extra.pacing`: `none` makes it as fast as it can, `realtime` just ahead of who watches."""
+    async def create_video(
+        request: Request, gateway: Via, caller: By, idempotency_key: Annotated[str | None, Header()] = None
+    ) -> VideoAnswer:
+        """Start a video. `extra.pacing`: `none` makes it as fast as it can, `realtime` just ahead of who watches.
+
+        With an `Idempotency-Key` the same request again gives the same video, for a day.
+        """
         data, text = await _read_body(request)
-        return VideoAnswer.of(await gateway.create(parse(VideoRequest, data, text=text)))
+        asked: VideoRequest = parse(VideoRequest, data, text=text)
+        return VideoAnswer.of(await gateway.create(asked, caller, _idempotency(idempotency_key, asked)))
 
     @app.get("/v1/videos")
     async def list_videos(
         gateway: Via,
+        caller: By,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: Annotated[str | None, Query(max_length=64)] = None,
         order: Literal["asc", "desc"] = "desc",
     ) -> VideoList:
         """The newest videos first, or the oldest."""
-        found = await gateway.newest(limit + 1, after, order == "asc")
+        found = await gateway.newest(caller, limit + 1, after, order == "asc")
         data = [VideoAnswer.of(video) for video in found[:limit]]
         ends = (data[0].id, data[-1].id) if data else (None, None)
         return VideoList(data=data, first_id=ends[0], last_id=ends[1], has_more=len(found) > limit)
 
     @app.get("/v1/videos/{video_id}")
-    async def get_video(video_id: str, gateway: Via) -> VideoAnswer:
+    async def get_video(video_id: str, gateway: Via, caller: By) -> VideoAnswer:
         """How far the video is, and where its prompt changes took effect."""
-        return VideoAnswer.of(await gateway.get(video_id))
+        return VideoAnswer.of(await gateway.get(video_id, caller))
 
     @app.delete("/v1/videos/{video_id}")
-    async def delete_video(video_id: str, gateway: Via) -> VideoDeleted:
+    async def delete_video(video_id: str, gateway: Via, caller: By) -> VideoDeleted:
         """Cancel the video if it is not over, and remove it."""
-        await gateway.delete(video_id)
+        await gateway.delete(video_id, caller)
         return VideoDeleted(id=video_id)
 
     @app.post("/v1/videos/{video_id}/interactions", status_code=202, openapi_extra=_body_of(InteractionRequest))
-    async def interact(video_id: str, request: Request, gateway: Via) -> InteractionQueued:
+    async def interact(video_id: str, request: Request, gateway: Via, caller: By) -> InteractionQueued:
         """Change the prompt from the next chunk on; the video's `interactions` say when it took effect."""
         data, text = await _read_body(request, form=False)
-        event_id = await gateway.interact(video_id, parse(InteractionRequest, data, text=text))
+        event_id = await gateway.interact(video_id, parse(InteractionRequest, data, text=text), caller)
         return InteractionQueued(video_id=video_id, event_id=event_id)
 
 
 def _add_streams(app: FastAPI) -> None:
     @app.get("/v1/videos/{video_id}/content", response_class=StreamingResponse, responses=_VIDEO)
-    async def content(video_id: str, gateway: Via, variant: Literal["video"] = "video") -> StreamingResponse:
+    async def content(
+        video_id: str, gateway: Via, caller: By, variant: Literal["video"] = "video"
+    ) -> StreamingResponse:
         """The finished file."""
-        size, parts = await gateway.content(video_id)
+        size, parts = await gateway.content(video_id, caller)
         name = f'inline; filename="{video_id}.mp4"'
         headers = {"Content-Length": str(size), "Content-Disposition": name}
         return StreamingResponse(parts, media_type="video/mp4", headers=headers)
 
     @app.get("/v1/videos/{video_id}/stream", response_class=StreamingResponse, responses=_VIDEO)
     async def stream(
-        video_id: str, gateway: Via, start_chunk: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0
+        video_id: str, gateway: Via, caller: By, start_chunk: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0
     ) -> StreamingResponse:
         """Fragmented MP4 while it is made: initialisation segment, then each chunk. A failed video cuts it off."""
-        segments = await gateway.stream(video_id, start_chunk)
+        segments = await gateway.stream(video_id, start_chunk, caller)
         return StreamingResponse(segments, media_type="video/mp4", headers={"Cache-Control": "no-store"})
 
 
 def _add_service(app: FastAPI) -> None:
     @app.get("/v1/models")
-    async def list_models(gateway: Via) -> ModelList:
+    async def list_models(gateway: Via, caller: By) -> ModelList:
         """What can be asked for, and its limits."""
-        return ModelList(data=[ModelAnswer.of(await gateway.model())])
+        return ModelList(data=[ModelAnswer.of(await gateway.model(), caller)])
+
+    @app.post("/v1/realtime/client_secrets", openapi_extra=_body_of(ClientSecretRequest, required=False))
+    async def create_client_secret(request: Request, gateway: Via, caller: By) -> ClientSecret:
+        """A secret for a browser: it opens one session on `/v1/realtime/video`, within a minute."""
+        data, text = await _read_body(request, form=False, empty={})
+        asked: ClientSecretRequest = parse(ClientSecretRequest, data, text=text)
+        value, expires_at = await gateway.create_client_secret(caller, asked.expires_after.seconds)
+        return ClientSecret(value=value, expires_at=int(expires_at))
 
     @app.get("/health/live")
     async def live() -> Health:
@@ -151,11 +187,20 @@ def _add_service(app: FastAPI) -> None:
         return FileResponse(VIEWER / "index.html", headers=headers)
 
 
-def _body_of(kind: type, form: bool = False) -> dict[str, Any]:
+def _idempotency(key: str | None, asked: VideoRequest) -> Idempotency | None:
+    if key is None:
+        return None
+    if not _IDEMPOTENCY_KEY.fullmatch(key):
+        allowed = "1 to 255 printable characters without spaces"
+        raise problems.wrong_value(400, "invalid_value", "Idempotency-Key", key, allowed)
+    return Idempotency(key, hashlib.sha256(asked.model_dump_json().encode()).hexdigest())
+
+
+def _body_of(kind: type, form: bool = False, required: bool = True) -> dict[str, Any]:
     """How the API's description shows a body that the route reads itself, to bound it first."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     types = ("application/json", "multipart/form-data") if form else ("application/json",)
-    return {"requestBody": {"required": True, "content": {name: {"schema": schema} for name in types}}}
+    return {"requestBody": {"required": required, "content": {name: {"schema": schema} for name in types}}}
 
 
 def _describe_bodies(app: FastAPI) -> None:
@@ -169,10 +214,16 @@ def _describe_bodies(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-async def _read_body(request: Request, form: bool = True) -> tuple[object, bool]:
-    """The body, and whether it is a form, in which every value is text."""
+async def _read_body(request: Request, form: bool = True, empty: object = None) -> tuple[object, bool]:
+    """The body (`empty` stands for none), and whether it is a form, in which every value is text."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    data = await _bounded(request)
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            data = await _bounded(request)
+    except TimeoutError:
+        raise Problem(408, "request_timeout", f"the body did not come within {_BODY_TIMEOUT_S:g} s") from None
+    if not data and empty is not None:
+        return empty, False
     if kind in ("application/json", ""):
         try:
             return json.loads(data), False
@@ -198,26 +249,12 @@ async def _form(scope: Scope, data: bytes) -> dict[str, object]:
 
 
 async def _bounded(request: Request) -> bytes:
+    too_large = Problem(413, "body_too_large", f"the body is larger than {MAX_BODY_BYTES} bytes")
+    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:  # the server checked that it is a number
+        raise too_large
     data = bytearray()
     async for part in request.stream():
         data += part
-        if len(data) > _BODY_BYTES:
-            raise Problem(413, "body_too_large", f"the body is larger than {_BODY_BYTES} bytes")
+        if len(data) > MAX_BODY_BYTES:
+            raise too_large
     return bytes(data)
-
-
-class SameOrigin:
-    """A page of another site may not change anything here, even where the server trusts its own machine."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] not in _SAFE_METHODS:
-            request = Request(scope)
-            origin = request.headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc != request.headers.get("host", ""):
-                problem = Problem(403, "foreign_origin", "a page of another origin may not do this")
-                await problems.answer(problem)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)

@@ -10,11 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.json_schema import models_json_schema
 
+from serve.credentials import CLIENT_SECRET_S
 from serve.problems import Problem, invalid, wrong_value
-from serve.records import Interaction, ModelInfo, Pacing, Status, VideoRecord
+from serve.records import Caller, Interaction, ModelInfo, Pacing, Status, VideoRecord
 
 MAX_SEED = 2**32 - 1
 MAX_TRANSITION_CHUNKS = 64
+MAX_BODY_BYTES = 64 * 1024
+MAX_MESSAGE_BYTES = 128 * 1024
+MAX_PENDING = 64
 EventId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
 
 
@@ -72,17 +76,38 @@ class InteractionRequest(_Request):
     interaction: InteractionBody
 
 
+class ExpiresAfter(_Request):
+    anchor: Literal["created_at"] = "created_at"
+    seconds: int = Field(default=int(CLIENT_SECRET_S), ge=1, le=int(CLIENT_SECRET_S))
+
+
+class ClientSecretRequest(_Request):
+    """Body of `POST /v1/realtime/client_secrets`; all of it may be left out."""
+
+    expires_after: ExpiresAfter = Field(default_factory=ExpiresAfter)
+
+
+class ClientSecret(BaseModel):
+    """`value` is shown once on a WebSocket upgrade, as the subprotocol `diagonal-client-secret.<value>`."""
+
+    value: str
+    expires_at: int
+
+
 class VideoError(BaseModel):
     code: str
     message: str
 
 
 class InteractionAnswer(BaseModel):
-    """A prompt change; `chunk` and `pixel_frame` say from where on it shows, once it is applied."""
+    """A prompt change; `chunk` and `pixel_frame` say from where on it shows, once it is applied.
+
+    It is dropped when the video ended before its chunk.
+    """
 
     event_id: str
     transition_chunks: int
-    status: Literal["queued", "applied"]
+    status: Literal["queued", "applied", "dropped"]
     chunk: int | None
     pixel_frame: int | None
 
@@ -97,7 +122,7 @@ class VideoAnswer(BaseModel):
     progress: int
     created_at: int
     completed_at: int | None
-    expires_at: int | None = None
+    expires_at: int | None
     seconds: str
     size: str
     prompt: str
@@ -122,6 +147,7 @@ class VideoAnswer(BaseModel):
             progress=100 if video.status is Status.COMPLETED else min(99, 100 * video.frames_done // video.frames),
             created_at=int(video.created_at),
             completed_at=None if video.completed_at is None else int(video.completed_at),
+            expires_at=None if video.expires_at is None else int(video.expires_at),
             seconds=f"{video.frames / video.fps:g}",
             size=video.size,
             prompt=video.prompt,
@@ -133,7 +159,7 @@ class VideoAnswer(BaseModel):
             seed=video.seed,
             pacing=video.pacing.value,
             mime=video.mime,
-            interactions=[_interaction(change) for change in video.interactions],
+            interactions=[_interaction(change, video.status.over) for change in video.interactions],
         )
 
 
@@ -163,6 +189,11 @@ class ModelLimits(BaseModel):
     max_prompt_characters: int
     max_seed: int = MAX_SEED
     max_transition_chunks: int = MAX_TRANSITION_CHUNKS
+    max_body_bytes: int = MAX_BODY_BYTES
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_pending_interactions: int = MAX_PENDING
+    max_sessions: int | None = Field(None, description="Videos at once of this key's account; null: no limit")
+    max_frames_per_minute: int | None = Field(None, description="Frames a minute of this key's account")
 
 
 class ModelAnswer(BaseModel):
@@ -176,11 +207,13 @@ class ModelAnswer(BaseModel):
     limits: ModelLimits
 
     @classmethod
-    def of(cls, info: ModelInfo) -> ModelAnswer:
+    def of(cls, info: ModelInfo, caller: Caller) -> ModelAnswer:
         limits = ModelLimits(
             max_frames=info.max_frames,
             max_seconds=info.max_frames / info.fps,
             max_prompt_characters=info.max_prompt_characters,
+            max_sessions=caller.sessions or None,
+            max_frames_per_minute=caller.frames_per_minute or None,
         )
         sizes = [info.size(scale) for scale in info.scales]
         return cls(id=info.name, sizes=sizes, fps=info.fps, default_frames=info.clip_frames, limits=limits)
@@ -233,7 +266,6 @@ def new_video(request: VideoRequest, info: ModelInfo, created_at: float) -> Vide
         size=info.size(scale),
         pacing=Pacing(request.extra.pacing),
         created_at=created_at,
-        status=Status.IN_PROGRESS,
     )
 
 
@@ -283,11 +315,12 @@ def _seconds(value: float | str | None) -> float | None:
     return seconds
 
 
-def _interaction(change: Interaction) -> InteractionAnswer:
+def _interaction(change: Interaction, over: bool) -> InteractionAnswer:
+    waits: Literal["queued", "dropped"] = "dropped" if over else "queued"
     return InteractionAnswer(
         event_id=change.event_id,
         transition_chunks=change.transition_chunks,
-        status="queued" if change.chunk is None else "applied",
+        status=waits if change.chunk is None else "applied",
         chunk=change.chunk,
         pixel_frame=change.pixel_frame,
     )
@@ -296,7 +329,7 @@ def _interaction(change: Interaction) -> InteractionAnswer:
 def request_schemas() -> dict[str, Any]:
     """JSON schemas of the bodies that routes read themselves, by name, for the API's own description."""
     kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [
-        (VideoRequest, "validation"), (InteractionRequest, "validation"),
+        (VideoRequest, "validation"), (InteractionRequest, "validation"), (ClientSecretRequest, "validation"),
     ]
     _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
     return dict(schemas["$defs"])

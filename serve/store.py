@@ -1,108 +1,132 @@
-"""The store: every video with its chunks, its prompt changes and its finished file; gateways keep nothing that matters.
+"""The store: every video with its chunks, its interactions and its file, and the keys of who may ask for them.
 
-Chunks lie in files until the last one is there; then they become one plain MP4. Who waits for a chunk is told when it
-comes. Who drives a video (pulls its chunks from the replica) shows so by asking; one that falls silent is replaced.
+Gateways keep nothing that matters. Chunks lie in files until the last one is there; then they become one plain MP4.
+Who waits for a chunk is told when it comes. Who drives a video (pulls its chunks from the replica) shows so by asking;
+one that falls silent is replaced. What a call acknowledged is on the disk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
-import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from diagonal.media.encode import write_fragments
+from sqlalchemy.exc import SQLAlchemyError
+
+from diagonal.storage import Folder, StorageError
+from serve.admission import Admission
+from serve.credentials import Credentials, Secret
 from serve.database import Database
-from serve.records import EncodedChunk, Interaction, Segment, Status, Verdict, VideoRecord
+from serve.files import INIT, MediaFiles, read_part
+from serve.records import (
+    Caller,
+    EncodedChunk,
+    Idempotency,
+    Interaction,
+    Refused,
+    Segment,
+    Status,
+    Verdict,
+    VideoRecord,
+)
 from serve.settings import ServeSettings
+from serve.tables import Tables
+from serve.watches import Watch
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _LOG = logging.getLogger("ray.serve")
-_INIT = "init"
-
-
-class MediaFiles:
-    """Where chunks and finished files lie: a folder a video, every file there whole or not at all."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def put(self, video_id: str, name: str, data: bytes) -> None:
-        folder = self._root / video_id
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{name}.tmp"
-        temporary.write_bytes(data)
-        os.replace(temporary, folder / name)
-
-    def read(self, video_id: str, name: str) -> bytes:
-        return (self._root / video_id / name).read_bytes()
-
-    def join(self, video_id: str, names: list[str]) -> None:
-        """Make the finished file of the named segments, in order."""
-        write_fragments(self.path(video_id), (self.read(video_id, name) for name in names))
-
-    def path(self, video_id: str) -> Path:
-        """Of the finished file, whether it is there or not."""
-        return self._root / video_id / "video.mp4"
-
-    def remove(self, video_id: str) -> None:
-        shutil.rmtree(self._root / video_id, ignore_errors=True)
-
-
-@dataclass
-class _Watch:
-    """Who waits for news of one video, who reads it and who drives it; lost with the process, and found again."""
-
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    readers: dict[str, float] = field(default_factory=dict)
-    had_reader: bool = False
-    driven_at: float = float("-inf")
-    over: bool = False
+_FILE_WAIT_S = 5.0
+_STORAGE_PATIENCE_S = 30.0
+_STRAY_S = 3600.0
+_MAX_PENDING = 64  # as `serve.schemas` publishes it
 
 
 class Store:
-    """One of them serves all gateways. Times that decide something are monotonic."""
+    """One of them serves all gateways. Times that decide something do not follow the machine's clock when it jumps."""
 
     def __init__(
-        self, settings: ServeSettings, *, driver_silence_s: float = 10.0, reader_silence_s: float = 15.0
+        self,
+        settings: ServeSettings,
+        *,
+        driver_silence_s: float = 10.0,
+        reader_silence_s: float = 15.0,
+        sweep_s: float = 5.0,
     ) -> None:
         root = Path(settings.data).expanduser().resolve()
         root.mkdir(parents=True, exist_ok=True)
-        self._database = Database(settings.database or f"sqlite:///{root / 'store.sqlite'}")
-        self._files = MediaFiles(root / "videos")
+        self._settings = settings
+        self._tables = Tables(settings.database_url)
+        self._database, self._admission = Database(self._tables), Admission(self._tables)
+        self._credentials = Credentials(self._tables)
+        durable = Folder(settings.files, _STORAGE_PATIENCE_S) if settings.files else None
+        self._files = MediaFiles(root / "videos", durable)
         self._driver_silence_s, self._reader_silence_s = driver_silence_s, reader_silence_s
-        self._watches: defaultdict[str, _Watch] = defaultdict(_Watch)
+        self._watches: defaultdict[str, Watch] = defaultdict(Watch)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")  # one writer, and the loop stays free
+        self._slow = ThreadPoolExecutor(2, thread_name_prefix="store-files")
+        self._completing: dict[str, asyncio.Task[None]] = {}
+        self._zero_s = time.time() - time.monotonic()
+        self._started_at = time.monotonic()
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep_for_ever(sweep_s))
 
-    async def create(self, video: VideoRecord, init: bytes) -> None:
-        """Keep a new video that a replica has taken, with its initialisation segment; the caller drives it."""
+    # Videos
+
+    async def admit(
+        self, video: VideoRecord, caller: Caller, idempotency: Idempotency | None
+    ) -> VideoRecord | Refused | None:
+        """Keep a new video, which no replica holds yet; or the one that this request made before, or why not."""
         self._watches[video.id].driven_at = time.monotonic()
-        await self._run(self._files.put, video.id, _INIT, init)
-        await self._run(self._database.add, video)
+        known = await self._run(self._admission.admit, video, caller, idempotency, self._now())
+        if known is not None:
+            self._watches.pop(video.id, None)
+        return known
+
+    async def opened(self, video_id: str, replica: str, mime: str, init: bytes) -> bool:
+        """A replica holds the session, whose stream begins with `init`; the caller drives it. False: it is gone."""
+        self._watches[video_id].driven_at = time.monotonic()
+        await self._run(self._files.put, video_id, INIT, init)
+        return await self._run(self._database.opened, video_id, replica, mime)
+
+    async def withdraw(self, video: VideoRecord, caller: Caller) -> None:
+        """No replica took an admitted video: it never was."""
+        await self._run(self._admission.withdraw, video, caller)
+        self._tell(video.id, over=True)
 
     async def get(self, video_id: str) -> VideoRecord | None:
         """The video, None when there is none."""
         video = await self._run(self._database.get, video_id)
-        return None if video is None else replace(video, orphan=self._is_orphan(video_id, video.status))
+        return None if video is None else replace(video, orphan=self._is_orphan(video))
 
-    async def list(self, limit: int, after: str | None = None, ascending: bool = False) -> list[VideoRecord]:
-        return await self._run(self._database.newest, limit, after, ascending)
+    async def list(
+        self, owner: str, limit: int, after: str | None = None, ascending: bool = False
+    ) -> list[VideoRecord]:
+        return await self._run(self._database.newest, owner, limit, after, ascending)
 
-    async def claim(self, video_id: str, epoch: int) -> bool:
-        """Become the video's driver, unless another one was faster."""
-        claimed = await self._run(self._database.claim, video_id, epoch)
-        if claimed:
-            self._watches[video_id].driven_at = time.monotonic()
-        return claimed
+    async def delete(self, video_id: str, owner: str) -> VideoRecord | None:
+        """Cancel the owner's video if it is not over, and remove it; returns what it was."""
+        video = await self._run(self._database.remove, video_id, owner)
+        if video is not None:
+            self._tell(video_id, over=True)
+            await self._remove_files(video_id)
+        return video
+
+    # Driving
+
+    async def claim(self, video_id: str, replica: str, epoch: int) -> VideoRecord | None:
+        """Become the driver of a session that `replica` holds: the video as it is now. None: another was faster."""
+        if not await self._run(self._database.claim, video_id, replica, epoch):
+            return None
+        self._watches[video_id].driven_at = time.monotonic()
+        return await self._run(self._database.get, video_id)
 
     async def check(self, video_id: str, epoch: int) -> Verdict:
         """A driver asks whether to make the next chunk."""
@@ -111,125 +135,226 @@ class Store:
             return Verdict(go=False, superseded=video is not None and video.epoch != epoch)
         watch = self._watches[video_id]
         watch.driven_at = time.monotonic()
-        return Verdict(True, readers=self._count_readers(watch), had_reader=watch.had_reader)
+        watch.forget_silent(self._reader_silence_s)
+        return watch.verdict()
 
     async def put_chunk(self, video_id: str, epoch: int, chunk: EncodedChunk) -> bool:
-        """Keep a chunk and hand it to whoever waits; with the last one the file is made. False: no longer wanted."""
+        """Keep a chunk and hand it to whoever waits; with the last one the file is made. False: no longer wanted.
+
+        The file's name holds the epoch: a driver that was replaced can never change a chunk that was served.
+        """
         if not (await self.check(video_id, epoch)).go:
             return False
-        await self._run(self._files.put, video_id, str(chunk.chunk), chunk.data)
-        if not await self._run(self._database.add_chunk, video_id, epoch, chunk):
+        file, sha256 = f"{chunk.chunk}-{epoch}", hashlib.sha256(chunk.data).hexdigest()
+        await self._run(self._files.put, video_id, file, chunk.data)
+        if not await self._run(self._database.add_chunk, video_id, epoch, chunk, file, sha256, self._now()):
             return False
         self._tell(video_id)
         if chunk.last:
-            names = [_INIT, *(str(index) for index in range(chunk.chunk + 1))]
-            await self._run(self._files.join, video_id, names)
-            await self._finish(video_id, Status.COMPLETED)
+            await self.complete(video_id)
         return True
+
+    async def complete(self, video_id: str) -> None:
+        """Make the file of a video whose chunks are all there; waits a while for it."""
+        task = self._completing.get(video_id)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._complete(video_id))
+            self._completing[video_id] = task
+            task.add_done_callback(lambda _: self._completing.pop(video_id, None))
+        await asyncio.wait({task}, timeout=_FILE_WAIT_S)
 
     async def end(self, video_id: str, status: Status, code: str | None = None, message: str | None = None) -> bool:
         """A video ends before its last chunk; False when it was over."""
-        return await self._finish(video_id, status, code, message)
-
-    async def delete(self, video_id: str) -> VideoRecord | None:
-        """Cancel the video if it is not over, and remove it; returns what it was."""
-        video = await self._run(self._database.get, video_id)
-        if video is None:
-            return None
-        await self._run(self._database.remove, video_id)
-        await self._run(self._files.remove, video_id)
+        expires_at = self._now() + self._settings.expire_s
+        ended = await self._run(
+            self._database.finish, video_id, status, self._now(), code, message, expires_at=expires_at
+        )
+        if ended:
+            _LOG.info("video %s is %s%s", video_id, status.value, f": {code}" if code else "")
         self._tell(video_id, over=True)
-        return video
+        return ended
+
+    # Reading
 
     async def segment(self, video_id: str, reader: str, chunk: int, wait_s: float) -> Segment | None:
         """The bytes of a chunk (-1 is the initialisation segment), waiting for it a while; None: no such video."""
         deadline = time.monotonic() + wait_s
         while True:
             watch = self._watches[video_id]
-            watch.readers[reader], watch.had_reader = time.monotonic(), True
+            watch.saw_reader(reader)
             news = watch.news  # taken before looking, so that no chunk can slip in between
-            found = await self._run(self._find, video_id, chunk)
+            found = await self._run(self._find, video_id, chunk, reader)
             if found is None:
                 self._watches.pop(video_id, None)
                 return None
             watch.over = found.status.over
             left_s = deadline - time.monotonic()
-            if found.data is not None or watch.over or left_s <= 0:
+            if found.data is not None or watch.over or found.superseded or left_s <= 0:
                 return found
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), left_s)
 
-    async def leave(self, video_id: str, reader: str) -> None:
-        """A reader is gone."""
+    async def playback(self, video_id: str, reader: str, position_s: float, window_s: float) -> None:
+        """A reader tells how far it has played, and how much media it wants ahead."""
+        watch = self._watches.get(video_id)
+        if watch is not None:
+            watch.told_position(reader, position_s, window_s)
+
+    async def leave(self, video_id: str, reader: str, return_s: float = 0.0) -> None:
+        """A reader is gone; it may come back within `return_s`."""
         watch = self._watches.get(video_id)
         if watch is not None:
             watch.readers.pop(reader, None)
+            watch.return_by = time.monotonic() + return_s
             if watch.over and not watch.readers:
                 del self._watches[video_id]
 
+    async def take_over(self, video_id: str, old_hash: str, new_hash: str) -> bool:
+        """Whoever holds the resume token becomes the session's only owner, with a new one; False: it is not valid."""
+        taken = await self._run(self._database.set_resume, video_id, old_hash, new_hash)
+        if taken:
+            self._tell(video_id)
+        return taken
+
     async def content(self, video_id: str, start: int, stop: int) -> tuple[int, bytes] | None:
         """Size of the finished file and some of its bytes; None when it is not there."""
-        return await self._run(_read_part, self._files.path(video_id), start, stop)
+        path = await self._apart(self._files.find, video_id)
+        return None if path is None else await self._run(read_part, path, start, stop)
 
-    async def add_interaction(self, video_id: str, change: Interaction) -> Interaction | None:
-        """Note a prompt change; returns the one known by this event id, None when it is new."""
-        return await self._run(self._database.add_interaction, video_id, change)
+    # Interactions
+
+    async def add_interaction(self, video_id: str, change: Interaction) -> Interaction | bool:
+        """Note an interaction; the one known by this event id, else whether there was room for it."""
+        return await self._run(self._database.add_interaction, video_id, change, _MAX_PENDING)
 
     async def remove_interaction(self, video_id: str, event_id: str) -> None:
         await self._run(self._database.remove_interaction, video_id, event_id)
 
+    # Keys
+
+    async def caller(self, shown: Secret) -> Caller | None:
+        """Whose key this is."""
+        return await self._run(self._credentials.caller, shown)
+
+    async def caller_of(self, key_id: str) -> Caller | None:
+        return await self._run(self._credentials.caller_of, key_id)
+
+    async def create_client_secret(self, key_id: str, seconds: float) -> tuple[str, float]:
+        """A secret that opens one session in the key's name, and when it ends."""
+        expires_at = self._now() + seconds
+        return await self._run(self._credentials.create_client_secret, key_id, expires_at), expires_at
+
+    async def redeem(self, shown: Secret) -> str | None:
+        """Use a client secret up: the key that it stands for."""
+        return await self._run(self._credentials.redeem, shown, self._now())
+
+    # Upkeep
+
     async def ready(self) -> bool:
         """The database answers; an error says that it does not."""
-        await self._run(self._database.newest, 1, None, False)
+        await self._run(self._database.known, [])
         return True
+
+    async def shut(self) -> None:
+        """End the upkeep and the connections (tests; Serve ends the process)."""
+        self._sweeper.cancel()
+        await asyncio.gather(self._sweeper, *self._completing.values(), return_exceptions=True)
+        self._thread.shutdown()
+        self._slow.shutdown()
+        self._tables.close()
+
+    async def sweep(self) -> None:
+        """One round of upkeep: what was left half done, what nobody drives, what is past its time."""
+        for video in await self._run(self._database.under_way):
+            if video.whole:
+                await self.complete(video.id)
+            elif self._is_lost(video):
+                await self.end(video.id, Status.FAILED, "session_lost", "the session was lost")
+        for video_id in await self._run(self._database.expired, self._now()):
+            await self._run(self._database.remove, video_id)
+            self._tell(video_id, over=True)
+            await self._remove_files(video_id)
+        await self._run(self._admission.prune, self._now())
+        await self._run(self._credentials.prune, self._now())
+
+    async def _sweep_for_ever(self, every_s: float) -> None:
+        while True:
+            try:
+                await self._remove_strays()
+                await self.sweep()
+            except (SQLAlchemyError, OSError, StorageError) as error:  # the next round tries again
+                _LOG.error("upkeep of the store: %s", type(error).__name__)
+            await asyncio.sleep(every_s)
+
+    async def _remove_strays(self) -> None:
+        """Files of videos that the database does not know: a crash came between the two."""
+        found = await self._run(self._files.folders, _STRAY_S)
+        known = await self._run(self._database.known, found)
+        for video_id in set(found) - known:
+            await self._remove_files(video_id)
+
+    async def _complete(self, video_id: str) -> None:
+        names = [INIT, *await self._run(self._database.chunk_files, video_id)]
+        try:
+            await self._apart(self._files.join, video_id, names)
+        except StorageError as error:
+            _LOG.error("video %s: its file waits for the storage: %s", video_id, error)
+            return
+        await self.end(video_id, Status.COMPLETED)
+
+    async def _remove_files(self, video_id: str) -> None:
+        try:
+            await self._apart(self._files.remove, video_id)
+        except StorageError as error:
+            _LOG.error("video %s: its file could not be removed: %s", video_id, error)
 
     async def _run(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments, **named))
 
-    async def _finish(
-        self, video_id: str, status: Status, code: str | None = None, message: str | None = None
-    ) -> bool:
-        ended = await self._run(self._database.finish, video_id, status, time.time(), code, message)
-        if ended:
-            _LOG.info("video %s is %s%s", video_id, status.value, f": {code}" if code else "")
-        self._tell(video_id, over=True)
-        return ended
+    async def _apart(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """What may take long does not hold up the chunks."""
+        return await asyncio.get_running_loop().run_in_executor(self._slow, lambda: function(*arguments, **named))
 
-    def _find(self, video_id: str, chunk: int) -> Segment | None:
+    def _now(self) -> float:
+        """Seconds since 1970, by the clock's reading when this process began."""
+        return self._zero_s + time.monotonic()
+
+    def _find(self, video_id: str, chunk: int, reader: str) -> Segment | None:
         video = self._database.get(video_id)
         if video is None:
             return None
-        orphan = self._is_orphan(video_id, video.status)
-        if chunk < 0:
-            return Segment(video.status, self._files.read(video_id, _INIT), 0, orphan)
-        if chunk >= video.chunks_done:
-            return Segment(video.status, None, 0, orphan)
-        frames = self._database.chunk_frames(video_id, chunk) or 0
-        return Segment(video.status, self._files.read(video_id, str(chunk)), frames, orphan)
+        superseded = bool(video.resume_hash) and reader.startswith("ws-") and reader != f"ws-{video.resume_hash}"
+        news = Segment(
+            video.status, orphan=self._is_orphan(video), superseded=superseded, error_code=video.error_code
+        )
+        init = (0, INIT, "") if video.status is not Status.QUEUED else None
+        made = init if chunk < 0 else self._database.chunk(video_id, chunk)
+        if superseded or made is None:
+            return news
+        frames, file, sha256 = made
+        try:
+            return replace(news, data=self._files.read(video_id, file), frames=frames, sha256=sha256)
+        except FileNotFoundError:
+            if self._database.get(video_id) is None:
+                return None  # deleted in between
+            raise
 
-    def _is_orphan(self, video_id: str, status: Status) -> bool:
-        watch = self._watches.get(video_id, _Watch())
-        return not status.over and time.monotonic() - watch.driven_at > self._driver_silence_s
+    def _silence_s(self, video: VideoRecord) -> float:
+        """How long nobody has driven the video; after a restart, since that."""
+        watch = self._watches.get(video.id, Watch())
+        return time.monotonic() - max(watch.driven_at, self._started_at)
 
-    def _count_readers(self, watch: _Watch) -> int:
-        now = time.monotonic()
-        watch.readers = {name: at for name, at in watch.readers.items() if now - at < self._reader_silence_s}
-        return len(watch.readers)
+    def _is_orphan(self, video: VideoRecord) -> bool:
+        watch = self._watches.get(video.id, Watch())
+        held = not video.status.over and video.status is not Status.QUEUED
+        return held and time.monotonic() - watch.driven_at > self._driver_silence_s
+
+    def _is_lost(self, video: VideoRecord) -> bool:
+        """Nobody drives it, and its replica has let the session go by now."""
+        return self._silence_s(video) > self._driver_silence_s + self._settings.session_idle_timeout_s
 
     def _tell(self, video_id: str, over: bool = False) -> None:
         watch = self._watches[video_id]
-        watch.news.set()
-        watch.news = asyncio.Event()
+        watch.tell()
         if over and not watch.readers:
             del self._watches[video_id]
-
-
-def _read_part(path: Path, start: int, stop: int) -> tuple[int, bytes] | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(start)
-        return size, file.read(max(0, min(stop, size) - start))
-
-

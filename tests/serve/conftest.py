@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import shutil
+import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -17,14 +20,16 @@ import torch
 import uvicorn
 
 from diagonal.config import Config
-from diagonal.engine.engine import CapacityError, EngineStats
+from diagonal.engine.engine import CapacityError, EngineStats, Health
 from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
+from diagonal.engine.snapshot import Snapshot
 from diagonal.errors import require
 from serve.gateway import Gateway
 from serve.replica import Replica
 from serve.routes import create_app
 from serve.settings import ServeSettings
 from serve.store import Store
+from tests.serve import postgres
 
 CONFIG = Config.from_preset("tiny", ["serve.max_sessions=2", "serve.max_prompt_characters=200", "serve.max_seconds=60"])
 
@@ -50,6 +55,7 @@ class FakeSession:
     asked: bool = False
     chunk: int = 0
     pending: tuple[PromptChange, ...] = ()
+    paused: bool = False
 
 
 class FakeEngine:
@@ -86,6 +92,23 @@ class FakeEngine:
         with self._lock:
             self.sessions[session_id].asked = True
 
+    def pause(self, session_id: str) -> None:
+        with self._lock:
+            self.sessions[session_id].paused = True
+
+    def resume(self, session_id: str) -> None:
+        with self._lock:
+            self.sessions[session_id].paused = False
+
+    def restore(self, snapshot: Snapshot, ahead_s: float | None = None) -> None:
+        raise NotImplementedError
+
+    def health(self) -> Health:
+        return Health(True, 0)
+
+    def exercise(self) -> bool:
+        return True
+
     def close(self, session_id: str) -> None:
         with self._lock:
             self.sessions.pop(session_id, None)
@@ -96,7 +119,7 @@ class FakeEngine:
 
     def step(self) -> list[ChunkResult]:
         with self._lock:
-            asking = [session for session in self.sessions.values() if session.asked]
+            asking = [session for session in self.sessions.values() if session.asked and not session.paused]
             if not asking or self._budget <= 0:
                 return []
             self._budget -= 1
@@ -186,6 +209,7 @@ class Service:
             server.should_exit = True
         await asyncio.gather(*tasks)
         await self.replica.shut()
+        await self.store.shut()
 
     def _server(self) -> uvicorn.Server:
         gateway = Gateway(self.settings, LocalHandle(self.store), LocalHandle(self.replica), self.metrics)
@@ -193,6 +217,33 @@ class Service:
         app = create_app(gateway, self.metrics)
         options: dict[str, Any] = {"log_level": "critical", "timeout_graceful_shutdown": 1}
         return uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, **options))
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """One PostgreSQL server for the tests that ask for it; gives a URL."""
+    folder = Path(tempfile.mkdtemp(prefix="dpg-"))
+    try:
+        with postgres.server(folder) as url:
+            yield url
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def database_numbers() -> Iterator[int]:
+    return itertools.count()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(
+    request: pytest.FixtureRequest, tmp_path: Path, database_numbers: Iterator[int]
+) -> str:
+    """An empty database of each kind that the store supports."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'store.sqlite'}"
+    url: str = request.getfixturevalue("postgres_server")
+    return postgres.new_database(url, f"test{next(database_numbers)}")
 
 
 @pytest.fixture

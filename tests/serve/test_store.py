@@ -1,11 +1,10 @@
-"""The store: what it keeps, in which order it lets things happen, and that nothing is half there."""
+"""The store: in which order it lets things happen, who waits for what, and that nothing is half there."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import numpy as np
 import pytest
 
 from diagonal.media.encode import ChunkEncoder, read_mp4
-from serve.database import Database
-from serve.records import EncodedChunk, Interaction, Pacing, Status, VideoRecord
+from serve.auth import LOCAL_CALLER
+from serve.files import MediaFiles
+from serve.records import EncodedChunk, Pacing, Status, VideoRecord
 from serve.settings import ServeSettings
-from serve.store import MediaFiles, Store
+from serve.store import Store
 
 VIDEO = VideoRecord(
     id="video_1",
@@ -29,8 +29,7 @@ VIDEO = VideoRecord(
     size="32x32",
     pacing=Pacing.NONE,
     created_at=1.0,
-    status=Status.IN_PROGRESS,
-    replica="replica-1",
+    status=Status.QUEUED,
 )
 
 
@@ -43,64 +42,27 @@ def chunks() -> tuple[bytes, list[EncodedChunk]]:
     return encoder.init_segment(), made
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Database:
-    database = Database(f"sqlite:///{tmp_path / 'store.sqlite'}")
-    database.add(VIDEO)
-    return database
-
-
 def in_store(tmp_path: Path, work: Callable[[Store], Awaitable[Any]], **options: float) -> Any:
     async def run() -> Any:
-        return await work(Store(ServeSettings(data=str(tmp_path)), **options))
+        store = Store(ServeSettings(data=str(tmp_path)), **options)
+        try:
+            return await work(store)
+        finally:
+            await store.shut()
 
     return asyncio.run(run())
 
 
-def test_a_video_comes_back_as_it_was_put_in(database: Database) -> None:
-    assert database.get("video_1") == VIDEO
-    assert database.get("video_2") is None
-
-
-def test_it_is_still_there_after_a_restart(tmp_path: Path, database: Database) -> None:
-    database.close()
-    assert Database(f"sqlite:///{tmp_path / 'store.sqlite'}").get("video_1") == VIDEO
-
-
-def test_only_the_next_chunk_of_the_newest_driver_is_taken(database: Database) -> None:
-    _, (first, second) = chunks()
-    assert not database.add_chunk("video_1", 0, second)
-    assert database.add_chunk("video_1", 0, first)
-    assert not database.add_chunk("video_1", 0, first)
-    assert database.claim("video_1", 0) and not database.claim("video_1", 0)
-    assert not database.add_chunk("video_1", 0, second)
-    assert database.add_chunk("video_1", 1, second)
-    video = database.get("video_1")
-    assert video is not None and (video.chunks_done, video.frames_done, video.epoch) == (2, 21, 1)
-
-
-def test_a_video_that_is_over_changes_no_more(database: Database) -> None:
-    assert database.finish("video_1", Status.CANCELLED, 2.0, "abandoned", "nobody watches")
-    assert not database.finish("video_1", Status.COMPLETED, 3.0)
-    assert not database.claim("video_1", 0) and not database.add_chunk("video_1", 0, chunks()[1][0])
-    video = database.get("video_1")
-    assert video is not None and (video.status, video.error_code) == (Status.CANCELLED, "abandoned")
-
-
-def test_a_prompt_change_is_noted_once_and_told_where_it_applied(database: Database) -> None:
-    change = Interaction("e1", "a blue square")
-    assert database.add_interaction("video_1", change) is None
-    assert database.add_interaction("video_1", replace(change, prompt="other")) == change
-    database.add_chunk("video_1", 0, replace(chunks()[1][0], applied_event_ids=("e1",)))
-    video = database.get("video_1")
-    assert video is not None and video.interactions == (replace(change, chunk=0, pixel_frame=0),)
+async def put_video(store: Store, init: bytes = b"init", video: VideoRecord = VIDEO) -> None:
+    assert await store.admit(video, LOCAL_CALLER, None) is None
+    assert await store.opened(video.id, "replica-1", "video/mp4", init)
 
 
 def test_the_last_chunk_makes_the_file(tmp_path: Path) -> None:
     init, made = chunks()
 
     async def work(store: Store) -> None:
-        await store.create(VIDEO, init)
+        await put_video(store, init)
         assert await store.content("video_1", 0, 10) is None
         for chunk in made:
             assert await store.put_chunk("video_1", 0, chunk)
@@ -117,7 +79,7 @@ def test_who_waits_for_a_chunk_is_told_when_it_comes(tmp_path: Path) -> None:
     init, made = chunks()
 
     async def work(store: Store) -> None:
-        await store.create(VIDEO, init)
+        await put_video(store, init)
         waiting = asyncio.create_task(store.segment("video_1", "reader", 0, 10.0))
         await asyncio.sleep(0.05)
         began = time.monotonic()
@@ -130,7 +92,7 @@ def test_who_waits_for_a_chunk_is_told_when_it_comes(tmp_path: Path) -> None:
 
 def test_who_waits_in_vain_is_told_so(tmp_path: Path) -> None:
     async def work(store: Store) -> None:
-        await store.create(VIDEO, b"init")
+        await put_video(store)
         segment = await store.segment("video_1", "reader", 0, 0.05)
         assert segment is not None and segment.data is None and segment.status is Status.IN_PROGRESS
         await store.end("video_1", Status.FAILED, "generation_failed", "...")
@@ -143,7 +105,7 @@ def test_who_waits_in_vain_is_told_so(tmp_path: Path) -> None:
 
 def test_a_driver_learns_who_reads_and_that_it_was_replaced(tmp_path: Path) -> None:
     async def work(store: Store) -> None:
-        await store.create(VIDEO, b"init")
+        await put_video(store)
         assert (await store.check("video_1", 0)).readers == 0
         await store.segment("video_1", "reader", -1, 0)
         verdict = await store.check("video_1", 0)
@@ -151,7 +113,7 @@ def test_a_driver_learns_who_reads_and_that_it_was_replaced(tmp_path: Path) -> N
         await store.leave("video_1", "reader")
         verdict = await store.check("video_1", 0)
         assert (verdict.readers, verdict.had_reader) == (0, True)
-        await store.claim("video_1", 0)
+        await store.claim("video_1", "replica-1", 0)
         verdict = await store.check("video_1", 0)
         assert (verdict.go, verdict.superseded) == (False, True)
 
@@ -160,7 +122,7 @@ def test_a_driver_learns_who_reads_and_that_it_was_replaced(tmp_path: Path) -> N
 
 def test_a_reader_that_fell_silent_is_not_counted(tmp_path: Path) -> None:
     async def work(store: Store) -> None:
-        await store.create(VIDEO, b"init")
+        await put_video(store)
         await store.segment("video_1", "reader", -1, 0)
         await asyncio.sleep(0.05)
         assert (await store.check("video_1", 0)).readers == 0
@@ -170,7 +132,7 @@ def test_a_reader_that_fell_silent_is_not_counted(tmp_path: Path) -> None:
 
 def test_a_video_is_an_orphan_once_its_driver_is_silent_and_after_a_restart(tmp_path: Path) -> None:
     async def first(store: Store) -> None:
-        await store.create(VIDEO, b"init")
+        await put_video(store)
         video = await store.get("video_1")
         assert video is not None and not video.orphan
         await asyncio.sleep(0.6)
@@ -187,7 +149,7 @@ def test_a_video_is_an_orphan_once_its_driver_is_silent_and_after_a_restart(tmp_
 
 def test_nothing_is_remembered_of_videos_that_are_over(tmp_path: Path) -> None:
     async def work(store: Store) -> None:
-        await store.create(VIDEO, b"init")
+        await put_video(store)
         await store.segment("video_1", "reader", -1, 0)
         await store.end("video_1", Status.CANCELLED)
         await store.segment("video_1", "reader", 0, 0)

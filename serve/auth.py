@@ -1,0 +1,114 @@
+"""Who may come in: every route but a few asks for a key, WebSocket upgrades included, in this application itself.
+
+A proxy in front can be bypassed, so none is relied on. Keys come in the `Authorization` header alone, never in an
+address; a browser, which cannot set it on a WebSocket, shows a one-time client secret as a subprotocol.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve import problems
+from serve.credentials import CLIENT_SECRET, KEY, Secret, parse_secret
+from serve.problems import Problem
+from serve.records import Caller
+from serve.tables import LOCAL
+
+PUBLIC = frozenset({"/", "/health/live", "/health/ready", "/openapi.json"})
+PUBLIC_FOLDER = "/viewer/"
+SUBPROTOCOL = "realtime"
+_SECRET_PROTOCOLS = ("diagonal-client-secret.", "openai-insecure-api-key.")
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+LOCAL_CALLER = Caller(LOCAL, LOCAL)
+
+
+class Keyring(Protocol):
+    """What the door asks of the gateway."""
+
+    async def caller(self, shown: Secret) -> Caller | None: ...
+
+    async def redeem(self, shown: Secret) -> Caller | None: ...
+
+
+class Door:
+    """ASGI middleware: puts the caller into the request's state, or answers 401 or 403."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, asks_everybody: bool, origins: tuple[str, ...]) -> None:
+        self._app, self._keyring = app, keyring
+        self._asks_everybody, self._origins = asks_everybody, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        try:
+            self._check_origin(scope, headers)
+            if not _is_public(scope):
+                scope.setdefault("state", {})["caller"] = await self._caller(scope, headers)
+        except Problem as problem:
+            return await problems.reject(problem, scope, receive, send)
+        except problems.SILENCES:
+            return await problems.reject(problems.unavailable(), scope, receive, send)
+        await self._app(scope, receive, send)
+
+    async def _caller(self, scope: Scope, headers: Headers) -> Caller:
+        key = parse_secret(KEY, _bearer(headers))
+        if key is not None:
+            caller = await self._keyring.caller(key)
+        elif scope["type"] == "websocket" and (secret := _client_secret(headers)) is not None:
+            caller = await self._keyring.redeem(secret)
+        elif not self._asks_everybody and _is_local(scope, headers):
+            return LOCAL_CALLER
+        else:
+            raise Problem(401, "missing_api_key", "give an API key as `Authorization: Bearer ...`")
+        if caller is None:
+            raise Problem(401, "invalid_api_key", "this key is not known, was revoked, or is used up")
+        return caller
+
+    def _check_origin(self, scope: Scope, headers: Headers) -> None:
+        """A page of another site may not change anything here, even where the server trusts its own machine."""
+        if scope["type"] == "http" and scope["method"] in _SAFE_METHODS:
+            return
+        origin = headers.get("origin")
+        if origin is None or origin.lower() in self._origins:
+            return
+        if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+            raise Problem(403, "foreign_origin", "a page of another origin may not do this")
+
+
+def _is_public(scope: Scope) -> bool:
+    path = scope["path"]
+    return scope["type"] == "http" and (path in PUBLIC or path.startswith(PUBLIC_FOLDER))
+
+
+def _bearer(headers: Headers) -> str:
+    kind, _, text = headers.get("authorization", "").partition(" ")
+    return text.strip() if kind.lower() == "bearer" else ""
+
+
+def _client_secret(headers: Headers) -> Secret | None:
+    offered = [protocol.strip() for protocol in headers.get("sec-websocket-protocol", "").split(",")]
+    shown = [_bearer(headers)]
+    shown += [text.removeprefix(kind) for text in offered for kind in _SECRET_PROTOCOLS if text.startswith(kind)]
+    return next((secret for text in shown if (secret := parse_secret(CLIENT_SECRET, text)) is not None), None)
+
+
+def _is_local(scope: Scope, headers: Headers) -> bool:
+    """A caller on this machine who used this machine's name, not somebody whom a proxy here passed on."""
+    host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    peer = (scope.get("client") or ("",))[0]
+    forwarded = any(name in headers for name in _FORWARDED)
+    return not forwarded and _is_loopback(peer) and (host == "localhost" or _is_loopback(host))
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return False

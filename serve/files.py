@@ -1,0 +1,95 @@
+"""Where media lies: chunks in a local folder a video; finished files there too, and on S3 when that is configured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from diagonal.media.encode import write_fragments
+from diagonal.storage import Folder
+
+INIT = "init"
+FINISHED = "video.mp4"
+
+
+class MediaFiles:
+    """A folder a video; every file is there whole or not at all, and on the disk before it counts.
+
+    `durable` keeps the finished files where the local disk does not; what lies here is then a copy.
+    """
+
+    def __init__(self, root: Path, durable: Folder | None = None) -> None:
+        self._root, self._durable = root, durable
+
+    def put(self, video_id: str, name: str, data: bytes) -> None:
+        folder = self._root / video_id
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{name}.tmp"
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+        _sync_folder(folder)
+
+    def read(self, video_id: str, name: str) -> bytes:
+        return (self._root / video_id / name).read_bytes()
+
+    def join(self, video_id: str, names: Iterable[str]) -> None:
+        """Make the finished file of the named segments, in order, and bring it to the durable storage.
+
+        `StorageError` when that does not take it; a second call tries again.
+        """
+        path = self._root / video_id / FINISHED
+        if not path.is_file():
+            write_fragments(path, (self.read(video_id, name) for name in names))
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            _sync_folder(path.parent)
+        if self._durable is not None:
+            (self._durable / video_id).put(path, FINISHED)
+
+    def find(self, video_id: str) -> Path | None:
+        """The finished file on the local disk, fetched if it is elsewhere; None when there is none.
+
+        `StorageError` when the durable storage does not answer.
+        """
+        path = self._root / video_id / FINISHED
+        if not path.is_file():
+            kept = None if self._durable is None else self._durable / video_id
+            if kept is None or not kept.has(FINISHED):
+                return None
+            kept.get(FINISHED, path)
+        return path
+
+    def remove(self, video_id: str) -> None:
+        shutil.rmtree(self._root / video_id, ignore_errors=True)
+        if self._durable is not None:
+            (self._durable / video_id).delete()
+
+    def folders(self, older_than_s: float) -> list[str]:
+        """Videos that have had files here for so long."""
+        if not self._root.is_dir():
+            return []
+        latest = time.time() - older_than_s
+        return [folder.name for folder in self._root.iterdir() if folder.is_dir() and folder.stat().st_mtime < latest]
+
+
+def read_part(path: Path, start: int, stop: int) -> tuple[int, bytes]:
+    """Size of a file and some of its bytes."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(start)
+        return size, file.read(max(0, min(stop, size) - start))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; without it a crash of the machine could undo it after the database counted on it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,83 @@
+"""One connection's way through a video: the initialisation segment, then chunk after chunk as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from diagonal.metrics import MetricSink
+from serve.calls import CALL_TIMEOUT_S, answer, patient
+from serve.problems import SILENCES
+from serve.records import Segment, Status, VideoRecord
+
+_SEGMENT_WAIT_S = 5.0
+
+
+class BrokenStreamError(Exception):
+    """A video failed while it was read: the response is cut, so that nobody takes it for the whole."""
+
+
+class ChunkReader:
+    """Reads one video. `adopt` is called when nobody drives it; `name` tells the store which reader this is."""
+
+    def __init__(
+        self, video: VideoRecord, store: Any, adopt: Callable[[], Awaitable[object]], metrics: MetricSink,
+        name: str = "",
+    ) -> None:
+        self._video, self._store, self._adopt, self._metrics = video, store, adopt, metrics
+        self.name = name or secrets.token_hex(8)
+        waited_s = 0.0 if video.chunks_done else max(0.0, time.time() - video.created_at)
+        self._from_s = time.monotonic() - waited_s
+        self._sent_s: float | None = None
+
+    async def segments(self, chunk: int) -> AsyncIterator[bytes]:
+        """The stream from `chunk` on; `BrokenStreamError` when the video fails."""
+        init = await self.read(-1)
+        if init is None or init.data is None:
+            return
+        yield init.data
+        while (segment := await self.read(chunk)) is not None:
+            if segment.data is None:
+                if segment.status is Status.FAILED:
+                    raise BrokenStreamError(self._video.id)
+                return
+            self.note_sent(segment)
+            yield segment.data
+            chunk += 1
+
+    async def read(self, chunk: int) -> Segment | None:
+        """A chunk (-1 is the initialisation segment), or why there will be none; waits as long as it takes."""
+
+        def ask() -> Any:
+            return self._store.segment.remote(self._video.id, self.name, chunk, _SEGMENT_WAIT_S)
+
+        while True:
+            segment: Segment | None = await patient(ask, _SEGMENT_WAIT_S + CALL_TIMEOUT_S)
+            if segment is None or segment.data is not None or segment.status.over or segment.superseded:
+                return segment
+            if segment.orphan:
+                await self._adopt()
+
+    def note_sent(self, segment: Segment) -> None:
+        """Count a chunk that is handed to the transport."""
+        now_s = time.monotonic()
+        if self._sent_s is None:
+            self._metrics.observe("diagonal_time_to_first_frame_seconds", now_s - self._from_s)
+        else:
+            self._metrics.observe("diagonal_chunk_interval_seconds", now_s - self._sent_s)
+        self._metrics.inc("diagonal_frames_sent_total", segment.frames)
+        self._metrics.inc("diagonal_stream_media_seconds_total", segment.frames / self._video.fps)
+        self._sent_s = now_s
+
+    async def tell_position(self, position_s: float, window_s: float) -> None:
+        """How far the viewer has played, and how much media he wants ahead."""
+        with contextlib.suppress(*SILENCES):  # the next one says it again
+            await answer(self._store.playback.remote(self._video.id, self.name, position_s, window_s))
+
+    async def leave(self, return_s: float = 0.0) -> None:
+        """Say that nobody reads here any more, or that he may be back within `return_s`."""
+        with contextlib.suppress(*SILENCES):  # the store forgets silent readers
+            await answer(self._store.leave.remote(self._video.id, self.name, return_s))

@@ -1,0 +1,64 @@
+"""Who waits for news of a video, who reads it and who drives it: lost with the store's process, and found again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from serve.records import Verdict
+
+
+@dataclass
+class Reader:
+    """One connection: when it last asked, and how far it has played if it tells."""
+
+    asked_at: float
+    position_s: float | None = None
+    window_s: float | None = None
+
+
+@dataclass
+class Watch:
+    """One video. Times are monotonic."""
+
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    readers: dict[str, Reader] = field(default_factory=dict)
+    had_reader: bool = False
+    driven_at: float = float("-inf")
+    return_by: float = float("-inf")
+    over: bool = False
+
+    def saw_reader(self, name: str) -> None:
+        now = time.monotonic()
+        self.readers.setdefault(name, Reader(now)).asked_at = now
+        self.had_reader, self.return_by = True, float("-inf")
+
+    def told_position(self, name: str, position_s: float, window_s: float) -> None:
+        reader = self.readers.get(name)
+        if reader is not None:
+            reader.asked_at = time.monotonic()
+            reader.position_s = max(position_s, reader.position_s or 0.0)
+            reader.window_s = window_s
+
+    def forget_silent(self, silence_s: float) -> None:
+        now = time.monotonic()
+        self.readers = {name: reader for name, reader in self.readers.items() if now - reader.asked_at < silence_s}
+
+    def tell(self) -> None:
+        """Wake everybody who waits."""
+        self.news.set()
+        self.news = asyncio.Event()
+
+    def verdict(self) -> Verdict:
+        """What a driver needs to know of the readers: the slowest one that tells its position sets the pace."""
+        telling = [reader for reader in self.readers.values() if reader.position_s is not None]
+        slowest = min(telling, key=lambda reader: reader.position_s or 0.0, default=None)
+        return Verdict(
+            True,
+            readers=len(self.readers),
+            had_reader=self.had_reader,
+            position_s=slowest.position_s if slowest else None,
+            window_s=slowest.window_s if slowest else None,
+            returning=not self.readers and time.monotonic() < self.return_by,
+        )
