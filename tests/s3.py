@@ -113,6 +113,7 @@ class Fault:
     code: str = "SlowDown"
     message: str = "made for a test"
     delay_s: float = 0.0
+    mended: bool = False
 
     def takes(self, method: str, target: str) -> bool:
         wanted = self.method in ("", method) and self.key in target
@@ -129,6 +130,8 @@ class FaultyProxy:
 
     upstream: str
     requests: list[Request] = field(default_factory=list)
+    held: int = 0
+    """Requests whose answer is delayed at this moment."""
     _faults: list[Fault] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _connections: set[socket.socket] = field(default_factory=set)
@@ -155,8 +158,10 @@ class FaultyProxy:
         self._add("truncate", **{"method": "GET", **which})
 
     def mend(self) -> None:
-        """Forget all faults that were asked for."""
+        """Forget all faults that were asked for, and answer the requests that are held."""
         with self._lock:
+            for fault in self._faults:
+                fault.mended = True
             self._faults.clear()
 
     @contextmanager
@@ -250,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
         key, body = unquote(url.path), self._body()
         fault = proxy.take(self.command, f"{key}?{url.query}")
         if fault is not None and fault.kind == "slow":
-            time.sleep(fault.delay_s)
+            self._hold(fault)
         if fault is not None and fault.kind == "status":
             status, headers, answer = fault.status, {"Content-Type": "application/xml"}, _error(fault)
         else:
@@ -259,6 +264,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, headers, answer, halved=fault is not None and fault.kind == "truncate")
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_one
+
+    def _hold(self, fault: Fault) -> None:
+        """Wait as long as the fault says, or until it is mended."""
+        proxy, until_s = self.server.proxy, time.monotonic() + fault.delay_s
+        with proxy._lock:
+            proxy.held += 1
+        while time.monotonic() < until_s and not fault.mended:
+            time.sleep(0.02)
+        with proxy._lock:
+            proxy.held -= 1
 
     def _body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):

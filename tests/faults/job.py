@@ -1,0 +1,124 @@
+"""A job of ours as the process that a user starts, small enough for a minute, and what it left on storage."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diagonal.storage import Folder
+from jobs.journal import UPDATES, Entry, Record, read_journal
+from tests.faults.nodes import until
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 150.0  # a busy machine's time until the first update
+STAGE1, STAGE2, EVERY = 6, 6, 3  # updates, and updates between checkpoints
+UPDATES_IN_ALL = STAGE1 + STAGE2
+SMALL = {
+    "distill.stage1_updates": STAGE1, "distill.stage2_updates": STAGE2, "distill.checkpoint_every": EVERY,
+    "distill.keep_checkpoints": 3, "distill.batch_size": 4, "distill.micro_batch_size": 2,
+    "distill.generator_every": 2, "distill.ema_start": 2, "train.workers": 2, "train.cpus_per_worker": 2,
+    "train.sample_every": 0, "train.stall_timeout_s": 60,
+}  # fmt: skip
+TIMES = {"update_s", "data_wait_s"}
+
+
+@dataclass
+class Job:
+    """A started job and its log."""
+
+    name: str
+    storage: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def folder(self) -> Folder:
+        """The run's folder."""
+        return Folder(self.storage, patience_s=20) / self.name
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def line(self, pattern: str, deadline_s: float = START_S) -> str:
+        """Wait for a line of the log that matches; fails at once when the job ended without it."""
+
+        def found() -> str:
+            match = re.search(f".*{pattern}.*", self.text)
+            assert match or self.process.poll() is None, f"{pattern!r} never came, the job ended:\n{self.tail()}"
+            return match.group(0) if match else ""
+
+        return until(f"{pattern!r} in\n{self.tail()}", found, deadline_s)
+
+    def update(self, number: int, deadline_s: float = START_S) -> int:
+        """Wait until `number` updates are in the journal; gives how many are."""
+
+        def found() -> int:
+            assert self.process.poll() is None, f"update {number} never came, the job ended:\n{self.tail()}"
+            done = [entry["update"] for entry in self.record().updates]
+            return done[-1] if done and done[-1] >= number else 0
+
+        return until(f"update {number}", found, deadline_s)
+
+    def record(self) -> Record:
+        """The journal as it is now."""
+        path = f"train/distill/{UPDATES}"
+        return read_journal(self.folder.read(path).decode().splitlines() if self.folder.has(path) else ())
+
+    def ended(self, deadline_s: float = 2 * START_S) -> int:
+        """The exit status, waited for."""
+        try:
+            return self.process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the job goes on after {deadline_s:.0f} s:\n{self.tail()}") from None
+
+    def succeeded(self) -> None:
+        """Wait until it ended well, and has a release."""
+        assert self.ended() == 0, self.tail()
+        assert self.folder.has("release/manifest.json")
+
+    def tail(self, lines: int = 60) -> str:
+        return "\n".join(self.text.splitlines()[-lines:])
+
+    def terminate(self) -> None:
+        """What a scheduler sends first."""
+        os.kill(self.process.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(20)
+
+
+def start_job(
+    job: str, name: str, storage: str, log: Path, address: str, settings: Mapping[str, Any],
+    arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None,
+) -> Job:  # fmt: skip
+    """Run `jobs/<job>.py` as its own process, on the cluster at `address`."""
+    chosen = {**SMALL, "train.storage": storage, **settings}
+    command = [sys.executable, f"jobs/{job}.py", "--name", name, *arguments,
+               *(f"--set={key}={value}" for key, value in chosen.items())]  # fmt: skip
+    variables = {**os.environ, "RAY_ADDRESS": address, "RAY_DEDUP_LOGS": "0", **(environment or {})}
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
+    return Job(name, storage, log, process)
+
+
+def curve(record: Record) -> list[Entry]:
+    """The figures of every update that counts, without times."""
+    return [{key: value for key, value in entry.items() if key not in TIMES} for entry in record.updates]
+
+
+def difference(found: Record, expected: Record) -> str:
+    """Where two curves part; empty when they are equal to the last bit."""
+    ours, theirs = curve(found), curve(expected)
+    if [entry["update"] for entry in ours] != [entry["update"] for entry in theirs]:
+        return f"updates {[entry['update'] for entry in ours]} and {[entry['update'] for entry in theirs]}"
+    return "; ".join(f"{mine} and {other}" for mine, other in zip(ours, theirs, strict=True) if mine != other)

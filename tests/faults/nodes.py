@@ -1,0 +1,111 @@
+"""A Ray cluster of several raylets on this machine, and the processes that a fault test ends, stops or freezes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import psutil
+
+T = TypeVar("T")
+NOTICE_LOSS = {"health_check_initial_delay_ms": "1000", "health_check_period_ms": "1000",
+               "health_check_failure_threshold": "3", "health_check_timeout_ms": "5000"}  # fmt: skip
+NODE_CPUS = 3  # one worker of two, and room for its data
+TRAIN_WORKER = "ray::RayTrainWorker"
+
+
+class Nodes:
+    """The cluster: a head that runs no work, and nodes that come and go."""
+
+    def __init__(self, folder: str) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster: Any = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args={
+            "num_cpus": 0, "temp_dir": folder, "include_dashboard": False, "object_store_memory": 200 * 2**20,
+        })  # fmt: skip
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add(self) -> Any:
+        """Start a node; from the main thread alone."""
+        return self._cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=200 * 2**20)
+
+    def kill(self, node: Any) -> None:
+        """SIGKILL a raylet; its workers end with it, and nobody is told."""
+        workers = children(node)
+        os.kill(raylet(node), signal.SIGKILL)
+        for worker in workers:
+            if worker.is_running():
+                worker.kill()
+        self._cluster.worker_nodes.discard(node)
+        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+
+    def clear(self) -> None:
+        """Take all nodes but the head away."""
+        for node in list(self._cluster.worker_nodes):
+            self._cluster.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        self.clear()
+        self._cluster.shutdown()
+
+    def train_workers(self, node: Any | None = None) -> list[psutil.Process]:
+        """The processes of Ray Train's workers, on one node or on all, oldest first."""
+        nodes = [node] if node is not None else list(self._cluster.worker_nodes)
+        found = [process for one in nodes for process in children(one) if title(process).startswith(TRAIN_WORKER)]
+        return sorted(found, key=lambda process: process.create_time())
+
+
+@contextmanager
+def start_nodes() -> Iterator[Nodes]:
+    """A cluster without nodes, ended by its process ids."""
+    for name, value in NOTICE_LOSS.items():
+        os.environ[f"RAY_{name}"] = value
+    folder = tempfile.mkdtemp(prefix="df-")
+    nodes = Nodes(folder)
+    try:
+        yield nodes
+    finally:
+        nodes.close()
+        for name in NOTICE_LOSS:
+            os.environ.pop(f"RAY_{name}", None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def raylet(node: Any) -> int:
+    """The process id of a node's raylet."""
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+def children(node: Any) -> list[psutil.Process]:
+    """What a node's raylet has started."""
+    try:
+        return psutil.Process(raylet(node)).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def title(process: psutil.Process) -> str:
+    """The first word of a process's command line, which Ray sets to what it runs."""
+    try:
+        return " ".join(process.cmdline()[:1])
+    except psutil.Error:
+        return ""
+
+
+def until(what: str, found: Callable[[], T], deadline_s: float, every_s: float = 0.05) -> T:
+    """The first true answer of `found`; `TimeoutError` names what did not come."""
+    end_s = time.monotonic() + deadline_s
+    while not (answer := found()):
+        if time.monotonic() > end_s:
+            raise TimeoutError(f"{what}: not within {deadline_s:.0f} s")
+        time.sleep(every_s)
+    return answer
