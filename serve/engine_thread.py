@@ -8,44 +8,83 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from diagonal.engine.engine import EngineStats
+from diagonal.engine.engine import EngineStats, Health
 from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
+from diagonal.engine.snapshot import Snapshot
 from diagonal.metrics import MetricSink
 
 _LOG = logging.getLogger("ray.serve")
 _IDLE_S = 0.5  # an engine with nothing asked for is woken by a request; this bounds how late a closed session is freed
+_DEADLINES = 3  # so many chunk times without a result, and the engine counts as hung
+_SMOOTHING = 0.1
 
 
 class EngineLike(Protocol):
-    """What this thread needs of `diagonal.engine.engine.Engine`."""
+    """What this thread and the replica need of `diagonal.engine.engine.Engine`."""
 
     def open(self, spec: SessionSpec) -> None: ...
+
+    def restore(self, snapshot: Snapshot, ahead_s: float | None = None) -> None: ...
 
     def interact(self, session_id: str, change: PromptChange) -> None: ...
 
     def request(self, session_id: str) -> None: ...
 
+    def pause(self, session_id: str) -> None: ...
+
+    def resume(self, session_id: str) -> None: ...
+
     def close(self, session_id: str) -> None: ...
 
     def stats(self) -> EngineStats: ...
 
+    def health(self) -> Health: ...
+
     def step(self) -> Sequence[ChunkResult]: ...
+
+    def exercise(self) -> bool: ...
 
 
 class EngineThread:
-    """Steps the engine while anything is asked for, and hands each result to `deliver` (called on this thread)."""
+    """Steps the engine while anything is asked for, and hands each result to `deliver` (called on this thread).
+
+    `chunk_s` is the media in a chunk: what a step may take when nothing is late.
+    """
 
     def __init__(
-        self, engine: EngineLike, deliver: Callable[[ChunkResult], None], metrics: MetricSink, fps: int
+        self,
+        engine: EngineLike,
+        deliver: Callable[[ChunkResult], None],
+        metrics: MetricSink,
+        fps: int,
+        chunk_s: float = 0.75,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine, self._deliver, self._metrics, self._fps = engine, deliver, metrics, fps
-        self._wake, self._stop = threading.Event(), threading.Event()
+        self._chunk_s, self._clock = chunk_s, clock
+        self._wake, self._stop, self._exercise = threading.Event(), threading.Event(), threading.Event()
+        self._step_s, self._busy_since_s, self._proved_s = 0.0, float("inf"), clock()
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and self.error is None
+
+    @property
+    def deadline_s(self) -> float:
+        """How long a step may take: three chunks' media, or three usual steps where those are longer."""
+        return _DEADLINES * max(self._chunk_s, self._step_s)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread lives, its step is not late by more than `deadline_s`, and chunks come out."""
+        hung = self._clock() - self._busy_since_s > self.deadline_s
+        return self.alive and not hung and self._engine.health().healthy
+
+    def proved_within(self, seconds: float) -> bool:
+        """Whether the engine made a chunk, for a session or for nobody, in the last so many seconds."""
+        return self._clock() - self._proved_s <= seconds
 
     def start(self) -> None:
         self._thread.start()
@@ -60,6 +99,11 @@ class EngineThread:
         """Something was asked of the engine."""
         self._wake.set()
 
+    def ask_exercise(self) -> None:
+        """Have the engine make a chunk for nobody; `proved_within` then says whether it did."""
+        self._exercise.set()
+        self._wake.set()
+
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
@@ -71,13 +115,20 @@ class EngineThread:
             _LOG.exception("the engine's thread ended")
 
     def _step(self) -> bool:
-        started_s = time.monotonic()
+        """One step; whether it made anything. An engine whose chunks failed must show that it still can."""
+        started_s = self._busy_since_s = self._clock()
         results = self._engine.step()
-        busy_s = time.monotonic() - started_s
+        busy_s = self._clock() - started_s
         if results:
             self._report(results, busy_s)
         for result in results:
             self._deliver(result)
+        if self._exercise.is_set() or not self._engine.health().healthy:
+            self._exercise.clear()
+            self._busy_since_s = self._clock()
+            if self._engine.exercise():
+                self._proved_s = self._clock()
+        self._busy_since_s = float("inf")
         return bool(results)
 
     def _report(self, results: Sequence[ChunkResult], busy_s: float) -> None:
@@ -86,3 +137,5 @@ class EngineThread:
         self._metrics.inc("diagonal_generated_media_seconds_total", frames / self._fps)
         if frames:
             self._metrics.set("diagonal_generation_frames_per_second", frames / busy_s)
+            self._proved_s = self._clock()
+            self._step_s = busy_s if self._step_s == 0.0 else self._step_s + _SMOOTHING * (busy_s - self._step_s)

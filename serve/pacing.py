@@ -14,6 +14,7 @@ class PlaybackClock:
     def __init__(self, lead_s: float, now: Callable[[], float]) -> None:
         self._lead_s, self._now = lead_s, now
         self._zero_s: float | None = None
+        self._paused_s: float | None = None
         self.stalls, self.stall_s = 0, 0.0
 
     @property
@@ -25,9 +26,22 @@ class PlaybackClock:
         if self._zero_s is None:
             self._zero_s = self._now()
 
+    def pause(self) -> None:
+        """The viewer stops for a while: his position stands still, and nothing is a stall."""
+        if self._paused_s is None:
+            self._paused_s = self._now()
+
+    def resume(self) -> None:
+        """He goes on from where he stopped."""
+        if self._paused_s is not None and self._zero_s is not None:
+            self._zero_s += self._now() - self._paused_s
+        self._paused_s = None
+
     def position_s(self) -> float:
         """Seconds of media played, were there always enough."""
-        return 0.0 if self._zero_s is None else self._now() - self._zero_s
+        if self._zero_s is None:
+            return 0.0
+        return (self._now() if self._paused_s is None else self._paused_s) - self._zero_s
 
     def wait_s(self, media_s: float) -> float:
         """How long until the next chunk may be made, when `media_s` seconds are there; infinite with no viewer.

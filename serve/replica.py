@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,8 @@ from ray.serve import metrics as serve_metrics
 
 from diagonal.config import Config
 from diagonal.engine.engine import CapacityError, Engine
-from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
+from diagonal.engine.session import ChunkResult, IllegalMoveError, PromptChange, SessionSpec
+from diagonal.engine.snapshot import Snapshot, SnapshotError, merged
 from diagonal.errors import FieldError
 from diagonal.media.encode import ChunkEncoder, Pixels
 from diagonal.metrics import FactorySink, MetricSink
@@ -30,6 +31,8 @@ from serve.settings import ServeSettings
 
 _LOG = logging.getLogger("ray.serve")
 _REAP_EVERY_S = 1.0
+_PROOF_AGE_S = 5.0  # a readiness check wants a chunk that is not older, and has one made if there is none
+_LOOK_EVERY_S = 0.02
 UNKNOWN = Refused("session_lost", "this replica does not hold the session")
 
 
@@ -45,6 +48,8 @@ class _Slot:
     made: int = -1
     over: bool = False
     asked_at: float = field(default_factory=time.monotonic)
+    paused_at: float | None = None
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
 
     def chunk(self, index: int) -> asyncio.Future[EncodedChunk | Refused]:
@@ -52,11 +57,20 @@ class _Slot:
             self.chunks[index] = asyncio.get_running_loop().create_future()
         return self.chunks[index]
 
+    def give_up_before(self, chunk: int) -> None:
+        """Forget chunks before that one; of the snapshots the newest before it stays, to go on from."""
+        for index in [index for index in self.chunks if index < chunk]:
+            del self.chunks[index]
+        for index in [index for index in self.snapshots if index < chunk - 1]:
+            del self.snapshots[index]
+
 
 def load_engine(settings: ServeSettings, metrics: MetricSink) -> tuple[str, Config, EngineLike]:
-    """The release's name and configuration, and an engine that holds it."""
+    """The release's name and configuration, and an engine that holds it and has measured what its chunks cost."""
     release = Release.load(settings.release or None)
-    return release.name, release.config, Engine(release, device=settings.device, metrics=metrics)
+    engine = Engine(release, device=settings.device, metrics=metrics)
+    engine.warm_up()
+    return release.name, release.config, engine
 
 
 class Replica:
@@ -77,7 +91,10 @@ class Replica:
         self._loop = asyncio.get_running_loop()
         self._slots: dict[str, _Slot] = {}
         self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
-        self._thread = EngineThread(self._engine, self._deliver, self._metrics, self._config.geometry.pixel_fps)
+        geometry = self._config.geometry
+        self._thread = EngineThread(
+            self._engine, self._deliver, self._metrics, geometry.pixel_fps, geometry.chunk_media_s(1)
+        )
         self._thread.start()
         self._reaper = self._loop.create_task(self._reap())
         self._report_slots()
@@ -85,20 +102,52 @@ class Replica:
     async def describe(self) -> ModelInfo:
         return self._info
 
-    async def open(self, session_id: str, prompt: str, seed: int, frames: int, scale: int) -> Opened | Refused:
-        """Hold a session and begin its first chunk."""
+    async def open(
+        self, session_id: str, prompt: str, seed: int, frames: int, scale: int, paced: bool = False
+    ) -> Opened | Refused:
+        """Hold a session and begin its first chunk; `paced` when somebody watches while it is made."""
+        spec = SessionSpec(session_id, prompt, seed, frames, paced=paced)
+        refused = self._admit(lambda: self._engine.open(spec))
+        return refused or self._hold(session_id, _Slot(self._encoder(scale)), 0)
+
+    async def restore(self, parts: Sequence[bytes], scale: int, ahead_s: float | None = None) -> Opened | Refused:
+        """Go on with a session of another replica after the newest of its snapshots (`snapshot`), oldest part first.
+
+        `ahead_s` is the media that its viewer has left now. The answer is that of `open`; the next chunk is begun.
+        """
         try:
-            self._engine.open(SessionSpec(session_id, prompt, seed, frames))
+            snapshot = await self._loop.run_in_executor(self._pool, merged, parts)
+        except SnapshotError as error:
+            return Refused("snapshot_refused", str(error))
+        refused = self._admit(lambda: self._engine.restore(snapshot, ahead_s))
+        if refused is not None:
+            return refused
+        media = snapshot.media
+        slot = _Slot(self._encoder(scale, media.pixel_frames, media.chunks + 1))
+        slot.wanted = slot.made = snapshot.next_chunk - 1
+        slot.snapshots[slot.made] = snapshot
+        return self._hold(snapshot.spec.session_id, slot, snapshot.next_chunk)
+
+    def _admit(self, enter: Callable[[], None]) -> Refused | None:
+        """Let the engine take a session; what it refused."""
+        try:
+            enter()
         except CapacityError as error:
-            self._metrics.inc("diagonal_rejected_total", reason="full")
+            self._metrics.inc("diagonal_rejected_total", reason=error.reason)
             message = "every session slot is in use; try again later"
+            if error.reason == "budget":
+                message = "with one more session the others would no longer play smoothly; try again later"
             return Refused("server_full", message, retry_after_s=error.retry_after_s)
+        except SnapshotError as error:
+            return Refused("snapshot_refused", str(error))
         except FieldError as error:
             return Refused("invalid_value", f"{error.field}: allowed is {error.allowed}", error.field)
-        slot = _Slot(self._encoder(scale))
+        return None
+
+    def _hold(self, session_id: str, slot: _Slot, chunk: int) -> Opened:
         self._slots[session_id] = slot
         slot.task = self._loop.create_task(self._encode(session_id, slot))
-        self._want(session_id, slot, 0)
+        self._want(session_id, slot, chunk)
         self._report_slots()
         return Opened(self._name, slot.encoder.mime, slot.encoder.init_segment())
 
@@ -108,8 +157,7 @@ class Replica:
         if slot is None:
             return UNKNOWN
         slot.asked_at = time.monotonic()
-        for index in [index for index in slot.chunks if index < chunk]:
-            del slot.chunks[index]
+        slot.give_up_before(chunk)
         if chunk <= slot.made and chunk not in slot.chunks:
             return Refused("chunk_gone", f"chunk {chunk} was given up")
         future = slot.chunk(chunk)
@@ -132,6 +180,45 @@ class Replica:
         slot.changed_at[event_id] = time.monotonic()
         return None
 
+    async def pause(self, session_id: str) -> Refused | None:
+        """Free the session's cache at the next chunk boundary; chunks asked for come once it is resumed."""
+        refused = self._told(session_id, self._engine.pause)
+        if refused is None:
+            self._slots[session_id].paused_at = time.monotonic()
+        return refused
+
+    async def resume(self, session_id: str) -> Refused | None:
+        """Go on with a paused session; `server_full` with when to ask again where there is no room for it."""
+        refused = self._told(session_id, self._engine.resume)
+        if refused is None:
+            slot = self._slots[session_id]
+            slot.paused_at, slot.asked_at = None, time.monotonic()
+        return refused
+
+    def _told(self, session_id: str, tell: Callable[[str], None]) -> Refused | None:
+        if session_id not in self._slots:
+            return UNKNOWN
+        try:
+            refused = self._admit(lambda: tell(session_id))
+        except KeyError:
+            return UNKNOWN
+        except IllegalMoveError as error:
+            return Refused("session_over", str(error))
+        self._thread.wake()
+        return refused
+
+    async def snapshot(self, session_id: str, chunk: int, since_chunk: int = -1) -> bytes | Refused:
+        """What `restore` needs to go on after `chunk`, which is made and not yet given up.
+
+        With `since_chunk`, only what came after that chunk: it belongs behind the snapshot as it was then.
+        """
+        slot = self._slots.get(session_id)
+        if slot is None:
+            return UNKNOWN
+        if chunk not in slot.snapshots:
+            return Refused("chunk_gone", f"there is no snapshot after chunk {chunk}")
+        return await self._loop.run_in_executor(self._pool, slot.snapshots[chunk].to_bytes, since_chunk)
+
     async def close(self, session_id: str, outcome: str) -> None:
         """Free the session's slot within one chunk; unknown ids are ignored."""
         slot = self._slots.pop(session_id, None)
@@ -148,13 +235,19 @@ class Replica:
         self._report_slots()
 
     async def ready(self) -> bool:
-        """Whether the engine runs."""
-        return self._thread.alive
+        """Whether chunks come out: one is made for nobody when there was none of late."""
+        if self._thread.healthy and not self._thread.proved_within(_PROOF_AGE_S):
+            self._thread.ask_exercise()
+            late_s = time.monotonic() + self._thread.deadline_s
+            while time.monotonic() < late_s and not self._thread.proved_within(_PROOF_AGE_S):
+                await asyncio.sleep(_LOOK_EVERY_S)
+            return self._thread.healthy and self._thread.proved_within(_PROOF_AGE_S)
+        return self._thread.healthy
 
     def check_health(self) -> None:
-        """Called by Serve: a replica whose engine's thread has ended is replaced."""
-        if not self._thread.alive:
-            raise RuntimeError("the engine's thread has ended")
+        """Called by Serve: a replica whose engine ended, hangs or makes no chunks any more is replaced."""
+        if not self._thread.healthy:
+            raise RuntimeError("the engine has ended, hangs, or failed three chunks in a row")
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve, for `serve.router`."""
@@ -168,10 +261,13 @@ class Replica:
         self._thread.stop()
         self._pool.shutdown()
 
-    def _encoder(self, scale: int) -> ChunkEncoder:
-        geometry, codec = self._config.geometry, self._settings.codec
-        size = (geometry.pixel_height, geometry.pixel_width)
-        return ChunkEncoder(*size, geometry.pixel_fps, codec=codec, scale=scale)  # type: ignore[arg-type]
+    def _encoder(self, scale: int, first_pixel_frame: int = 0, sequence: int = 1) -> ChunkEncoder:
+        geometry = self._config.geometry
+        return ChunkEncoder(
+            geometry.pixel_height, geometry.pixel_width, geometry.pixel_fps,
+            codec=self._settings.codec,  # type: ignore[arg-type]
+            scale=scale, first_pixel_frame=first_pixel_frame, sequence=sequence,
+        )
 
     def _want(self, session_id: str, slot: _Slot, chunk: int) -> None:
         """Ask the engine for chunks up to `chunk`; it is asked for one at a time."""
@@ -194,6 +290,8 @@ class Replica:
             return
         slot.made, slot.over = result.chunk, result.last or result.error is not None
         slot.chunk(result.chunk)  # from now on there to be waited for
+        if result.snapshot is not None:
+            slot.snapshots[result.chunk] = result.snapshot
         if slot.wanted > slot.made and not slot.over:
             self._request(result.session_id)
         slot.results.put_nowait(result)
@@ -236,11 +334,16 @@ class Replica:
         """Free the sessions that no gateway asks for any more."""
         while True:
             await asyncio.sleep(_REAP_EVERY_S)
-            limit_s = time.monotonic() - self._settings.session_idle_timeout_s
-            for session_id in [name for name, slot in self._slots.items() if slot.asked_at < limit_s]:
+            now_s = time.monotonic()
+            for session_id in [name for name, slot in self._slots.items() if self._left_behind(slot, now_s)]:
                 _LOG.warning("session %s was left behind by its gateway", session_id)
                 await self.close(session_id, "abandoned")
             self._report_slots()
+
+    def _left_behind(self, slot: _Slot, now_s: float) -> bool:
+        if slot.paused_at is not None:
+            return now_s - slot.paused_at > self._config.serve.max_paused_s
+        return now_s - slot.asked_at > self._settings.session_idle_timeout_s
 
     def _report_slots(self) -> None:
         self._metrics.set("diagonal_sessions_free", self._engine.stats().free_slots)

@@ -106,10 +106,14 @@ class Sessions:
         self._report_occupancy()
 
     def interact(self, session_id: str, change: PromptChange) -> None:
-        """Queue a prompt change for the next chunk, of a paused session for the first one after it is resumed;
-        `KeyError` for an unknown session."""
+        """Queue a prompt change for the next chunk, of a paused session for the first one after it is resumed.
+
+        An event that already waits is not queued again. `KeyError` for an unknown session.
+        """
         with self._lock:
-            self._sessions[session_id].pending.append(change)
+            pending = self._sessions[session_id].pending
+            if all(change.event_id != waiting.event_id for waiting in pending):
+                pending.append(change)
 
     def request(self, session_id: str) -> None:
         """Ask for the session's next chunk, of a paused one for when it is resumed; `KeyError` for an unknown one."""
