@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 
 from diagonal.config import Config
-from diagonal.data.ranged import open_file
 from diagonal.data.trajectory import SCHEMA_VERSION, CorruptRowError, about_shard, open_shard, read_row
 from diagonal.errors import FieldError, require
 from diagonal.storage import Folder
@@ -155,7 +154,7 @@ def examine(folder: Folder, plan: PairPlan, shard: int, sizes: Mapping[str, int]
 
 
 def _read_ends(folder: Folder, plan: PairPlan, shard: int) -> tuple[int, str]:
-    with open_file(folder, shard_file(shard)) as file:
+    with folder.open(shard_file(shard)) as file:
         parquet = open_shard(file, shard_file(shard))
         found = about_shard(parquet).get("set_id")
         require(found == plan.set_id, f"{folder / shard_file(shard)} set_id", found, f"{plan.set_id}: it is of another "

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diagonal.data.prompts import ROWS_AT_ONCE, SeenIds, normalise, prompt_id
-from diagonal.data.ranged import open_file
 from diagonal.errors import FieldError, require
 from diagonal.storage import Folder
 
@@ -150,7 +149,7 @@ class PromptSet(Sequence[str]):
 
     @cached_property
     def _file(self) -> pq.ParquetFile:
-        source: Any = open_file(self._folder, self._name) if self._folder.is_local else tempfile.TemporaryFile()
+        source: Any = self._folder.open(self._name) if self._folder.is_local else tempfile.TemporaryFile()
         if not self._folder.is_local:
             source.write(self._folder.read(self._name))
         file = pq.ParquetFile(source)

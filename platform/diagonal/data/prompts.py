@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from diagonal.data.ranged import open_file
 from diagonal.diffusion.noise import generator
 from diagonal.errors import FieldError, require
 from diagonal.storage import Folder
@@ -51,7 +50,7 @@ def read_prompts(uri: str, patience_s: float = 120.0) -> Iterator[str]:
     for name in names:
         place = uri if folder != whole else f"{uri.rstrip('/')}/{name}"
         require(name.endswith(SUFFIXES), "prompts", uri, f"a file ending in one of {SUFFIXES}")
-        with open_file(folder, name) as file:
+        with folder.open(name) as file:
             if name.endswith(".parquet"):
                 yield from _parquet_prompts(file, place)
             else:

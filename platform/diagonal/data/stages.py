@@ -23,7 +23,6 @@ from diagonal.data.pair_set import (
 )
 from diagonal.data.prompt_set import PromptSet
 from diagonal.data.prompts import Order
-from diagonal.data.ranged import open_file
 from diagonal.data.trajectory import (
     CorruptRowError,
     checksum,
@@ -176,7 +175,7 @@ class ReadPairs:
         if (file, group) in self._groups:
             self._groups.move_to_end((file, group))
             return self._groups[file, group], place
-        with open_file(self._folder, file) as source:
+        with self._folder.open(file) as source:
             shard = open_shard(source, file)
             group, place = self._places.setdefault(file, list(groups_of(shard)))[index]
             self._groups[file, group] = table = shard.read_row_group(group)
