@@ -62,7 +62,7 @@ def generator_loss(
     weights = config.distill.loss
     by_frame = losses.motion_frame_weights(x, fake, real) if weights.motion_weights else None
     terms = {"dmd": losses.dmd(x, fake, real), "motion": losses.motion(x, fake, real, by_frame)}
-    if networks.reference is not None and (weights.flow_regression > 0 or weights.regression > 0):
+    if networks.reference is not None and (weights.gamma * weights.flow_regression > 0 or weights.regression > 0):
         target = _reference(networks.reference, config, batch)
         terms["flow_regression"] = losses.flow_regression(x, target)
         terms["regression"] = losses.regression(x, target)
