@@ -20,10 +20,10 @@ CONTEXT_BYTES = 1_500_000_000  # CUDA context, cuBLAS work spaces and NCCL buffe
 MARGIN = 0.06  # what the allocator holds in pieces that fit nothing
 
 ADVICE = {
+    "teacher": "a smaller distill.teacher, or more train.workers",
     "weights": "more train.workers or train.shard_group = 0 (each GPU then holds a smaller share)",
     "Adam": "more train.workers or train.shard_group = 0",
     "average": "more train.workers or train.shard_group = 0",
-    "teacher": "a smaller distill.teacher",
     "kept": "a smaller micro_batch_size, train.checkpoint_activations = true, or a smaller cache.window_frames",
     "K/V": "a smaller micro_batch_size",
     "block": "a smaller micro_batch_size",
