@@ -1,36 +1,32 @@
-"""The data jobs' stages, called as Ray Data calls them: prompts to embeddings to trajectories to shards and back."""
+"""The data jobs' stages, called as Ray Data calls them: prompts to embeddings to trajectories to shards."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from diagonal.config import Config
-from diagonal.data.prompts import prompt_id
-from diagonal.data.stages import (
-    EncodeText,
-    ReadPairs,
-    SolveTrajectory,
-    WriteShard,
-    read_manifest,
-    shard_name,
-    teacher_id,
-)
-from diagonal.data.trajectory import CorruptRowError, from_bits, read_row, read_shard
-from diagonal.diffusion.noise import clip_noise
+from diagonal.data.pair_set import PairPlan, begin, finished, shard_file
+from diagonal.data.prompt_set import prepare
+from diagonal.data.prompts import prompt_id, samples
+from diagonal.data.stages import EncodeText, SolveShard, teacher_id
+from diagonal.data.trajectory import about_shard, from_bits, read_row
+from diagonal.diffusion.noise import clip_noise, mixed_seed
 from diagonal.diffusion.teacher import solve
 from diagonal.errors import FieldError
 from diagonal.model.weights import save_base
 from diagonal.schedule import raw_level
+from diagonal.storage import Folder
 from tests.networks import small_codec, small_config, small_text, small_text_model, small_tokenizer, small_wan
 
 PROMPTS = ["a red circle", "a blue square", "moves left"]
-SEEDS = [11, 2**62, 13]
 
 
 @pytest.fixture(scope="module")
@@ -39,106 +35,169 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("base") / "base"
     plain = small_config()
     save_base(folder, plain, small_wan(), small_codec(plain), small_tokenizer(), small_text_model(), {})
-    settings = ("pairs.solver_steps=20", "pairs.guidance=3.0", "pairs.batch_size=2", f"model.path={folder}")
+    settings = ("pairs.count=7", "pairs.rows_per_shard=3", "pairs.solver_steps=20", "pairs.guidance=3.0",
+                "pairs.batch_size=2", f"model.path={folder}")
     return small_config(*settings)
 
 
 @pytest.fixture(scope="module")
-def solved(config: Config) -> dict[str, Any]:
-    batch = {
-        "sample": np.arange(3), "prompt": np.array(PROMPTS), "seed": np.array(SEEDS), "shard": np.full(3, 4),
-        "shard_rows": np.full(3, 3),
-    }
-    return SolveTrajectory(config.to_dict())(EncodeText(config.to_dict())(batch))
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    folder = Folder(str(tmp_path_factory.mktemp("prompts")))
+    prepare(folder, "p.txt", PROMPTS, lambda identity: False)
+    return folder
 
 
-def test_embeddings_are_the_text_encoders_own(config: Config) -> None:
-    found = EncodeText(config.to_dict())({"prompt": np.array(PROMPTS), "other": np.arange(3)})
-    assert torch.equal(from_bits(found["text_bf16"]), small_text().encode(PROMPTS).bfloat16())
-    assert list(found["other"]) == [0, 1, 2] and list(found["prompt"]) == PROMPTS
+@pytest.fixture(scope="module")
+def plan(config: Config) -> PairPlan:
+    return PairPlan(config, len(PROMPTS), "hash", "teacher")
 
 
-def test_trajectories_begin_at_the_noise_that_a_session_of_that_seed_draws(config: Config, solved: Any) -> None:
-    states = from_bits(solved["states_bf16"])
-    assert states.shape == (3, 6, *config.geometry.clip_shape()[1:])
-    for row, seed in enumerate(SEEDS):
-        noise = clip_noise(seed, config.geometry.clip_chunks, config.geometry.chunk_shape()[1:])
-        assert torch.equal(states[row, 0], noise.bfloat16())
-    assert abs(float(states[:, 0].float().std()) - 1.0) < 0.03
+@pytest.fixture
+def folder(tmp_path: Path, plan: PairPlan) -> Folder:
+    """A folder of pairs that was begun."""
+    begun = Folder(str(tmp_path / "pairs"))
+    begin(begun, plan)
+    return begun
 
 
-def test_trajectories_are_the_guided_teachers_solutions_whatever_the_batch(config: Config, solved: Any) -> None:
-    text = small_text()
-    shape = config.geometry.chunk_shape()[1:]
-    embeddings, negative = text.encode(PROMPTS).bfloat16().float(), text.encode([""])
-    for row, seed in enumerate(SEEDS):
-        noise = clip_noise(seed, config.geometry.clip_chunks, shape)[None]
+@pytest.fixture(scope="module")
+def encoded(plan: PairPlan, prompts: Folder) -> dict[str, Any]:
+    return EncodeText(plan, prompts)({"shard": np.array([1])})
+
+
+def rows_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(str(batch["rows"][0]))
+    return rows
+
+
+def test_a_shards_rows_are_a_function_of_the_plan_and_the_prompts(plan: PairPlan, encoded: Any) -> None:
+    order = [index for _, index in samples(len(PROMPTS), plan.config.seed, 3, 6)]
+    assert rows_of(encoded) == [
+        {"sample": 3 + place, "prompt_id": prompt_id(PROMPTS[index]), "prompt": PROMPTS[index],
+         "seed": mixed_seed(plan.config.seed, "pairs", 3 + place)}
+        for place, index in enumerate(order)
+    ]  # fmt: skip
+
+
+def test_every_prompt_comes_once_in_each_epoch(plan: PairPlan, prompts: Folder) -> None:
+    stage = EncodeText(plan, prompts)
+    shards = [[row["prompt"] for row in stage.rows(shard)] for shard in plan.shards]
+    assert [len(rows) for rows in shards] == [3, 3, 1]
+    assert sorted(shards[0]) == sorted(shards[1]) == sorted(PROMPTS)
+
+
+def test_embeddings_are_the_text_encoders_own(encoded: Any) -> None:
+    shown = [row["prompt"] for row in rows_of(encoded)]
+    assert torch.equal(from_bits(encoded["text_bf16"][0]), small_text().encode(shown).bfloat16())
+
+
+def test_a_written_shard_holds_the_guided_teachers_solutions_from_the_noise_of_each_seed(
+    plan: PairPlan, encoded: Any, folder: Folder
+) -> None:
+    SolveShard(plan, folder)(encoded)
+    table, rows, config = pq.read_table(folder.path / shard_file(1)), rows_of(encoded), plan.config
+    negative, shape = small_text().encode([""]), config.geometry.chunk_shape()[1:]
+    for place, row in enumerate(rows):
+        found = read_row(table, place)
+        noise = clip_noise(row["seed"], config.geometry.clip_chunks, shape)
+        text = small_text().encode([row["prompt"]]).bfloat16().float()
         states, levels = solve(
-            small_wan(), noise, embeddings[row : row + 1], negative, weight=3.0, steps=20, shift=5.0,
-            kept_raw=config.pairs.kept_raw,
-        )  # fmt: skip
-        torch.testing.assert_close(from_bits(solved["states_bf16"][row]).float(), states[0], rtol=0.01, atol=0.01)
-        assert tuple(solved["levels"][row]) == levels == tuple(raw_level(r, 5.0) for r in (1000, 750, 500, 250, 100, 0))
-    assert "text_bf16" not in solved and list(solved["seed"]) == SEEDS
+            small_wan(), noise[None], text, negative, weight=3.0, steps=20, shift=5.0, kept_raw=config.pairs.kept_raw
+        )
+        assert torch.equal(found.states[0], noise.bfloat16())
+        torch.testing.assert_close(found.states.float(), states[0], rtol=0.01, atol=0.01)
+        assert found.levels == levels == tuple(raw_level(r, 5.0) for r in (1000, 750, 500, 250, 100, 0))
+        kept = table.slice(place, 1).to_pylist()[0]
+        assert {name: kept[name] for name in row} == row
 
 
-def test_a_shard_holds_every_row_with_what_it_came_from(solved: Any, tmp_path: Path) -> None:
-    done = WriteShard(str(tmp_path), "teacher")(solved)
-    assert {name: int(value[0]) for name, value in done.items()} == {"shard": 4, "rows": 3, "set_aside": 0}
-    table = read_shard(tmp_path / f"{shard_name(4)}.parquet")
-    assert table["prompt_id"].to_pylist() == [prompt_id(prompt) for prompt in PROMPTS]
-    assert table["teacher_id"].to_pylist() == ["teacher"] * 3 and table["seed"].to_pylist() == SEEDS
-    row = read_row(table, 1)
-    assert torch.equal(row.states, from_bits(solved["states_bf16"][1])) and row.prompt == PROMPTS[1]
-    assert not (tmp_path / "set_aside").exists()
+def test_a_shard_names_what_its_rows_have_in_common(plan: PairPlan, encoded: Any, folder: Folder) -> None:
+    SolveShard(plan, folder)(encoded)
+    about = about_shard(pq.ParquetFile(folder.path / shard_file(1)))
+    assert about["teacher_id"] == "teacher" and about["set_id"] == plan.set_id
+    assert (about["guidance"], about["solver_steps"], about["shift"]) == (3.0, 20, 5.0)
+    assert about["geometry"] == dataclasses.asdict(plan.config.geometry)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_rows_that_are_not_finite_are_set_aside_with_a_reason(solved: Any, value: float, tmp_path: Path) -> None:
-    spoilt = {**solved, "states_bf16": solved["states_bf16"].copy()}
-    spoilt["states_bf16"][1, 3, 0, 0, 0, 0] = int(torch.tensor([value]).bfloat16().view(torch.int16))
-    done = WriteShard(str(tmp_path), "teacher")(spoilt)
-    assert (int(done["rows"][0]), int(done["set_aside"][0])) == (2, 1)
-    assert read_shard(tmp_path / f"{shard_name(4)}.parquet")["sample"].to_pylist() == [0, 2]
-    (aside,) = json.loads((tmp_path / "set_aside" / f"{shard_name(4)}.json").read_text())
-    assert aside == {"sample": 1, "prompt_id": prompt_id(PROMPTS[1]), "reason": "states are not finite"}
+def test_the_same_shard_solved_again_has_the_same_bytes(plan: PairPlan, encoded: Any, folder: Folder) -> None:
+    first = SolveShard(plan, folder)(encoded)
+    data = folder.read(shard_file(1))
+    assert {name: column.tolist() for name, column in SolveShard(plan, folder)(encoded).items()} == {
+        name: column.tolist() for name, column in first.items()
+    }
+    assert folder.read(shard_file(1)) == data and int(first["bytes"][0]) == len(data)
 
 
-def test_a_shard_of_nothing_but_bad_rows_is_not_written(solved: Any, tmp_path: Path) -> None:
-    nan = int(torch.tensor([torch.nan]).bfloat16().view(torch.int16))
-    spoilt = {**solved, "states_bf16": np.full_like(solved["states_bf16"], nan)}
-    assert int(WriteShard(str(tmp_path), "teacher")(spoilt)["set_aside"][0]) == 3
-    assert list(tmp_path.glob("*.parquet")) == []
+def spoil_states(monkeypatch: pytest.MonkeyPatch, places: list[int], value: float) -> None:
+    solved = SolveShard.solve
+    bits = int(torch.tensor([value]).bfloat16().view(torch.int16))
+
+    def solve_badly(self: SolveShard, seeds: list[int], text: torch.Tensor) -> tuple[np.ndarray, list[float]]:
+        states, levels = solved(self, seeds, text)
+        states[places, 3, 0, 0, 0, 0] = bits
+        return states, levels
+
+    monkeypatch.setattr(SolveShard, "solve", solve_badly)
 
 
-def test_a_batch_that_is_not_one_whole_shard_is_refused(solved: Any, tmp_path: Path) -> None:
-    part = {name: column[:2] for name, column in solved.items()}
-    with pytest.raises(RuntimeError, match="shard 4: 2 rows came as one batch, 3 were expected"):
-        WriteShard(str(tmp_path), "teacher")(part)
-    with pytest.raises(RuntimeError, match="shard 4"):
-        WriteShard(str(tmp_path), "teacher")({**solved, "shard": np.array([4, 4, 5])})
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite_are_set_aside_with_a_reason(
+    plan: PairPlan, encoded: Any, folder: Folder, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    spoil_states(monkeypatch, [1], value)
+    done = SolveShard(plan, folder)(encoded)
+    aside = [{"sample": 4, "prompt_id": rows_of(encoded)[1]["prompt_id"], "reason": "not_finite"}]
+    assert int(done["rows"][0]) == 2 and json.loads(str(done["set_aside"][0])) == aside
+    assert pq.read_table(folder.path / shard_file(1))["sample"].to_pylist() == [3, 5]
+    assert folder.read_json("set_aside/pairs-000001.json") == aside
+    assert finished(folder, plan)[1].set_aside == tuple(aside)
 
 
-def test_pairs_are_read_back_in_the_order_asked_for(solved: Any, tmp_path: Path) -> None:
-    WriteShard(str(tmp_path), "teacher")(solved)
-    file = f"{shard_name(4)}.parquet"
-    asked = {"sample": np.array([70, 71, 72]), "file": np.array([file] * 3), "index": np.array([2, 0, 2])}
-    found = ReadPairs(str(tmp_path))(asked)
-    assert list(found["sample"]) == [70, 71, 72] and list(found["prompt"]) == [PROMPTS[i] for i in (2, 0, 2)]
-    assert np.array_equal(found["states_bf16"], solved["states_bf16"][[2, 0, 2]])
-    assert np.array_equal(found["levels"], solved["levels"][[2, 0, 2]])
+def test_a_rerun_that_finds_nothing_wrong_takes_back_what_was_set_aside(
+    plan: PairPlan, encoded: Any, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as spoilt:
+        spoil_states(spoilt, [0, 1, 2], torch.nan)
+        assert int(SolveShard(plan, folder)(encoded)["rows"][0]) == 0
+    assert not folder.has(shard_file(1)) and finished(folder, plan)[1].rows == 0
+    SolveShard(plan, folder)(encoded)
+    assert finished(folder, plan)[1].rows == 3 and not folder.has("set_aside/pairs-000001.json")
 
 
-def test_a_corrupt_pair_is_never_handed_on(solved: Any, tmp_path: Path) -> None:
-    writer = WriteShard(str(tmp_path), "teacher")
-    row = writer._row(solved, 0)
-    row["checksum"] = "0" * 64
-    from diagonal.data.trajectory import write_shard
+def test_a_shard_appears_after_the_list_of_what_it_lacks(
+    plan: PairPlan, encoded: Any, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may die between the two: then the shard is not there, and is solved again."""
+    spoil_states(monkeypatch, [1], torch.nan)
+    write = Folder.write
 
-    write_shard(tmp_path / "s.parquet", [row])
-    with pytest.raises(CorruptRowError):
-        ReadPairs(str(tmp_path))({"sample": np.array([0]), "file": np.array(["s.parquet"]), "index": np.array([0])})
+    def die(self: Folder, name: str, data: bytes) -> None:
+        if name.endswith(".parquet"):
+            raise KeyboardInterrupt
+        write(self, name, data)
+
+    monkeypatch.setattr(Folder, "write", die)
+    with pytest.raises(KeyboardInterrupt):
+        SolveShard(plan, folder)(encoded)
+    assert folder.has("set_aside/pairs-000001.json") and finished(folder, plan) == {}
+
+
+def test_a_node_that_does_not_see_the_jobs_folder_is_refused_before_it_solves(plan: PairPlan, tmp_path: Path) -> None:
+    with pytest.raises(FieldError, match="train.storage = .*every node of the cluster sees; plan.json"):
+        SolveShard(plan, Folder(str(tmp_path / "elsewhere")))
+
+
+def test_a_batch_of_more_than_one_shard_is_refused(plan: PairPlan, prompts: Folder) -> None:
+    with pytest.raises(FieldError, match="rows of a batch = 2"):
+        EncodeText(plan, prompts)({"shard": np.array([0, 1])})
+
+
+def test_a_shard_on_s3_has_the_same_bytes(plan: PairPlan, encoded: Any, folder: Folder, bucket: str) -> None:
+    remote = Folder(f"s3://{bucket}/run/pairs")
+    begin(remote, plan)
+    for place in (folder, remote):
+        SolveShard(plan, place)(encoded)
+    assert remote.read(shard_file(1)) == folder.read(shard_file(1))
 
 
 def test_a_teachers_id_is_that_of_its_weights(config: Config, tmp_path: Path) -> None:
@@ -148,10 +207,3 @@ def test_a_teachers_id_is_that_of_its_weights(config: Config, tmp_path: Path) ->
         save_base(tmp_path / name, plain, network, small_codec(plain), small_tokenizer(), small_text_model(), {})
         ids.append(teacher_id(small_config(f"model.path={tmp_path / name}")))
     assert ids[0] == ids[1] == teacher_id(config) != ids[2] and len(ids[0]) == 16
-
-
-def test_a_folder_without_a_manifest_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(FieldError, match="manifest.json.*exists"):
-        read_manifest(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"shards": []}')
-    assert read_manifest(tmp_path) == {"shards": []}
