@@ -1,6 +1,6 @@
 # The commands that a developer learns; .ci/run calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo stop test check lint clean
+.PHONY: help env env-dev demo stop test test-faults check lint clean
 
 VENV ?= .venv
 # The first interpreter that starts and has a supported version (a version manager's shim may exist and still refuse).
@@ -20,7 +20,7 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --co
 
 help: ## show this list
 	@echo "Targets:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' Makefile
 	@echo "Variables:"
 	@echo "  PYTHON=...           interpreter for the environment, 3.11 or 3.12 (found by itself)"
 	@echo "  VENV=...             folder of the environment (default .venv)"
@@ -28,7 +28,7 @@ help: ## show this list
 	@echo "                       $(TORCH) without CUDA and saves several GB. Default: your own pip settings"
 	@echo "  KEEP=0               demo: end everything at the end (default 1: the service stays up until make stop)"
 	@echo "  FROM_SCRATCH=1       demo: train every stage instead of starting from the embedded weights"
-	@echo "  PYTEST_ARGS=...      test: passed to pytest, for example '-k cache' or '-m \"not slow\"'"
+	@echo "  PYTEST_ARGS=...      tests: passed to pytest, for example '-k cache' or '-m \"not slow\"'"
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' || \
@@ -55,8 +55,11 @@ demo: env ## distil on Ray, export, serve, stream demo.mp4; leaves the service u
 stop: ## end the local Ray and the service, by process id
 	@$(VENV)/bin/python -m infra.local.cluster stop
 
-test: env-dev ## run the tests
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+test: env-dev ## run the tests, but not those below
+	$(VENV)/bin/python -m pytest --ignore=tests/faults $(PYTEST_ARGS)
+
+test-faults: env-dev ## end workers and nodes, break files and storage on a local Ray cluster (about 25 minutes)
+	$(VENV)/bin/python -m pytest -m faults tests/faults $(PYTEST_ARGS)
 
 check: lint ## ruff and mypy
 	$(VENV)/bin/python -m mypy platform/diagonal jobs serve infra tests

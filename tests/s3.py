@@ -114,6 +114,7 @@ class Fault:
     message: str = "made for a test"
     delay_s: float = 0.0
     mended: bool = False
+    dropped: bool = False
 
     def takes(self, method: str, target: str) -> bool:
         wanted = self.method in ("", method) and self.key in target
@@ -162,7 +163,14 @@ class FaultyProxy:
         with self._lock:
             for fault in self._faults:
                 fault.mended = True
-            self._faults.clear()
+            self._faults = []
+
+    def drop(self) -> None:
+        """Forget all faults, and break the connections of the requests that are held: those never arrive."""
+        with self._lock:
+            for fault in self._faults:
+                fault.dropped = True
+        self.mend()
 
     @contextmanager
     def outage(self) -> Iterator[None]:
@@ -256,6 +264,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = proxy.take(self.command, f"{key}?{url.query}")
         if fault is not None and fault.kind == "slow":
             self._hold(fault)
+            if fault.dropped:
+                self.close_connection = True
+                return
         if fault is not None and fault.kind == "status":
             status, headers, answer = fault.status, {"Content-Type": "application/xml"}, _error(fault)
         else:

@@ -1,17 +1,42 @@
-"""Fixtures of the fault tests: one Ray cluster for all, two fresh nodes for each, and jobs that end with their test."""
+"""Fixtures of the fault tests: one Ray cluster for all, fresh nodes for each, and runs that several tests look at."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.job import Job, start_job
+from jobs.journal import Record
+from tests.faults.job import MIDDLE, Launcher
 from tests.faults.nodes import Nodes, start_nodes
 
-StartJob = Callable[..., Job]
+NODES = 2
+
+
+@dataclass(frozen=True)
+class StoppedRun:
+    """A run that SIGTERM ended before its time: what it left, and how it went."""
+
+    storage: Path
+    status: int
+    stopped_in_s: float
+    text: str
+    record: Record
+
+    def copied(self, target: Path) -> str:
+        """A copy of the run's storage, to go on with."""
+        shutil.copytree(self.storage, target)
+        return str(target)
+
+    @property
+    def stopped_after(self) -> int:
+        return int(self.record.updates[-1]["update"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.faults)
-            item.add_marker(pytest.mark.timeout(600))
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(scope="session")
@@ -30,27 +55,48 @@ def cluster() -> Iterator[Nodes]:
 
 
 @pytest.fixture
-def nodes(cluster: Nodes) -> Iterator[Nodes]:
-    """The cluster with two fresh nodes, each with room for one worker."""
-    cluster.add()
-    cluster.add()
-    yield cluster
-    cluster.clear()
+def nodes(cluster: Nodes, unbroken: Record) -> Iterator[list[Any]]:
+    """Two fresh nodes, each with room for one worker."""
+    with cluster.with_nodes(NODES) as found:
+        yield found
 
 
 @pytest.fixture
-def start(cluster: Nodes, tmp_path: Path) -> Iterator[StartJob]:
-    """Starts the distillation (or another job) by run name, with settings; ends what a test left running."""
-    started: list[Job] = []
+def start(cluster: Nodes, tmp_path: Path) -> Iterator[Launcher]:
+    """Starts jobs; ends those that a test left running."""
+    launcher = Launcher(cluster.address, tmp_path)
+    yield launcher
+    launcher.close()
 
-    def start_one(name: str = "r", *arguments: str, job: str = "distill", storage: str = "", **others: Any) -> Job:
-        settings, environment = others.pop("settings", {}), others.pop("environment", {})
-        log = tmp_path / f"{len(started)}-{name}.log"
-        one = start_job(job, name, storage or str(tmp_path / "runs"), log, cluster.address, settings, arguments,
-                        environment)  # fmt: skip
-        started.append(one)
-        return one
 
-    yield start_one
-    for job in started:
-        job.close()
+@pytest.fixture(scope="session")
+def unbroken(cluster: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """The record of a run to which nothing happens."""
+    with launching(cluster, tmp_path_factory.mktemp("unbroken")) as start:
+        job = start()
+        job.succeeded()
+        return job.record()
+
+
+@pytest.fixture(scope="session")
+def stopped(cluster: Nodes, unbroken: Record, tmp_path_factory: pytest.TempPathFactory) -> StoppedRun:
+    """A run that SIGTERM ends after its middle; checkpoints lie behind it, and work before it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with launching(cluster, folder) as start:
+        job = start()
+        job.update(MIDDLE)
+        job.terminate()
+        asked_s = time.monotonic()
+        status = job.ended(120)
+        return StoppedRun(folder / "runs", status, time.monotonic() - asked_s, job.text, job.record())
+
+
+@contextmanager
+def launching(cluster: Nodes, folder: Path) -> Iterator[Launcher]:
+    """Two fresh nodes and a launcher, for fixtures of the session."""
+    launcher = Launcher(cluster.address, folder)
+    try:
+        with cluster.with_nodes(NODES):
+            yield launcher
+    finally:
+        launcher.close()

@@ -7,12 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diagonal.storage import Folder
+from diagonal.training.manifest import Checkpoint, checkpoints
 from jobs.journal import UPDATES, Entry, Record, read_journal
 from tests.faults.nodes import until
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 START_S = 150.0  # a busy machine's time until the first update
 STAGE1, STAGE2, EVERY = 6, 6, 3  # updates, and updates between checkpoints
 UPDATES_IN_ALL = STAGE1 + STAGE2
+MIDDLE = 2 * EVERY + 2  # a checkpoint is whole before it, and work is left after it
 SMALL = {
     "distill.stage1_updates": STAGE1, "distill.stage2_updates": STAGE2, "distill.checkpoint_every": EVERY,
     "distill.keep_checkpoints": 3, "distill.batch_size": 4, "distill.micro_batch_size": 2,
@@ -67,10 +69,14 @@ class Job:
 
         return until(f"update {number}", found, deadline_s)
 
-    def record(self) -> Record:
-        """The journal as it is now."""
-        path = f"train/distill/{UPDATES}"
+    def record(self, stage: str = "distill") -> Record:
+        """A stage's journal as it is now."""
+        path = f"train/{stage}/{UPDATES}"
         return read_journal(self.folder.read(path).decode().splitlines() if self.folder.has(path) else ())
+
+    def checkpoints(self, stage: str = "distill") -> list[Checkpoint]:
+        """The checkpoints that count, newest first."""
+        return checkpoints(self.folder / "train" / stage / "checkpoints")
 
     def ended(self, deadline_s: float = 2 * START_S) -> int:
         """The exit status, waited for."""
@@ -97,18 +103,32 @@ class Job:
             self.process.wait(20)
 
 
-def start_job(
-    job: str, name: str, storage: str, log: Path, address: str, settings: Mapping[str, Any],
-    arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None,
-) -> Job:  # fmt: skip
-    """Run `jobs/<job>.py` as its own process, on the cluster at `address`."""
-    chosen = {**SMALL, "train.storage": storage, **settings}
-    command = [sys.executable, f"jobs/{job}.py", "--name", name, *arguments,
-               *(f"--set={key}={value}" for key, value in chosen.items())]  # fmt: skip
-    variables = {**os.environ, "RAY_ADDRESS": address, "RAY_DEDUP_LOGS": "0", **(environment or {})}
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
-    return Job(name, storage, log, process)
+@dataclass
+class Launcher:
+    """Starts jobs on the cluster at `address`, and ends those that are left."""
+
+    address: str
+    folder: Path
+    started: list[Job] = field(default_factory=list)
+
+    def __call__(
+        self, *arguments: str, job: str = "distill", name: str = "r", storage: str = "",
+        settings: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None,
+    ) -> Job:  # fmt: skip
+        """Run `jobs/<job>.py` as its own process, with the small settings and any others."""
+        chosen = {**SMALL, "train.storage": storage or str(self.folder / "runs"), **(settings or {})}
+        command = [sys.executable, f"jobs/{job}.py", "--name", name, *arguments,
+                   *(f"--set={key}={value}" for key, value in chosen.items())]  # fmt: skip
+        variables = {**os.environ, "RAY_ADDRESS": self.address, "RAY_DEDUP_LOGS": "0", **(environment or {})}
+        log = self.folder / f"{len(self.started)}-{job}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
+        self.started.append(Job(name, str(chosen["train.storage"]), log, process))
+        return self.started[-1]
+
+    def close(self) -> None:
+        for job in self.started:
+            job.close()
 
 
 def curve(record: Record) -> list[Entry]:
@@ -122,3 +142,8 @@ def difference(found: Record, expected: Record) -> str:
     if [entry["update"] for entry in ours] != [entry["update"] for entry in theirs]:
         return f"updates {[entry['update'] for entry in ours]} and {[entry['update'] for entry in theirs]}"
     return "; ".join(f"{mine} and {other}" for mine, other in zip(ours, theirs, strict=True) if mine != other)
+
+
+def sample_numbers(record: Record) -> list[int]:
+    """The global number of every sample that what counts was trained on, in order."""
+    return [number for entry in record.updates for number in range(entry["samples"][0], entry["samples"][1] + 1)]

@@ -57,6 +57,14 @@ class Nodes:
         self.clear()
         self._cluster.shutdown()
 
+    @contextmanager
+    def with_nodes(self, count: int) -> Iterator[list[Any]]:
+        """Fresh nodes, gone at the end."""
+        try:
+            yield [self.add() for _ in range(count)]
+        finally:
+            self.clear()
+
     def train_workers(self, node: Any | None = None) -> list[psutil.Process]:
         """The processes of Ray Train's workers, on one node or on all, oldest first."""
         nodes = [node] if node is not None else list(self._cluster.worker_nodes)

@@ -1,0 +1,82 @@
+"""Updates whose losses are not finite: skipped, counted and without effect; the run ends when they do not stop."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import AutoTokenizer
+
+from diagonal.model.weights import embedded
+from tests.faults.job import UPDATES_IN_ALL, Launcher
+from tests.faults.nodes import Nodes
+
+GOOD = [f"a {colour} {shape} moving {way} slowly" for colour in ("red", "blue", "green", "cyan")
+        for shape in ("circle", "square") for way in ("left", "right", "up")][:23]  # fmt: skip
+BAD = "a red triangle moving left slowly"
+BATCH = 4
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path) -> Path:
+    """The embedded base model, but its text encoder knows `triangle` as NaN."""
+    base = tmp_path / "base"
+    shutil.copytree(embedded("base"), base)
+    weights = load_file(base / "text_encoder" / "model.safetensors")
+    token = AutoTokenizer.from_pretrained(base / "tokenizer").get_vocab()["triangle"]
+    weights["shared.weight"][token] = float("nan")
+    save_file(weights, base / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+def settings(base: Path, prompts: list[str]) -> dict[str, Any]:
+    (base.parent / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    return {
+        "model.path": base, "distill.init": embedded("ode_init"), "distill.prompts": base.parent / "prompts.txt",
+        "prompts.held_out_share": 0.0, "distill.batch_size": BATCH, "distill.checkpoint_every": 1,
+        "distill.keep_checkpoints": 99, "distill.max_nonfinite": 2,
+    }  # fmt: skip
+
+
+def test_an_update_with_a_nan_is_skipped_and_counted_and_changes_nothing(
+    cluster: Nodes, nodes: list[Any], start: Launcher, poisoned: Path
+) -> None:
+    """T6: one prompt of 24 brings NaN, so one update of each six."""
+    job = start(settings=settings(poisoned, [*GOOD, BAD]))
+    job.line("student in ")
+    record = job.record()
+    skipped = [entry["update"] for entry in record.updates if entry["skipped"]]
+    assert len(record.updates) == UPDATES_IN_ALL and len(skipped) == 2 == record.skipped
+    assert skipped[0] <= 6 < skipped[1]
+    folders = {found.update: found.folder.path for found in job.checkpoints()}
+    for update in range(2, UPDATES_IN_ALL + 1):
+        if update in folders and update - 1 in folders:
+            assert (learned(folders[update]) == learned(folders[update - 1])) == (update in skipped), update
+    assert any(update in folders and update - 1 in folders for update in skipped)
+
+
+def learned(folder: Path) -> dict[str, bytes]:
+    """The bits of weights, moments and averages in a checkpoint."""
+    reader = dcp.FileSystemReader(folder)
+    saved = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in saved.items()
+               if isinstance(about, TensorStorageMetadata) and not name.startswith(("progress", "rng/"))}  # fmt: skip
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def test_nans_that_do_not_stop_end_the_run_with_their_count(
+    cluster: Nodes, nodes: list[Any], start: Launcher, poisoned: Path
+) -> None:
+    """T6: all prompts bring NaN, and two in a row are allowed."""
+    job = start(settings=settings(poisoned, [f"{BAD} {word}" for word in ("up", "down", "left", "right")]))
+    assert job.ended() == 1
+    last = job.text.splitlines()[-1]
+    assert last.startswith("error: update 2: losses or gradients were not finite 2 times in a row"), job.tail()
+    assert len(job.record().starts) == 1, "the same would come again: no restart"

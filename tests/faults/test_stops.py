@@ -1,0 +1,60 @@
+"""Runs that are stopped and gone on with: by a scheduler's SIGTERM, with other settings, with another world size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.journal import Record
+from tests.faults.conftest import StoppedRun
+from tests.faults.job import EVERY, Launcher, difference, sample_numbers
+
+SOON_S = 30.0
+
+
+def test_sigterm_ends_a_run_within_half_a_minute_with_a_checkpoint_and_says_how_to_go_on(stopped: StoppedRun) -> None:
+    """T8."""
+    assert stopped.stopped_in_s < SOON_S and stopped.status == 128 + 15
+    assert "go on with --name r --resume" in stopped.text.splitlines()[-1]
+    assert f"stopped after update {stopped.stopped_after}" in stopped.text
+
+
+def test_a_stopped_run_goes_on_from_its_last_update_to_the_bit(
+    stopped: StoppedRun, nodes: list[Any], start: Launcher, tmp_path: Path, unbroken: Record
+) -> None:
+    job = start("--resume", storage=stopped.copied(tmp_path / "copy"))
+    job.succeeded()
+    assert [entry["start_after"] for entry in job.record().starts] == [0, stopped.stopped_after]
+    assert difference(job.record(), unbroken) == ""
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("distill.lr", "1e-3"), ("distill.batch_size", "8"), ("seed", "7"), ("schedule.steps", "4444444"),
+    ("distill.loss.motion_weight", "0.5"),
+])  # fmt: skip
+def test_a_setting_that_decides_the_result_is_refused_by_name_on_a_resume(
+    stopped: StoppedRun, start: Launcher, tmp_path: Path, field: str, value: str
+) -> None:
+    """T10: before any worker starts, and nothing is changed."""
+    storage = stopped.copied(tmp_path / "copy")
+    job = start("--resume", storage=storage, settings={field: value})
+    before = job.folder.files()
+    assert job.ended() == 2
+    assert f"error: {field} = " in job.text and "as run 'r' began with" in job.text, job.text
+    assert job.folder.files() == before
+
+
+def test_another_number_of_workers_takes_the_state_over_and_learns_the_same(
+    stopped: StoppedRun, nodes: list[Any], start: Launcher, tmp_path: Path, unbroken: Record
+) -> None:
+    """T10: 2 workers to 1. Sums over one worker round differently, so the losses agree closely and not to the bit."""
+    job = start("--resume", storage=stopped.copied(tmp_path / "copy"), settings={"train.workers": 1})
+    job.succeeded()
+    record = job.record()
+    assert [entry["world_size"] for entry in record.starts] == [2, 1]
+    assert sample_numbers(record) == sample_numbers(unbroken)
+    for entry, expected in zip(record.updates, unbroken.updates, strict=True):
+        assert abs(entry["critic"] - expected["critic"]) < 1e-3 * abs(expected["critic"]), (entry, expected)
+    assert stopped.stopped_after % EVERY or len(record.starts) == 2

@@ -1,0 +1,63 @@
+"""A run on S3 while S3 is away, in error, slow or cut short: training goes on, and no half of a file ever counts."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from jobs.journal import Record
+from tests.faults.job import EVERY, MIDDLE, Job, Launcher, difference
+from tests.faults.nodes import Nodes, until
+from tests.s3 import SECRET_KEY, FaultyProxy
+
+OUTAGE_S = 60.0
+
+
+def test_training_goes_on_through_an_outage_of_a_minute_and_whatever_else_a_storage_does(
+    cluster: Nodes, nodes: list[Any], start: Launcher, unbroken: Record, bucket: str, faulty_s3: FaultyProxy
+) -> None:
+    """T5."""
+    job = start(storage=f"s3://{bucket}/runs")
+    job.line(f"distill: update [1-{EVERY - 1}]/")
+    ends = faulty_s3.outage_for(OUTAGE_S)
+    job.line(f"'update': {EVERY + 1},", OUTAGE_S)  # past a checkpoint that nobody takes
+    assert ends.is_alive(), "it trained on while the storage was away"
+    ends.join(2 * OUTAGE_S)
+    faulty_s3.fail(500, "InternalError", times=6, method="PUT")
+    faulty_s3.slow(2.0, times=6)
+    job.update(MIDDLE)
+    until("a checkpoint", job.checkpoints, 60)
+    faulty_s3.truncate(times=8, key=".distcp")
+    cluster.train_workers()[0].kill()
+    job.succeeded()
+    assert faulty_s3.count("GET", ".distcp") > 4, "the restart read through the cut answers"
+    assert difference(job.record(), unbroken) == ""
+    whole(job)
+    assert SECRET_KEY not in job.text
+
+
+def whole(job: Job) -> None:
+    """Every checkpoint that counts has the bytes that its manifests say."""
+    sizes = (job.folder / "train" / "distill" / "checkpoints").files()
+    found = job.checkpoints()
+    assert found
+    for checkpoint in found:
+        for name, entry in checkpoint.files.items():
+            assert sizes[f"{checkpoint.folder.name}/{name}"] == entry["bytes"]
+
+
+def test_an_outage_longer_than_the_patience_ends_the_run_and_names_the_storage(
+    cluster: Nodes, nodes: list[Any], start: Launcher, unbroken: Record, bucket: str, faulty_s3: FaultyProxy
+) -> None:
+    """T5, too long."""
+    settings = {"train.storage_patience_s": 5, "train.max_failures": 0}
+    job = start(storage=f"s3://{bucket}/runs", settings=settings)
+    job.update(EVERY + 1)
+    until("the first checkpoint", job.checkpoints, 30)
+    with faulty_s3.outage():
+        away_s = time.monotonic()
+        assert job.ended(180) == 1
+        assert time.monotonic() - away_s < 120
+    assert f"s3://{bucket}/runs/r" in job.text.splitlines()[-1] + job.text.splitlines()[-2], job.tail()
+    assert "Traceback" not in "\n".join(job.text.splitlines()[-3:]) and SECRET_KEY not in job.text
+    whole(job)
