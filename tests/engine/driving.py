@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diagonal.engine.engine import Engine
-from diagonal.engine.session import ChunkResult, SessionSpec
+from diagonal.diffusion.rollout import DenoisedChunk
+from diagonal.engine.session import ChunkResult, Session, SessionSpec
 from diagonal.metrics import NullSink
 from diagonal.model.vae import Decoder, DecoderState
 from tests.networks import SmallRelease, small_release
@@ -52,6 +53,27 @@ def spec_of(
     schedule: str | None = None, paced: bool = True, record: bool = False,
 ) -> SessionSpec:
     return SessionSpec(session_id, prompt, seed, frames, schedule, paced, record)
+
+
+def timed(release: SmallRelease, clock: Clock, forward_s: float, row_s: float = 0.0) -> SmallRelease:
+    """From now on a forward takes `forward_s`, and `row_s` more for each row of its batch."""
+
+    def pass_time(module: Any, inputs: Any, output: Any) -> None:
+        clock.now_s += forward_s + row_s * len(inputs[0])
+
+    release.network.register_forward_hook(pass_time)
+    return release
+
+
+def meanwhile(engine: Engine, action: Callable[[], object]) -> None:
+    """Do something from now on whenever the engine is about to denoise, as another thread would."""
+    denoise = engine._maker.denoise
+
+    def act(batch: Sequence[Session]) -> DenoisedChunk:
+        action()
+        return denoise(batch)
+
+    engine._maker.denoise = act  # type: ignore[method-assign]
 
 
 def pull(engine: Engine, session_id: str = "s") -> ChunkResult:

@@ -78,11 +78,12 @@ class CostModel:
         exact = self._steps.get((kind, batch))
         if exact is not None:
             return exact
-        same = [_scaled(seconds, size, batch) for (other, size), seconds in self._steps.items() if other == kind]
-        if same:
-            return min(same)
-        return max((_scaled(seconds, size, batch) * kind.forwards / other.forwards
-                    for (other, size), seconds in self._steps.items()), default=0.0)
+        bounds: dict[ChunkKind, float] = {}
+        for (other, size), seconds in self._steps.items():
+            bounds[other] = min(bounds.get(other, inf), _scaled(seconds, size, batch))
+        if kind in bounds:
+            return bounds[kind]
+        return max((bound * kind.forwards / other.forwards for other, bound in bounds.items()), default=0.0)
 
     def recache_s(self, chunks: int) -> float:
         """Seconds of a re-cache of so many chunks."""
