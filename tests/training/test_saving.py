@@ -131,13 +131,20 @@ def test_a_save_that_fails_on_one_rank_is_told_on_all_together(two_ranks: Ranks,
     assert update == other == 0
 
 
-def late_on_rank_1(rank: int, root: str) -> tuple[int, int, list[int]]:
-    state, own = fresh(0, 2), keeper(root)
-    state.update = 1
-    with held() as release:
+def late_on_rank_0(rank: int, root: str) -> tuple[int, int, list[int]]:
+    """Rank 1 has ended its first save when the second is asked for; rank 0 still deletes old ones."""
+    state, own, release, retain = fresh(0, 2), keeper(root), threading.Event(), Checkpointer._retain
+
+    def slow(self: Checkpointer, newest: Folder) -> None:
+        assert release.wait(DEADLINE_S)
+        retain(self, newest)
+
+    with mock.patch.object(Checkpointer, "_retain", slow):
+        state.update = 1
         own.save(state)
-        if rank == 0:
-            release.set()
+        assert own._newest is not None
+        if rank == 1:
+            own._newest.result(timeout=DEADLINE_S)
         state.update = 2
         own.save(state)
         release.set()
@@ -147,7 +154,7 @@ def late_on_rank_1(rank: int, root: str) -> tuple[int, int, list[int]]:
 
 
 def test_all_ranks_skip_together_while_one_still_writes(two_ranks: Ranks, tmp_path: Path) -> None:
-    assert two_ranks.run(late_on_rank_1, str(tmp_path)) == [(1, 2, [3, 1])] * 2
+    assert two_ranks.run(late_on_rank_0, str(tmp_path)) == [(1, 2, [3, 1])] * 2
 
 
 def trains_while_saving(rank: int, root: str) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:

@@ -35,6 +35,7 @@ from diagonal.training.state import TrainState
 
 __all__ = ["Checkpoint", "CheckpointError", "Checkpointer", "Restored", "TrainState", "checkpoints", "folder_name"]
 IDLE, RUNNING, FAILED = range(3)
+LONGEST_TRANSFER_S = 3600.0  # of one rank's files, which the other ranks wait for
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class Checkpointer:
         self._root, self._keep = root, keep
         mark = hashlib.sha256(root.uri.encode()).hexdigest()[:12]
         self._scratch = (scratch or Path(tempfile.gettempdir())) / f"diagonal-checkpoint-{mark}"
-        self._main, self._background = gloo_group(), gloo_group()
+        timeout_s = LONGEST_TRANSFER_S + root.patience_s
+        self._main, self._background = gloo_group(timeout_s), gloo_group(timeout_s)
         self._token = from_rank_0(lambda: uuid.uuid4().hex[:8], self._main)
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))

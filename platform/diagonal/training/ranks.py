@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,12 +25,15 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gloo_group() -> Group:
+def gloo_group(timeout_s: float = 1800.0) -> Group:
     """A group of all ranks of its own, over the CPU; None without a process group. Collective.
 
-    Two threads never share one: collectives of one group must come in one order on all ranks.
+    Two threads never share one: collectives of one group must come in one order on all ranks. A rank waits up to
+    `timeout_s` for the slowest.
     """
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
 def highest(value: int, group: Group) -> int:
