@@ -27,7 +27,7 @@ from jobs.fit import check_batch, fit
 from jobs.ode_init import initialise
 from jobs.pretrain import pretrain
 from jobs.prompts import training_prompts
-from jobs.run import Run, main, open_run, parser, say
+from jobs.run import Run, main, opened, parser, say
 from jobs.samples import sample_captions
 from jobs.worker import Worker
 
@@ -170,8 +170,8 @@ def prompt_batch(rows: Mapping[str, Any], text: TextEncoder) -> PromptBatch:
 
 
 def work(argv: Sequence[str]) -> None:
-    release = distill(open_run(parser(__doc__ or "").parse_args(argv)))
-    say(f"release {release}")
+    with opened(parser(__doc__ or "").parse_args(argv)) as run:
+        say(f"release {distill(run)}")
 
 
 if __name__ == "__main__":

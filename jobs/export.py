@@ -9,7 +9,7 @@ from diagonal.evaluate.quality import ScoreTable, score_release
 from diagonal.model.weights import LINEAGE, MANIFEST, Release, embedded
 from diagonal.storage import Folder
 from jobs.artefacts import local_copy, publish_release
-from jobs.run import Run, main, open_run, parser, say
+from jobs.run import Run, main, opened, parser, say
 
 
 def export(run: Run) -> Folder:
@@ -52,9 +52,8 @@ def shown(scores: ScoreTable) -> str:
 
 
 def work(argv: Sequence[str]) -> None:
-    arguments = parser(__doc__ or "").parse_args([*argv, "--resume"])
-    run = open_run(arguments)
-    say(f"release {run.folder / 'release'}" if arguments.dry_run else f"release {export(run)}")
+    with opened(parser(__doc__ or "").parse_args([*argv, "--resume"])) as run:
+        say(f"release {export(run)}")
 
 
 if __name__ == "__main__":

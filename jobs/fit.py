@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from diagonal.config import TrainConfig
@@ -30,6 +31,7 @@ from jobs.run import JobFailed, JobStopped, Run, say
 from jobs.worker import Worker
 
 FINAL = (FieldError, CheckpointError, StorageError, TooManyNonFiniteError)  # the same would come again
+MOST_CHARACTERS = 600
 FIRST_OF_ALL_SHARE = 0.8  # of the stall timeout: what replaces a worker with a reason comes before the watchdog
 FOLLOWS = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "Broken pipe")
 
@@ -50,7 +52,7 @@ def fit(run: Run, stage: str, body: Callable[[Worker, Feed], None], feed: Feed) 
             _trainer(run, stage, settings, scratch).fit()
         except ray.train.TrainingFailedError as error:
             _raise_final(control)
-            raise JobFailed(_first_cause(stage, error, run)) from None
+            raise JobFailed(_account(stage, error, run)) from None
         _raise_final(control)
         if stopped.is_set():
             raise JobStopped(f"{stage}: stopped as asked, its checkpoint is whole; {run.go_on}")
@@ -71,6 +73,8 @@ def _trainer(run: Run, stage: str, settings: dict[str, Any], scratch: str) -> To
         run_config=RunConfig(  # type: ignore[call-arg]  # at import Ray swaps in the class of Train V2
             name=f"{run.name}-{stage}", storage_path=scratch,  # checkpoints are our own: Ray keeps a marker there
             worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},  # else every line comes twice
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # its files have all; here each failure is said once
+            callbacks=[SayFailures(stage)],  # type: ignore[list-item]
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
@@ -81,6 +85,8 @@ def run_worker(settings: dict[str, Any]) -> None:
     control = settings["control"]
     if ray.get(control.failure.remote()) is not None:
         return  # a restart cannot mend it: the job says so
+    for name in ("ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     feed: Feed = ray.get(settings["feed"])
     with Worker.join(settings) as worker:
         try:
@@ -88,8 +94,11 @@ def run_worker(settings: dict[str, Any]) -> None:
         except Stopped as stopped:
             if worker.place.rank == 0:
                 say(f"{worker.place.stage}: {stopped}, which is saved")
-        except FINAL as error:
-            ray.get(control.fail.remote(Failure(error, worker.place.rank, traceback.format_exc())))
+        except Exception as error:  # edge: said here with its traceback, unless it follows from another rank's
+            if isinstance(error, FINAL):
+                ray.get(control.fail.remote(Failure(error, worker.place.rank, traceback.format_exc())))
+            elif not _follows(error):
+                traceback.print_exc()
             raise
 
 
@@ -133,19 +142,35 @@ def _raise_final(control: Any) -> None:
         raise failure.error
 
 
-def _first_cause(stage: str, error: Exception, run: Run) -> str:
-    """One account of a failure: the rank whose error is no mere consequence of another's comes first, and alone."""
+def _account(stage: str, error: Exception, run: Run) -> str:
+    """How a stage failed, and how to go on."""
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
-    if not failures:
-        return f"{stage} failed: {error}"
-    rank, cause = min(failures.items(), key=lambda item: (_follows(item[1]), item[0]))
-    lines = [f"{stage} failed after {run.config.train.max_failures} restarts, on rank {rank} of {len(failures)} that "
-             f"failed: {type(cause).__name__}: {cause}"]
-    return "\n".join([*lines, run.go_on])
+    said = first_cause(failures) if failures else str(error)
+    limit = run.config.train.max_failures
+    return f"{stage} failed, and train.max_failures = {limit} are used up: {said}\n{run.go_on}"
+
+
+def first_cause(failures: Mapping[int, Exception]) -> str:
+    """One account of what failed on some ranks: an error that is no mere consequence of another's comes first."""
+    order = sorted(failures.items(), key=lambda item: (_follows(item[1]), item[0]))
+    rank, cause = order[0]
+    others = f"; then ranks {', '.join(str(other) for other, _ in order[1:])}" if len(order) > 1 else ""
+    words = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
+    return f"rank {rank}: {type(cause).__name__}: {words[:MOST_CHARACTERS]}{others}"
 
 
 def _follows(error: Exception) -> bool:
     return any(word in str(error) for word in FOLLOWS)
+
+
+class SayFailures(UserCallback):
+    """Says in one line what ended the workers, each time: Ray's own account has every rank's whole traceback."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        say(f"{self._stage}: workers failed: {first_cause(worker_exceptions)}")
 
 
 def _workers(config: TrainConfig) -> str:

@@ -22,7 +22,7 @@ from jobs.feed import Feed, sample_order
 from jobs.fit import check_batch, fit
 from jobs.pairs import usable_pairs
 from jobs.prompts import pair_prompts
-from jobs.run import Run, main, open_run, parser, say
+from jobs.run import Run, main, opened, parser, say
 from jobs.samples import sample_captions
 from jobs.worker import Worker
 
@@ -77,7 +77,8 @@ def pair_batch(rows: Mapping[str, Any], text: TextEncoder, worker: Worker) -> Pa
 
 
 def work(argv: Sequence[str]) -> None:
-    initialise(open_run(parser(__doc__ or "").parse_args(argv)))
+    with opened(parser(__doc__ or "").parse_args(argv)) as run:
+        initialise(run)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from diagonal.training.pretrain import (
     train_teacher,
 )
 from diagonal.tree import write_json
-from jobs.run import Run, main, open_run, parser, say
+from jobs.run import Run, main, opened, parser, say
 
 PROGRESS_EVERY_S = 10.0
 SCORED_CLIPS = 216
@@ -67,7 +67,8 @@ class _Progress:
 
 
 def work(argv: Sequence[str]) -> None:
-    pretrain(open_run(parser(__doc__ or "").parse_args(argv)))
+    with opened(parser(__doc__ or "").parse_args(argv)) as run:
+        pretrain(run)
 
 
 if __name__ == "__main__":

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Mapping
 
 import ray
 
 LOCAL_CPUS = 8  # logical: with fewer, Ray Data waits for ever behind Ray Train's workers
 PASSED_ON = "AWS_"  # S3's address, region and credentials
+SET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # a stalled worker does not answer; Ray's own limit is 30 s
+}
 
 
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS, or start a local one without dashboard and end it with the process."""
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    for name, value in SET.items():
+        os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
+    on_stop = signal.getsignal(signal.SIGTERM)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True, runtime_env={"worker_process_setup_hook": passing_on(os.environ)})
-        return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token file for the whole account
-    ray.init(num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1), include_dashboard=False)
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token file for the whole account
+        ray.init("local", num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1), include_dashboard=False)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_stop)  # Ray sets its own
 
 
 def passing_on(environment: Mapping[str, str]) -> Callable[[], None]:
-    """A runtime environment's setup hook that gives every process of the job this process's S3 settings.
+    """A runtime environment's setup hook that gives every process of the job this process's S3 settings, and `SET`.
 
     A hook and not `env_vars`: Ray writes those, secrets and all, into its log and shows them in its dashboard. What a
     node has of its own stands.
     """
-    found = {name: value for name, value in environment.items() if name.startswith(PASSED_ON)}
+    found = {name: value for name, value in environment.items() if name.startswith(PASSED_ON) or name in SET}
 
     def set_missing() -> None:
         import os

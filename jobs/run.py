@@ -8,10 +8,13 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from diagonal.config import PRESETS, Config
@@ -20,6 +23,7 @@ from diagonal.model.weights import LINEAGE, MANIFEST, ReleaseError, base_folder,
 from diagonal.storage import Folder, StorageError
 from diagonal.training.checkpoint import CheckpointError
 from diagonal.training.loop import TooManyNonFiniteError
+from jobs.lease import leased
 from jobs.ray_cluster import connect as connect
 
 STOPPED = 128 + signal.SIGTERM
@@ -135,6 +139,27 @@ def open_run(arguments: argparse.Namespace) -> Run:
     `FieldError` when a new run's name is taken, when there is none to go on with, or when a setting differs from what
     the run began with (but `FREE_FIELDS`).
     """
+    run, keep = _resolve(arguments)
+    if not arguments.dry_run:
+        keep()
+    return run
+
+
+@contextmanager
+def opened(arguments: argparse.Namespace) -> Iterator[Run]:
+    """`open_run` for the block, with the run's lease: no other job writes to it meanwhile."""
+    run, keep = _resolve(arguments)
+    if arguments.dry_run:
+        yield run
+        return
+    with leased(run.folder):
+        _resolve(argparse.Namespace(**{**vars(arguments), "name": run.name}))  # another may have begun it since
+        keep()
+        yield run
+
+
+def _resolve(arguments: argparse.Namespace) -> tuple[Run, Callable[[], None]]:
+    """The run, and what writes its beginning or its going on to its folder."""
     name, resume = arguments.name, arguments.resume
     require(bool(name) or not resume, "--name", name, "the name of the run that --resume goes on with")
     wanted = None if resume and _says_nothing(arguments) else _config(arguments)
@@ -152,9 +177,7 @@ def open_run(arguments: argparse.Namespace) -> Run:
         require(wanted.preset == "tiny", "--from-scratch", wanted.preset, "the preset 'tiny', whose data is embedded")
         wanted = wanted.with_settings([f"model.path={folder / 'base'}"])
     run = Run(name, wanted, folder, secrets.token_hex(8))
-    if not arguments.dry_run:
-        _begin(run)
-    return run
+    return run, partial(_begin, run)
 
 
 def _says_nothing(arguments: argparse.Namespace) -> bool:
@@ -185,7 +208,7 @@ def _begin(run: Run) -> None:
     run.folder.write_json(CONFIG, run.config.to_dict())
 
 
-def _go_on(arguments: argparse.Namespace, folder: Folder, name: str) -> Run:
+def _go_on(arguments: argparse.Namespace, folder: Folder, name: str) -> tuple[Run, Callable[[], None]]:
     stored = Config.from_dict(folder.read_json(CONFIG))
     if _says_nothing(arguments):
         wanted = stored.with_settings(arguments.settings)
@@ -195,11 +218,13 @@ def _go_on(arguments: argparse.Namespace, folder: Folder, name: str) -> Run:
             wanted = wanted.with_settings([f"model.path={stored.model.path}"])
     changed = _changes(stored, wanted, name)
     run = Run(name, wanted, folder, str(folder.read_json(HISTORY)["identity"]))
-    if not arguments.dry_run:
-        run.note("resumed", changed={key: list(values) for key, values in changed.items()})
-        if changed:
-            folder.write_json(CONFIG, wanted.to_dict())
-    return run
+    return run, partial(_keep_changes, run, changed)
+
+
+def _keep_changes(run: Run, changed: Mapping[str, tuple[object, object]]) -> None:
+    run.note("resumed", changed={key: list(values) for key, values in changed.items()})
+    if changed:
+        run.folder.write_json(CONFIG, run.config.to_dict())
 
 
 def _changes(stored: Config, wanted: Config, name: str) -> dict[str, tuple[object, object]]:
@@ -230,12 +255,17 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise JobStopped("stopped: what is finished is kept; go on with --name NAME --resume")
+
+
 def main(module: str) -> None:
     """Run that job module's `work` on the command line's arguments.
 
     It is imported by name, as Ray can send workers a function of a module but not of `__main__`. Wrong input ends the
     job with one line and status 2, anything else with its traceback.
     """
+    signal.signal(signal.SIGTERM, _stop)
     try:
         importlib.import_module(module).work(sys.argv[1:])
     except (FieldError, ReleaseError) as error:

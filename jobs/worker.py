@@ -55,7 +55,8 @@ class Worker:
         context = ray.train.get_context()
         run, rank = Run.from_settings(settings), context.get_world_rank()
         cuda = torch.cuda.is_available() and run.config.train.gpus_per_worker > 0
-        place = Place(settings["stage"], rank, context.get_world_size(), gloo_group())
+        group = gloo_group(run.config.train.stall_timeout_s)
+        place = Place(settings["stage"], rank, context.get_world_size(), group)
         watchdog = Watchdog(run.config.train.stall_timeout_s, f"{place.stage}, rank {rank}")
         device = ray.train.torch.get_device() if cuda else torch.device("cpu")
         return cls(run, place, device, watchdog, settings["control"])
