@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -242,9 +243,33 @@ def test_large_files_go_up_in_parts_and_come_down_in_ranges(
     remote.put(tmp_path / "big", "big")
     assert faulty_s3.count("POST", query="uploads") == 1 and faulty_s3.count("PUT", query="partNumber") == 3
     remote.get("big", tmp_path / "got")
-    assert faulty_s3.count("GET", "/big") == 3
+    assert faulty_s3.count("GET", "/big") == 4
     remote.write("small", b"1")
     assert faulty_s3.count("POST", "small") == 0 and faulty_s3.count("PUT", "small") == 1
+
+
+def test_a_file_that_is_written_again_and_again_is_read_in_one_version(remote: Folder, faulty_s3: FaultyProxy) -> None:
+    """A journal is read while its run goes on; a large file that changes in the middle of a read is refused."""
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            for letter in (b"a", b"b" * 5):
+                remote.write("journal", letter * 1000)
+
+    remote.write("journal", b"a" * 1000)
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(30):
+            assert remote.read("journal") in (b"a" * 1000, b"b" * 5000)
+    finally:
+        ended.set()
+        writer.join(20)
+    remote.write("large", b"a" * (2 * PART_BYTES))
+    with pytest.raises(StorageError, match="could not read .*PreconditionFailed"):
+        for _ in remote._parts("large"):
+            remote.write("large", b"b" * (2 * PART_BYTES))
 
 
 def test_an_outage_shorter_than_patience_is_only_slow(
@@ -271,7 +296,7 @@ def test_an_outage_longer_than_patience_names_what_where_and_how_long(
     with faulty_s3.outage(), pytest.raises(StorageError) as given_up:
         remote.get("a", tmp_path / "got" / "a")
     assert remote.patience_s <= time.monotonic() - started_s < remote.patience_s + 6
-    assert str(given_up.value).startswith(f"could not look for {remote}/a (")
+    assert str(given_up.value).startswith(f"could not read {remote}/a (")
     assert " tries in " in str(given_up.value) and "Could not connect to the endpoint URL" in str(given_up.value)
     assert local_files(tmp_path / "got") == []
     assert remote.read("a") == b"1", "the same object works when the storage is back"
@@ -318,7 +343,7 @@ def test_a_server_that_never_answers_is_given_up(remote: Folder, faulty_s3: Faul
     remote.write("a", b"1")
     faulty_s3.slow(60)
     impatient, started_s = Folder(remote.uri, patience_s=1), time.monotonic()
-    with pytest.raises(StorageError, match=f"could not look for {remote}/a .*timeout"):
+    with pytest.raises(StorageError, match=f"could not read {remote}/a .*timeout"):
         impatient.read("a")
     assert time.monotonic() - started_s < 15
 
@@ -349,19 +374,15 @@ def test_wrong_credentials_are_refused_at_once(remote: Folder, faulty_s3: Faulty
     faulty_s3.fail(403, code)
     for call in (lambda: remote.write("a", b"1"), lambda: remote.read("a"), remote.files, remote.delete,
                  lambda: remote.has("a")):  # fmt: skip
-        started_s = time.monotonic()
         with pytest.raises(StorageError, match=r"\(1 tries in"):
             call()
-        assert time.monotonic() - started_s < remote.patience_s
     with pytest.raises(FieldError, match=f"storage = '{remote}': allowed is a folder that can be written"):
         remote.check_writable()
 
 
 def test_a_missing_bucket_is_refused_at_once(bucket: str) -> None:
-    started_s = time.monotonic()
-    with pytest.raises(FieldError, match="storage = 's3://no-such-bucket/r'.*bucket does not exist"):
+    with pytest.raises(FieldError, match=r"storage = 's3://no-such-bucket/r'.*\(1 tries in .*bucket does not exist"):
         Folder("s3://no-such-bucket/r").check_writable()
-    assert time.monotonic() - started_s < 2
 
 
 def test_a_reader_who_waits_for_the_last_file_never_takes_half_a_folder(

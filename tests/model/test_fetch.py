@@ -60,7 +60,7 @@ def test_a_download_that_breaks_leaves_nothing_and_can_be_repeated(
     s3.put_object(Bucket="models", Key="m/a.txt", Body=b"a")
     s3.put_object(Bucket="models", Key="m/b.txt", Body=b"b" * 1000)
     faulty.fail(403, "AccessDenied", key="b.txt")
-    with pytest.raises(StorageError, match="could not look for s3://models/m/b.txt"):
+    with pytest.raises(StorageError, match="could not read s3://models/m/b.txt"):
         fetch("s3://models/m")
     assert faulty.count("GET", "a.txt") == 1
     assert not any(path.is_dir() for path in (tmp_path / "cache").iterdir())

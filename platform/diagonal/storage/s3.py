@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,13 +76,15 @@ class S3:
         return {key.removeprefix(self.prefix): size for key, size in found.items() if not key.endswith("/")}
 
     def parts(self, name: str) -> Iterator[bytes]:
-        """A file's ranges in order: one that is lost does not repeat the others."""
-        size_bytes, read = self._ranges(name)
-        for start in range(0, size_bytes, PART_BYTES):
-            yield read(start, min(PART_BYTES, size_bytes - start))
+        """A file's bytes in order, of one version of it; what is lost of a large one does not repeat the rest."""
+        size_bytes, version, data = self._retried("read", name, lambda: self._beginning(name))
+        yield data
+        for start in range(len(data), size_bytes, PART_BYTES):
+            yield self._range(name, version, start, min(PART_BYTES, size_bytes - start))
 
     def open(self, name: str) -> pa.NativeFile:
-        return pa.PythonFile(_Ranges(*self._ranges(name)), mode="r")
+        head = self._head(name)
+        return pa.PythonFile(_Ranges(head["ContentLength"], partial(self._range, name, head["ETag"])), mode="r")
 
     def write(self, name: str, data: bytes) -> None:
         self._retried("write", name, lambda: self._object("put_object", name, Body=data))
@@ -111,15 +114,16 @@ class S3:
         for problem in found.get("Errors", ()):
             raise aws.ClientError({"Error": problem}, "DeleteObjects")
 
-    def _ranges(self, name: str) -> tuple[int, Callable[[int, int], bytes]]:
-        """The bytes of a file, and what reads `count` of them from `start` on; all of one version of the file."""
-        head = self._head(name)
+    def _beginning(self, name: str) -> tuple[int, str, bytes]:
+        """Size and version of a file, and all its bytes unless it is large."""
+        answer = self._object("get_object", name)
+        with closing(answer["Body"]) as body:
+            size_bytes = int(answer["ContentLength"])
+            return size_bytes, str(answer["ETag"]), body.read() if size_bytes <= PART_BYTES else b""
 
-        def read(start: int, count: int) -> bytes:
-            which = {"Range": f"bytes={start}-{start + count - 1}", "IfMatch": head["ETag"]}
-            return self._retried("read", name, lambda: self._object("get_object", name, **which)["Body"].read())
-
-        return head["ContentLength"], read
+    def _range(self, name: str, version: str, start: int, count: int) -> bytes:
+        which = {"Range": f"bytes={start}-{start + count - 1}", "IfMatch": version}
+        return self._retried("read", name, lambda: self._object("get_object", name, **which)["Body"].read())
 
     def _head(self, name: str) -> dict[str, Any]:
         return self._retried("look for", name, lambda: self._object("head_object", name))
