@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections import Counter as Tally
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from diagonal.data.pair_set import (
@@ -34,8 +36,9 @@ from diagonal.metrics import FactorySink
 from diagonal.model.weights import check_transformer
 from diagonal.storage import Folder
 from jobs.prompts import pair_prompts, pair_prompts_folder, prompts_sha256
-from jobs.run import Run, connect, main, open_run, parser, say
+from jobs.run import JobFailed, Run, connect, main, opened, parser, say
 
+ERROR = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Exception): .*)$", re.MULTILINE)
 SEEN_WITHIN_S = 60.0  # network file systems show a new file late
 
 
@@ -116,26 +119,35 @@ def _solve(run: Run, folder: Folder, plan: PairPlan, missing: Sequence[int]) -> 
     workers = config.pairs.solver_workers or config.train.workers
     dataset = _mapped(dataset, run, SolveShard, arguments, workers, **({"num_gpus": gpus} if gpus else {}))
     progress = _Progress(len(missing))
-    for row in dataset.iter_rows():
-        aside = json.loads(row["set_aside"])
-        shard = Shard(row["shard"], row["rows"], row["bytes"], row["checksum"], tuple(aside))
-        _check_seen(folder, shard)
-        progress(shard)
-        yield shard
+    try:
+        for row in dataset.iter_rows():
+            aside = json.loads(row["set_aside"])
+            shard = Shard(row["shard"], row["rows"], row["bytes"], row["checksum"], tuple(aside))
+            check_seen(folder, shard)
+            progress(shard)
+            yield shard
+    except RayError as error:
+        raise JobFailed(f"pairs failed: {_cause(str(error))}\nfinished shards are kept; {run.go_on}") from None
+
+
+def _cause(account: str) -> str:
+    """The error that ended an actor, in Ray's account of it; all of it where no error is named (a process was lost)."""
+    named = [found for found in ERROR.findall(account) if not found.startswith("UserCodeException")]
+    return named[-1] if named else account.strip()
 
 
 def _mapped(dataset: Any, run: Run, stage: type, arguments: dict[str, Any], workers: int, **resources: Any) -> Any:
     """One call of the stage for each row, on a pool of up to `workers` actors of one CPU each."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    retries = run.config.train.max_failures
+    retries = run.config.train.max_failures  # so Ray 2.60 takes restarts of actors; without, they have no end
     return dataset.map_batches(
         stage, fn_constructor_kwargs=arguments, batch_size=1, num_cpus=1, max_restarts=retries,
         max_task_retries=retries, compute=ActorPoolStrategy(min_size=1, max_size=workers), **resources,
     )
 
 
-def _check_seen(folder: Folder, shard: Shard, within_s: float = SEEN_WITHIN_S) -> None:
+def check_seen(folder: Folder, shard: Shard, within_s: float = SEEN_WITHIN_S) -> None:
     """`FieldError` when a shard that an actor wrote is not in the driver's folder: the node's disk is its own."""
     until_s = time.monotonic() + within_s
     while shard.rows and not folder.has(shard.file):
@@ -165,7 +177,8 @@ class _Progress:
 
 
 def work(argv: Sequence[str]) -> None:
-    make_pairs(open_run(parser(__doc__ or "").parse_args(argv)))
+    with opened(parser(__doc__ or "").parse_args(argv)) as run:
+        make_pairs(run)
 
 
 if __name__ == "__main__":

@@ -1,78 +1,260 @@
-"""The pairs job: shards that a killed run finds again, the same set however often it was cut off."""
+"""The pairs job: shards that a killed run finds again, the same bytes however often it was cut off, faults that end."""
 
+from __future__ import annotations
+
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
-import torch
+import ray
 
-from diagonal.data.trajectory import read_row, read_shard
-from diagonal.diffusion.noise import clip_noise
+from diagonal.data.pair_set import Shard, shard_file, usable_places
 from diagonal.errors import FieldError
-from jobs.pairs import make_pairs, plan_rows, prompts_of
+from diagonal.model.weights import embedded
+from diagonal.storage import Folder
+from jobs.pairs import check_seen, make_pairs, usable_pairs
+from jobs.prompts import pair_prompts, training_prompts
+from jobs.run import JobFailed, Run
+from tests.data.rows import spoil
 from tests.jobs.conftest import OpenRun
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+MANY = ("pairs.count=24",)  # twelve shards: enough that a fault comes in their midst
 
 
-def checksums(folder: Path) -> dict[int, str]:
-    tables = [pq.read_table(file) for file in sorted(folder.glob("pairs-*.parquet"))]
-    return {s: c for t in tables for s, c in zip(t["sample"].to_pylist(), t["checksum"].to_pylist(), strict=True)}
+def files_of(folder: Folder) -> dict[str, bytes]:
+    return {name: folder.read(name) for name in folder.files() if not name.startswith("usable")}
 
 
-def test_a_run_that_lost_shards_solves_those_alone_and_ends_with_the_same_set(small_run: OpenRun) -> None:
+@pytest.fixture(scope="module")
+def unbroken(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, bytes]]]:
+    """The files of runs that nothing disturbed, by their settings."""
+    from jobs.run import open_run, parser
+    from tests.jobs.conftest import SMALL
+
+    found, storage = {}, tmp_path_factory.mktemp("unbroken")
+    for name, settings in (("small", ()), ("many", MANY)):
+        chosen = [f"--set={setting}" for setting in (f"train.storage={storage}", *SMALL, *settings)]
+        run = open_run(parser("").parse_args(["--preset=tiny", "--name", name, *chosen]))
+        found[name] = files_of(make_pairs(run))
+    yield found
+
+
+def test_the_set_holds_every_sample_once_under_one_plan(unbroken: Any) -> None:
+    files = unbroken["small"]
+    assert sorted(files) == ["manifest.json", *(f"pairs-{shard:06d}.parquet" for shard in range(3)), "plan.json"]
+    manifest = json.loads(files["manifest.json"])
+    assert (manifest["rows"], [entry["rows"] for entry in manifest["shards"]]) == (5, [2, 2, 1])
+    assert manifest["plan"] == json.loads(files["plan.json"])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_that_lost_shards_solves_those_alone_and_ends_with_the_same_bytes(
+    small_run: OpenRun, unbroken: Any
+) -> None:
     run = small_run("a")
-    folder = make_pairs(run)
-    whole, kept = checksums(folder), folder / "pairs-000000.parquet"
-    assert sorted(whole) == [0, 1, 2, 3, 4]
-    (folder / "manifest.json").unlink()
-    (folder / "pairs-000001.parquet").unlink()
-    written_ns = kept.stat().st_mtime_ns
+    folder = run.folder / "pairs"
+    for name, data in unbroken["small"].items():
+        folder.write(name, data)
+    folder.remove("manifest.json")
+    spoil(folder, "pairs-000001.parquet", -1)  # the end of the footer
+    folder.remove("pairs-000002.parquet")
+    (folder.path / ".pairs-000002.parquet.0.tmp").write_bytes(b"half")
+    kept_ns = (folder.path / "pairs-000000.parquet").stat().st_mtime_ns
     make_pairs(run)
-    assert checksums(folder) == whole
-    assert kept.stat().st_mtime_ns == written_ns
+    assert files_of(folder) == unbroken["small"]
+    assert (folder.path / "pairs-000000.parquet").stat().st_mtime_ns == kept_ns
+    assert not list(folder.path.glob(".*.tmp"))
 
 
-def test_rows_hold_the_noise_of_their_seed_first_and_a_clean_end(small_run: OpenRun) -> None:
+def test_a_finished_set_is_not_touched_again(small_run: OpenRun, unbroken: Any) -> None:
     run = small_run("a")
-    folder = make_pairs(run)
-    table, row = read_shard(folder / "pairs-000000.parquet"), plan_rows(run, prompts_of(run))[0]
-    found = read_row(table, 0)
-    geometry = run.config.geometry
-    noise = clip_noise(row["seed"], geometry.clip_chunks, geometry.chunk_shape()[1:])
-    assert (found.prompt, found.seed) == (row["prompt"], row["seed"])
-    assert torch.equal(found.states[0], noise.to(torch.bfloat16))
-    assert (found.levels[0], found.levels[-1]) == (1.0, 0.0)
-    assert table["states_bf16"].type.shape == list(found.states.shape)
+    for name, data in unbroken["small"].items():
+        (run.folder / "pairs").write(name, data)
+    make_pairs(run)
+    assert files_of(run.folder / "pairs") == unbroken["small"]
 
 
-def test_too_many_rows_set_aside_fail_the_run(small_run: OpenRun) -> None:
+def test_corrupt_pairs_are_left_out_of_training_once_and_for_all(small_run: OpenRun, unbroken: Any) -> None:
+    run = small_run("a", "pairs.max_bad_share=0.5")
+    folder = run.folder / "pairs"
+    for name, data in unbroken["small"].items():
+        folder.write(name, data)
+    spoil(folder, "pairs-000001.parquet", -1)
+    places = usable_pairs(run)
+    assert places == [("pairs-000000.parquet", 0), ("pairs-000000.parquet", 1), ("pairs-000002.parquet", 0)]
+    gone = folder.read_json("usable.json")["set_aside"]
+    assert [(row["sample"], row["reason"]) for row in gone] == [(2, "unreadable"), (3, "unreadable")]
+    spoil(folder, "pairs-000002.parquet", -1)  # later: the order must not change under a training that has begun
+    assert usable_pairs(run) == places == usable_places(folder)
+
+
+def test_too_many_corrupt_pairs_end_the_run_and_are_named(small_run: OpenRun, unbroken: Any) -> None:
     run = small_run("a")
-    folder = make_pairs(run)
-    (folder / "manifest.json").unlink()
-    (folder / "pairs-000001.parquet").rename(folder / "gone")
-    (folder / "set_aside").mkdir()
-    (folder / "set_aside" / "pairs-000001.json").write_text("[]")
-    with pytest.raises(FieldError, match=r"share of rows set aside = 0\.4: allowed is at most pairs.max_bad_share"):
+    for name, data in unbroken["small"].items():
+        (run.folder / "pairs").write(name, data)
+    (run.folder / "pairs").remove("pairs-000002.parquet")
+    with pytest.raises(FieldError, match=r"share of rows set aside = 0\.2: .*sample 4, prompt None: unreadable"):
+        usable_pairs(run)
+
+
+def test_too_many_rows_set_aside_by_the_solving_end_the_run_before_more_is_solved(
+    small_run: OpenRun, unbroken: Any
+) -> None:
+    run = small_run("a")
+    folder = run.folder / "pairs"
+    folder.write("plan.json", unbroken["small"]["plan.json"])
+    aside = [{"sample": sample, "prompt_id": f"id{sample}", "reason": "not_finite"} for sample in (2, 3)]
+    folder.write_json("set_aside/pairs-000001.json", aside)
+    with pytest.raises(FieldError, match=r"aside = 0\.4: .*max_bad_share = 0\.01; sample 2, prompt id2: not_finite"):
         make_pairs(run)
 
 
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_set_of_an_unbroken_one(
-    small_run: OpenRun, repository: Path
+def test_a_shard_that_the_job_does_not_see_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(FieldError, match="train.storage = .*node wrote pairs-000003.parquet to one of its own"):
+        check_seen(Folder(str(tmp_path)), Shard(3, 2, 10, "x"), within_s=0.0)
+    check_seen(Folder(str(tmp_path)), Shard(3, 0, 0, ""), within_s=0.0)  # a shard of bad rows alone has no file
+
+
+def test_a_runs_prompts_are_kept_and_read_again_whatever_becomes_of_their_file(
+    small_run: OpenRun, tmp_path: Path
 ) -> None:
-    unbroken, broken = small_run("unbroken"), small_run("broken")
-    command = [sys.executable, "-m", "jobs.pairs", "--name=broken", "--resume", "--config",
-               str(broken.folder.path / "config.json")]
-    job = subprocess.Popen(command, cwd=repository, start_new_session=True, env=os.environ | {"RAY_ADDRESS": ""})
-    folder, deadline_s = (broken.folder / "pairs").path, time.monotonic() + 90
-    while not list(folder.glob("pairs-*.parquet")) and time.monotonic() < deadline_s and job.poll() is None:
+    source = tmp_path / "p.txt"
+    source.write_text("\n".join(f"prompt {number}" for number in range(300)))
+    run = small_run("a", f"pairs.prompts={source}", "prompts.held_out_share=0.1")
+    first = list(pair_prompts(run))
+    source.unlink()
+    assert list(pair_prompts(run)) == first == list(training_prompts(run))
+    held_out = pq.read_table((run.folder / "prompts").path / "held_out.parquet")["prompt"].to_pylist()
+    assert 10 < len(held_out) < 60 and sorted([*first, *held_out]) == sorted(f"prompt {n}" for n in range(300))
+
+
+def test_distillation_takes_its_own_prompts_where_they_are_given(small_run: OpenRun, tmp_path: Path) -> None:
+    source = tmp_path / "p.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    run = small_run("a", f"distill.prompts={source}", "prompts.held_out_share=0")
+    assert list(training_prompts(run)) == ["a", "b"] and len(pair_prompts(run)) == 130
+    assert (run.folder / "prompts/distill").has("manifest.json")
+
+
+def solvers() -> list[psutil.Process]:
+    """The processes of this cluster, and of no other, that solve trajectories."""
+    session = Path(ray.get_runtime_context().get_temp_dir())
+    raylets = [p for p in psutil.process_iter(["name", "cmdline"])
+               if p.info["name"] == "raylet" and session in " ".join(p.info["cmdline"] or ())]
+    children = [child for raylet in raylets for child in raylet.children(recursive=True)]
+    return [child for child in children if "SolveShard" in " ".join(child.cmdline())]
+
+
+def killing_one(folder: Folder, done: threading.Event) -> Callable[[], None]:
+    """Ends one solver when the second shard is there."""
+
+    def kill() -> None:
+        until_s = time.monotonic() + 120
+        while time.monotonic() < until_s and not folder.has(shard_file(1)):
+            time.sleep(0.02)
+        solvers()[0].send_signal(signal.SIGKILL)
+        done.set()
+
+    return kill
+
+
+def make_with_a_solver_killed(run: Run) -> None:
+    done = threading.Event()
+    thread = threading.Thread(target=killing_one(run.folder / "pairs", done), daemon=True)
+    thread.start()
+    try:
+        make_pairs(run)
+    finally:
+        thread.join(130)
+        assert done.is_set()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_solver_that_is_killed_is_replaced_and_the_bytes_are_the_same(small_run: OpenRun, unbroken: Any) -> None:
+    run = small_run("a", *MANY)
+    make_with_a_solver_killed(run)
+    assert files_of(run.folder / "pairs") == unbroken["many"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_solver_lost_once_too_often_ends_the_job_and_the_rerun_keeps_its_shards(
+    small_run: OpenRun, unbroken: Any
+) -> None:
+    run = small_run("a", *MANY, "train.max_failures=0")
+    with pytest.raises(JobFailed, match="pairs failed: .*died[^$]*finished shards are kept"):
+        make_with_a_solver_killed(run)
+    folder = run.folder / "pairs"
+    kept = {name: (folder.path / name).stat().st_mtime_ns for name in folder.files() if name.startswith("pairs-")}
+    assert kept
+    make_pairs(run)
+    assert files_of(folder) == unbroken["many"]
+    assert all((folder.path / name).stat().st_mtime_ns == before_ns for name, before_ns in kept.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_that_no_solver_can_load_ends_the_job_with_its_error(small_run: OpenRun, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(embedded("base"), base)
+    (weights,) = (base / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(JobFailed, match=r"^pairs failed: OSError: Unable to load weights.*\n.*shards are kept"):
+        make_pairs(small_run("a", f"model.path={base}"))
+
+
+def job(repository: Path, storage: str, *arguments: str) -> subprocess.Popen[str]:
+    from tests.jobs.conftest import SMALL
+
+    settings = [f"--set={setting}" for setting in (f"train.storage={storage}", *SMALL, *MANY)]
+    command = [sys.executable, "-m", "jobs.pairs", "--preset=tiny", "--name=a", *settings, *arguments]
+    environment = os.environ | {"RAY_ADDRESS": "", "RAY_TMPDIR": tempfile.mkdtemp(prefix="dp-")}
+    return subprocess.Popen(command, cwd=repository, env=environment, start_new_session=True, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_job_that_is_killed_whole_goes_on_to_the_bytes_of_an_unbroken_one(
+    where: str, unbroken: Any, repository: Path, tmp_path: Path, bucket: str
+) -> None:
+    storage = str(tmp_path / "runs") if where == "local" else f"s3://{bucket}/runs"
+    folder, until_s = Folder(f"{storage}/a/pairs"), time.monotonic() + 150
+    first = job(repository, storage)
+    while not folder.has(shard_file(1)) and time.monotonic() < until_s and first.poll() is None:
         time.sleep(0.02)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait(timeout=10)
-    assert checksums(make_pairs(broken)) == checksums(make_pairs(unbroken))
+    end(first)
+    kept = {name: data for name, data in files_of(folder).items() if name.startswith("pairs-")}
+    assert kept and not folder.has("manifest.json")
+    if where == "s3":
+        folder.write(shard_file(0), kept.pop(shard_file(0))[:-30])
+    second = job(repository, storage, "--resume")
+    said, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, said
+    assert f"12 shards of which {12 - len(kept)} are to be made" in said
+    assert files_of(folder) == unbroken["many"]
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """SIGKILL the job and every process that its own Ray started."""
+    family = [*psutil.Process(process.pid).children(recursive=True)]
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in family:
+        if child.is_running():
+            child.kill()
+    process.communicate(timeout=20)
