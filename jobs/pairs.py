@@ -42,11 +42,6 @@ ERROR = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Exception): .*)$", re.MULTILINE)
 SEEN_WITHIN_S = 60.0  # network file systems show a new file late
 
 
-def prompts_of(run: Run) -> Sequence[str]:
-    """The prompts that the run's pairs are of."""
-    return pair_prompts(run)
-
-
 def plan_of(run: Run) -> PairPlan:
     """What decides the run's pairs; prepares its prompts, and checks the teacher."""
     check_transformer(run.base, run.config)

@@ -130,7 +130,7 @@ class PairsConfig:
     solver_steps: int = 40
     guidance: float = 6.0
     batch_size: int = 16
-    rows_per_shard: int = 4  # about 100 MB at 832x480: Ray Data splits blocks above 128 MB
+    rows_per_shard: int = 4  # about 80 MB at 832x480; a shard that is cut off is solved again
     kept_raw: tuple[int, ...] = (1000, 750, 500, 250, 100, 0)
     max_bad_share: float = 0.01
     text_workers: int = 1

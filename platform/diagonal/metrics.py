@@ -111,7 +111,6 @@ TRAINING = (
     _counter("diagonal_checkpoints_refused_total", "checkpoints", "Incomplete or altered ones, passed over", "stage"),
     _counter("diagonal_restarts_total", "restarts", "Times that workers were started again", "stage"),
     _counter("diagonal_data_wait_seconds_total", "seconds", "Time that training waited for data", "stage"),
-    _counter("diagonal_prompts_total", "prompts", "Prompts prepared, by what became of them", "outcome"),
     _counter("diagonal_pairs_total", "pairs", "Trajectories written"),
     _gauge("diagonal_pairs_per_second", "pairs/s", "Trajectories written a second, of this job"),
     _counter("diagonal_data_quarantined_total", "samples", "Samples set aside, by reason", "stage", "reason"),

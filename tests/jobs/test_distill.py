@@ -12,7 +12,7 @@ from jobs import distill
 from jobs.distill import samples
 from jobs.fit import fit
 from jobs.ode_init import initialise
-from jobs.pairs import prompts_of
+from jobs.prompts import pair_prompts
 from jobs.run import Run
 from tests.jobs.conftest import OpenRun
 
@@ -24,7 +24,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
-    prompts, updates = prompts_of(run), run.config.distill.stage1_updates + run.config.distill.stage2_updates
+    prompts, updates = pair_prompts(run), run.config.distill.stage1_updates + run.config.distill.stage2_updates
     chosen = samples(len(prompts), run.config.seed, 0, updates * run.config.distill.batch_size)
     return [{"sample": sample, "prompt": prompts[index]} for sample, index in chosen]
 

@@ -150,7 +150,7 @@ def test_distillation_takes_its_own_prompts_where_they_are_given(small_run: Open
 
 def solvers() -> list[psutil.Process]:
     """The processes of this cluster, and of no other, that solve trajectories."""
-    session = Path(ray.get_runtime_context().get_temp_dir())
+    session = str(ray.get_runtime_context().get_temp_dir())
     raylets = [p for p in psutil.process_iter(["name", "cmdline"])
                if p.info["name"] == "raylet" and session in " ".join(p.info["cmdline"] or ())]
     children = [child for raylet in raylets for child in raylet.children(recursive=True)]

@@ -57,13 +57,6 @@ def read_prompts(uri: str, patience_s: float = 120.0) -> Iterator[str]:
                 yield from _line_prompts(file, place, _jsonl_prompt if name.endswith(".jsonl") else _line_prompt)
 
 
-def load_prompts(uri: str) -> list[str]:
-    """Distinct normalised prompts of a file, in their first order."""
-    found = list(dict.fromkeys(p for p in map(normalise, read_prompts(uri)) if p))
-    require(bool(found), "prompts", uri, "a file with at least one prompt")
-    return found
-
-
 def _inside(folder: Folder, uri: str) -> list[str]:
     found = [name for name in folder.children() if name.endswith(SUFFIXES)]
     allowed = f"a file that exists, or a folder of files, ending in one of {SUFFIXES}"
