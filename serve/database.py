@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sql
 
-from serve.records import EncodedChunk, Interaction, InteractionKind, Pacing, Status, VideoRecord
+from serve.records import ChunkEvents, EncodedChunk, Interaction, InteractionKind, Pacing, Status, VideoRecord
 from serve.tables import CHUNKS, IDEMPOTENCY, INTERACTIONS, USAGE, VIDEOS, Tables
 
 _RUNNING = (Status.QUEUED.value, Status.IN_PROGRESS.value)
@@ -74,6 +75,14 @@ class Database:
             row = connection.execute(query).first()
             return None if row is None else (row.frames, row.file or str(chunk), row.sha256)
 
+    def events_at(self, video_id: str, chunk: int) -> ChunkEvents:
+        """Which prompt changes began with that chunk, are still blending in it, and are done with it."""
+        prompts = (INTERACTIONS.c.video_id == video_id) & (INTERACTIONS.c.kind == InteractionKind.PROMPT.value)
+        query = INTERACTIONS.select().where(prompts, INTERACTIONS.c.chunk <= chunk).order_by(INTERACTIONS.c.number)
+        with self._tables.reading() as connection:
+            changes = [_interaction(row) for row in connection.execute(query).mappings()]
+        return chunk_events(changes, chunk)
+
     def chunk_files(self, video_id: str) -> list[str]:
         """Names of the files of a video's chunks, in order."""
         query = sql.select(CHUNKS.c.chunk, CHUNKS.c.file).where(CHUNKS.c.video_id == video_id).order_by(CHUNKS.c.chunk)
@@ -112,9 +121,13 @@ class Database:
         with self._tables.writing() as connection:
             connection.execute(INTERACTIONS.delete().where(mine))
 
-    def set_resume(self, video_id: str, old_hash: str, new_hash: str) -> bool:
-        """Replace the resume token that counts, for whoever holds the old one; one caller succeeds."""
-        return self._update(video_id, VIDEOS.c.resume_hash == old_hash, resume_hash=new_hash)
+    def take_over(self, owner: str, old_hash: str, new_hash: str) -> VideoRecord | None:
+        """Replace the resume token that counts, for whoever of the owner's shows it; of several, one succeeds."""
+        mine = (VIDEOS.c.resume_hash == old_hash) & (VIDEOS.c.owner == owner)
+        with self._tables.writing() as connection:
+            query = VIDEOS.update().where(mine).values(resume_hash=new_hash).returning(*VIDEOS.columns)
+            row = connection.execute(query).mappings().first() if old_hash else None
+            return None if row is None else read_video(row)
 
     def remove(self, video_id: str, owner: str | None = None) -> VideoRecord | None:
         """Forget a video and all that belongs to it; returns what it was. With `owner`, only if it is his."""
@@ -148,6 +161,24 @@ class Database:
     def _update(self, video_id: str, *conditions: Any, **values: Any) -> bool:
         with self._tables.writing() as connection:
             return bool(connection.execute(running(video_id, *conditions).values(**values)).rowcount)
+
+
+def chunk_events(changes: Sequence[Interaction], chunk: int) -> ChunkEvents:
+    """The part that applied changes, in order, have in a chunk: one blends until it is done or the next one begins."""
+    started, active, completed = [], [], []
+    followers: list[Interaction | None] = [*changes[1:], None]
+    for change, following in zip(changes, followers, strict=False):
+        first = change.chunk or 0
+        last = first + max(1, change.transition_chunks) - 1
+        if following is not None and following.chunk is not None:
+            last = min(last, max(first, following.chunk - 1))
+        if first == chunk:
+            started.append(change.event_id)
+        if first <= chunk <= last:
+            active.append(change.event_id)
+        if last == chunk:
+            completed.append(change.event_id)
+    return ChunkEvents(tuple(started), tuple(active), tuple(completed))
 
 
 def running(video_id: str, *conditions: Any) -> sql.Update:

@@ -31,7 +31,9 @@ class Driver:
         self._replica = replica.options(session_id=address(video.replica, video.id))
         self._clock = PlaybackClock(lead_s, time.monotonic)
         self._start_by = time.monotonic() + start_timeout_s
-        self._ahead = 0 if video.pacing is Pacing.REALTIME else 1
+        self._paced = video.pacing is Pacing.REALTIME
+        self._live = self._paced or bool(video.resume_hash)  # ends when nobody watches
+        self._ahead = 0 if self._paced else 1
 
     async def run(self) -> None:
         """Until the end. When this task is cancelled the video is left for another driver."""
@@ -77,7 +79,7 @@ class Driver:
         """Wait until the next chunk may be made, or the video is no longer wanted."""
         while True:
             verdict = await self._check()
-            if not verdict.go or self._video.pacing is Pacing.NONE:
+            if not verdict.go or not self._live:
                 return verdict
             if verdict.readers:
                 self._clock.start()
@@ -97,6 +99,8 @@ class Driver:
         """How long until the next chunk may be made, by the viewer's own player or by a clock that stands for it."""
         if not verdict.readers and verdict.had_reader:
             return _LOOK_EVERY_S  # nobody watches until he who lost his connection is back
+        if verdict.position_s is None and not self._paced:
+            return 0.0
         if verdict.position_s is None:
             wait_s, ahead_s = self._clock.wait_s(media_s), media_s - self._clock.position_s()
         else:

@@ -49,6 +49,10 @@ class Gateway:
             self._model = await answer(self._replica.describe.remote())
         return self._model
 
+    def count_error(self, code: str) -> None:
+        """Count an error that was told, by its code."""
+        self._metrics.inc("diagonal_errors_total", code=code)
+
     async def check_ready(self) -> None:
         """`Problem` 503 unless the store and a replica with a running engine answer."""
         try:
@@ -183,13 +187,17 @@ class Gateway:
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
 
-    async def take_over(self, video: VideoRecord, old_hash: str, new_hash: str) -> bool:
-        """Make the holder of a resume token the session's only owner; False when the token does not count."""
-        return bool(await patient(lambda: self._store.take_over.remote(video.id, old_hash, new_hash)))
+    async def take_over(self, caller: Caller, old_hash: str, new_hash: str) -> VideoRecord | None:
+        """The video of a resume token, whose only reader its holder now is; None when the token does not count."""
+        taken: VideoRecord | None = await answer(self._store.take_over.remote(caller.key_id, old_hash, new_hash))
+        if taken is not None:
+            await self._adopt_if_orphan(taken.id)
+        return taken
 
     async def cancel(self, video: VideoRecord, code: str, message: str) -> None:
-        """End the video where it is; its driver frees the session within a chunk."""
-        await patient(lambda: self._store.end.remote(video.id, Status.CANCELLED, code, message))
+        """End the video where it is, and free its session within a chunk."""
+        if await patient(lambda: self._store.end.remote(video.id, Status.CANCELLED, code, message)):
+            await answer(self._at(video).close.remote(video.id, "cancelled"))
 
     async def close(self) -> None:
         """This gateway goes away; other gateways take its videos over."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+LIVE = "live-"  # begins the name of a reader that owns its session; the hash of its resume token follows
+
 
 class Status(StrEnum):
     """Of a video, by OpenAI's names; `cancelled` is ours: its last reader left it, or its owner did."""
@@ -178,6 +180,15 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class ChunkEvents:
+    """The prompt changes that began with a chunk, that blend in it, and that are done with it."""
+
+    started: tuple[str, ...] = ()
+    active: tuple[str, ...] = ()
+    completed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Segment:
     """What the store tells a reader who asked for a chunk: its bytes, or why there are none (yet)."""
 
@@ -186,5 +197,6 @@ class Segment:
     frames: int = 0
     orphan: bool = False
     sha256: str = ""
+    events: ChunkEvents = ChunkEvents()
     superseded: bool = False
     error_code: str | None = None

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Header, Query, Request
+from fastapi import Depends, FastAPI, Header, Query, Request, WebSocket
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.formparsers import MultiPartException
@@ -24,6 +24,7 @@ from serve.auth import Door
 from serve.edge import Edge
 from serve.gateway import Gateway
 from serve.problems import Problem
+from serve.realtime import RealtimeLimits, RealtimeSession
 from serve.records import Caller, Idempotency
 from serve.schemas import (
     MAX_BODY_BYTES,
@@ -51,7 +52,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(("4XX", "5XX"), _PROBLE
 _VIDEO: dict[int | str, dict[str, Any]] = {200: {"content": {"video/mp4": {}}}}
 
 
-def create_app(gateway: Gateway, metrics: MetricSink, names_answers: bool = True) -> FastAPI:
+def create_app(
+    gateway: Gateway, metrics: MetricSink, names_answers: bool = True, limits: RealtimeLimits | None = None
+) -> FastAPI:
     """The application of one gateway; `names_answers`: it sets X-Request-Id itself (Serve's proxy does otherwise)."""
 
     @asynccontextmanager
@@ -70,6 +73,7 @@ def create_app(gateway: Gateway, metrics: MetricSink, names_answers: bool = True
     app.add_middleware(Edge, names_answers=names_answers)  # the last one added is the outermost
     _add_videos(app)
     _add_streams(app)
+    _add_realtime(app, limits or RealtimeLimits())
     _add_service(app)
     _describe_bodies(app)
     app.mount("/viewer", StaticFiles(directory=VIEWER), name="viewer")
@@ -156,11 +160,10 @@ def _add_streams(app: FastAPI) -> None:
         return StreamingResponse(segments, media_type="video/mp4", headers={"Cache-Control": "no-store"})
 
 
-def _add_service(app: FastAPI) -> None:
-    @app.get("/v1/models")
-    async def list_models(gateway: Via, caller: By) -> ModelList:
-        """What can be asked for, and its limits."""
-        return ModelList(data=[ModelAnswer.of(await gateway.model(), caller)])
+def _add_realtime(app: FastAPI, limits: RealtimeLimits) -> None:
+    @app.websocket("/v1/realtime/video")
+    async def realtime(socket: WebSocket) -> None:
+        await RealtimeSession(socket, socket.app.state.gateway, socket.state.caller, limits).run()
 
     @app.post("/v1/realtime/client_secrets", openapi_extra=_body_of(ClientSecretRequest, required=False))
     async def create_client_secret(request: Request, gateway: Via, caller: By) -> ClientSecret:
@@ -169,6 +172,13 @@ def _add_service(app: FastAPI) -> None:
         asked: ClientSecretRequest = parse(ClientSecretRequest, data, text=text)
         value, expires_at = await gateway.create_client_secret(caller, asked.expires_after.seconds)
         return ClientSecret(value=value, expires_at=int(expires_at))
+
+
+def _add_service(app: FastAPI) -> None:
+    @app.get("/v1/models")
+    async def list_models(gateway: Via, caller: By) -> ModelList:
+        """What can be asked for, and its limits."""
+        return ModelList(data=[ModelAnswer.of(await gateway.model(), caller)])
 
     @app.get("/health/live")
     async def live() -> Health:

@@ -19,20 +19,21 @@ MAX_TRANSITION_CHUNKS = 64
 MAX_BODY_BYTES = 64 * 1024
 MAX_MESSAGE_BYTES = 128 * 1024
 MAX_PENDING = 64
+EXTRA_NAMES = AliasChoices("extra", "extra_params", "extra_body")
 EventId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
 
 
-class _Request(BaseModel):
+class WireRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class VideoExtra(_Request):
+class VideoExtra(WireRequest):
     """What OpenAI's shape has no place for. With `realtime` chunks are made just ahead of who watches."""
 
     pacing: Literal["none", "realtime"] = "none"
 
 
-class VideoRequest(_Request):
+class VideoRequest(WireRequest):
     """Body of `POST /v1/videos`, as JSON or as a form. What is not given is the model's own."""
 
     prompt: str
@@ -45,7 +46,7 @@ class VideoRequest(_Request):
     fps: int | None = None
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     extra: VideoExtra = Field(
-        default_factory=VideoExtra, validation_alias=AliasChoices("extra", "extra_params", "extra_body")
+        default_factory=VideoExtra, validation_alias=EXTRA_NAMES
     )
 
     @field_validator("extra", mode="before")
@@ -59,29 +60,29 @@ class VideoRequest(_Request):
         return value
 
 
-class PromptEvent(_Request):
+class PromptEvent(WireRequest):
     prompt: str
 
 
-class InteractionBody(_Request):
+class InteractionBody(WireRequest):
     event_id: EventId = Field(default_factory=lambda: secrets.token_hex(8))
     event: PromptEvent
     transition_chunks: int = Field(0, ge=0, le=MAX_TRANSITION_CHUNKS)
 
 
-class InteractionRequest(_Request):
+class InteractionRequest(WireRequest):
     """Body of `POST /v1/videos/{id}/interactions`: vLLM-Omni's `session.interaction` message."""
 
     type: Literal["session.interaction"] = "session.interaction"
     interaction: InteractionBody
 
 
-class ExpiresAfter(_Request):
+class ExpiresAfter(WireRequest):
     anchor: Literal["created_at"] = "created_at"
     seconds: int = Field(default=int(CLIENT_SECRET_S), ge=1, le=int(CLIENT_SECRET_S))
 
 
-class ClientSecretRequest(_Request):
+class ClientSecretRequest(WireRequest):
     """Body of `POST /v1/realtime/client_secrets`; all of it may be left out."""
 
     expires_after: ExpiresAfter = Field(default_factory=ExpiresAfter)
@@ -228,7 +229,7 @@ class Health(BaseModel):
     status: Literal["live", "ready"]
 
 
-def parse(kind: type[_Request], data: object, *, text: bool) -> Any:
+def parse(kind: type[WireRequest], data: object, *, text: bool) -> Any:
     """A request of that kind; `Problem` 422 names what is wrong. From a form (`text`) every value is a string."""
     try:
         return kind.model_validate(data, strict=not text)

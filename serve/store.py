@@ -27,7 +27,9 @@ from serve.credentials import Credentials, Secret
 from serve.database import Database
 from serve.files import INIT, MediaFiles, read_part
 from serve.records import (
+    LIVE,
     Caller,
+    ChunkEvents,
     EncodedChunk,
     Idempotency,
     Interaction,
@@ -196,9 +198,8 @@ class Store:
 
     async def playback(self, video_id: str, reader: str, position_s: float, window_s: float) -> None:
         """A reader tells how far it has played, and how much media it wants ahead."""
-        watch = self._watches.get(video_id)
-        if watch is not None:
-            watch.told_position(reader, position_s, window_s)
+        if video_id in self._watches:
+            self._watches[video_id].told_position(reader, position_s, window_s)
 
     async def leave(self, video_id: str, reader: str, return_s: float = 0.0) -> None:
         """A reader is gone; it may come back within `return_s`."""
@@ -209,12 +210,12 @@ class Store:
             if watch.over and not watch.readers:
                 del self._watches[video_id]
 
-    async def take_over(self, video_id: str, old_hash: str, new_hash: str) -> bool:
-        """Whoever holds the resume token becomes the session's only owner, with a new one; False: it is not valid."""
-        taken = await self._run(self._database.set_resume, video_id, old_hash, new_hash)
-        if taken:
-            self._tell(video_id)
-        return taken
+    async def take_over(self, owner: str, old_hash: str, new_hash: str) -> VideoRecord | None:
+        """Who shows a resume token becomes the session's only reader, with a new token; None: it does not count."""
+        video = await self._run(self._database.take_over, owner, old_hash, new_hash)
+        if video is not None:
+            self._tell(video.id)
+        return video
 
     async def content(self, video_id: str, start: int, stop: int) -> tuple[int, bytes] | None:
         """Size of the finished file and some of its bytes; None when it is not there."""
@@ -323,7 +324,7 @@ class Store:
         video = self._database.get(video_id)
         if video is None:
             return None
-        superseded = bool(video.resume_hash) and reader.startswith("ws-") and reader != f"ws-{video.resume_hash}"
+        superseded = reader.startswith(LIVE) and reader != LIVE + video.resume_hash
         news = Segment(
             video.status, orphan=self._is_orphan(video), superseded=superseded, error_code=video.error_code
         )
@@ -332,8 +333,10 @@ class Store:
         if superseded or made is None:
             return news
         frames, file, sha256 = made
+        events = self._database.events_at(video_id, chunk) if reader.startswith(LIVE) else ChunkEvents()
         try:
-            return replace(news, data=self._files.read(video_id, file), frames=frames, sha256=sha256)
+            data = self._files.read(video_id, file)
+            return replace(news, data=data, frames=frames, sha256=sha256, events=events)
         except FileNotFoundError:
             if self._database.get(video_id) is None:
                 return None  # deleted in between

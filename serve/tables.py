@@ -46,6 +46,7 @@ VIDEOS = Table(
     Column("account", String(64), nullable=False, server_default=LOCAL),
     Column("expires_at", Float),
     Column("resume_hash", String(64), nullable=False, server_default=""),
+    Index("videos_by_resume_hash", "resume_hash"),
 )
 CHUNKS = Table(
     "chunks",
@@ -170,6 +171,8 @@ def _to_2(connection: sql.Connection) -> None:
         for name in names:
             column = sql.schema.CreateColumn(table.c[name]).compile(dialect=connection.dialect)
             connection.execute(sql.text(f"ALTER TABLE {table.name} ADD COLUMN {column}"))
+    for index in VIDEOS.indexes:
+        index.create(connection)
     _TABLES.create_all(connection, [SCHEMA, KEYS, CLIENT_SECRETS, USAGE, IDEMPOTENCY])
 
 

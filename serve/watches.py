@@ -35,11 +35,9 @@ class Watch:
         self.had_reader, self.return_by = True, float("-inf")
 
     def told_position(self, name: str, position_s: float, window_s: float) -> None:
-        reader = self.readers.get(name)
-        if reader is not None:
-            reader.asked_at = time.monotonic()
-            reader.position_s = max(position_s, reader.position_s or 0.0)
-            reader.window_s = window_s
+        self.saw_reader(name)
+        reader = self.readers[name]
+        reader.position_s, reader.window_s = max(position_s, reader.position_s or 0.0), window_s
 
     def forget_silent(self, silence_s: float) -> None:
         now = time.monotonic()

@@ -25,6 +25,7 @@ from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
 from diagonal.engine.snapshot import Snapshot
 from diagonal.errors import require
 from serve.gateway import Gateway
+from serve.realtime import RealtimeLimits
 from serve.replica import Replica
 from serve.routes import create_app
 from serve.settings import ServeSettings
@@ -174,8 +175,11 @@ class LocalHandle:
 class Service:
     """Store, replica and gateways on one loop in a thread, each gateway behind a real socket."""
 
-    def __init__(self, settings: ServeSettings, engine: FakeEngine, **store: float) -> None:
+    def __init__(
+        self, settings: ServeSettings, engine: FakeEngine, limits: RealtimeLimits | None = None, **store: float
+    ) -> None:
         self.settings, self.engine, self.metrics = settings, engine, RecordingSink()
+        self._limits = limits
         self.gateways: list[Gateway] = []
         self.urls: list[str] = []
         self._store_options = store
@@ -214,7 +218,7 @@ class Service:
     def _server(self) -> uvicorn.Server:
         gateway = Gateway(self.settings, LocalHandle(self.store), LocalHandle(self.replica), self.metrics)
         self.gateways.append(gateway)
-        app = create_app(gateway, self.metrics)
+        app = create_app(gateway, self.metrics, limits=self._limits)
         options: dict[str, Any] = {"log_level": "critical", "timeout_graceful_shutdown": 1}
         return uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, **options))
 
@@ -261,8 +265,10 @@ def make_service(settings: ServeSettings, engine: FakeEngine) -> Iterator[Callab
     """Starts a service with other settings or store options than the usual ones."""
     made: list[Service] = []
 
-    def make(store: dict[str, float] | None = None, **changes: Any) -> Service:
-        service = Service(replace(settings, **changes), engine, **(store or {}))
+    def make(
+        store: dict[str, float] | None = None, limits: RealtimeLimits | None = None, **changes: Any
+    ) -> Service:
+        service = Service(replace(settings, **changes), engine, limits, **(store or {}))
         made.append(service)
         service.start()
         return service

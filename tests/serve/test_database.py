@@ -15,7 +15,7 @@ import sqlalchemy as sql
 
 from serve.admission import Admission
 from serve.credentials import Credentials, parse_secret
-from serve.database import Database
+from serve.database import Database, chunk_events
 from serve.records import Caller, EncodedChunk, Idempotency, Interaction, Pacing, Refused, Status, VideoRecord
 from serve.tables import VERSION, Tables
 
@@ -149,9 +149,29 @@ def test_all_of_a_removed_video_is_gone_and_only_its_owner_removes_it(database: 
             assert connection.execute(sql.text(f"SELECT count(*) FROM {name}")).scalar() == 0
 
 
-def test_one_resume_token_counts(database: Database) -> None:
-    assert database.set_resume("video_1", "", "one")
-    assert database.set_resume("video_1", "one", "two") and not database.set_resume("video_1", "one", "three")
+def test_one_resume_token_counts_and_for_its_owner_alone(tables: Tables) -> None:
+    database = Database(tables)
+    Admission(tables).admit(replace(VIDEO, resume_hash="one"), LOCAL, None, 1.0)
+    assert database.take_over("somebody", "one", "two") is None
+    taken = database.take_over("local", "one", "two")
+    assert taken is not None and (taken.id, taken.resume_hash) == ("video_1", "two")
+    assert database.take_over("local", "one", "three") is None and database.take_over("local", "", "three") is None
+
+
+def test_a_change_is_told_with_the_chunks_that_it_starts_in_blends_in_and_ends_with() -> None:
+    changes = [
+        Interaction("a", "x", 3, chunk=1), Interaction("b", "x", 0, chunk=5), Interaction("c", "x", 4, chunk=7),
+        Interaction("d", "x", 2, chunk=8), Interaction("e", "x", 0, chunk=8),
+    ]  # fmt: skip
+    told = [chunk_events([one for one in changes if (one.chunk or 0) <= at], at) for at in range(10)]
+    assert [events.started for events in told] == [
+        (), ("a",), (), (), (), ("b",), (), ("c",), ("d", "e"), (),
+    ]  # fmt: skip
+    assert [events.active for events in told] == [
+        (), ("a",), ("a",), ("a",), (), ("b",), (), ("c",), ("d", "e"), (),
+    ]  # fmt: skip
+    assert [events.completed for events in told[:7]] == [(), (), (), ("a",), (), ("b",), ()]
+    assert told[8].completed == ("d", "e")
 
 
 def test_a_database_of_the_first_version_is_brought_up_with_what_it_holds(database_url: str) -> None:

@@ -1,0 +1,79 @@
+"""A viewer on `WS /v1/realtime/video`, over a real socket."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from websockets.sync.client import ClientConnection, connect
+
+DEADLINE_S = 20.0
+
+
+class Viewer:
+    """One connection. Checks of every chunk that its frame follows its metadata, whole."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
+        self.video = bytearray()
+        self.chunks: list[dict[str, Any]] = []
+        self.others: list[dict[str, Any]] = []
+        self.request_id, self.resume_token = "", ""
+
+    def say(self, kind: str, **fields: Any) -> None:
+        self.socket.send(json.dumps({"type": kind, **fields}))
+
+    def start(self, **fields: Any) -> dict[str, Any]:
+        """Begin, or go on; gives `video.start`."""
+        self.say("session.start", **({"prompt": "a red circle"} | fields))
+        started = self.next()
+        assert started["type"] == "video.start", started
+        self.request_id, self.resume_token = started["request_id"], started["resume_token"]
+        return started
+
+    def next(self) -> dict[str, Any]:
+        """The next message; a chunk's frame is taken with it."""
+        message: dict[str, Any] = json.loads(self.socket.recv(DEADLINE_S))
+        if message["type"] != "video.chunk_metadata":
+            self.others.append(message)
+            return message
+        data = self.socket.recv(DEADLINE_S)
+        assert isinstance(data, bytes) and len(data) == message["byte_length"]
+        media = data[data.index(b"moof") - 4 :]
+        assert hashlib.sha256(media).hexdigest() == message["chunk_sha256"]
+        self.video += data
+        self.chunks.append(message)
+        self.resume_token = message["resume_token"]
+        return message
+
+    def until(self, kind: str) -> dict[str, Any]:
+        """Read on to the next message of that kind."""
+        while (message := self.next())["type"] != kind:
+            pass
+        return message
+
+    def read(self, chunks: int) -> None:
+        """Read so many more chunks."""
+        wanted = len(self.chunks) + chunks
+        while len(self.chunks) < wanted:
+            self.next()
+
+    @property
+    def indices(self) -> list[int]:
+        return [chunk["generation_chunk_index"] for chunk in self.chunks]
+
+
+@contextmanager
+def viewer(url: str, headers: Mapping[str, str] | None = None, **options: Any) -> Iterator[Viewer]:
+    """A connection to a service by its HTTP address; closed properly at the end."""
+    address = f"{url.replace('http', 'ws', 1)}/v1/realtime/video"
+    with connect(address, additional_headers=headers, open_timeout=10, max_size=1 << 24, **options) as socket:
+        yield Viewer(socket)
+
+
+def cut(one: Viewer) -> None:
+    """Break the connection without a word, as a lost network does."""
+    one.socket.socket.shutdown(2)
