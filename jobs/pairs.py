@@ -62,7 +62,7 @@ def make_pairs(run: Run) -> Folder:
     say(f"pairs: {run.config.pairs.count} trajectories, {size_gb:.3f} GB, in {len(plan.shards)} shards of which "
         f"{len(missing)} are to be made")
     plan.check_bad([row for shard in shards.values() for row in shard.set_aside])
-    for shard in _solve(run, folder, plan, missing):
+    for shard in solve_shards(run, folder, plan, missing):
         shards[shard.number] = shard
         plan.check_bad([row for found in shards.values() for row in found.set_aside])
     manifest = finish(folder, plan, [shards[number] for number in plan.shards])
@@ -97,7 +97,7 @@ def _trajectory_bytes(run: Run) -> int:
     return 2 * len(run.config.pairs.kept_raw) * math.prod(run.config.geometry.clip_shape())
 
 
-def _solve(run: Run, folder: Folder, plan: PairPlan, missing: Sequence[int]) -> Iterator[Shard]:
+def solve_shards(run: Run, folder: Folder, plan: PairPlan, missing: Sequence[int]) -> Iterator[Shard]:
     """Each missing shard when it is written, through a pool that encodes text and one that solves and writes.
 
     A row of the data set is a shard's number and its prompts' embeddings: trajectories stay in the process that solves
