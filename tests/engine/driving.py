@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagonal.engine.engine import Engine
 from diagonal.diffusion.rollout import DenoisedChunk
+from diagonal.engine.engine import Engine
 from diagonal.engine.session import ChunkResult, Session, SessionSpec
 from diagonal.metrics import NullSink
 from diagonal.model.vae import Decoder, DecoderState

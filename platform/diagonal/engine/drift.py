@@ -16,7 +16,7 @@ MEASURES: Mapping[str, Callable[[Pixels], float]] = {
 PICTURE = ("saturation", "sharpness", "brightness")  # motion comes and goes with the scene: reported, never acted upon
 REFERENCE_CHUNKS = 4
 _SMOOTHING = 0.25
-_LEAST = 0.01  # below it a measure is nothing to compare with
+_LEAST = 1e-3  # below it a measure is nothing to compare with
 _SAMPLED_ROWS = 60  # pictures are measured on a grid of about so many rows: 832x480 in 2 ms a chunk
 
 
