@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diagonal.storage import Folder
 from diagonal.training import manifest
-from diagonal.training.checkpoint import Checkpointer, TrainState
+from diagonal.training.checkpoint import Checkpointer
 from diagonal.training.ema import Ema
 from diagonal.training.parallel import (
     ParallelPlan,
@@ -23,14 +23,15 @@ from diagonal.training.parallel import (
     parallelize,
     rollout_scope,
 )
+from diagonal.training.state import TrainState
 from tests.training.networks import Network, rollout
 
 NARROW = ParallelPlan(Precision(param="bfloat16"), checkpoint_blocks=True)
 
 
-def fresh(seed: int, world_size: int, plan: ParallelPlan = NARROW, width: int = 6) -> TrainState:
+def fresh(seed: int, world_size: int, plan: ParallelPlan = NARROW, width: int = 6, shard_group: int = 0) -> TrainState:
     """A run's objects as a new process makes them."""
-    mesh = device_mesh(world_size, "cpu")
+    mesh = device_mesh(world_size, "cpu", shard_group)
     networks = {}
     for number, name in enumerate(("generator", "critic")):
         network = Network(width=width, seed=seed + number)

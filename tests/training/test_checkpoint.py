@@ -6,15 +6,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from diagonal.storage import Folder
+from diagonal.storage import Folder, StorageError
 from diagonal.training import manifest
-from diagonal.training.checkpoint import Restored, TrainState
+from diagonal.training.checkpoint import Restored
 from diagonal.training.manifest import CheckpointError, checkpoints
+from diagonal.training.state import TrainState
 from tests.training.networks import Network
 from tests.training.ranks import Ranks
 from tests.training.states import (
@@ -105,6 +108,35 @@ def test_a_checkpoint_of_two_ranks_loads_at_one_and_that_one_loads_at_two(two_ra
     saved(one, tmp_path / "one")
     for two in two_ranks.run(load_two, str(tmp_path / "one")):
         assert same(before, two, ignoring="rng")
+
+
+def save_copies(rank: int, root: str) -> dict[str, Tensor]:
+    """Two ranks that hold a whole copy each."""
+    torch.manual_seed(rank)
+    state = fresh(0, 2, shard_group=1)
+    advance(state, 4)
+    saved(state, root)
+    return contents(state)
+
+
+def test_copies_beyond_a_shard_group_are_saved_once_and_load_at_one_rank(two_ranks: Ranks, tmp_path: Path) -> None:
+    before = two_ranks.run(save_copies, str(tmp_path))[0]
+    one = fresh(30, 1)
+    assert keeper(tmp_path).restore(one) is not None
+    assert same(before, contents(one), ignoring="rng")
+    written = dcp.FileSystemReader(folder_of(tmp_path, 4)).read_metadata().storage_data
+    assert sorted(index.fqn for index in written) == sorted(before.keys() | {"rng/rank01/cpu"})
+
+
+def away(rank: int, root: str) -> str:
+    broken = mock.patch.object(manifest, "scan", side_effect=StorageError("no answer"))
+    with broken, pytest.raises(StorageError) as told:
+        keeper(root).restore(fresh(0, 2))
+    return str(told.value)
+
+
+def test_a_storage_that_does_not_answer_rank_0_ends_all_ranks(two_ranks: Ranks, tmp_path: Path) -> None:
+    assert two_ranks.run(away, str(tmp_path)) == ["no answer"] * 2
 
 
 def test_a_resume_goes_on_with_the_saved_moments_and_the_new_rate(tmp_path: Path) -> None:

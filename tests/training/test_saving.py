@@ -68,15 +68,20 @@ def test_training_goes_on_while_a_save_is_written_and_the_save_holds_the_state_i
 def test_a_save_asked_for_while_one_is_written_is_skipped_and_counted_but_never_one_that_waits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state, own = fresh(0, 1), keeper(tmp_path)
+    state, own, states = fresh(0, 1), keeper(tmp_path), {}
     with held() as release:
-        for state.update in (1, 2, 3):
+        for update in (1, 2, 3):
+            advance(state, 1)
+            states[update] = contents(state)
             own.save(state)
         assert own.skipped == 2
-        release.set()
-        state.update = 4
+        threading.Timer(0.2, release.set).start()
+        advance(state, 1)
         own.save(state, wait=True)
     assert updates(tmp_path) == [4, 1]
+    shutil.rmtree(folder_of(tmp_path, 4))
+    keeper(tmp_path).restore(state)
+    assert same(states[1], contents(state))  # its copy was not written over by that of update 4
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 2 and "update 3: no checkpoint" in told[1]
     assert own.skipped == 2 and own.wrote_s > 0.0
@@ -263,12 +268,12 @@ def test_an_altered_newer_checkpoint_never_takes_the_place_of_a_good_one(tmp_pat
     state = fresh(0, 1)
     saved(state, tmp_path, 7, 9)
     flip(folder_of(tmp_path, 9))
-    own = keeper(tmp_path, keep=1)
+    own = keeper(tmp_path, keep=2)
     restored = own.restore(state)
     assert restored is not None and restored.update == 7
     state.update = 8
     own.save(state, wait=True)
-    assert updates(tmp_path) == [8]
+    assert updates(tmp_path) == [8, 7]
 
 
 def test_a_folder_that_not_every_node_sees_is_refused_by_the_first_save(two_ranks: Ranks, tmp_path: Path) -> None:

@@ -29,11 +29,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from diagonal.errors import FieldError, require
 from diagonal.storage import Folder, StorageError
 from diagonal.training import manifest
-from diagonal.training.manifest import Checkpoint, CheckpointError, UnfinishedError, checkpoints, folder_name
+from diagonal.training.manifest import Checkpoint, CheckpointError, UnfinishedError, folder_name
 from diagonal.training.ranks import Group, from_rank_0, gathered, gloo_group, highest, own_rank, world_size
 from diagonal.training.state import TrainState
 
-__all__ = ["Checkpoint", "CheckpointError", "Checkpointer", "Restored", "TrainState", "checkpoints", "folder_name"]
 IDLE, RUNNING, FAILED = range(3)
 LONGEST_TRANSFER_S = 3600.0  # of one rank's files, which the other ranks wait for
 
@@ -277,18 +276,3 @@ def _reason(error: BaseException) -> str:
         rank, (cause, _) = min(error.failures.items())
         return f"rank {rank}: {cause!r}"
     return str(error)
-
-
-def save(state: TrainState, folder: str | os.PathLike[str], *, shared: bool = True) -> Path:
-    """Write `state` to a local folder and wait (until the jobs use `Checkpointer`)."""
-    target = Path(folder)
-    writer = dcp.FileSystemWriter(target, sync_files=True)
-    dcp.save(state.state_dict(), storage_writer=writer, no_dist=not dist.is_initialized())
-    told = manifest.compose(target, own_rank(), world_size(), "", state.progress)
-    Folder(str(target)).write_json(manifest.name_of(own_rank()), told)
-    return target
-
-
-def load(state: TrainState, folder: str | os.PathLike[str]) -> None:
-    """Read a local folder into `state` (until the jobs use `Checkpointer`)."""
-    _read_into(state, Path(folder), None)

@@ -103,7 +103,7 @@ def scan(root: Folder) -> tuple[list[Checkpoint], list[CheckpointError]]:
     return sorted(whole, key=lambda c: (c.update, c.saved_at_s, c.folder.name), reverse=True), broken
 
 
-def folder_name(update: int, token: str = "") -> str:
+def folder_name(update: int, token: str) -> str:
     """Name of the checkpoint after `update` updates by the save `token`; names sort by update."""
     return f"{FOLDER_PREFIX}{update:08d}-{token}"
 
