@@ -21,6 +21,7 @@ from serve.records import (
     Interaction,
     ModelInfo,
     Opened,
+    Pacing,
     Refused,
     Status,
     VideoRecord,
@@ -116,8 +117,9 @@ class Gateway:
 
     async def _open(self, video: VideoRecord) -> Opened:
         replica = self._replica.options(session_id=address("", video.id))
+        paced = video.pacing is Pacing.REALTIME
         opened: Opened | Refused = await answer(
-            replica.open.remote(video.id, video.prompt, video.seed, video.frames, video.scale)
+            replica.open.remote(video.id, video.prompt, video.seed, video.frames, video.scale, paced)
         )
         if isinstance(opened, Refused):
             raise refused(opened)

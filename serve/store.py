@@ -298,7 +298,7 @@ class Store:
         names = [INIT, *await self._run(self._database.chunk_files, video_id)]
         try:
             await self._apart(self._files.join, video_id, names)
-        except StorageError as error:
+        except (StorageError, OSError) as error:  # the upkeep tries again
             _LOG.error("video %s: its file waits for the storage: %s", video_id, error)
             return
         await self.end(video_id, Status.COMPLETED)
@@ -306,7 +306,7 @@ class Store:
     async def _remove_files(self, video_id: str) -> None:
         try:
             await self._apart(self._files.remove, video_id)
-        except StorageError as error:
+        except (StorageError, OSError) as error:
             _LOG.error("video %s: its file could not be removed: %s", video_id, error)
 
     async def _run(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:

@@ -18,6 +18,7 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from ray.exceptions import RayActorError
 
 from diagonal.config import Config
 from diagonal.engine.engine import CapacityError, EngineStats, Health
@@ -153,21 +154,25 @@ def shade(prompt: str) -> int:
 
 
 class LocalHandle:
-    """Stands for a Serve handle: calls the object on its own loop."""
+    """Stands for a Serve handle: calls the object that `find` gives now, on its own loop."""
 
-    def __init__(self, target: Any) -> None:
-        self._target = target
+    def __init__(self, find: Callable[[], Any]) -> None:
+        self._find = find
 
     def options(self, **_: Any) -> LocalHandle:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._target, name)
+        async def call(*arguments: Any) -> Any:
+            target = self._find()
+            if target is None:
+                raise RayActorError
+            return await getattr(target, name)(*arguments)
 
         class Method:
             @staticmethod
             def remote(*arguments: Any) -> Any:
-                return asyncio.get_running_loop().create_task(method(*arguments))
+                return asyncio.get_running_loop().create_task(call(*arguments))
 
         return Method
 
@@ -198,6 +203,17 @@ class Service:
         """Run a coroutine on the service's loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
 
+    store: Any  # a `Store`, None while it is away
+
+    async def kill_store(self) -> None:
+        """The store's process is gone: nobody answers."""
+        store, self.store = self.store, None
+        assert store is not None
+        await store.shut()
+
+    async def restart_store(self) -> None:
+        self.store = Store(self.settings, **self._store_options)
+
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.store = Store(self.settings, **self._store_options)
@@ -212,11 +228,13 @@ class Service:
         for server in servers:
             server.should_exit = True
         await asyncio.gather(*tasks)
-        await self.replica.shut()
-        await self.store.shut()
+        for part in (self.replica, self.store):
+            if part is not None:
+                await part.shut()
 
     def _server(self) -> uvicorn.Server:
-        gateway = Gateway(self.settings, LocalHandle(self.store), LocalHandle(self.replica), self.metrics)
+        store, replica = LocalHandle(lambda: self.store), LocalHandle(lambda: self.replica)
+        gateway = Gateway(self.settings, store, replica, self.metrics)
         self.gateways.append(gateway)
         app = create_app(gateway, self.metrics, limits=self._limits)
         options: dict[str, Any] = {"log_level": "critical", "timeout_graceful_shutdown": 1}
