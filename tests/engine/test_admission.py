@@ -18,6 +18,7 @@ from diagonal.engine.admission import (
     bounded_s,
     busy_share,
     demand_of,
+    settled_chunk,
 )
 from diagonal.errors import FieldError
 from diagonal.geometry import ChunkGeometry
@@ -78,6 +79,12 @@ def test_the_largest_batch_is_the_one_that_still_ends_in_time() -> None:
 
 
 # What sessions need
+
+
+def test_a_stream_settles_when_its_window_is_full_and_its_row_repeats() -> None:
+    found = [settled_chunk(StepSchedule(steps), WINDOW) for steps in ("4322222", "2", "3333333", "222223", "43333332")]
+    assert found == [3, 3, 3, 5, 7]
+    assert settled_chunk(StepSchedule("2"), 1) == 1
 
 
 def test_busy_time_is_that_of_full_batches_and_the_rest_over_the_period_of_a_chunk() -> None:

@@ -38,7 +38,7 @@ def test_what_grows_shows_in_its_own_measure_and_in_the_drift() -> None:
     monitor = monitor_of(*[1.0] * 4, *[1.6] * 30)
     ratios = monitor.ratios
     assert ratios["sharpness"] == pytest.approx(1.6, rel=0.03) and ratios["motion"] == pytest.approx(1.6, rel=0.03)
-    assert ratios["saturation"] > 1.2 and ratios["brightness"] == pytest.approx(1.0, abs=0.02)
+    assert ratios["saturation"] > 1.2 and ratios["brightness"] == pytest.approx(1.0, abs=0.05)
     assert monitor.drift == max(ratios["sharpness"], ratios["saturation"]) - 1.0
 
 

@@ -61,3 +61,27 @@ def test_a_chunk_in_time_and_the_first_one_are_no_stall() -> None:
     clock, watch = running()
     watch.s += 0.5
     assert clock.arrived(0.0) == 0.0 and clock.arrived(0.5625) == 0.0 and clock.stalls == 0
+
+
+def test_a_paused_viewer_stands_still_and_goes_on_from_there() -> None:
+    clock, watch = running()
+    watch.s += 0.5
+    clock.pause()
+    watch.s += 100
+    clock.pause()
+    assert clock.position_s() == 0.5 and clock.arrived(0.75) == 0.0 and clock.stalls == 0
+    clock.resume()
+    watch.s += 0.25
+    assert clock.position_s() == 0.75
+    clock.resume()
+    assert clock.position_s() == 0.75
+
+
+def test_a_pause_before_the_first_viewer_is_nothing() -> None:
+    watch = Watch()
+    clock = PlaybackClock(1.0, watch)
+    clock.pause()
+    watch.s += 5
+    clock.resume()
+    clock.start()
+    assert clock.position_s() == 0.0

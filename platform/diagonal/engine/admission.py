@@ -125,10 +125,17 @@ class Progress:
     remaining_s: float = inf
 
 
+def settled_chunk(schedule: StepSchedule, window_chunks: int) -> int:
+    """The first chunk after which all are of one kind: the window is full and the schedule's row repeats."""
+    rows = schedule.rows
+    changes = [index for index in range(1, len(rows)) if rows[index] != rows[index - 1]]
+    return max(1, window_chunks - 1, *changes)
+
+
 def demand_of(progress: Progress, geometry: ChunkGeometry, window_chunks: int, model: CostModel) -> Demand:
     """The demand of the costliest kind of chunk still to come: a session in its first chunks is charged for them."""
-    settled = max(window_chunks - 1, len(progress.schedule.rows) - 1, 1)
-    first, last = progress.next_chunk, max(settled, progress.next_chunk)
+    first = progress.next_chunk
+    last = max(first, settled_chunk(progress.schedule, window_chunks))
     if progress.total_chunks is not None:
         last = max(first, min(last, progress.total_chunks - 1))
 

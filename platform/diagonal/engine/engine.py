@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diagonal.diffusion.rollout import DenoisedChunk, KeptChunk
-from diagonal.engine.admission import BudgetError, CapacityError, ChunkKind
+from diagonal.engine.admission import BudgetError, CapacityError, ChunkKind, settled_chunk
 from diagonal.engine.drift import ReanchorPolicy
 from diagonal.engine.generation import ChunkMaker, Servable, SessionError, emit
 from diagonal.engine.scheduler import Candidate, choose
@@ -286,7 +286,7 @@ class Engine(Sessions):
 
     def _rehearse(self, size: int, counted: bool) -> None:
         """The first chunks of `size` streams up to a full window, and a re-cache, for nobody."""
-        chunks = max(self._maker.window_chunks, len(self.config.schedule.rows))
+        chunks = settled_chunk(self.config.schedule, self._maker.window_chunks) + 1
         sessions = [self._maker.new_session(_PROBE, self.config.schedule) for _ in range(size)]
         try:
             for _ in range(chunks):
