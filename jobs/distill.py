@@ -25,9 +25,10 @@ from jobs.export import export
 from jobs.feed import Feed, sample_order
 from jobs.fit import check_batch, fit
 from jobs.ode_init import initialise
+from jobs.plan import carry_out
 from jobs.pretrain import pretrain
 from jobs.prompts import training_prompts
-from jobs.run import Run, main, opened, parser, say
+from jobs.run import Run, main, say
 from jobs.samples import sample_captions
 from jobs.worker import Worker
 
@@ -37,8 +38,6 @@ def distill(run: Run) -> Folder:
     if run.is_finished:
         say(f"run {run.name} is finished already")
         return run.folder / "release"
-    say(f"run {run.name} in {run.folder}: preset {run.config.preset}, schedule {run.config.schedule.steps}, "
-        f"context {run.config.schedule.resolved_context}")
     if run.from_scratch:
         pretrain(run)
     if run.makes_student:
@@ -170,8 +169,7 @@ def prompt_batch(rows: Mapping[str, Any], text: TextEncoder) -> PromptBatch:
 
 
 def work(argv: Sequence[str]) -> None:
-    with opened(parser(__doc__ or "").parse_args(argv)) as run:
-        say(f"release {distill(run)}")
+    carry_out(argv, __doc__ or "", "release", lambda run: say(f"release {distill(run)}"))
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def run_worker(settings: dict[str, Any]) -> None:
     control = settings["control"]
     if ray.get(control.failure.remote()) is not None:
         return  # a restart cannot mend it: the job says so
-    for name in ("ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train writes each report at INFO, under a name of its own
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     feed: Feed = ray.get(settings["feed"])
     with Worker.join(settings) as worker:
         try:

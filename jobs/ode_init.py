@@ -21,8 +21,9 @@ from jobs.artefacts import base_lineage, write_student
 from jobs.feed import Feed, sample_order
 from jobs.fit import check_batch, fit
 from jobs.pairs import usable_pairs
+from jobs.plan import carry_out
 from jobs.prompts import pair_prompts
-from jobs.run import Run, main, opened, parser, say
+from jobs.run import Run, main, say
 from jobs.samples import sample_captions
 from jobs.worker import Worker
 
@@ -77,8 +78,7 @@ def pair_batch(rows: Mapping[str, Any], text: TextEncoder, worker: Worker) -> Pa
 
 
 def work(argv: Sequence[str]) -> None:
-    with opened(parser(__doc__ or "").parse_args(argv)) as run:
-        initialise(run)
+    carry_out(argv, __doc__ or "", "ode_init", initialise)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from diagonal.training.ranks import Group
 from jobs.journal import Journal, Outbox
 from jobs.run import say
 from jobs.samples import save_curves, sheet_pixels
+from jobs.timing import Clock, duration
 
 if TYPE_CHECKING:
     from diagonal.training.state import TrainState
@@ -27,21 +28,6 @@ REPORT_EVERY_S = 1.0
 PREEMPTION_EVERY_S = 5.0
 REPORT, PREEMPTION, STOP = 1, 2, 4  # what rank 0 decides for all in one reduction
 OWN = {"samples", "tokens", "data_wait_s", "update_s", "skipped"}  # the same on all ranks, or of rank 0
-
-
-@dataclass
-class Clock:
-    """Whether it is time again."""
-
-    every_s: float
-    last_s: float = field(default_factory=time.monotonic)
-
-    def rings(self) -> bool:
-        now_s = time.monotonic()
-        if now_s - self.last_s < self.every_s:
-            return False
-        self.last_s = now_s
-        return True
 
 
 @dataclass(frozen=True)
@@ -221,11 +207,3 @@ class Progress:
         if self._checkpointer.wrote_s != self._wrote_s:
             self._wrote_s, self._whole_s = self._checkpointer.wrote_s, self._saved_s
         return time.monotonic() - self._whole_s
-
-
-def duration(seconds: float) -> str:
-    """A time in the largest fitting unit: 42 s, 12 min, 3.5 h, 2.1 days."""
-    for limit, unit, size in ((120.0, "s", 1.0), (7200.0, "min", 60.0), (172800.0, "h", 3600.0)):
-        if seconds < limit:
-            return f"{seconds / size:.0f} {unit}" if unit != "h" else f"{seconds / size:.1f} h"
-    return f"{seconds / 86400.0:.1f} days"

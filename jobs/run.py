@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import secrets
 import signal
 import sys
@@ -28,6 +29,7 @@ from jobs.ray_cluster import connect as connect
 
 STOPPED = 128 + signal.SIGTERM
 CONFIG, HISTORY, SUMMARY = "config.json", "history.json", "summary.json"
+PATHS = ("model.path", "pairs.prompts", "distill.prompts", "distill.teacher", "distill.init")
 FREE_FIELDS = frozenset({  # where and how often, never what: a run may go on with others
     "train.workers", "train.min_workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.shard_group",
     "train.checkpoint_activations", "train.compile", "train.storage", "train.storage_patience_s", "train.max_failures",
@@ -187,8 +189,15 @@ def _says_nothing(arguments: argparse.Namespace) -> bool:
 def _config(arguments: argparse.Namespace) -> Config:
     if arguments.config:
         require(Path(arguments.config).is_file(), "--config", arguments.config, "a file that exists")
-        return Config.load(arguments.config).with_settings(arguments.settings)
-    return Config.from_preset(arguments.preset or "tiny", arguments.settings)
+        return _absolute(Config.load(arguments.config).with_settings(arguments.settings))
+    return _absolute(Config.from_preset(arguments.preset or "tiny", arguments.settings))
+
+
+def _absolute(config: Config) -> Config:
+    """Local paths made absolute: workers have other working directories."""
+    leaves = dict(_leaves(config.to_dict()))
+    paths = {key: str(leaves[key]) for key in PATHS if leaves[key] and "://" not in str(leaves[key])}
+    return config.with_settings(f"{key}={json.dumps(str(Path(path).absolute()))}" for key, path in paths.items())
 
 
 def _storage(arguments: argparse.Namespace, wanted: Config | None) -> Folder:
@@ -211,7 +220,7 @@ def _begin(run: Run) -> None:
 def _go_on(arguments: argparse.Namespace, folder: Folder, name: str) -> tuple[Run, Callable[[], None]]:
     stored = Config.from_dict(folder.read_json(CONFIG))
     if _says_nothing(arguments):
-        wanted = stored.with_settings(arguments.settings)
+        wanted = _absolute(stored.with_settings(arguments.settings))
     else:
         wanted = _config(arguments)
         if stored.model.path == str(folder / "base"):  # --from-scratch, said or not: the run's own base model

@@ -86,8 +86,8 @@ def test_from_scratch_is_for_the_embedded_preset_alone(tmp_path: Path) -> None:
         (["--set", "schedule.steps=4x"], "schedule.steps = '4x'"),
         (["--preset", "huge"], "preset = 'huge'"),
         (["--config", "nowhere.json"], "nowhere.json"),
-        (["--set", "train.workers=3"], "distill.batch_size = 16: allowed is a multiple of train.workers = 3"),
-        (["--set", "distill.prompts=nowhere.txt"], "prompts = 'nowhere.txt'"),
+        (["--set", "train.workers=17"], "distill.batch_size = 16: allowed is at least train.workers = 17"),
+        (["--set", "distill.prompts=nowhere.txt"], "nowhere.txt'"),
         (["--set", "distill.init=nowhere"], "nowhere"),
     ],
 )
