@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -28,11 +29,16 @@ class Server:
     def __init__(self, outcome: str = "completed") -> None:
         self.outcome, self.polls = outcome, 0
         self.requests: list[tuple[str, str, dict]] = []
+        self.headers: list[httpx.Headers] = []
         self.answers: dict[str, httpx.Response] = {}
+        self.first_answers: list[httpx.Response] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content) if request.content else {}
         self.requests.append((request.method, request.url.path, body))
+        self.headers.append(request.headers)
+        if self.first_answers:
+            return self.first_answers.pop(0)
         if request.method in self.answers:
             return self.answers[request.method]
         if request.url.path.endswith("/content"):
@@ -49,8 +55,8 @@ class Server:
         shape = {"num_frames": 81, "frames_done": 9, "fps": 16, "size": "256x256", "mime": "video/mp4"}
         return {"id": "video_1", "status": status, "progress": 11, "error": error} | shape
 
-    def client(self, url: str = "http://server") -> DiagonalClient:
-        return DiagonalClient(url, transport=httpx.MockTransport(self))
+    def client(self, url: str | None = None, **options: Any) -> DiagonalClient:
+        return DiagonalClient(url or "http://server", transport=httpx.MockTransport(self), **options)
 
 
 @pytest.fixture
@@ -85,7 +91,7 @@ def test_an_interaction_names_its_event(server: Server) -> None:
 
 def test_an_error_answer_carries_what_the_server_said(server: Server) -> None:
     server.answers["POST"] = problem(429, "server_full", "no room", **{"Retry-After": "3"})
-    with server.client() as client, pytest.raises(DiagonalError, match="no room") as caught:
+    with server.client(max_retries=0) as client, pytest.raises(DiagonalError, match="no room") as caught:
         client.create("a red circle")
     error = caught.value
     assert (error.status, error.code, error.param, error.retry_after_s) == (429, "server_full", "prompt", 3.0)
@@ -93,7 +99,7 @@ def test_an_error_answer_carries_what_the_server_said(server: Server) -> None:
 
 def test_an_error_answer_that_is_not_json_is_still_told(server: Server) -> None:
     server.answers["GET"] = httpx.Response(502, text="bad gateway")
-    with server.client() as client, pytest.raises(DiagonalError, match="502"):
+    with server.client(max_retries=0) as client, pytest.raises(DiagonalError, match="502"):
         client.get("video_1")
     with server.client() as client, pytest.raises(DiagonalError, match="502"):
         list(client.stream("video_1"))
@@ -146,6 +152,67 @@ def test_a_failed_video_leaves_no_file(run: Callable[..., int], server: Server, 
 def test_a_missing_folder_is_refused_before_any_work(run: Callable[..., int], server: Server, tmp_path: Path) -> None:
     assert run("generate", "a red circle", "--out", tmp_path / "none" / "x.mp4") == REFUSED
     assert server.requests == []
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long was slept, without sleeping."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    return waits
+
+
+def test_a_full_server_is_asked_again_after_the_time_that_it_names(server: Server, waits: list[float]) -> None:
+    server.first_answers = [problem(429, "server_full", "no room", **{"Retry-After": "3"}) for _ in range(2)]
+    with server.client() as client:
+        assert client.create("a red circle").id == "video_1"
+    assert [round(wait) for wait in waits] == [3, 3]
+    names = {headers["idempotency-key"] for headers in server.headers}
+    assert len(server.requests) == 3 and len(names) == 1  # however often it is asked, it is one video
+
+
+def test_a_connection_that_breaks_is_tried_again_and_then_told(waits: list[float]) -> None:
+    with DiagonalClient("http://127.0.0.1:9", max_retries=2) as client, pytest.raises(DiagonalError) as caught:
+        client.get("video_1")
+    assert caught.value.code == "no_answer" and len(waits) == 2 and waits[1] > waits[0] / 2
+
+
+@pytest.mark.parametrize(("status", "wait"), [(400, ""), (401, ""), (409, "1"), (429, "3600"), (500, "")])
+def test_what_asking_again_does_not_mend_is_asked_once(
+    server: Server, waits: list[float], status: int, wait: str
+) -> None:
+    server.answers["POST"] = problem(status, "no", "no", **({"Retry-After": wait} if wait else {}))
+    with server.client() as client, pytest.raises(DiagonalError):
+        client.create("a red circle")
+    assert len(server.requests) == 1 and waits == []
+
+
+def test_key_and_address_come_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIAGONAL_API_KEY", "dk_1_2")
+    monkeypatch.setenv("DIAGONAL_URL", "http://from-environment")
+    with DiagonalClient(transport=httpx.MockTransport(server)) as client:
+        client.get("video_1")
+    assert server.headers[0]["authorization"] == "Bearer dk_1_2"
+    assert server.headers[0]["host"] == "from-environment"
+    with server.client(api_key="dk_3_4") as client:
+        client.get("video_1")
+    assert server.headers[1]["authorization"] == "Bearer dk_3_4"
+
+
+def test_watch_follows_a_video_and_saves_it(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run("watch", "video_1", "--out", tmp_path / "x.mp4") == 0
+    assert (tmp_path / "x.mp4").read_bytes() == FILE
+
+
+def test_watch_tells_that_a_video_failed(run: Callable[..., int], server: Server) -> None:
+    server.outcome = "failed"
+    assert run("watch", "video_1") == FAILED
+
+
+def test_the_key_is_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert "--api-key" not in capsys.readouterr().out
 
 
 def test_no_server_is_an_exit_code_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:

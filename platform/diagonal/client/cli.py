@@ -1,4 +1,4 @@
-"""The command line: `diagonal generate`, `stream` and `steer`; progress and errors go to standard error.
+"""The command line: `diagonal generate`, `stream`, `watch` and `steer`; progress and errors go to standard error.
 
 Exit codes: 0 done, 2 the request was refused, 3 no answer from the server, 4 the server is full, 5 the video failed.
 """
@@ -11,13 +11,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from diagonal.client.client import DEFAULT_URL, DiagonalClient, DiagonalError, Video, write_whole
+from diagonal.client.client import (
+    API_KEY_VARIABLE,
+    DEFAULT_URL,
+    URL_VARIABLE,
+    DiagonalClient,
+    DiagonalError,
+    Video,
+    write_whole,
+)
 
 DONE, REFUSED, NO_ANSWER, FULL, FAILED, INTERRUPTED = 0, 2, 3, 4, 5, 130
 _BAR_CELLS = 30
 
 
-def main(arguments: Sequence[str] | None = None, client: Callable[[str], DiagonalClient] = DiagonalClient) -> int:
+def main(
+    arguments: Sequence[str] | None = None, client: Callable[[str | None], DiagonalClient] = DiagonalClient
+) -> int:
     """Run one command; returns its exit code."""
     options = _parser().parse_args(arguments)
     try:
@@ -72,6 +82,22 @@ def stream(client: DiagonalClient, options: argparse.Namespace) -> None:
         raise
 
 
+def watch(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """Follow a video until it is over, and save it if `--out` says where."""
+    if options.out is not None:
+        _check_folder(options.out)
+    try:
+        done = client.wait(options.video, timeout_s=options.timeout, progress=_show_progress)
+    finally:
+        _end_progress()
+    for change in done.answer.get("interactions", ()):
+        where = f"at frame {change['pixel_frame']}" if change["status"] == "applied" else change["status"]
+        _say(f"prompt change {change['event_id']}: {where}")
+    if options.out is not None:
+        client.save(done.id, options.out)
+    _say(f"{options.out or done.id}: {done.frames} frames, {done.size}, {done.fps} fps")
+
+
 def steer(client: DiagonalClient, options: argparse.Namespace) -> None:
     """Change the prompt of a video that is being made."""
     event = client.interact(options.video, options.prompt, transition_chunks=options.transition_chunks)
@@ -79,16 +105,24 @@ def steer(client: DiagonalClient, options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diagonal", description="Make, watch and steer videos on a Diagonal server.")
+    parser = argparse.ArgumentParser(
+        prog="diagonal",
+        description="Make, watch and steer videos on a Diagonal server.",
+        epilog=f"The API key is taken from ${API_KEY_VARIABLE}, which no list of processes shows.",
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     make = _command(commands, "generate", generate)
     _video_options(make)
     make.add_argument("--out", default="video.mp4", metavar="FILE", help="where to save it (default: video.mp4)")
     make.add_argument("--timeout", type=float, default=600.0, metavar="S", help="give up after so long (default: 600)")
-    watch = _command(commands, "stream", stream)
-    _video_options(watch)
-    watch.add_argument("--out", default="-", metavar="FILE", help="a file, or - for standard output (default: -)")
-    watch.add_argument("--pacing", choices=("realtime", "none"), default="realtime", help="default: realtime")
+    live = _command(commands, "stream", stream)
+    _video_options(live)
+    live.add_argument("--out", default="-", metavar="FILE", help="a file, or - for standard output (default: -)")
+    live.add_argument("--pacing", choices=("realtime", "none"), default="realtime", help="default: realtime")
+    follow = _command(commands, "watch", watch)
+    follow.add_argument("video", help="the video's id, which `stream` prints")
+    follow.add_argument("--out", metavar="FILE", help="save it there when it is done")
+    follow.add_argument("--timeout", type=float, default=600.0, metavar="S", help="give up after that (default: 600)")
     turn = _command(commands, "steer", steer)
     turn.add_argument("video", help="the video's id, which `stream` prints")
     turn.add_argument("prompt", help="what it shall show from the next chunk on")
@@ -98,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands: argparse._SubParsersAction, name: str, run: Callable[..., None]) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
+    parser.add_argument("--url", help=f"the server (default: ${URL_VARIABLE}, else {DEFAULT_URL})")
     parser.set_defaults(run=run)
     return parser
 
@@ -143,6 +177,7 @@ def _timed(parts: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _show_progress(video: Video) -> None:
+    """A bar on a terminal; elsewhere nothing, which a log is better for."""
     if sys.stderr.isatty():
         filled = _BAR_CELLS * video.progress // 100
         bar = "#" * filled + "." * (_BAR_CELLS - filled)
@@ -160,7 +195,8 @@ def _say(text: str) -> None:
 
 def _describe(error: DiagonalError) -> str:
     wait = f" (try again in {error.retry_after_s:g} s)" if error.retry_after_s else ""
-    return f"{error}{wait}"
+    name = f" [request {error.request_id}]" if error.request_id and error.status >= 500 else ""
+    return f"{error}{wait}{name}"
 
 
 def _exit_code(error: DiagonalError) -> int:

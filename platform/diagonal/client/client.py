@@ -1,8 +1,12 @@
-"""The Python client: one method a route, typed answers, and errors that carry what the server said."""
+"""The Python client: one method a route, typed answers, and errors that carry what the server said.
+
+What a full or restarting server refuses is asked again after the time it names; a video is never made twice by that.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +17,10 @@ from typing import Any, Literal
 import httpx
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+API_KEY_VARIABLE, URL_VARIABLE = "DIAGONAL_API_KEY", "DIAGONAL_URL"
 Pacing = Literal["none", "realtime"]
+_TRY_AGAIN = (429, 502, 503, 504)
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
 
 class DiagonalError(Exception):
@@ -27,9 +34,11 @@ class DiagonalError(Exception):
         code: str = "",
         param: str | None = None,
         retry_after_s: float | None = None,
+        request_id: str = "",
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
+        self.request_id = request_id
 
 
 @dataclass(frozen=True)
@@ -69,18 +78,26 @@ class Video:
 
 
 class DiagonalClient:
-    """Speaks to one server. Use it as a context manager, or call `shut`; methods raise `DiagonalError`."""
+    """Speaks to one server. Use it as a context manager, or call `shut`; methods raise `DiagonalError`.
+
+    Without `base_url` and `api_key` the environment's DIAGONAL_URL and DIAGONAL_API_KEY count. What a server refuses
+    for now is asked again at most `max_retries` times.
+    """
 
     def __init__(
         self,
-        base_url: str = DEFAULT_URL,
+        base_url: str | None = None,
         *,
         api_key: str | None = None,
         timeout_s: float = 60.0,
+        max_retries: int = 2,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=base_url, headers=headers, timeout=timeout_s, transport=transport)
+        key = api_key or os.environ.get(API_KEY_VARIABLE)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        address = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+        self._max_retries = max_retries
+        self._http = httpx.Client(base_url=address, headers=headers, timeout=timeout_s, transport=transport)
 
     def __enter__(self) -> DiagonalClient:
         return self
@@ -107,7 +124,9 @@ class DiagonalClient:
         """Start a video; what is not given is the server's default. With `realtime` it is drawn as it is watched."""
         fields = {"prompt": prompt, "num_frames": frames, "seconds": seconds, "seed": seed, "size": size}
         body: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-        return Video.from_answer(self._call("POST", "/v1/videos", json=body | {"extra": {"pacing": pacing}}))
+        headers = {"Idempotency-Key": os.urandom(16).hex()}  # asked again, it is the same video
+        body |= {"extra": {"pacing": pacing}}
+        return Video.from_answer(self._call("POST", "/v1/videos", json=body, headers=headers))
 
     def get(self, video_id: str) -> Video:
         return Video.from_answer(self._call("GET", f"/v1/videos/{video_id}"))
@@ -178,12 +197,20 @@ class DiagonalClient:
         return dict(answer)
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        try:
-            response = self._http.request(method, path, **arguments)
-        except httpx.HTTPError as error:
-            raise _no_answer(error) from error
-        _raise_for(response)
-        return response
+        for attempt in range(self._max_retries + 1):
+            try:
+                response = self._http.request(method, path, **arguments)
+                _raise_for(response)
+                return response
+            except httpx.HTTPError as error:
+                failure = _no_answer(error)
+            except DiagonalError as error:
+                failure = error
+            wait_s = _wait_s(failure, attempt)
+            if attempt == self._max_retries or wait_s is None:
+                raise failure
+            time.sleep(wait_s)
+        raise AssertionError("the loop returns or raises")
 
 
 def write_whole(path: str | os.PathLike[str], parts: Iterator[bytes]) -> Path:
@@ -204,6 +231,15 @@ def _no_answer(error: httpx.HTTPError) -> DiagonalError:
     return DiagonalError(f"no whole answer from the server: {error or type(error).__name__}", code="no_answer")
 
 
+def _wait_s(failure: DiagonalError, attempt: int) -> float | None:
+    """How long to wait before asking again; None when asking again is of no use."""
+    if failure.status not in (0, *_TRY_AGAIN):
+        return None
+    backoff_s = _FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0)
+    wait_s = max(backoff_s, failure.retry_after_s or 0.0)
+    return wait_s if wait_s <= _LONGEST_WAIT_S else None
+
+
 def _raise_for(response: httpx.Response) -> None:
     if not response.is_error:
         return
@@ -219,4 +255,5 @@ def _raise_for(response: httpx.Response) -> None:
         code=detail.get("code") or "",
         param=detail.get("param"),
         retry_after_s=float(wait) if wait.replace(".", "", 1).isdigit() else None,
+        request_id=response.headers.get("x-request-id", ""),
     )
