@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diagonal.storage import Folder
 from diagonal.training.checkpoint import Checkpointer
-from diagonal.training.manifest import CheckpointError, checkpoints
+from diagonal.training.manifest import CheckpointError, UnfinishedError, checkpoints, scan
 from tests.training.ranks import Ranks
 from tests.training.states import advance, contents, flip, folder_of, fresh, keeper, remove_manifest, same, saved
 
@@ -262,6 +262,25 @@ def test_only_the_newest_whole_checkpoints_are_kept_and_no_leftover_of_a_broken_
         assert len(list(tmp_path.iterdir())) == 3
     with pytest.raises(ValueError, match="keep_checkpoints = 0"):
         keeper(tmp_path, keep=0)
+
+
+def test_a_deletion_that_is_cut_off_leaves_a_folder_that_does_not_count_and_is_not_called_altered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state, own = fresh(0, 1), keeper(tmp_path, keep=1)
+    own.save(state, wait=True)
+    first, state.update = folder_of(tmp_path, 0), 1
+
+    def cut_off(folder: Folder) -> None:
+        (folder.path / "__0_0.distcp").unlink()
+        raise OSError(errno.EIO, "Input/output error")
+
+    with mock.patch.object(Folder, "delete", cut_off):
+        own.save(state, wait=True)
+    whole, (broken,) = scan(Folder(str(tmp_path)))
+    assert [found.update for found in whole] == [1]
+    assert isinstance(broken, UnfinishedError) and broken.folder == str(first)
+    assert "old checkpoints stay: " in caplog.text
 
 
 def test_an_altered_newer_checkpoint_never_takes_the_place_of_a_good_one(tmp_path: Path) -> None:
