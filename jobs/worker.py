@@ -78,7 +78,8 @@ class Worker:
     @property
     def plan(self) -> ParallelPlan:
         """Precision and activation checkpointing of a trained network."""
-        return ParallelPlan(Precision(self.config.model.compute_dtype), self.config.train.checkpoint_activations)
+        train = self.config.train
+        return ParallelPlan(Precision(self.config.model.compute_dtype), train.checkpoint_activations, train.compile)
 
     def text(self) -> TextEncoder:
         """The base model's text encoder, in the compute type, on the worker's device."""

@@ -23,6 +23,7 @@ from diagonal.errors import require
 
 Network = TypeVar("Network", bound=nn.Module)
 FloatName = Literal["bfloat16", "float32"]
+GRAPHS_AT_MOST = 64
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -47,10 +48,13 @@ class Precision:
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """What `parallelize` does besides sharding: the precision, and whether blocks are computed again in backward."""
+    """What `parallelize` does besides sharding: the precision, whether blocks are computed again in backward, and
+    whether they are compiled (by the named back end of torch.compile; tests take one that needs no C++ compiler)."""
 
     precision: Precision = field(default_factory=Precision)
     checkpoint_blocks: bool = False
+    compile: bool = False
+    compile_backend: str = "inductor"
 
 
 def device_mesh(world_size: int, device_type: str, shard_group: int = 0) -> DeviceMesh | None:
@@ -76,7 +80,8 @@ def device_mesh(world_size: int, device_type: str, shard_group: int = 0) -> Devi
 def parallelize(
     module: Network, blocks: Iterable[nn.Module], mesh: DeviceMesh | None, plan: ParallelPlan, *, trainable: bool
 ) -> Network:
-    """Prepare `module` in place, in this order: precision, activation checkpointing of blocks, sharding by block, root.
+    """Prepare `module` in place, in this order: precision, activation checkpointing of blocks, compilation of blocks,
+    sharding by block, sharding of the root (in groups that are replicated, where the mesh has such a dimension).
 
     `blocks` are the repeated parts of `module`, each called once a forward. Names of modules and parameters stay.
     A trainable network keeps float32 masters and casts them where they are used, so that gradients of many forwards
@@ -92,6 +97,8 @@ def parallelize(
     if trainable and plan.checkpoint_blocks:
         for unit in units:
             _replace_forward(unit, functools.partial(_recomputed, unit.forward))
+    if plan.compile:
+        _compile(units, plan.compile_backend)
     if mesh is not None:
         _shard(module, units, mesh, plan.precision)
     return module
@@ -236,6 +243,20 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
     # Nothing draws from the global generator, so its state need not be kept for the second run.
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _compile(units: list[nn.Module], backend: str) -> None:
+    """Each block's forward as one graph, casts and recomputation in it, FSDP's hooks outside.
+
+    Shapes are static: a graph for each context length and for each of with and without gradient, shared by all blocks
+    of a network. Torch counts those of all networks together, as they run the same code, hence the higher limit; with
+    `fullgraph` a graph break, or a graph beyond the limit, is an error and never a slow run.
+    """
+    from torch import _dynamo as dynamo  # seconds to import, and few runs compile
+
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, GRAPHS_AT_MOST)
+    for unit in units:
+        _replace_forward(unit, torch.compile(unit.forward, fullgraph=True, dynamic=False, backend=backend))
 
 
 def _replace_forward(unit: nn.Module, forward: Callable[..., Any]) -> None:
