@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-
-ASK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -25,20 +23,21 @@ class Control:
     """The state of one stage's conversation; `start_control` makes it an actor."""
 
     def __init__(self) -> None:
-        self._stops = False
+        self._stop = asyncio.Event()
         self._failure: Failure | None = None
 
-    def stop(self) -> None:
-        self._stops = True
+    async def stop(self) -> None:
+        self._stop.set()
 
-    def stops(self) -> bool:
-        return self._stops
+    async def stopped(self) -> None:
+        """Answers once `stop` was called."""
+        await self._stop.wait()
 
-    def fail(self, failure: Failure) -> None:
+    async def fail(self, failure: Failure) -> None:
         """The first one counts: others follow from it."""
         self._failure = self._failure or failure
 
-    def failure(self) -> Failure | None:
+    async def failure(self) -> Failure | None:
         return self._failure
 
 
@@ -49,24 +48,23 @@ def start_control() -> Any:
 
 @dataclass
 class StopRequests:
-    """Asks now and then, without waiting, whether the stage should stop."""
+    """Whether the stage should stop, known without waiting: one question stays open until its answer comes.
+
+    So a request counts after the update that runs when it is made, however long updates are.
+    """
 
     control: Any
     _answer: Any = None
-    _asked_s: float = field(default=float("-inf"))
     _stops: bool = False
 
     def __call__(self) -> bool:
-        now_s = time.monotonic()
-        if self.control is None or self._stops or now_s - self._asked_s < ASK_EVERY_S:
+        if self.control is None or self._stops:
             return self._stops
-        self._asked_s = now_s
-        if self._answer is None:
-            self._answer = self.control.stops.remote()
-        elif ray.wait([self._answer], timeout=0)[0]:
+        self._answer = self._answer or self.control.stopped.remote()
+        if ray.wait([self._answer], timeout=0)[0]:
             try:
-                self._stops = bool(ray.get(self._answer))
-            except RayError:  # the actor is restarting, or its node is lost: nobody has asked
-                self._stops = False
-            self._answer = None
+                ray.get(self._answer)
+                self._stops = True
+            except RayError:  # the actor is restarting, or its node is lost: it is asked anew
+                self._answer = None
         return self._stops
