@@ -18,7 +18,7 @@ from jobs.journal import UPDATES, Entry, Record, read_journal
 from tests.faults.nodes import until
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 150.0  # a busy machine's time until the first update
+START_S = 300.0  # a busy machine's time until the first update
 STAGE1, STAGE2, EVERY = 6, 6, 3  # updates, and updates between checkpoints
 UPDATES_IN_ALL = STAGE1 + STAGE2
 MIDDLE = 2 * EVERY + 2  # a checkpoint is whole before it, and work is left after it

@@ -32,7 +32,7 @@ def test_a_stopped_run_goes_on_from_its_last_update_to_the_bit(
 
 @pytest.mark.parametrize(("field", "value"), [
     ("distill.lr", "1e-3"), ("distill.batch_size", "8"), ("seed", "7"), ("schedule.steps", "4444444"),
-    ("distill.loss.motion_weight", "0.5"),
+    ("distill.loss.motion", "0.5"),
 ])  # fmt: skip
 def test_a_setting_that_decides_the_result_is_refused_by_name_on_a_resume(
     stopped: StoppedRun, start: Launcher, tmp_path: Path, field: str, value: str
