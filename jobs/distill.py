@@ -18,7 +18,7 @@ from diagonal.storage import Folder
 from diagonal.training.distill import Networks, PromptBatch
 from diagonal.training.ema import Ema
 from diagonal.training.loop import DistillStep, Learner, Plan, run_loop
-from diagonal.training.parallel import ParallelPlan, Precision, full_state_dict, full_tensors, parallelize
+from diagonal.training.parallel import full_state_dict, full_tensors, parallelize
 from diagonal.training.state import TrainState
 from jobs.artefacts import base_lineage, lineage_of, local_copy, write_student
 from jobs.export import export
@@ -30,13 +30,14 @@ from jobs.pretrain import pretrain
 from jobs.prompts import training_prompts
 from jobs.run import Run, main, say
 from jobs.samples import sample_captions
+from jobs.summary import summarise
 from jobs.worker import Worker
 
 
 def distill(run: Run) -> Folder:
     """Run every stage that is missing, up to the release; returns the release's folder."""
     if run.is_finished:
-        say(f"run {run.name} is finished already")
+        say(f"run {run.name} is finished already: nothing is left to do")
         return run.folder / "release"
     if run.from_scratch:
         pretrain(run)
@@ -44,7 +45,9 @@ def distill(run: Run) -> Folder:
         initialise(run)
     if not run.has_student("stage2"):
         _fit(run)
-    return export(run)
+    release = export(run)
+    summarise(run)
+    return release
 
 
 def student_folder(run: Run) -> Path:
@@ -152,8 +155,7 @@ def with_reference(worker: Worker, networks: Networks) -> Networks:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     reference = load_causal(local_copy(worker.run, "stage1"), worker.config).to(worker.device)
-    plan = ParallelPlan(Precision(worker.config.model.compute_dtype))
-    parallelize(reference, reference.blocks, worker.mesh(), plan, trainable=False)
+    parallelize(reference, reference.blocks, worker.mesh(), worker.plan, trainable=False)
     return replace(networks, reference=reference)
 
 

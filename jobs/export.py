@@ -15,7 +15,7 @@ from jobs.run import Run, main, opened, parser, say
 def export(run: Run) -> Folder:
     """Write `release/` unless the run has one; returns its folder."""
     target = run.folder / "release"
-    if not run.is_finished:
+    if not run.has_release:
         require(run.has_student("stage2"), "run", run.name, "a run whose stage 2 is done (jobs/distill.py)")
         publish_release(run, local_copy(run, "stage2"), lineage(run))
     if run.config.preset == "tiny":

@@ -33,9 +33,9 @@ class Feed:
 
     def own_rows(self, done: int, rank: int, ranks: int) -> pa.Table:
         """The rows of `rank` after `done` updates, with the column `sample`, in order."""
-        own = [sample for update in range(done + 1, self.updates + 1)
-               for sample in own_samples(update, self.batch_size, rank, ranks)]
-        return self.rows.take(own).append_column("sample", pa.array(own, pa.int64()))
+        updates = range(done + 1, self.updates + 1)
+        own = pa.array([n for u in updates for n in own_samples(u, self.batch_size, rank, ranks)], pa.int64())
+        return self.rows.take(own).append_column("sample", own)
 
     def batches(self, done: int, rank: int, ranks: int) -> Iterator[Columns]:
         """This rank's columns for each update after the first `done`, through Ray Data."""

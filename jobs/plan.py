@@ -193,7 +193,7 @@ def _stage_lines(run: Run, layouts: Layouts, wanted: Sequence[str]) -> Iterator[
             remains = _updates(run, layouts, "distill", stage, start, end)
             yield _line(f"stage{stage}", run.has_student(f"stage{stage}"), remains)
     if "release" in wanted:
-        yield _line("release", run.is_finished, "to export and score")
+        yield _line("release", run.has_release, "to export and score")
 
 
 def _line(stage: str, done: bool, remains: str) -> str:

@@ -87,9 +87,14 @@ class Run:
         return str(embedded("ode_init") if shipped else self.folder / "ode_init")
 
     @property
-    def is_finished(self) -> bool:
+    def has_release(self) -> bool:
         """Whether its release is there."""
         return self.folder.has(f"release/{MANIFEST}")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all of it is done: its release is scored, and its summary written."""
+        return self.folder.has(SUMMARY)
 
     @property
     def go_on(self) -> str:
