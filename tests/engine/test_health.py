@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from diagonal.engine.engine import Engine, Health
-from diagonal.engine.generation import SessionError, emit
+from diagonal.engine.generation import Emitted, SessionError, emit
 from tests.engine.driving import BreakingDecoder, Sink, engine_of, equal, pull, spec_of, stream
 from tests.engine.test_isolation import PoisonedText
-from tests.networks import SmallRelease, small_release
+from tests.networks import SmallRelease, draw, small_release
 
 
 def poisoned() -> SmallRelease:
@@ -125,28 +125,36 @@ def test_a_step_brings_all_its_results_over_in_one_transfer(monkeypatch: pytest.
     assert syncs == ["cpu", "cpu"], "one a step"
 
 
-def frames_of(*values: float) -> tuple[list[Tensor], list[Tensor]]:
+def parts_of(*values: float) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Pixels, clean and written latents of sessions; the clean ones hold one value."""
     pixels = [torch.full((2, 4, 4, 3), number, dtype=torch.uint8) for number in range(len(values))]
-    return pixels, [torch.full((1, 3, 2, 2), value) for value in values]
+    clean = [torch.full((1, 3, 2, 2), value) for value in values]
+    return pixels, clean, [draw(1, 3, 2, 2, seed=number) for number in range(len(values))]
 
 
-def test_what_is_emitted_is_the_pixels_and_only_the_finite_ones() -> None:
-    pixels, clean = frames_of(0.0, float("inf"), 1e30, float("nan"))
-    found = emit(pixels, clean)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_emitted_is_each_sessions_own_and_only_what_is_finite(dtype: torch.dtype) -> None:
+    pixels, clean, written = parts_of(0.1, float("inf"), 1e30, float("nan"))
+    found = emit(pixels, clean, written, dtype)
     for number in (0, 2):
         shown = found[number]
-        assert isinstance(shown, Tensor) and torch.equal(shown, pixels[number])
+        assert isinstance(shown, Emitted) and torch.equal(shown.pixels, pixels[number])
+        for mine, theirs in ((shown.clean, clean), (shown.written, written)):
+            assert torch.equal(mine, theirs[number].to(dtype)) and mine.dtype == dtype
+            assert mine.untyped_storage().nbytes() == mine.nbytes, "no memory shared with another session"
     for number in (1, 3):
         refused = found[number]
         assert isinstance(refused, SessionError) and refused.code == "not_finite"
 
 
-def test_pixels_that_cannot_be_brought_over_together_are_brought_over_one_by_one() -> None:
-    pixels, clean = frames_of(0.0, 0.0, 0.0)
+def test_what_cannot_be_brought_over_together_is_brought_over_one_by_one() -> None:
+    pixels, clean, written = parts_of(0.0, 0.0, 0.0)
     pixels[1] = torch.zeros(2, 9, 9, 3, dtype=torch.uint8)
-    found = emit(pixels, clean)
-    assert [isinstance(shown, Tensor) for shown in found] == [True, True, True]
-    assert torch.equal(found[1], pixels[1])  # type: ignore[arg-type]
+    written[2] = torch.zeros(1, 3, 2, 2, device="meta")
+    found = emit(pixels, clean, written, torch.float32)
+    assert [isinstance(shown, Emitted) for shown in found] == [True, True, False]
+    assert isinstance(found[1], Emitted) and torch.equal(found[1].pixels, pixels[1])
+    assert isinstance(found[2], SessionError) and found[2].code == "decode_failed"
 
 
 # Every failure has a code

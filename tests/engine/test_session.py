@@ -34,13 +34,11 @@ LEGAL = {
 }  # fmt: skip
 
 
-def session_of(pixel_frames: int | None = 81, history_frames: int = 24, **fields: Any) -> Session:
+def session_of(pixel_frames: int | None = 81, history_frames: int = 24) -> Session:
     pool = KVPool(layers=1, heads=1, head_dim=2, page_tokens=GEOMETRY.chunk_tokens, pages=4)
     spec = SessionSpec("s", "a red circle", 0, pixel_frames)
     identity = Identity("small", "", "")
-    return Session(
-        spec, StepSchedule(), new_cache(CONFIG, pool), DecoderState(), history_frames, identity, **fields
-    )
+    return Session(spec, StepSchedule(), new_cache(CONFIG, pool), DecoderState(), history_frames, identity)
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(S, S)))
@@ -147,14 +145,6 @@ def test_what_is_kept_is_the_window_without_the_chunk_in_progress_and_the_newest
     assert torch.equal(session.history, torch.cat(parts, dim=1)[:, -7:])
     assert session.history.untyped_storage().nbytes() == session.history.nbytes, "no older frame hides behind it"
     assert session.latents_bytes() == (3 * 3 + 7) * 4 * 4 * 6 * 4
-
-
-def test_latents_are_kept_in_the_element_type_of_the_cache() -> None:
-    session = session_of(latents_dtype=torch.bfloat16)
-    part = draw(4, 3, 4, 6)
-    session.remember(KeptChunk(0, part, 0.5), part)
-    assert session.history is not None and session.history.dtype == session.kept[0].written.dtype == torch.bfloat16
-    assert session.latents_bytes() == 2 * part.numel() * 2
 
 
 def test_the_decoders_bytes_are_those_of_its_tensors() -> None:

@@ -13,6 +13,7 @@ import torch
 from diagonal.config import Config
 from diagonal.diffusion.rollout import KeptChunk, recache
 from diagonal.engine.engine import Engine
+from diagonal.engine.script import MAX_EVENTS, MAX_PENDING
 from diagonal.engine.session import PromptChange
 from diagonal.engine.snapshot import (
     Identity,
@@ -22,6 +23,7 @@ from diagonal.engine.snapshot import (
     latents_bytes,
     merged,
 )
+from diagonal.errors import FieldError
 from tests.engine.driving import OTHER, Clock, engine_of, equal, meanwhile, pull, spec_of, stream
 from tests.networks import begun, caches_for, draw, small_causal, small_config, small_release
 
@@ -148,6 +150,36 @@ def test_a_bfloat16_network_reads_its_input_as_it_is_kept_so_that_nothing_is_los
     for part in (pool.keys, pool.values):
         assert torch.equal(part[:, caches[0].pages[0]], part[:, caches[1].pages[0]]) and bool(part.any())
     assert begun(1, caches[0]).context_chunks == 1
+
+
+def test_a_bfloat16_session_keeps_its_latents_in_bfloat16_and_is_restored_bit_for_bit() -> None:
+    def engine() -> Engine:
+        release = small_release("model.compute_dtype=bfloat16")
+        release.network.to(torch.bfloat16)
+        return engine_of(release=release)
+
+    plain, found = stream(engine(), spec_of()), stream(engine(), spec_of(), 3)
+    snapshot = found[-1].snapshot
+    assert snapshot is not None and snapshot.history is not None
+    assert {part.dtype for part in (snapshot.history, snapshot.kept[0].written)} == {torch.bfloat16}
+    elsewhere = engine()
+    elsewhere.restore(Snapshot.from_bytes(snapshot.to_bytes()))
+    assert equal([pull(elsewhere) for _ in range(4)], plain[3:])
+
+
+def test_a_log_and_a_queue_of_changes_are_bounded() -> None:
+    engine = engine_of()
+    stream(engine, spec_of(record=True), 1)
+    for number in range(MAX_PENDING):
+        engine.interact("s", PromptChange(f"e{number}", OTHER))
+    with pytest.raises(FieldError, match="event_id = 'one more': allowed is one of at most 64 that wait"):
+        engine.interact("s", PromptChange("one more", OTHER))
+    session = engine._sessions["s"]
+    for _ in range(2 * MAX_EVENTS):
+        session.log("prompt")
+    assert len(session.events) == MAX_EVENTS
+    with pytest.raises(FieldError, match="session = 's': allowed is one of fewer than 4096 events"):
+        engine.recording("s")
 
 
 # Increments

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from diagonal.diffusion.rollout import DenoisedChunk, KeptChunk
 from diagonal.engine.admission import BudgetError, CapacityError, ChunkKind, settled_chunk
 from diagonal.engine.drift import ReanchorPolicy
-from diagonal.engine.generation import ChunkMaker, Servable, SessionError, emit
+from diagonal.engine.generation import ChunkMaker, Emitted, Servable, SessionError, emit
 from diagonal.engine.scheduler import Candidate, choose
 from diagonal.engine.script import PromptChange, SessionSpec
 from diagonal.engine.session import ChunkResult, Session, SessionState
@@ -211,25 +211,24 @@ class Engine(Sessions):
                 decoded[number] = self._maker.decode(batch[number], done.clean[number])
             except SessionError as error:
                 results.append(self._fail(batch[number], error))
-        if not decoded:
-            return results
-        for number, pixels in zip(
-            decoded, emit(list(decoded.values()), [done.clean[n] for n in decoded]), strict=True
-        ):
-            if isinstance(pixels, SessionError):
-                results.append(self._fail(batch[number], pixels))
+        for number, shown in zip(decoded, self._emit(done, decoded), strict=True):
+            if isinstance(shown, SessionError):
+                results.append(self._fail(batch[number], shown))
             else:
-                results.append(self._finish(batch[number], done, number, pixels, started_s))
+                results.append(self._finish(batch[number], done, shown, started_s))
         return results
 
-    def _finish(
-        self, session: Session, done: DenoisedChunk, index: int, pixels: Tensor, started_s: float
-    ) -> ChunkResult:
+    def _emit(self, done: DenoisedChunk, decoded: Mapping[int, Tensor]) -> list[Emitted | SessionError]:
+        if not decoded:
+            return []
+        clean, written = ([part[number] for number in decoded] for part in (done.clean, done.written))
+        return emit(list(decoded.values()), clean, written, self._pool.keys.dtype)
+
+    def _finish(self, session: Session, done: DenoisedChunk, shown: Emitted, started_s: float) -> ChunkResult:
         """Move a session on by its chunk."""
         chunk = session.next_chunk
-        clean, written = done.clean[index].clone(), done.written[index].clone()  # a snapshot holds no neighbour's
-        session.remember(KeptChunk(chunk, written, done.written_level), clean)
-        self._note_drift(session, pixels)
+        session.remember(KeptChunk(chunk, shown.written, done.written_level), shown.clean)
+        self._note_drift(session, shown.pixels)
         self._failures_in_row = 0
         now_s = self._clock()
         with self._lock:
@@ -245,11 +244,11 @@ class Engine(Sessions):
             last = session.next_chunk == session.total_chunks(self.geometry)
             if last:
                 session.move(SessionState.DONE)
-        shown = session.shown_pixel_frames(self.geometry, chunk)
-        self._metrics.inc("diagonal_frames_generated_total", shown)
+        frames = session.shown_pixel_frames(self.geometry, chunk)
+        self._metrics.inc("diagonal_frames_generated_total", frames)
         self._metrics.observe("diagonal_chunk_generation_seconds", now_s - started_s)
         return ChunkResult(
-            session.spec.session_id, chunk, pixels[:shown], self.geometry.pixel_start(chunk), now_s - started_s,
+            session.spec.session_id, chunk, shown.pixels[:frames], self.geometry.pixel_start(chunk), now_s - started_s,
             done.forwards, applied, last, snapshot=None if last else saved,
         )
 
@@ -308,13 +307,12 @@ class Engine(Sessions):
     def _rehearse_chunk(self, sessions: Sequence[Session]) -> None:
         """One chunk of sessions that nobody opened; `SessionError` when it fails."""
         done = self._maker.denoise(sessions)
-        pixels = [self._maker.decode(session, done.clean[n]) for n, session in enumerate(sessions)]
-        for number, shown in enumerate(emit(pixels, list(done.clean))):
+        pixels = {n: self._maker.decode(session, done.clean[n]) for n, session in enumerate(sessions)}
+        for session, shown in zip(sessions, self._emit(done, pixels), strict=True):
             if isinstance(shown, SessionError):
                 raise shown
-            written = KeptChunk(sessions[number].next_chunk, done.written[number], done.written_level)
-            sessions[number].remember(written, done.clean[number])
-            sessions[number].next_chunk += 1
+            session.remember(KeptChunk(session.next_chunk, shown.written, done.written_level), shown.clean)
+            session.next_chunk += 1
 
 
 def _kind(session: Session) -> ChunkKind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from diagonal.config import Config
 from diagonal.diffusion.rollout import (
     DenoisedChunk,
-    cache_dtype,
     chunk_noise_of,
     denoise_chunk,
     new_cache,
@@ -79,7 +79,7 @@ class ChunkMaker:
         """A session with an empty cache."""
         return Session(
             spec, schedule, new_cache(self.config, self.pool), self._decoder.start(),
-            self.config.serve.decoder_history_frames, self.identity, shortened, cache_dtype(self.config),
+            self.config.serve.decoder_history_frames, self.identity, shortened,
         )
 
     def prepare(self, session: Session, changes: Sequence[PromptChange] = ()) -> int:
@@ -88,9 +88,6 @@ class ChunkMaker:
         `SessionError` when something of it fails.
         """
         reasons = [session.stale] if session.stale else []
-        if session.stale:
-            with stage("out_of_memory"):
-                session.bring_back(self.pool.keys.device)
         if session.state is SessionState.QUEUED:
             session.move(SessionState.RUNNING)
         with stage("prompt_failed"):
@@ -146,7 +143,8 @@ class ChunkMaker:
         """After a pause or a move: the decoder's state, from the newest clean latents."""
         if session.stale and session.history is not None:
             session.decoder_state = self._decoder.start()
-            self._decoder.decode(session.history.unsqueeze(0).float(), session.decoder_state)
+            history = session.history.unsqueeze(0).to(self.pool.keys.device).float()
+            self._decoder.decode(history, session.decoder_state)
         session.stale = ""
 
     def denoise(self, batch: Sequence[Session]) -> DenoisedChunk:
@@ -166,13 +164,10 @@ class ChunkMaker:
             return self._decoder.decode(clean.unsqueeze(0), session.decoder_state)[0]
 
     def evict(self, session: Session) -> None:
-        """Leave only the session's snapshot, off the device."""
+        """Leave nothing of the session on the device; its latents are on the CPU anyway."""
         session.cache.close()
         session.decoder_state = self._decoder.start()
         session.text = None
-        if session.saved is not None:
-            session.saved = session.saved.to("cpu")
-            session.kept, session.history = list(session.saved.kept), session.saved.history
 
     def settle(self) -> None:
         """Wait for the device, where a time is to be measured outside the hot loop."""
@@ -180,19 +175,40 @@ class ChunkMaker:
             torch.cuda.synchronize(self.pool.keys.device)
 
 
-def emit(pixels: Sequence[Tensor], clean: Sequence[Tensor]) -> list[Tensor | SessionError]:
-    """The step's one host sync: pixels of all its sessions on the CPU, in one transfer with whether they are finite.
+@dataclass(frozen=True)
+class Emitted:
+    """One session's part of a step, on the CPU: pixels `[f, h, w, 3]` uint8, and the latents `[c, f, h, w]` that it
+    keeps, its clean ones and the input that wrote its cache."""
 
-    Pixels are `[f, h, w, 3]` uint8 of one shape. `SessionError` stands for latents that are not finite, and for pixels
-    that could not be brought over.
+    pixels: Tensor
+    clean: Tensor
+    written: Tensor
+
+
+def emit(
+    pixels: Sequence[Tensor], clean: Sequence[Tensor], written: Sequence[Tensor], dtype: torch.dtype
+) -> list[Emitted | SessionError]:
+    """The step's one host sync: what its sessions show and keep, in one transfer, with whether it is finite.
+
+    Pixels are of one shape; latents are kept as `dtype`. So a snapshot is made without the device, and never waits for
+    the next chunk's kernels. `SessionError` stands for latents that are not finite, or could not be brought over.
     """
     try:
         with stage("decode_failed"):
-            finite = torch.stack([torch.isfinite(part).all() for part in clean]).to(pixels[0].device, torch.uint8)
-            packed = torch.cat((torch.stack(list(pixels)).flatten(1), finite.unsqueeze(1)), dim=1).cpu()  # host sync
+            finite = torch.stack([torch.isfinite(part).all() for part in clean]).unsqueeze(1)
+            latents = [torch.stack(list(parts)).to(dtype).flatten(1).view(torch.uint8) for parts in (clean, written)]
+            shown = torch.stack(list(pixels)).flatten(1).to(finite.device)
+            packed = torch.cat((shown, *latents, finite.to(torch.uint8)), dim=1).cpu()  # host sync: the emit point
     except SessionError as error:
         if len(pixels) == 1:
             return [error]
-        return [emit([one], [other])[0] for one, other in zip(pixels, clean, strict=True)]
+        parts = zip(pixels, clean, written, strict=True)
+        return [emit([shown], [end], [start], dtype)[0] for shown, end, start in parts]
     refused = SessionError("not_finite", "the generated latents are not finite")
-    return [row[:-1].view(pixels[0].shape) if row[-1] else refused for row in packed]
+    return [_unpacked(row, pixels[0].shape, clean[0].shape, dtype) if row[-1] else refused for row in packed]
+
+
+def _unpacked(row: Tensor, shown: torch.Size, latents: torch.Size, dtype: torch.dtype) -> Emitted:
+    """The parts of one session's row, latents in memory of their own: a snapshot holds no neighbour's."""
+    pixels, clean, written = row[:-1].split([shown.numel(), *[latents.numel() * dtype.itemsize] * 2])
+    return Emitted(pixels.view(shown), *(part.clone().view(dtype).view(latents) for part in (clean, written)))

@@ -12,6 +12,8 @@ from torch import Tensor
 from diagonal.errors import require
 
 MAX_SEED = 2**63 - 1
+MAX_PENDING = 64  # prompt changes that may wait for one chunk
+MAX_EVENTS = 4096  # of a recording; a longer session cannot be replayed
 MAX_BLENDS = 32  # prompts that a text may be made of, when each change interrupts the one before it
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from diagonal.diffusion.rollout import KeptChunk
 from diagonal.engine.admission import Progress
 from diagonal.engine.drift import DriftMonitor
-from diagonal.engine.script import MAX_SEED, Event, PromptChange, SessionSpec, Timeline
+from diagonal.engine.script import MAX_EVENTS, MAX_SEED, Event, PromptChange, SessionSpec, Timeline
 from diagonal.engine.snapshot import Identity, MediaTimeline, Snapshot
 from diagonal.geometry import ChunkGeometry
 from diagonal.model.cache import KVCache
@@ -109,7 +109,6 @@ class Session:
     history_frames: int
     identity: Identity
     shortened: bool = False
-    latents_dtype: torch.dtype = torch.float32
     state: SessionState = SessionState.QUEUED
     next_chunk: int = 0
     timeline: Timeline = field(default_factory=lambda: Timeline(()))
@@ -155,8 +154,8 @@ class Session:
         return self.spec.paced and self.live and not self.ended
 
     def log(self, kind: str, **detail: Any) -> None:
-        """Add to the event log of a recorded session, at the chunk to come."""
-        if self.spec.record:
+        """Add to the event log of a recorded session, at the chunk to come; a full one takes no more."""
+        if self.spec.record and len(self.events) < MAX_EVENTS:
             self.events.append(Event(kind, self.next_chunk, detail))
 
     def total_chunks(self, geometry: ChunkGeometry) -> int | None:
@@ -194,12 +193,12 @@ class Session:
     def remember(self, chunk: KeptChunk, clean: Tensor) -> None:
         """Keep a finished chunk's cache input and its clean latents `[c, f, h, w]`, within window and history.
 
-        In the cache's element type: of a bfloat16 network's input that is what the network itself reads.
+        They come on the CPU and in the cache's element type: of a bfloat16 network's input that is what the network
+        itself reads, so that a re-cache loses nothing.
         """
-        self.kept.append(replace(chunk, written=chunk.written.to(self.latents_dtype)))
+        self.kept.append(chunk)
         if len(self.kept) >= self.cache.window_chunks:
             del self.kept[self.cache.sink_chunks]
-        clean = clean.to(self.latents_dtype)
         history = clean if self.history is None else torch.cat((self.history, clean), dim=1)
         self.history = history[:, -self.history_frames :].contiguous()
 
@@ -213,11 +212,6 @@ class Session:
             history=self.history, reanchored=self.reanchored, drift=self.drift.to_dict(), events=events,
         )
         return self.saved
-
-    def bring_back(self, device: torch.device) -> None:
-        """Move what it kept to the device."""
-        self.kept = [replace(item, written=item.written.to(device)) for item in self.kept]
-        self.history = None if self.history is None else self.history.to(device)
 
     def take_over(self, snapshot: Snapshot) -> None:
         """Stand where the snapshot's session stood; cache and decoder are built before the next chunk."""

@@ -21,7 +21,7 @@ from diagonal.engine.admission import (
 )
 from diagonal.engine.generation import ChunkMaker
 from diagonal.engine.recording import Recording
-from diagonal.engine.script import PromptChange, SessionSpec
+from diagonal.engine.script import MAX_EVENTS, MAX_PENDING, PromptChange, SessionSpec
 from diagonal.engine.session import IllegalMoveError, Session, SessionInfo, SessionState, decoder_bytes
 from diagonal.engine.snapshot import Snapshot, SnapshotError, check_latents
 from diagonal.errors import require
@@ -108,11 +108,14 @@ class Sessions:
     def interact(self, session_id: str, change: PromptChange) -> None:
         """Queue a prompt change for the next chunk, of a paused session for the first one after it is resumed.
 
-        An event that already waits is not queued again. `KeyError` for an unknown session.
+        An event that already waits is not queued again. `KeyError` for an unknown session, `FieldError` when too many
+        changes wait.
         """
         with self._lock:
             pending = self._sessions[session_id].pending
             if all(change.event_id != waiting.event_id for waiting in pending):
+                few = f"one of at most {MAX_PENDING} that wait for a chunk"
+                require(len(pending) < MAX_PENDING, "event_id", change.event_id, few)
                 pending.append(change)
 
     def request(self, session_id: str) -> None:
@@ -179,11 +182,12 @@ class Sessions:
     def recording(self, session_id: str) -> Recording:
         """The event log up to the newest finished chunk, for `engine.replay`.
 
-        `KeyError` for an unknown session, `FieldError` for one that is not recorded.
+        `KeyError` for an unknown session, `FieldError` for one that is not recorded, or longer than a log may be.
         """
         with self._lock:
             session = self._sessions[session_id]
             require(session.spec.record, "session", session_id, "a session that was opened with record")
+            require(len(session.events) < MAX_EVENTS, "session", session_id, f"one of fewer than {MAX_EVENTS} events")
             assert session.saved is not None
             events = tuple(event for event in session.events if event.chunk < session.next_chunk)
             return Recording(session.identity, session.spec, session.schedule, session.next_chunk, events)

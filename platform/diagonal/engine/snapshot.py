@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import safetensors.torch
@@ -117,11 +117,6 @@ class Snapshot:
         parts = [item.written for item in self.kept] + ([] if self.history is None else [self.history])
         return sum(part.numel() * part.element_size() for part in parts)
 
-    def to(self, device: torch.device | str) -> Snapshot:
-        """The same with its latents on that device."""
-        kept = tuple(replace(item, written=item.written.to(device)) for item in self.kept)
-        return replace(self, kept=kept, history=None if self.history is None else self.history.to(device))
-
     def to_bytes(self, since_chunk: int = -1) -> bytes:
         """safetensors with a JSON header. With `since_chunk`, only the latents of later chunks: `from_bytes` then
         needs the snapshot as it was after that chunk."""
@@ -129,7 +124,7 @@ class Snapshot:
         if self.history is not None and since_chunk < self.next_chunk - 1:
             newer = (self.next_chunk - 1 - since_chunk) * self.kept[-1].written.shape[1]
             tensors["history"] = self.history[:, -newer:]
-        plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
         return safetensors.torch.save(plain, metadata={_HEADER: json.dumps(self._header(since_chunk))})
 
     def _header(self, since_chunk: int) -> dict[str, Any]:
