@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import UMT5Config
 
 from diagonal.config import Config
 from diagonal.data.prompts import read_prompts
@@ -96,7 +99,15 @@ def read_layouts(run: Run) -> Layouts:
     teacher = _network(config, "distill.teacher", Folder(given), base) if given else student
     _check_init(run, base)
     codec, text = (base.read_json(f"{part}/config.json") for part in ("vae", "text_encoder"))
-    return Layouts(student, teacher, text, codec)
+    if codec.get("_class_name") == "AutoencoderKLWan":
+        codec = {**_defaults(AutoencoderKLWan), **codec}
+    return Layouts(student, teacher, {**UMT5Config().to_dict(), **text}, codec)
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """What a diffusers class takes for keys that its config.json leaves out."""
+    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def _network(config: Config, field: str, folder: Folder, base: Folder) -> Mapping[str, Any]:
@@ -111,7 +122,7 @@ def _network(config: Config, field: str, folder: Folder, base: Folder) -> Mappin
             check_transformer(Path(name), config)
         except FieldError as error:
             raise FieldError(f"{field}: {error.field}", error.value, error.allowed) from error
-    layout: Mapping[str, Any] = folder.read_json("transformer/config.json")
+    layout: Mapping[str, Any] = {**_defaults(WanTransformer3DModel), **folder.read_json("transformer/config.json")}
     TransformerLayout.of(layout)
     return layout
 

@@ -34,6 +34,7 @@ LOGICAL_CPUS = 8  # Ray Train's workers, Ray Data and Serve wait for each other 
 OBJECT_STORE_BYTES = 512 * 2**20
 ATTEMPTS = 3  # a port that was free may be taken before Ray binds it
 START_S = 120.0
+JOB_STOP_WAIT_S = 120  # between SIGTERM and SIGKILL of a stopped job, which saves a checkpoint; Ray's own is 3
 ANSWER_S = 120.0
 GRACE_S = 5.0  # the GCS and a raylet that lost it do not end on SIGTERM, so a longer wait gains nothing
 ALREADY_RUNNING = 3
@@ -166,6 +167,7 @@ def _launch(run: LocalRun, cpus: int) -> None:
     log = Path(run.folder) / "start.log"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = inherited | run.environment() | {MARK_NAME: run.mark}
+    environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(JOB_STOP_WAIT_S)
     environment |= {variable: str(getattr(run.ports, name)) for name, variable in METRIC_PORTS.items()}
     del environment["RAY_ADDRESS"], environment["RAY_API_SERVER_ADDRESS"]  # nothing answers there yet
     with open(log, "w") as output:

@@ -95,6 +95,15 @@ def test_a_teacher_of_another_size_is_planned_with_its_own_parameters(wan: Path)
     assert "teacher 14,288" in text and "1,419.0 M each" in text
 
 
+def test_keys_that_a_configuration_leaves_out_are_those_of_its_class(wan: Path) -> None:
+    whole = plan(wan_run(wan))
+    for part, content, kept in (("vae", CODEC, ("_class_name",)), ("transformer", WAN, ("_class_name", "num_layers"))):
+        few = {key: content[key] for key in kept}
+        sizes = {key: content[key] for key in ("in_channels", "patch_size", "num_attention_heads", "ffn_dim", "text_dim") if key in content}
+        (wan / part / "config.json").write_text(json.dumps({**few, **sizes}))
+    assert [line for line in plan(wan_run(wan)) if "memory" in line] == [line for line in whole if "memory" in line]
+
+
 def test_a_plan_on_s3_asks_the_storage(bucket: str, wan: Path) -> None:
     storage = f"train.storage=s3://{bucket}/runs"
     assert plan(wan_run(wan, storage))[0] == f"run a in s3://{bucket}/runs/a"

@@ -1,0 +1,165 @@
+"""Steady time of an update under Ray Train against the same loop on plain torch.distributed, start-up excluded.
+
+Both run the same updates of stage 1 on two CPU processes; under Ray with everything that a job does around them (Ray
+Data, metrics, reports, journal, TensorBoard, watchdog), plain with nothing at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+
+from diagonal.config import Config
+from diagonal.errors import require
+from diagonal.storage import Folder
+from diagonal.training.loop import Hooks, Plan, run_loop
+from diagonal.training.slices import own_samples
+from diagonal.training.state import TrainState
+from diagonal.tree import write_json
+from jobs.distill import build, distill_feed, prompt_batch, step_of
+from jobs.feed import Feed
+from jobs.fit import fit
+from jobs.progress import Place
+from jobs.ray_cluster import connect
+from jobs.run import Run, main, say
+from jobs.watchdog import Watchdog
+from jobs.worker import Worker
+
+T = TypeVar("T")
+WARM_UP = 5  # updates that are not counted
+NEVER = 10**9
+STAMPS = "stamps.json"
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--updates", type=int, default=20, help="counted updates of each measurement (default: 20)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind, in turns (default: 5)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", help="writes OUT as JSON")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    found = parser.parse_args(argv)
+    for name in ("updates", "rounds", "workers"):
+        require(getattr(found, name) >= 1, f"--{name}", getattr(found, name), "a whole number of at least 1")
+    return found
+
+
+def stamped(batches: Iterable[T], stamps: list[float]) -> Iterator[T]:
+    """The batches, and when each was asked for: the time between two is a whole update with all that surrounds it."""
+    source = iter(batches)
+    while True:
+        stamps.append(time.monotonic())
+        yield next(source)
+
+
+def run_updates(worker: Worker, feed: Feed, plain: bool) -> None:
+    """One rank's updates of stage 1; rank 0 writes its stamps."""
+    text = worker.text()
+    state, networks = build(worker, text)
+    if plain:
+        rows, hooks = plain_rows(worker, feed), Hooks(_no_report, _no_save)
+    else:
+        rows, hooks = worker.begin(state, feed, networks.generator, text)
+    stamps: list[float] = []
+    batches = stamped((prompt_batch(columns, text) for columns in rows), stamps)
+    step = step_of(worker, 1, state, networks)
+    run_loop(state, Plan(feed.updates, NEVER, feed.batch_size, NEVER, step), batches, hooks)
+    if worker.place.rank == 0:
+        worker.run.folder.write_json(STAMPS, stamps)
+
+
+def under_ray(worker: Worker, feed: Feed) -> None:
+    """The body of the stage on Ray Train."""
+    run_updates(worker, feed, plain=False)
+
+
+def plain_rows(worker: Worker, feed: Feed) -> Iterator[dict[str, Any]]:
+    """This rank's columns of each update, from a list."""
+    rank, ranks = worker.place.rank, worker.place.world_size
+    table = feed.own_rows(0, rank, ranks)
+    size = len(own_samples(1, feed.batch_size, rank, ranks))
+    yield from (table.slice(start, size).to_pydict() for start in range(0, table.num_rows, size))
+
+
+def plain_rank(rank: int, settings: Mapping[str, Any], feed: Feed, meeting: str) -> None:
+    """One process without Ray."""
+    torch.set_num_threads(1)  # as Ray gives a worker of one CPU
+    run = Run.from_settings(settings)
+    ranks = run.config.train.workers
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+    place = Place("plain", rank, ranks)
+    worker = Worker(run, place, torch.device("cpu"), Watchdog(NEVER, "plain"), on_ray=False)
+    run_updates(worker, feed, plain=True)
+    dist.destroy_process_group()
+
+
+def _no_report(update: int, figures: Mapping[str, float]) -> None:
+    """Nothing is reported."""
+
+
+def _no_save(state: TrainState, *, wait: bool = False) -> None:
+    """Nothing is saved: under Ray the one checkpoint comes after the last stamp."""
+
+
+def seconds_per_update(run: Run, kind: str) -> float:
+    """Mean time of the counted updates of one measurement."""
+    feed = distill_feed(run)
+    if kind == "Ray Train":
+        fit(run, "distill", under_ray, feed)
+    else:
+        meeting = str(run.folder.path / "meeting")
+        processes.spawn(plain_rank, (run.to_settings(), feed, meeting), nprocs=run.config.train.workers)
+    stamps = run.folder.read_json(STAMPS)
+    return float((stamps[-1] - stamps[WARM_UP]) / (len(stamps) - 1 - WARM_UP))
+
+
+def measure(config: Config, rounds: int, storage: Path) -> dict[str, list[float]]:
+    """Seconds an update of both kinds; each round measures both, in an order that alternates."""
+    found: dict[str, list[float]] = {"plain": [], "Ray Train": []}
+    for number in range(rounds):
+        for kind in sorted(found, reverse=number % 2 == 0):
+            run = Run(f"{kind.split()[0]}-{number}", config, Folder(str(storage / f"{kind.split()[0]}-{number}")))
+            run.folder.write_json("config.json", config.to_dict())
+            found[kind].append(seconds_per_update(run, kind))
+            say(f"round {number + 1}/{rounds}: {kind} {found[kind][-1]:.4f} s an update")
+    return found
+
+
+def work(argv: Sequence[str]) -> None:
+    options = arguments(argv)
+    updates = options.updates + WARM_UP + 1
+    config = Config.from_preset("tiny", [
+        f"train.workers={options.workers}", "train.gpus_per_worker=0", "train.sample_every=0",
+        f"distill.stage1_updates={updates}", "distill.stage2_updates=0", *options.settings,
+    ])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    connect()  # before both, so that Ray's idle processes are there in both
+    with tempfile.TemporaryDirectory(prefix="diagonal-overhead-") as storage:
+        found = measure(config, options.rounds, Path(storage))
+    medians = {kind: statistics.median(values) for kind, values in found.items()}
+    ratio = statistics.median(ray / plain for ray, plain in zip(found["Ray Train"], found["plain"], strict=True))
+    say(f"{options.updates} updates of {config.distill.batch_size} samples on {options.workers} processes of one "
+        f"thread, {os.cpu_count()} CPUs; medians of {options.rounds} rounds, in turns:")
+    for kind, median in medians.items():
+        say(f"  {kind}: {median:.4f} s an update ({min(found[kind]):.4f} to {max(found[kind]):.4f})")
+    say(f"  Ray Train / plain: {ratio:.3f} (median of the rounds' ratios)")
+    report = {"seconds_per_update": found, "medians": medians, "ratio": ratio, "updates": options.updates,
+              "workers": options.workers, "cpus": os.cpu_count(), "config": config.to_dict()}
+    if options.out:
+        write_json(options.out, report)
+    say(json.dumps({"ratio": round(ratio, 4), **{kind: round(value, 5) for kind, value in medians.items()}}))
+
+
+if __name__ == "__main__":
+    main("jobs.overhead")
