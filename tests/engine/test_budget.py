@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from torch import Tensor
 
 from diagonal.engine.engine import BudgetError, CapacityError, Engine
 from diagonal.engine.session import PromptChange
+from diagonal.model.vae import DecoderState
 from tests.engine.driving import OTHER, Clock, Sink, engine_of, pull, spec_of, stream, timed
 from tests.networks import small_release
 
@@ -160,6 +162,25 @@ def test_recaches_are_measured_by_what_a_step_with_one_takes_longer() -> None:
     assert engine._cost.recache_s(3) == pytest.approx(0.15)
     assert engine._cost.recaches_per_chunk == pytest.approx(0.02)
     assert sink.totals["diagonal_recaches_total"] == 1
+
+
+def test_a_step_that_rebuilds_a_decoder_tells_nothing_of_the_cost_of_a_recache() -> None:
+    engine, clock, _ = engine_at(0.0, 0.05)
+    stream(engine, spec_of("a", frames=None), 5)
+    before = engine._cost.recache_s(3)
+    decode = engine._maker._decoder.decode
+
+    def slow(latents: Tensor, state: DecoderState) -> Tensor:
+        clock.now_s += 5.0 if latents.shape[2] > 3 else 0.0
+        return decode(latents, state)
+
+    engine._maker._decoder.decode = slow  # type: ignore[method-assign]
+    engine.pause("a")
+    engine.step()
+    engine.resume("a")
+    pull(engine, "a")
+    assert engine._cost.recache_s(3) == before
+    assert engine.stats().busy == pytest.approx((0.1 + engine._cost.recaches_per_chunk * before) / 0.75)
 
 
 def test_under_overload_a_new_session_runs_the_shorter_schedule_where_that_is_allowed() -> None:

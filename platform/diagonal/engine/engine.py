@@ -35,10 +35,11 @@ class Health:
 
 @dataclass(frozen=True)
 class _Stopwatch:
-    """When a step began, and how many chunks it re-cached first."""
+    """When a step began, how many chunks it re-cached first, and whether it built a decoder's state anew."""
 
     started_s: float
     recached: int = 0
+    rebuilt: bool = False
 
 
 class Engine(Sessions):
@@ -73,9 +74,10 @@ class Engine(Sessions):
         watch = _Stopwatch(self._clock())
         ready, results = [], []
         for session, changes in chosen:
+            rebuilt = watch.rebuilt or bool(session.stale)
             try:
                 recached = self._prepare(session, changes)
-                watch = replace(watch, recached=watch.recached + recached)
+                watch = replace(watch, recached=watch.recached + recached, rebuilt=rebuilt)
                 ready.append(session)
             except SessionError as error:
                 results.append(self._fail(session, error))
@@ -260,12 +262,15 @@ class Engine(Sessions):
         return self._reanchor.cause(session.drift, session.next_chunk, session.reanchored) or ""
 
     def _measure(self, watch: _Stopwatch, kind: ChunkKind, sessions: int) -> None:
-        """Feed the cost model: a step without re-caches is a chunk's cost, the surplus of one with them is theirs."""
+        """Feed the cost model: a step without re-caches is a chunk's cost, the surplus of one with them is theirs.
+
+        One that also built a decoder's state, after a pause or a move, tells of neither.
+        """
         elapsed_s = self._clock() - watch.started_s
         with self._lock:
             if watch.recached == 0:
                 self._cost.observe(kind, sessions, elapsed_s)
-            elif (surplus_s := elapsed_s - self._cost.step_s(kind, sessions)) > 0:
+            elif not watch.rebuilt and (surplus_s := elapsed_s - self._cost.step_s(kind, sessions)) > 0:
                 self._cost.observe_recache(watch.recached, surplus_s)
         each_s = elapsed_s / sessions
         self._chunk_s = each_s if self._chunk_s == 0.0 else 0.9 * self._chunk_s + 0.1 * each_s
@@ -295,8 +300,8 @@ class Engine(Sessions):
                 self._rehearse_chunk(sessions)
                 if counted:
                     self._cost.observe(kind, size, self._clock() - started_s)
-            started_s, sessions[0].stale = self._clock(), "restore"
-            recached = self._maker.prepare(sessions[0])
+            started_s = self._clock()
+            recached = self._maker.prepare(sessions[0], [PromptChange("probe", "another probe")])
             self._maker.settle()
             if counted:
                 self._cost.observe_recache(recached, self._clock() - started_s)
