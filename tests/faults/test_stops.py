@@ -9,7 +9,7 @@ import pytest
 
 from jobs.journal import Record
 from tests.faults.conftest import StoppedRun
-from tests.faults.job import EVERY, Launcher, difference, sample_numbers
+from tests.faults.job import Launcher, difference, sample_numbers
 
 SOON_S = 30.0
 
@@ -31,9 +31,8 @@ def test_a_stopped_run_goes_on_from_its_last_update_to_the_bit(
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("distill.lr", "1e-3"), ("distill.batch_size", "8"), ("seed", "7"), ("schedule.steps", "4444444"),
-    ("distill.loss.motion", "0.5"),
-])  # fmt: skip
+    ("distill.batch_size", "8"), ("seed", "7"), ("distill.loss.motion", "0.5"),
+])
 def test_a_setting_that_decides_the_result_is_refused_by_name_on_a_resume(
     stopped: StoppedRun, start: Launcher, tmp_path: Path, field: str, value: str
 ) -> None:
@@ -57,4 +56,3 @@ def test_another_number_of_workers_takes_the_state_over_and_learns_the_same(
     assert sample_numbers(record) == sample_numbers(unbroken)
     for entry, expected in zip(record.updates, unbroken.updates, strict=True):
         assert abs(entry["critic"] - expected["critic"]) < 1e-3 * abs(expected["critic"]), (entry, expected)
-    assert stopped.stopped_after % EVERY or len(record.starts) == 2

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from jobs.journal import Record
-from tests.faults.job import EVERY, MIDDLE, Job, Launcher, difference
+from tests.faults.job import EVERY, START_S, Job, Launcher, difference
 from tests.faults.nodes import Nodes, until
 from tests.s3 import SECRET_KEY, FaultyProxy
 
@@ -25,8 +25,7 @@ def test_training_goes_on_through_an_outage_of_a_minute_and_whatever_else_a_stor
     ends.join(2 * OUTAGE_S)
     faulty_s3.fail(500, "InternalError", times=6, method="PUT")
     faulty_s3.slow(2.0, times=6)
-    job.update(MIDDLE)
-    until("a checkpoint", job.checkpoints, 60)
+    until("a checkpoint", job.checkpoints, START_S)
     faulty_s3.truncate(times=8, key=".distcp")
     cluster.train_workers()[0].kill()
     job.succeeded()
@@ -52,8 +51,7 @@ def test_an_outage_longer_than_the_patience_ends_the_run_and_names_the_storage(
     """T5, too long."""
     settings = {"train.storage_patience_s": 5, "train.max_failures": 0}
     job = start(storage=f"s3://{bucket}/runs", settings=settings)
-    job.update(EVERY + 1)
-    until("the first checkpoint", job.checkpoints, 30)
+    until("the first checkpoint", job.checkpoints, START_S)
     with faulty_s3.outage():
         away_s = time.monotonic()
         assert job.ended(180) == 1
