@@ -89,6 +89,7 @@ def test_every_prompt_comes_once_in_each_epoch(plan: PairPlan, prompts: Folder) 
 def test_embeddings_are_the_text_encoders_own(encoded: Any) -> None:
     shown = [row["prompt"] for row in rows_of(encoded)]
     assert torch.equal(from_bits(encoded["text_bf16"][0]), small_text().encode(shown).bfloat16())
+    assert torch.equal(from_bits(encoded["negative_bf16"]), small_text().encode([""]).bfloat16())
 
 
 def test_a_written_shard_holds_the_guided_teachers_solutions_from_the_noise_of_each_seed(
@@ -96,7 +97,7 @@ def test_a_written_shard_holds_the_guided_teachers_solutions_from_the_noise_of_e
 ) -> None:
     SolveShard(plan, folder)(encoded)
     table, rows, config = pq.read_table(folder.path / shard_file(1)), rows_of(encoded), plan.config
-    negative, shape = small_text().encode([""]), config.geometry.chunk_shape()[1:]
+    negative, shape = small_text().encode([""]).bfloat16().float(), config.geometry.chunk_shape()[1:]
     for place, row in enumerate(rows):
         found = read_row(table, place)
         noise = clip_noise(row["seed"], config.geometry.clip_chunks, shape)
@@ -132,8 +133,8 @@ def spoil_states(monkeypatch: pytest.MonkeyPatch, places: list[int], value: floa
     solved = SolveShard.solve
     bits = int(torch.tensor([value]).bfloat16().view(torch.int16))
 
-    def solve_badly(self: SolveShard, seeds: list[int], text: torch.Tensor) -> tuple[np.ndarray, list[float]]:
-        states, levels = solved(self, seeds, text)
+    def solve_badly(self: SolveShard, seeds: list[int], *text: torch.Tensor) -> tuple[np.ndarray, list[float]]:
+        states, levels = solved(self, seeds, *text)
         states[places, 3, 0, 0, 0, 0] = bits
         return states, levels
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from jobs.run import JobFailed, Run
 from tests.data.rows import spoil
 from tests.jobs.conftest import OpenRun
 
-MANY = ("pairs.count=24",)  # twelve shards: enough that a fault comes in their midst
+MANY = ("pairs.count=32",)  # sixteen shards: time for a fault in their midst
 
 
 def files_of(folder: Folder) -> dict[str, bytes]:
@@ -153,32 +154,38 @@ def solvers() -> list[psutil.Process]:
     session = str(ray.get_runtime_context().get_temp_dir())
     raylets = [p for p in psutil.process_iter(["name", "cmdline"])
                if p.info["name"] == "raylet" and session in " ".join(p.info["cmdline"] or ())]
-    children = [child for raylet in raylets for child in raylet.children(recursive=True)]
-    return [child for child in children if "SolveShard" in " ".join(child.cmdline())]
+    return [child for raylet in raylets for child in raylet.children(recursive=True) if is_solver(child)]
 
 
-def killing_one(folder: Folder, done: threading.Event) -> Callable[[], None]:
-    """Ends one solver when the second shard is there."""
+def is_solver(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE and "SolveShard" in " ".join(process.cmdline())
+    return False
+
+
+def killing(folder: Folder, killed: list[int]) -> Callable[[], None]:
+    """Ends the solver when the second shard is there."""
 
     def kill() -> None:
-        until_s = time.monotonic() + 120
+        until_s = time.monotonic() + 200
         while time.monotonic() < until_s and not folder.has(shard_file(1)):
             time.sleep(0.02)
-        solvers()[0].send_signal(signal.SIGKILL)
-        done.set()
+        for process in solvers():
+            process.kill()
+            killed.append(process.pid)
 
     return kill
 
 
 def make_with_a_solver_killed(run: Run) -> None:
-    done = threading.Event()
-    thread = threading.Thread(target=killing_one(run.folder / "pairs", done), daemon=True)
+    killed: list[int] = []
+    thread = threading.Thread(target=killing(run.folder / "pairs", killed), daemon=True)
     thread.start()
     try:
         make_pairs(run)
     finally:
-        thread.join(130)
-        assert done.is_set()
+        thread.join(210)
+        assert killed
 
 
 @pytest.mark.slow
@@ -246,7 +253,7 @@ def test_a_job_that_is_killed_whole_goes_on_to_the_bytes_of_an_unbroken_one(
     second = job(repository, storage, "--resume")
     said, _ = second.communicate(timeout=200)
     assert second.returncode == 0, said
-    assert f"12 shards of which {12 - len(kept)} are to be made" in said
+    assert f"16 shards of which {16 - len(kept)} are to be made" in said
     assert files_of(folder) == unbroken["many"]
 
 

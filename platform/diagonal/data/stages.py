@@ -45,10 +45,11 @@ HELD_BYTES = 256 * 2**20  # of row groups that a reader of pairs holds
 
 
 class EncodeText:
-    """Columns with one `shard` number, to which it adds `rows`, the shard's samples as JSON, and `text_bf16`.
+    """Columns with one `shard` number, to which it adds `rows`, the shard's samples as JSON, and their embeddings.
 
-    `text_bf16` `[1, n, l, d]` holds the embeddings of its n prompts as int16 bits. The rows are a function of the plan
-    and of the prompts in the folder `prompts`, so nobody holds them all.
+    `text_bf16` `[1, n, l, d]` holds those of its n prompts, `negative_bf16` `[1, l, d]` that of the negative prompt, as
+    int16 bits: the solvers need no text encoder. The rows are a function of the plan and of the prompts in the folder
+    `prompts`, so nobody holds them all.
     """
 
     def __init__(self, plan: PairPlan, prompts: Folder, device: str = "cpu") -> None:
@@ -57,11 +58,13 @@ class EncodeText:
         self._order = Order(len(self._prompts), config.seed)
         dtype = getattr(torch, config.model.compute_dtype)
         self._text = load_text(base_folder(config), config, dtype).to(device)
+        self._negative = to_bits(self._text.encode([config.model.negative_prompt]))
 
     def __call__(self, batch: Columns) -> Columns:
         rows = self.rows(_only(batch["shard"]))
         text = to_bits(self._text.encode([row["prompt"] for row in rows]))
-        return {"shard": batch["shard"], "rows": np.array([json.dumps(rows)]), "text_bf16": text[None]}
+        return {"shard": batch["shard"], "rows": np.array([json.dumps(rows)]), "text_bf16": text[None],
+                "negative_bf16": self._negative}
 
     def rows(self, shard: int) -> list[Row]:
         """The samples of a shard: number, prompt_id, prompt, seed."""
@@ -86,13 +89,13 @@ class SolveShard:
         seen_by_all = f"a folder that every node of the cluster sees; {PLAN}, which the job wrote, is not there"
         require(folder.has(PLAN), "train.storage", str(folder), seen_by_all)
         self._plan, self._config, self._folder, self._device = plan, plan.config, folder, device
-        base, dtype = base_folder(plan.config), getattr(torch, plan.config.model.compute_dtype)
-        self._teacher = load_teacher(base, plan.config, dtype).to(device)
-        self._negative = load_text(base, plan.config, dtype).encode([plan.config.model.negative_prompt]).to(device)
+        dtype = getattr(torch, plan.config.model.compute_dtype)
+        self._teacher = load_teacher(base_folder(plan.config), plan.config, dtype).to(device)
 
     def __call__(self, batch: Columns) -> Columns:
         shard, rows = _only(batch["shard"]), json.loads(str(_only(batch["rows"])))
-        states, levels = self.solve([row["seed"] for row in rows], from_bits(batch["text_bf16"][0]).float())
+        text, negative = (from_bits(batch[name][0]).float() for name in ("text_bf16", "negative_bf16"))
+        states, levels = self.solve([row["seed"] for row in rows], text, negative)
         solved = [{**row, "levels": levels, "states_bf16": bits, "checksum": checksum(bits)}
                   for row, bits in zip(rows, states, strict=True)]
         good = [row for row in solved if bool(torch.isfinite(from_bits(row["states_bf16"])).all())]
@@ -106,16 +109,19 @@ class SolveShard:
             ("set_aside", json.dumps(bad)),
         )}  # fmt: skip
 
-    def solve(self, seeds: list[int], text: Tensor) -> tuple[np.ndarray, list[float]]:
-        """States as int16 bits `[n, s, c, f, h, w]` from seeded noise, under embeddings `[n, l, d]`; their levels."""
+    def solve(self, seeds: list[int], text: Tensor, negative: Tensor) -> tuple[np.ndarray, list[float]]:
+        """States as int16 bits `[n, s, c, f, h, w]` from seeded noise, and their levels.
+
+        Embeddings `text` are `[n, l, d]`, `negative` is `[l, d]`.
+        """
         pairs, geometry = self._config.pairs, self._config.geometry
-        shape, text = geometry.chunk_shape()[1:], text.to(self._device)
+        shape, text, negative = geometry.chunk_shape()[1:], text.to(self._device), negative.to(self._device)
         parts: list[np.ndarray] = []
         levels: tuple[float, ...] = ()
         for part in torch.arange(len(seeds)).split(pairs.batch_size):
             noise = torch.stack([clip_noise(seeds[index], geometry.clip_chunks, shape) for index in part.tolist()])
             states, levels = solve(
-                self._teacher, noise.to(self._device), text[part], self._negative.expand(len(part), -1, -1),
+                self._teacher, noise.to(self._device), text[part], negative.expand(len(part), -1, -1),
                 weight=pairs.guidance, steps=pairs.solver_steps, shift=self._config.schedule.shift,
                 kept_raw=pairs.kept_raw,
             )
