@@ -6,9 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,7 +70,7 @@ def fetch(uri: str, cache: str | os.PathLike[str] | None = None) -> Path:
         if not target.exists():
             files = source.files()
             require(bool(files), "path", uri, "an s3:// folder that exists")
-            with _whole_folder(target) as folder:
+            with Folder(str(target)).replaced(last=min(files)) as folder:
                 for name in files:
                     source.get(name, folder / name)
     return target
@@ -179,7 +177,7 @@ def save_student(
 
     The folder is replaced, whole or not at all.
     """
-    with _whole_folder(folder) as temporary:
+    with Folder(str(folder)).replaced(last=LINEAGE) as temporary:
         _write_student(temporary, config, layout, state, lineage)
 
 
@@ -204,7 +202,7 @@ def save_base(
 
     The folder is replaced, whole or not at all.
     """
-    with _whole_folder(folder) as temporary:
+    with Folder(str(folder)).replaced(last=LINEAGE) as temporary:
         _write_student(temporary, config, teacher.config, teacher.state_dict(), lineage)
         if isinstance(codec, AutoencoderKLWan):
             codec = codec.to(torch.bfloat16)
@@ -212,22 +210,6 @@ def save_base(
         tokenizer.save_pretrained(temporary / "tokenizer")
         encoder.save_pretrained(temporary / "text_encoder")
         FlowMatchEulerDiscreteScheduler(shift=config.schedule.shift).save_pretrained(temporary / "scheduler")
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that replaces `target` when the block ends well, and is removed when it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    new, old = scratch / "new", scratch / "old"
-    try:
-        new.mkdir()
-        yield new
-        if target.exists():
-            os.replace(target, old)
-        os.replace(new, target)
-    finally:
-        shutil.rmtree(scratch)
 
 
 @dataclass(frozen=True)
@@ -276,7 +258,7 @@ def write_release(
     """
     if target.exists():
         raise FieldError("release folder", str(target), "a folder that does not exist yet")
-    with _whole_folder(target) as temporary:
+    with Folder(str(target)).replaced(last=MANIFEST) as temporary:
         shutil.copytree(_part(student, "transformer"), temporary / "transformer")
         for folder in SHARED_FOLDERS:
             if (base / folder).is_dir():
