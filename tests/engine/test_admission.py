@@ -116,13 +116,12 @@ def test_a_session_is_charged_for_the_costliest_of_its_chunks_to_come() -> None:
     assert short.kind == ChunkKind(2, 2), "it never gets to the full window"
 
 
-def test_a_session_in_a_prompt_change_is_charged_a_recache_a_chunk_and_others_the_usual_rate() -> None:
+def test_a_session_is_charged_the_recaches_it_is_known_to_need_and_no_less_than_the_usual_rate() -> None:
     model = model_of(b1=0.3)
     model.observe_chunk(True, smoothing=0.1)
-    calm = demand_of(Progress(StepSchedule(), 9), GEOMETRY, WINDOW, model)
-    moving = demand_of(Progress(StepSchedule(), 9, recaching=True), GEOMETRY, WINDOW, model)
-    assert (calm.recaches_per_chunk, moving.recaches_per_chunk) == (0.1, 1.0)
-    assert calm.recache_chunks == moving.recache_chunks == 3
+    found = [demand_of(Progress(StepSchedule(), 9, None, n), GEOMETRY, WINDOW, model) for n in (0.0, 0.25, 1.0)]
+    assert [demand.recaches_per_chunk for demand in found] == [0.1, 0.25, 1.0]
+    assert {demand.recache_chunks for demand in found} == {3}
 
 
 # Who is admitted

@@ -165,7 +165,7 @@ def test_a_pause_gives_its_slot_away_and_a_resume_needs_one_again() -> None:
 
 def test_a_resume_is_admitted_by_the_budget_with_its_recache() -> None:
     clock = Clock()
-    engine = engine_of(release=timed(small_release(), clock, 0.0, 0.1), clock=clock)
+    engine = engine_of(release=timed(small_release(), clock, 0.0, 0.15), clock=clock)
     engine.warm_up()
     for name in "ab":
         engine.open(spec_of(name, paced=name == "b", frames=None))
@@ -173,8 +173,8 @@ def test_a_resume_is_admitted_by_the_budget_with_its_recache() -> None:
             pull(engine, name)
     engine.open(spec_of("c", frames=None, paced=False))
     pause(engine, "b")
-    stream(engine, spec_of("d", frames=None), 4)  # 0.2/0.75 = 0.27, and 0.67 for b, whose re-cache counts
-    with pytest.raises(BudgetError, match="0.93 s of work"):
+    stream(engine, spec_of("d", frames=None), 4)  # 0.3/0.75 = 0.4 each, and 0.15 for the re-cache
+    with pytest.raises(BudgetError, match="0.95 s of work"):
         engine.resume("b")
     engine.close("d")
     engine.step()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diagonal.diffusion.rollout import KeptChunk, new_cache
+from diagonal.engine.admission import RECACHE_ONCE
 from diagonal.engine.session import (
     IllegalMoveError,
     PromptChange,
@@ -133,6 +134,24 @@ def test_a_session_ends_when_its_frames_are_made_and_what_is_ahead_is_played() -
     session.play_from(GEOMETRY, 0.5, 10.0)
     assert session.progress(GEOMETRY, 10.0).remaining_s == (81 - 57) / 16 + 0.5
     assert session_of(None).progress(GEOMETRY, 0.0).remaining_s == float("inf")
+
+
+def test_a_session_needs_a_recache_a_chunk_in_a_transition_and_one_for_a_switch_or_a_pause() -> None:
+    def recaches(session: Session) -> float:
+        return session.progress(GEOMETRY, 0.0).recaches
+
+    session = session_of()
+    assert recaches(session) == 0.0
+    session.stale = "resume"
+    assert recaches(session) == RECACHE_ONCE
+    session.stale = ""
+    session.pending.append(PromptChange("e", "a", 1))
+    assert recaches(session) == RECACHE_ONCE
+    session.pending.append(PromptChange("e", "a", 2))
+    assert recaches(session) == 1.0
+    session.pending.clear()
+    session.timeline = session.timeline.change("b", 3).advance()
+    assert recaches(session) == 1.0
 
 
 def test_what_is_kept_is_the_window_without_the_chunk_in_progress_and_the_newest_latents() -> None:

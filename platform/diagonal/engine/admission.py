@@ -12,6 +12,7 @@ from diagonal.geometry import ChunkGeometry
 from diagonal.schedule import StepSchedule
 
 SOONEST_S, LATEST_S = 1.0, 60.0  # bounds of "retry after"
+RECACHE_ONCE = 0.25  # re-caches a chunk of a session that needs a single one: spread over four chunks, about its lead
 
 
 class CapacityError(RuntimeError):
@@ -116,12 +117,13 @@ class Demand:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a session stands, as far as its demand depends on it."""
+    """Where a session stands, as far as its demand depends on it. `recaches` are those that it is known to need, by
+    chunk: one each during a prompt transition."""
 
     schedule: StepSchedule
     next_chunk: int = 0
     total_chunks: int | None = None
-    recaching: bool = False
+    recaches: float = 0.0
     remaining_s: float = inf
 
 
@@ -145,7 +147,7 @@ def demand_of(progress: Progress, geometry: ChunkGeometry, window_chunks: int, m
     chunk = max(range(first, last + 1), key=lambda c: (rate(c), c))
     kind = ChunkKind.of(progress.schedule, chunk, window_chunks)
     key = (progress.schedule.levels(chunk), progress.schedule.resolved_context, kind.context_chunks)
-    recaches = 1.0 if progress.recaching else model.recaches_per_chunk
+    recaches = max(progress.recaches, model.recaches_per_chunk)
     return Demand(key, kind, geometry.chunk_media_s(chunk), recaches, window_chunks - 1, progress.remaining_s)
 
 

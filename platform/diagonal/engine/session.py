@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diagonal.diffusion.rollout import KeptChunk
-from diagonal.engine.admission import Progress
+from diagonal.engine.admission import RECACHE_ONCE, Progress
 from diagonal.engine.drift import DriftMonitor
 from diagonal.engine.script import MAX_EVENTS, MAX_SEED, Event, PromptChange, SessionSpec, Timeline
 from diagonal.engine.snapshot import Identity, MediaTimeline, Snapshot
@@ -187,8 +187,13 @@ class Session:
             to_make = max(0, self.spec.pixel_frames - geometry.pixel_start(self.next_chunk))
             ahead_s = 0.0 if self.started_s is None else max(0.0, self.slack_s(geometry, now_s))
             remaining_s = to_make / geometry.pixel_fps + ahead_s
-        recaching = bool(self.pending or self.timeline.moving or self.stale)
-        return Progress(self.schedule, self.next_chunk, self.total_chunks(geometry), recaching, remaining_s)
+        return Progress(self.schedule, self.next_chunk, self.total_chunks(geometry), self._recaches(), remaining_s)
+
+    def _recaches(self) -> float:
+        """Re-caches by chunk that it is known to need."""
+        if self.timeline.moving or any(change.transition_chunks > 1 for change in self.pending):
+            return 1.0
+        return RECACHE_ONCE if self.pending or self.stale else 0.0
 
     def remember(self, chunk: KeptChunk, clean: Tensor) -> None:
         """Keep a finished chunk's cache input and its clean latents `[c, f, h, w]`, within window and history.

@@ -10,6 +10,7 @@ from math import inf
 from torch import Tensor
 
 from diagonal.engine.admission import (
+    RECACHE_ONCE,
     Budget,
     CapacityError,
     ChunkKind,
@@ -93,8 +94,8 @@ class Sessions:
             raise SnapshotError(f"snapshot.next_chunk = {snapshot.next_chunk}: allowed is one below {total}, the end")
         with self._lock:
             self._check_new(spec.session_id)
-            progress = Progress(snapshot.schedule, snapshot.next_chunk, total, recaching=True)
-            self._admit(spec, progress, may_shorten=False)
+            recaches = 1.0 if snapshot.timeline.moving else RECACHE_ONCE
+            self._admit(spec, Progress(snapshot.schedule, snapshot.next_chunk, total, recaches), may_shorten=False)
             session = self._maker.new_session(spec, snapshot.schedule, snapshot.shortened)
             session.take_over(snapshot)
             session.saved = snapshot
@@ -155,7 +156,9 @@ class Sessions:
             session.pausing = False
             if session.state is not SessionState.PAUSED:
                 return
-            self._admit(session.spec, replace(session.progress(self.geometry, self._clock()), recaching=True), False)
+            progress = session.progress(self.geometry, self._clock())
+            progress = replace(progress, recaches=max(progress.recaches, RECACHE_ONCE))
+            self._admit(session.spec, progress, may_shorten=False)
             session.move(SessionState.RUNNING if session.next_chunk else SessionState.QUEUED)
             session.stale = "resume" if session.next_chunk else ""
             session.play_from(self.geometry, session.ahead_s, self._clock())
