@@ -45,8 +45,11 @@ class Database:
         """Become the driver, of a session that `replica` holds: the epoch moves on from `epoch`, for one caller."""
         return self._update(video_id, VIDEOS.c.epoch == epoch, epoch=epoch + 1, replica=replica)
 
-    def add_chunk(self, video_id: str, epoch: int, chunk: EncodedChunk, file: str, sha256: str, now: float) -> bool:
-        """Note a chunk whose file is there, if it is the next one and comes from the newest driver.
+    def add_chunk(
+        self, video_id: str, epoch: int, chunk: EncodedChunk, file: str, sha256: str, now: float,
+        snapshot: str = "", whole_snapshot: bool = False,
+    ) -> bool:
+        """Note a chunk whose files are there, if it is the next one and comes from the newest driver.
 
         The same chunk again, from who gave it before, is no harm: the answer may have been lost.
         """
@@ -59,7 +62,8 @@ class Database:
                 same = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk == chunk.chunk) & (CHUNKS.c.file == file)
                 return connection.execute(CHUNKS.select().where(same)).first() is not None
             place = {"chunk": chunk.chunk, "first_pixel_frame": chunk.first_pixel_frame, "file": file}
-            connection.execute(CHUNKS.insert().values(video_id=video_id, frames=chunk.frames, sha256=sha256, **place))
+            about = {"frames": chunk.frames, "sha256": sha256, "snapshot": snapshot, "whole_snapshot": whole_snapshot}
+            connection.execute(CHUNKS.insert().values(video_id=video_id, **place, **about))
             if chunk.applied_event_ids:
                 applied = INTERACTIONS.c.event_id.in_(chunk.applied_event_ids)
                 query = INTERACTIONS.update().where(INTERACTIONS.c.video_id == video_id, applied)
@@ -88,6 +92,40 @@ class Database:
         query = sql.select(CHUNKS.c.chunk, CHUNKS.c.file).where(CHUNKS.c.video_id == video_id).order_by(CHUNKS.c.chunk)
         with self._tables.reading() as connection:
             return [row.file or str(row.chunk) for row in connection.execute(query)]
+
+    def snapshots(self, video_id: str) -> list[str]:
+        """Files of what a session goes on from: the newest whole snapshot, then the parts that follow without a gap."""
+        columns = (CHUNKS.c.chunk, CHUNKS.c.snapshot, CHUNKS.c.whole_snapshot)
+        mine = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.snapshot != "")
+        chain: list[tuple[int, str]] = []
+        with self._tables.reading() as connection:
+            for row in connection.execute(sql.select(*columns).where(mine).order_by(CHUNKS.c.chunk)):
+                if row.whole_snapshot:
+                    chain = []
+                elif not chain or row.chunk != chain[-1][0] + 1:
+                    continue
+                chain.append((row.chunk, row.snapshot))
+        return [file for _, file in chain]
+
+    def forget_snapshots(self, video_id: str, before: int) -> list[str]:
+        """Snapshots of chunks before that one are needed no more: names of their files."""
+        old = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk < before) & (CHUNKS.c.snapshot != "")
+        with self._tables.writing() as connection:
+            files = list(connection.execute(sql.select(CHUNKS.c.snapshot).where(old)).scalars())
+            connection.execute(CHUNKS.update().where(old).values(snapshot="", whole_snapshot=False))
+            return files
+
+    def set_paused(self, video_id: str, event_id: str, paused: bool) -> bool:
+        """A replica paused or resumed a session, as that interaction asked: it took effect at the next chunk."""
+        with self._tables.writing() as connection:
+            query = running(video_id).values(paused=paused).returning(VIDEOS.c.chunks_done, VIDEOS.c.frames_done)
+            video = connection.execute(query).first()
+            if video is None:
+                return False
+            mine = (INTERACTIONS.c.video_id == video_id) & (INTERACTIONS.c.event_id == event_id)
+            place = {"chunk": video.chunks_done, "pixel_frame": video.frames_done}
+            connection.execute(INTERACTIONS.update().where(mine).values(**place))
+            return True
 
     def finish(
         self, video_id: str, status: Status, at: float, code: str | None = None, message: str | None = None,

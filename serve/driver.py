@@ -10,6 +10,7 @@ from typing import Any
 
 from diagonal.metrics import MetricSink
 from serve.calls import answer, patient
+from serve.failover import rehome
 from serve.pacing import PlaybackClock
 from serve.problems import SILENCES
 from serve.records import EncodedChunk, Pacing, Refused, Status, Verdict, VideoRecord
@@ -18,6 +19,10 @@ from serve.router import address
 _LOG = logging.getLogger("ray.serve")
 _LOOK_EVERY_S = 0.25  # how soon a driver that waits sees that its last reader left
 _PULL_TIMEOUT_S = 120.0
+_BEAT_S = 2.0  # how often the store hears of a driver that waits for a chunk
+_WHOLE_SNAPSHOT_EVERY = 8  # between them only what a chunk adds is kept
+_GONE = Refused("session_lost", "the part of the service that held the session is gone")
+_MOVES = ("session_lost", "chunk_gone")  # another replica can go on from there
 _LOOK_AT_POSITION_S = 0.05  # the same for one that follows a viewer's own player
 
 
@@ -28,12 +33,14 @@ class Driver:
         self, video: VideoRecord, store: Any, replica: Any, metrics: MetricSink, lead_s: float, start_timeout_s: float
     ) -> None:
         self._video, self._store, self._metrics = video, store, metrics
-        self._replica = replica.options(session_id=address(video.replica, video.id))
+        self._replicas = replica
         self._clock = PlaybackClock(lead_s, time.monotonic)
         self._start_by = time.monotonic() + start_timeout_s
         self._paced = video.pacing is Pacing.REALTIME
-        self._live = self._paced or bool(video.resume_hash)  # ends when nobody watches
         self._ahead = 0 if self._paced else 1
+        self._chunk, self._media_s = video.chunks_done, video.frames_done / video.fps
+        self._saved_chunk = -1  # the newest one whose snapshot the store has from this replica
+        self._held = False  # the replica was told to pause because the viewer lost his connection
 
     async def run(self) -> None:
         """Until the end. When this task is cancelled the video is left for another driver."""
@@ -48,64 +55,136 @@ class Driver:
             with contextlib.suppress(*SILENCES):  # then there is nothing to free
                 await answer(self._replica.close.remote(self._video.id, outcome))
 
+    @property
+    def _replica(self) -> Any:
+        return self._replicas.options(session_id=address(self._video.replica, self._video.id))
+
     async def _drive(self) -> str | None:
         """How the session ended; None when another driver has it."""
-        chunk, media_s = self._video.chunks_done, self._video.frames_done / self._video.fps
         while not self._video.whole:
-            verdict = await self._wait_for_turn(media_s)
+            verdict = await self._wait_for_turn()
             if not verdict.go:
                 return None if verdict.superseded else "cancelled"
-            made = await answer(self._replica.pull.remote(self._video.id, chunk, self._ahead), _PULL_TIMEOUT_S)
+            made = await self._pull()
             if isinstance(made, Refused):
-                return await self._fail(made.code, made.message)
-            if not await self._keep(made, media_s):
-                return None if (await self._check()).superseded else "cancelled"
-            if made.last:
-                return "completed"
-            chunk, media_s = chunk + 1, media_s + made.frames / self._video.fps
+                if made.code not in _MOVES:
+                    return await self._fail(made.code, made.message)
+                if not await self._move():
+                    return None
+            elif made is not None:
+                if not await self._keep(made):
+                    return None if (await self._check()).superseded else "cancelled"
+                if made.last:
+                    return "completed"
         await patient(lambda: self._store.complete.remote(self._video.id))
         return "completed"
 
-    async def _keep(self, made: EncodedChunk, media_s: float) -> bool:
-        """Whether the store has the chunk, by this call or by one whose answer was lost."""
-        stalled_s = self._clock.arrived(media_s)
+    async def _pull(self) -> EncodedChunk | Refused | None:
+        """The next chunk; None when it is not wanted now. The store hears meanwhile that somebody drives."""
+        call = asyncio.ensure_future(
+            answer(self._replica.pull.remote(self._video.id, self._chunk, self._ahead), _PULL_TIMEOUT_S)
+        )
+        try:
+            while True:
+                done, _ = await asyncio.wait({call}, timeout=_BEAT_S)
+                if done:
+                    made: EncodedChunk | Refused = call.result()
+                    return made
+                verdict = await self._check()
+                if not verdict.go or verdict.paused:
+                    return None
+        except SILENCES:
+            return _GONE
+        finally:
+            call.cancel()
+
+    async def _move(self) -> bool:
+        """Take the session up on another replica; False when it is over, lost, or somebody else's."""
+        if not (await self._check()).go:
+            return True  # the next look says how it ended
+        ahead_s = self._media_s - self._clock.position_s()
+        moved = await rehome(self._video, self._store, self._replicas, ahead_s)
+        if isinstance(moved, VideoRecord):
+            self._video, self._saved_chunk, self._held = moved, -1, False
+            return True
+        if moved is not None:
+            await self._fail("session_lost", _GONE.message)
+        return False
+
+    async def _keep(self, made: EncodedChunk) -> bool:
+        """Whether the store has the chunk, and with it what another replica needs to go on after it."""
+        stalled_s = self._clock.arrived(self._media_s)
         if stalled_s:
             self._metrics.inc("diagonal_stream_stalls_total")
             self._metrics.inc("diagonal_stream_stall_seconds_total", stalled_s)
-        kept = await patient(lambda: self._store.put_chunk.remote(self._video.id, self._video.epoch, made))
-        return bool(kept)
+        whole = self._saved_chunk < 0 or made.chunk % _WHOLE_SNAPSHOT_EVERY == 0
+        snapshot = b"" if made.last else await self._snapshot(made.chunk, -1 if whole else self._saved_chunk)
+        about = (self._video.id, self._video.epoch, made, snapshot, whole and bool(snapshot))
+        if not await patient(lambda: self._store.put_chunk.remote(*about)):
+            return False
+        self._saved_chunk = made.chunk if snapshot else -1
+        self._chunk, self._media_s = made.chunk + 1, self._media_s + made.frames / self._video.fps
+        return True
 
-    async def _wait_for_turn(self, media_s: float) -> Verdict:
+    async def _snapshot(self, chunk: int, since_chunk: int) -> bytes:
+        """The session's state after a chunk; nothing when the replica has none, or is gone: the next pull tells."""
+        with contextlib.suppress(*SILENCES):
+            made = await answer(self._replica.snapshot.remote(self._video.id, chunk, since_chunk))
+            return b"" if isinstance(made, Refused) else bytes(made)
+        return b""
+
+    async def _wait_for_turn(self) -> Verdict:
         """Wait until the next chunk may be made, or the video is no longer wanted."""
         while True:
             verdict = await self._check()
-            if not verdict.go or not self._live:
+            if not verdict.go:
                 return verdict
-            if verdict.readers:
-                self._clock.start()
-            elif not verdict.returning and (verdict.had_reader or time.monotonic() > self._start_by):
+            if self._video.live and not verdict.readers and not verdict.returning and self._given_up(verdict):
                 await self._end(Status.CANCELLED, "abandoned", "nobody watches it any more")
                 return Verdict(go=False)
-            wait_s = self._wait_s(verdict, media_s)
+            if verdict.readers:
+                self._clock.start()
+            await self._hold(self._video.live and verdict.returning)
+            wait_s = _LOOK_EVERY_S if self._held else self._wait_s(verdict)
             if wait_s == 0:
                 return verdict
             await asyncio.sleep(min(wait_s, _LOOK_EVERY_S))
+
+    def _given_up(self, verdict: Verdict) -> bool:
+        return verdict.had_reader or time.monotonic() > self._start_by
+
+    async def _hold(self, wanted: bool) -> None:
+        """Free the session's cache while its viewer is away, and go on when he is back and there is room."""
+        if wanted and not self._held:
+            self._clock.pause()
+            self._held = True
+            with contextlib.suppress(*SILENCES):
+                await answer(self._replica.pause.remote(self._video.id))
+        elif self._held and not wanted:
+            with contextlib.suppress(*SILENCES):
+                refused = await answer(self._replica.resume.remote(self._video.id))
+                if isinstance(refused, Refused) and refused.retry_after_s is not None:
+                    return
+            self._clock.resume()
+            self._held = False  # a replica that lost the session says so at the next pull
 
     async def _check(self) -> Verdict:
         verdict: Verdict = await patient(lambda: self._store.check.remote(self._video.id, self._video.epoch))
         return verdict
 
-    def _wait_s(self, verdict: Verdict, media_s: float) -> float:
+    def _wait_s(self, verdict: Verdict) -> float:
         """How long until the next chunk may be made, by the viewer's own player or by a clock that stands for it."""
-        if not verdict.readers and verdict.had_reader:
-            return _LOOK_EVERY_S  # nobody watches until he who lost his connection is back
-        if verdict.position_s is None and not self._paced:
-            return 0.0
-        if verdict.position_s is None:
-            wait_s, ahead_s = self._clock.wait_s(media_s), media_s - self._clock.position_s()
-        else:
-            ahead_s = media_s - verdict.position_s
+        if verdict.paused:
+            self._clock.pause()
+            return _LOOK_EVERY_S
+        self._clock.resume()
+        if verdict.position_s is not None:
+            ahead_s = self._media_s - verdict.position_s
             wait_s = 0.0 if ahead_s < (verdict.window_s or 0.0) else _LOOK_AT_POSITION_S
+        elif self._paced:
+            wait_s, ahead_s = self._clock.wait_s(self._media_s), self._media_s - self._clock.position_s()
+        else:
+            return 0.0
         if wait_s == 0:
             self._metrics.observe("diagonal_send_window_media_seconds", max(0.0, ahead_s))
         return wait_s

@@ -38,6 +38,11 @@ class MediaFiles:
     def read(self, video_id: str, name: str) -> bytes:
         return (self._root / video_id / name).read_bytes()
 
+    def drop(self, video_id: str, names: Iterable[str]) -> None:
+        """Remove files that are needed no more."""
+        for name in names:
+            (self._root / video_id / name).unlink(missing_ok=True)
+
     def join(self, video_id: str, names: Iterable[str]) -> None:
         """Make the finished file of the named segments, in order, and bring it to the durable storage.
 

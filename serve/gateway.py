@@ -13,21 +13,22 @@ from serve.auth import LOCAL_CALLER
 from serve.calls import answer, apart, patient
 from serve.credentials import CLIENT_SECRET_S, Secret
 from serve.driver import Driver
+from serve.failover import opening
 from serve.problems import SILENCES, Problem, not_found, refused
 from serve.reader import BrokenStreamError, ChunkReader
 from serve.records import (
     Caller,
     Idempotency,
     Interaction,
+    InteractionKind,
     ModelInfo,
     Opened,
-    Pacing,
     Refused,
     Status,
     VideoRecord,
 )
 from serve.router import address
-from serve.schemas import InteractionRequest, VideoRequest, checked_prompt, new_video
+from serve.schemas import InteractionRequest, VideoRequest, asked_change, new_video
 from serve.settings import ServeSettings
 from serve.tables import LOCAL
 
@@ -117,10 +118,7 @@ class Gateway:
 
     async def _open(self, video: VideoRecord) -> Opened:
         replica = self._replica.options(session_id=address("", video.id))
-        paced = video.pacing is Pacing.REALTIME
-        opened: Opened | Refused = await answer(
-            replica.open.remote(video.id, video.prompt, video.seed, video.frames, video.scale, paced)
-        )
+        opened: Opened | Refused = await answer(replica.open.remote(*opening(video)))
         if isinstance(opened, Refused):
             raise refused(opened)
         return opened
@@ -135,7 +133,7 @@ class Gateway:
         return video
 
     async def newest(self, caller: Caller, limit: int, after: str | None, ascending: bool) -> list[VideoRecord]:
-        return list(await answer(self._store.list.remote(caller.key_id, limit, after, ascending)))
+        return list(await answer(self._store.newest.remote(caller.key_id, limit, after, ascending)))
 
     async def delete(self, video_id: str, caller: Caller) -> None:
         """Cancel the caller's video if it is not over, free its cache, and remove it."""
@@ -146,10 +144,9 @@ class Gateway:
             await answer(self._at(video).close.remote(video_id, "cancelled"))
 
     async def interact(self, video_id: str, request: InteractionRequest, caller: Caller) -> str:
-        """Change the prompt at the next chunk; returns the event's id. The same event again is a retry."""
-        prompt = checked_prompt(request.interaction.event.prompt, await self.model(), "interaction.event.prompt")
+        """Change the prompt, pause or go on at the next chunk; returns the event's id. The same one is a retry."""
+        change = asked_change(request, await self.model())
         video = await self.get(video_id, caller)
-        change = Interaction(request.interaction.event_id, prompt, request.interaction.transition_chunks)
         earlier = next((one for one in video.interactions if one.event_id == change.event_id), None)
         if earlier is None:
             _check_takes_changes(video)
@@ -228,18 +225,33 @@ class Gateway:
             part = following[1]
 
     async def _apply(self, video: VideoRecord, change: Interaction) -> None:
+        """Tell the replica. One that is gone is replaced by the session's driver, which tells the next one."""
         try:
-            refusal: Refused | None = await answer(
-                self._at(video).interact.remote(video.id, change.event_id, change.prompt, change.transition_chunks)
-            )
+            refusal = await self._tell_replica(video, change)
         except SILENCES:
-            refusal = Refused("session_lost", "the replica that held the session is gone")
+            refusal = None
+        if refusal is not None and refusal.code == "session_lost":
+            refusal = None
+        if refusal is None and change.kind is not InteractionKind.PROMPT:
+            pause = change.kind is InteractionKind.PAUSE
+            await patient(lambda: self._store.set_paused.remote(video.id, change.event_id, pause))
         if refusal is not None:
             await patient(lambda: self._store.remove_interaction.remote(video.id, change.event_id))
             now: VideoRecord | None = await patient(lambda: self._store.get.remote(video.id))
             if now is not None:
                 _check_takes_changes(now)  # it may have ended in between, which says more
+            if refusal.code == "session_over":
+                raise Problem(409, "video_over", "the last chunk is made: it takes no changes any more")
             raise refused(refusal)
+
+    async def _tell_replica(self, video: VideoRecord, change: Interaction) -> Refused | None:
+        replica = self._at(video)
+        if change.kind is InteractionKind.PROMPT:
+            tell = replica.interact.remote(video.id, change.event_id, change.prompt, change.transition_chunks)
+        else:
+            tell = (replica.pause if change.kind is InteractionKind.PAUSE else replica.resume).remote(video.id)
+        told: Refused | None = await answer(tell)
+        return told
 
     async def _adopt_if_orphan(self, video_id: str) -> None:
         video: VideoRecord | None = await patient(lambda: self._store.get.remote(video_id))

@@ -131,6 +131,7 @@ class RealtimeSession:
         else:
             if self._stopped:
                 await self._cancel(video, "stopped by its viewer")
+            await self._tell_dropped(video)
             await self._last_word(messages.done(video, self._sent, self._stopped), DONE)
         return 0.0
 
@@ -209,6 +210,14 @@ class RealtimeSession:
         if len(text) > MAX_MESSAGE_BYTES or len(text.encode()) > MAX_MESSAGE_BYTES:
             raise Problem(413, "message_too_large", f"a message has at most {MAX_MESSAGE_BYTES} bytes")
         return str(text)
+
+    async def _tell_dropped(self, video: VideoRecord) -> None:
+        """Name the changes that came too late to show."""
+        problem = Problem(409, "interaction_failed", "the stream ended before it took effect")
+        with contextlib.suppress(Problem, *SILENCES, WebSocketDisconnect, RuntimeError):
+            for change in (await self._gateway.get(video.id, self._caller)).interactions:
+                if change.chunk is None:
+                    await self._send(messages.failed(problem, video.id, change.event_id))
 
     async def _cancel(self, video: VideoRecord, message: str) -> None:
         with contextlib.suppress(*SILENCES):  # then its driver sees that nobody reads

@@ -122,8 +122,14 @@ class VideoRecord:
     account: str = "local"
     expires_at: float | None = None
     resume_hash: str = ""
+    paused: bool = False
     orphan: bool = False
     interactions: tuple[Interaction, ...] = ()
+
+    @property
+    def live(self) -> bool:
+        """Whether it is made for somebody who watches, and ends when he is gone."""
+        return self.pacing is Pacing.REALTIME or bool(self.resume_hash)
 
     @property
     def whole(self) -> bool:
@@ -177,6 +183,7 @@ class Verdict:
     position_s: float | None = None
     window_s: float | None = None
     returning: bool = False
+    paused: bool = False
 
 
 @dataclass(frozen=True)

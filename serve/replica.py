@@ -169,8 +169,10 @@ class Replica:
     async def interact(self, session_id: str, event_id: str, prompt: str, transition_chunks: int) -> Refused | None:
         """Change the prompt from the next chunk on."""
         slot = self._slots.get(session_id)
-        if slot is None or slot.over:
+        if slot is None:
             return UNKNOWN
+        if slot.over:
+            return Refused("session_over", "the session's last chunk is made")
         try:
             self._engine.interact(session_id, PromptChange(event_id, prompt, transition_chunks))
         except KeyError:

@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from serve.credentials import CLIENT_SECRET_S
 from serve.problems import Problem, invalid, wrong_value
-from serve.records import Caller, Interaction, ModelInfo, Pacing, Status, VideoRecord
+from serve.records import Caller, Interaction, InteractionKind, ModelInfo, Pacing, Status, VideoRecord
 
 MAX_SEED = 2**32 - 1
 MAX_TRANSITION_CHUNKS = 64
@@ -60,13 +60,16 @@ class VideoRequest(WireRequest):
         return value
 
 
-class PromptEvent(WireRequest):
-    prompt: str
+class EventBody(WireRequest):
+    """One of the two: a new prompt from the next chunk on, or whether chunks are made at all."""
+
+    prompt: str | None = None
+    action: Literal["pause", "resume"] | None = None
 
 
 class InteractionBody(WireRequest):
     event_id: EventId = Field(default_factory=lambda: secrets.token_hex(8))
-    event: PromptEvent
+    event: EventBody
     transition_chunks: int = Field(0, ge=0, le=MAX_TRANSITION_CHUNKS)
 
 
@@ -107,6 +110,7 @@ class InteractionAnswer(BaseModel):
     """
 
     event_id: str
+    kind: Literal["prompt", "pause", "resume"]
     transition_chunks: int
     status: Literal["queued", "applied", "dropped"]
     chunk: int | None
@@ -135,6 +139,7 @@ class VideoAnswer(BaseModel):
     fps: int
     seed: int
     pacing: Literal["none", "realtime"]
+    paused: bool
     mime: str
     interactions: list[InteractionAnswer]
 
@@ -159,6 +164,7 @@ class VideoAnswer(BaseModel):
             fps=video.fps,
             seed=video.seed,
             pacing=video.pacing.value,
+            paused=video.paused,
             mime=video.mime,
             interactions=[_interaction(change, video.status.over) for change in video.interactions],
         )
@@ -248,6 +254,19 @@ def checked_prompt(prompt: str, info: ModelInfo, param: str = "prompt") -> str:
     return text
 
 
+def asked_change(request: InteractionRequest, info: ModelInfo) -> Interaction:
+    """What an interaction asks for; `Problem` when its event says nothing, or two things."""
+    asked = request.interaction
+    event, where = asked.event, "interaction.event"
+    if event.action is not None:
+        if event.prompt is not None or asked.transition_chunks:
+            raise Problem(422, "invalid_value", f"{where} has an action: it stands alone", param=f"{where}.action")
+        return Interaction(asked.event_id, "", kind=InteractionKind(event.action))
+    if event.prompt is None:
+        raise Problem(422, "missing_field", f"{where}.prompt is missing", param=f"{where}.prompt")
+    return Interaction(asked.event_id, checked_prompt(event.prompt, info, f"{where}.prompt"), asked.transition_chunks)
+
+
 def new_video(request: VideoRequest, info: ModelInfo, created_at: float) -> VideoRecord:
     """The video that a request describes; `Problem` when this model cannot make it."""
     prompt = checked_prompt(request.prompt, info)
@@ -320,6 +339,7 @@ def _interaction(change: Interaction, over: bool) -> InteractionAnswer:
     waits: Literal["queued", "dropped"] = "dropped" if over else "queued"
     return InteractionAnswer(
         event_id=change.event_id,
+        kind=change.kind.value,
         transition_chunks=change.transition_chunks,
         status=waits if change.chunk is None else "applied",
         chunk=change.chunk,

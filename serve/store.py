@@ -108,7 +108,7 @@ class Store:
         video = await self._run(self._database.get, video_id)
         return None if video is None else replace(video, orphan=self._is_orphan(video))
 
-    async def list(
+    async def newest(
         self, owner: str, limit: int, after: str | None = None, ascending: bool = False
     ) -> list[VideoRecord]:
         return await self._run(self._database.newest, owner, limit, after, ascending)
@@ -138,23 +138,37 @@ class Store:
         watch = self._watches[video_id]
         watch.driven_at = time.monotonic()
         watch.forget_silent(self._reader_silence_s)
-        return watch.verdict()
+        return watch.verdict(video.paused)
 
-    async def put_chunk(self, video_id: str, epoch: int, chunk: EncodedChunk) -> bool:
+    async def put_chunk(
+        self, video_id: str, epoch: int, chunk: EncodedChunk, snapshot: bytes = b"", whole_snapshot: bool = False
+    ) -> bool:
         """Keep a chunk and hand it to whoever waits; with the last one the file is made. False: no longer wanted.
 
-        The file's name holds the epoch: a driver that was replaced can never change a chunk that was served.
+        `snapshot` is what another replica needs to go on after it, or what that adds to the one before. The names of
+        files hold the epoch: a driver that was replaced can never change a chunk that was served.
         """
         if not (await self.check(video_id, epoch)).go:
             return False
         file, sha256 = f"{chunk.chunk}-{epoch}", hashlib.sha256(chunk.data).hexdigest()
         await self._run(self._files.put, video_id, file, chunk.data)
-        if not await self._run(self._database.add_chunk, video_id, epoch, chunk, file, sha256, self._now()):
+        state = f"snapshot-{file}" if snapshot else ""
+        if snapshot:
+            await self._run(self._files.put, video_id, state, snapshot)
+        about = (file, sha256, self._now(), state, whole_snapshot)
+        if not await self._run(self._database.add_chunk, video_id, epoch, chunk, *about):
             return False
         self._tell(video_id)
+        if whole_snapshot or chunk.last:
+            await self._drop_snapshots(video_id, chunk.chunk + chunk.last)
         if chunk.last:
             await self.complete(video_id)
         return True
+
+    async def snapshots(self, video_id: str) -> list[bytes]:
+        """What a replica needs to go on after the newest chunk that it can go on from, oldest part first."""
+        names = await self._run(self._database.snapshots, video_id)
+        return [await self._run(self._files.read, video_id, name) for name in names]
 
     async def complete(self, video_id: str) -> None:
         """Make the file of a video whose chunks are all there; waits a while for it."""
@@ -173,6 +187,8 @@ class Store:
         )
         if ended:
             _LOG.info("video %s is %s%s", video_id, status.value, f": {code}" if code else "")
+        if ended:
+            await self._drop_snapshots(video_id, before=2**31 - 1)
         self._tell(video_id, over=True)
         return ended
 
@@ -227,6 +243,10 @@ class Store:
     async def add_interaction(self, video_id: str, change: Interaction) -> Interaction | bool:
         """Note an interaction; the one known by this event id, else whether there was room for it."""
         return await self._run(self._database.add_interaction, video_id, change, _MAX_PENDING)
+
+    async def set_paused(self, video_id: str, event_id: str, paused: bool) -> bool:
+        """A session is paused or goes on, as that interaction asked; False: it is over."""
+        return await self._run(self._database.set_paused, video_id, event_id, paused)
 
     async def remove_interaction(self, video_id: str, event_id: str) -> None:
         await self._run(self._database.remove_interaction, video_id, event_id)
@@ -302,6 +322,10 @@ class Store:
             _LOG.error("video %s: its file waits for the storage: %s", video_id, error)
             return
         await self.end(video_id, Status.COMPLETED)
+
+    async def _drop_snapshots(self, video_id: str, before: int) -> None:
+        names = await self._run(self._database.forget_snapshots, video_id, before)
+        await self._run(self._files.drop, video_id, names)
 
     async def _remove_files(self, video_id: str) -> None:
         try:

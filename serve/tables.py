@@ -46,6 +46,7 @@ VIDEOS = Table(
     Column("account", String(64), nullable=False, server_default=LOCAL),
     Column("expires_at", Float),
     Column("resume_hash", String(64), nullable=False, server_default=""),
+    Column("paused", sql.Boolean, nullable=False, server_default=sql.false()),
     Index("videos_by_resume_hash", "resume_hash"),
 )
 CHUNKS = Table(
@@ -57,6 +58,8 @@ CHUNKS = Table(
     Column("first_pixel_frame", Integer, nullable=False),
     Column("file", String(64), nullable=False, server_default=""),
     Column("sha256", String(64), nullable=False, server_default=""),
+    Column("snapshot", String(64), nullable=False, server_default=""),
+    Column("whole_snapshot", sql.Boolean, nullable=False, server_default=sql.false()),
 )
 INTERACTIONS = Table(
     "interactions",
@@ -163,8 +166,8 @@ def _version(connection: sql.Connection) -> int:
 def _to_2(connection: sql.Connection) -> None:
     """Owners, expiry, resume tokens, hashes of chunks; keys, their quotas and what they did."""
     added = {
-        VIDEOS: ("owner", "account", "expires_at", "resume_hash"),
-        CHUNKS: ("file", "sha256"),
+        VIDEOS: ("owner", "account", "expires_at", "resume_hash", "paused"),
+        CHUNKS: ("file", "sha256", "snapshot", "whole_snapshot"),
         INTERACTIONS: ("kind",),
     }
     for table, names in added.items():

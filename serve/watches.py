@@ -48,7 +48,7 @@ class Watch:
         self.news.set()
         self.news = asyncio.Event()
 
-    def verdict(self) -> Verdict:
+    def verdict(self, paused: bool = False) -> Verdict:
         """What a driver needs to know of the readers: the slowest one that tells its position sets the pace."""
         telling = [reader for reader in self.readers.values() if reader.position_s is not None]
         slowest = min(telling, key=lambda reader: reader.position_s or 0.0, default=None)
@@ -59,4 +59,5 @@ class Watch:
             position_s=slowest.position_s if slowest else None,
             window_s=slowest.window_s if slowest else None,
             returning=not self.readers and time.monotonic() < self.return_by,
+            paused=paused,
         )

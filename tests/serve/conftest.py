@@ -148,23 +148,27 @@ class FakeEngine:
         return ChunkResult(spec.session_id, chunk, pixels, first, 0.01, 4, ids, last or bool(error), error)
 
 
+async def _dead(*_: Any) -> Any:
+    raise RayActorError
+
+
 def shade(prompt: str) -> int:
     """The grey that the fake engine paints for a prompt."""
     return 40 + 16 * (sum(prompt.encode()) % 12)
 
 
 class LocalHandle:
-    """Stands for a Serve handle: calls the object that `find` gives now, on its own loop."""
+    """Stands for a Serve handle: calls the object that `find` gives now for its session, on its own loop."""
 
-    def __init__(self, find: Callable[[], Any]) -> None:
-        self._find = find
+    def __init__(self, find: Callable[[str], Any], session_id: str = "") -> None:
+        self._find, self._session_id = find, session_id
 
-    def options(self, **_: Any) -> LocalHandle:
-        return self
+    def options(self, session_id: str = "", **_: Any) -> LocalHandle:
+        return LocalHandle(self._find, session_id)
 
     def __getattr__(self, name: str) -> Any:
         async def call(*arguments: Any) -> Any:
-            target = self._find()
+            target = self._find(self._session_id)
             if target is None:
                 raise RayActorError
             return await getattr(target, name)(*arguments)
@@ -204,6 +208,33 @@ class Service:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
 
     store: Any  # a `Store`, None while it is away
+    replicas: dict[str, Replica]  # by name
+
+    @property
+    def replica(self) -> Replica:
+        return next(iter(self.replicas.values()))
+
+    def make_replicas(self) -> dict[str, Replica]:
+        load = ("fake-tiny", CONFIG, self.engine)
+        return {"replica-1": Replica(self.settings, lambda *_: load, self.metrics, "replica-1")}
+
+    def find_replica(self, session_id: str) -> Replica | None:
+        """As `serve.router` does: the one that is named, else the least loaded one that there is."""
+        holder = session_id.rpartition("/")[0]
+        ranked = sorted(self.replicas.values(), key=lambda replica: int(replica.record_routing_stats()["sessions"]))
+        return self.replicas.get(holder) or next(iter(ranked), None)
+
+    async def kill_replica(self, name: str) -> None:
+        """A replica's process is gone, with all that it holds."""
+        replica = self.replicas.pop(name)
+        for method in ("pull", "interact", "snapshot", "pause", "resume", "close", "open", "restore"):
+            setattr(replica, method, _dead)
+        for future in [future for slot in replica._slots.values() for future in slot.chunks.values()]:
+            if not future.done():
+                future.set_exception(RayActorError())
+        replica._thread.stop()
+        replica._reaper.cancel()
+        replica._pool.shutdown()
 
     async def kill_store(self) -> None:
         """The store's process is gone: nobody answers."""
@@ -217,7 +248,7 @@ class Service:
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.store = Store(self.settings, **self._store_options)
-        self.replica = Replica(self.settings, lambda *_: ("fake-tiny", CONFIG, self.engine), self.metrics, "replica-1")
+        self.replicas = self.make_replicas()
         servers = [self._server() for _ in range(self.settings.gateways)]
         tasks = [asyncio.create_task(server.serve()) for server in servers]
         while not all(server.started for server in servers):
@@ -228,12 +259,12 @@ class Service:
         for server in servers:
             server.should_exit = True
         await asyncio.gather(*tasks)
-        for part in (self.replica, self.store):
+        for part in (*self.replicas.values(), self.store):
             if part is not None:
                 await part.shut()
 
     def _server(self) -> uvicorn.Server:
-        store, replica = LocalHandle(lambda: self.store), LocalHandle(lambda: self.replica)
+        store, replica = LocalHandle(lambda _: self.store), LocalHandle(self.find_replica)
         gateway = Gateway(self.settings, store, replica, self.metrics)
         self.gateways.append(gateway)
         app = create_app(gateway, self.metrics, limits=self._limits)

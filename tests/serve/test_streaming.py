@@ -105,7 +105,8 @@ def test_a_prompt_change_shows_from_the_next_chunk_on(http: httpx.Client, engine
     body = {"interaction": {"event_id": "e1", "event": {"prompt": "a blue square"}, "transition_chunks": 0}}
     answer = http.post(f"/v1/videos/{video}/interactions", json=body)
     assert (answer.status_code, answer.json()["type"]) == (202, "session.interaction.queued")
-    change = {"event_id": "e1", "transition_chunks": 0, "status": "queued", "chunk": None, "pixel_frame": None}
+    change = {"event_id": "e1", "kind": "prompt", "transition_chunks": 0}
+    change |= {"status": "queued", "chunk": None, "pixel_frame": None}
     assert status(http, video)["interactions"] == [change]
     engine.allow(100)
     seen = shades(http.get(f"/v1/videos/{video}/stream").content)

@@ -6,7 +6,7 @@ What a full or restarting server refuses is asked again after the time it names;
 from __future__ import annotations
 
 import os
-import random
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -235,7 +235,7 @@ def _wait_s(failure: DiagonalError, attempt: int) -> float | None:
     """How long to wait before asking again; None when asking again is of no use."""
     if failure.status not in (0, *_TRY_AGAIN):
         return None
-    backoff_s = _FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0)
+    backoff_s = _FIRST_WAIT_S * 2**attempt * (0.5 + secrets.randbelow(512) / 1024)
     wait_s = max(backoff_s, failure.retry_after_s or 0.0)
     return wait_s if wait_s <= _LONGEST_WAIT_S else None
 

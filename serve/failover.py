@@ -1,0 +1,74 @@
+"""Takes a session up elsewhere when its replica is gone: from its newest snapshot, with the same stream going on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from serve.calls import answer, patient
+from serve.problems import SILENCES
+from serve.records import InteractionKind, Opened, Refused, VideoRecord
+from serve.router import address
+
+_LOG = logging.getLogger("ray.serve")
+PATIENCE_S = 10.0  # of a viewer before a stream that stands still counts as ended
+_CALL_TIMEOUT_S = 10.0
+_WAIT_S = 0.2
+_LOST = Refused("session_lost", "the part of the service that held the session is gone")
+
+
+async def rehome(video: VideoRecord, store: Any, replica: Any, ahead_s: float) -> VideoRecord | Refused | None:
+    """The session on another replica, its new driver being the caller; why not; or None: another driver has it.
+
+    `ahead_s` is the media that the viewer has left. What is tried again is harmless: a replica that was asked twice
+    lets the first session go, and only the newest epoch may add chunks.
+    """
+    give_up_s = time.monotonic() + PATIENCE_S
+    anywhere = replica.options(session_id=address("", video.id))
+    while True:
+        opened = await _take_up(video, store, anywhere, ahead_s)
+        if isinstance(opened, Opened):
+            return await _claim(video, opened, store, replica)
+        final = opened.retry_after_s is None and opened is not _LOST and opened.param != "session_id"
+        if final or time.monotonic() + _WAIT_S > give_up_s:
+            return opened
+        await asyncio.sleep(_WAIT_S)
+
+
+async def _take_up(video: VideoRecord, store: Any, anywhere: Any, ahead_s: float) -> Opened | Refused:
+    """One try. A video of which nothing is made yet simply begins again."""
+    parts: list[bytes] = await patient(lambda: store.snapshots.remote(video.id))
+    if not parts and video.chunks_done:
+        return Refused("session_lost", _LOST.message, "snapshot")
+    try:
+        if parts:
+            tried = anywhere.restore.remote(parts, video.scale, ahead_s)
+        else:
+            tried = anywhere.open.remote(*opening(video))
+        opened: Opened | Refused = await answer(tried, _CALL_TIMEOUT_S)
+        if isinstance(opened, Refused) and opened.param == "session_id":  # it is there from a try that was not heard
+            await answer(anywhere.close.remote(video.id, "moved"), _CALL_TIMEOUT_S)
+        return opened
+    except SILENCES:
+        return _LOST
+
+
+async def _claim(video: VideoRecord, opened: Opened, store: Any, replica: Any) -> VideoRecord | None:
+    holder = replica.options(session_id=address(opened.replica, video.id))
+    mine: VideoRecord | None = await patient(lambda: store.claim.remote(video.id, opened.replica, video.epoch))
+    if mine is None:
+        await answer(holder.close.remote(video.id, "moved"))
+        return None
+    for change in mine.interactions:  # one that the snapshot knows, too, is applied at the same chunk: no harm
+        if change.chunk is None and change.kind is InteractionKind.PROMPT:
+            about = (change.event_id, change.prompt, change.transition_chunks)
+            await answer(holder.interact.remote(video.id, *about))
+    _LOG.warning("video %s goes on with chunk %d on another replica", video.id, mine.chunks_done)
+    return mine
+
+
+def opening(video: VideoRecord) -> tuple[str, str, int, int, int, bool]:
+    """Arguments with which a replica opens a video's session."""
+    return (video.id, video.prompt, video.seed, video.frames, video.scale, video.live)
