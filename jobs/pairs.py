@@ -35,8 +35,9 @@ from diagonal.errors import require
 from diagonal.metrics import FactorySink
 from diagonal.model.weights import check_transformer
 from diagonal.storage import Folder
+from jobs.plan import carry_out
 from jobs.prompts import pair_prompts, pair_prompts_folder, prompts_sha256
-from jobs.run import JobFailed, Run, connect, main, opened, parser, say
+from jobs.run import JobFailed, Run, connect, main, say
 
 ERROR = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Exception): .*)$", re.MULTILINE)
 SEEN_WITHIN_S = 60.0  # network file systems show a new file late
@@ -172,8 +173,7 @@ class _Progress:
 
 
 def work(argv: Sequence[str]) -> None:
-    with opened(parser(__doc__ or "").parse_args(argv)) as run:
-        make_pairs(run)
+    carry_out(argv, __doc__ or "", "pairs", lambda run: say(f"pairs {make_pairs(run)}"))
 
 
 if __name__ == "__main__":

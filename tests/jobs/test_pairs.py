@@ -170,9 +170,11 @@ def killing(folder: Folder, killed: list[int]) -> Callable[[], None]:
         until_s = time.monotonic() + 200
         while time.monotonic() < until_s and not folder.has(shard_file(1)):
             time.sleep(0.02)
-        for process in solvers():
-            process.kill()
-            killed.append(process.pid)
+        while time.monotonic() < until_s and not killed:
+            for process in solvers():
+                with suppress(psutil.NoSuchProcess):  # one that another set's end is ending
+                    process.kill()
+                    killed.append(process.pid)
 
     return kill
 
