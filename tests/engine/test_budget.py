@@ -49,6 +49,22 @@ def test_the_warm_up_measures_every_kind_at_every_batch_size_and_leaves_no_trace
     assert clock.now_s - before == pytest.approx(0.03 * (4 + 3 + 2 + 2 + 2))
 
 
+def test_what_the_first_round_of_the_warm_up_costs_more_is_not_counted() -> None:
+    clock, release, rows = Clock(), small_release("serve.max_sessions=2"), set[int]()
+
+    def compile_once(module: object, inputs: list[Tensor], output: object) -> None:
+        clock.now_s += 0.01 if len(inputs[0]) in rows else 30.0
+        rows.add(len(inputs[0]))
+
+    release.network.register_forward_hook(compile_once)  # type: ignore[arg-type]
+    engine = engine_of(release=release, clock=clock)
+    engine.warm_up()
+    assert rows == {1, 2}
+    engine.open(spec_of("a"))
+    engine.open(spec_of("b"))
+    assert engine.stats().busy == pytest.approx(4 * 0.01 / 0.5625)
+
+
 def test_sessions_that_batch_well_fit_in_greater_number_than_those_that_do_not() -> None:
     """First chunks: 4 forwards in 0.5625 s; a batch of four at 0.1 a forward is 0.71, one of five four and one: 1.42.
     At 0.025 a session and forward, without any gain: 0.18 each, so five fit (0.89)."""
@@ -93,7 +109,11 @@ def test_an_empty_engine_takes_a_session_that_it_is_too_slow_for() -> None:
 def test_sessions_that_nobody_watches_are_limited_by_slots_alone_and_weigh_nothing() -> None:
     engine, _, _ = engine_at(0.0, 1.0)
     assert admitted(engine, "abcde", paced=False) == "abcde"
-    assert engine.stats().busy == 0.0 and admitted(engine, "f") == "f"
+    assert engine.stats().busy == 0.0
+    engine.close("e")
+    engine.step()
+    assert admitted(engine, "f") == "f" and admitted(engine, "x") == "" and engine.stats().busy > 7
+    assert admitted(engine, "e", paced=False) == "e"
     with pytest.raises(CapacityError, match="all 6 session slots") as refused:
         engine.open(spec_of("g", paced=False))
     assert refused.value.reason == "full" and refused.value.retry_after_s >= 1.0
