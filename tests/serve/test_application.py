@@ -6,6 +6,7 @@ import io
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +16,12 @@ import av
 import httpx
 import pytest
 import yaml
+from websockets.exceptions import InvalidStatus
 
 from diagonal.client.cli import main
 from diagonal.metrics import BY_NAME
 from serve.settings import ServeSettings
+from tests.serve.sockets import cut, viewer
 
 Until = Callable[..., Any]
 pytestmark = pytest.mark.slow
@@ -115,7 +118,60 @@ def test_who_leaves_a_realtime_video_frees_its_place(http: httpx.Client, until: 
 
 def test_every_answer_carries_one_request_id(http: httpx.Client) -> None:
     for path in ("/v1/models", "/v1/nothing"):
-        assert len(http.get(path).headers.get_list("x-request-id")) == 1
+        answer = http.get(path, headers={"X-Request-Id": "mine-1"})
+        assert answer.headers.get_list("x-request-id") == ["mine-1"]
+
+
+def test_behind_serves_proxy_only_this_machine_needs_no_key(http: httpx.Client) -> None:
+    for headers in ({"X-Forwarded-For": "203.0.113.9"}, {"Host": "videos.example"}, {"Authorization": "Bearer dk_0_x"}):
+        assert http.get("/v1/models", headers=headers).status_code == 401
+
+
+def test_a_session_over_a_socket_is_steered_and_goes_on_after_a_break(url: str) -> None:
+    with viewer(url) as one:
+        one.start(prompt="a red circle moving right slowly", seconds=6, seed=1)
+        one.read(2)
+        interaction = {"event_id": "e1", "event": {"prompt": "a blue square moving left quickly"}}
+        one.say("session.interaction", interaction=interaction)
+        one.until("session.interaction.queued")
+        cut(one)
+    with viewer(url) as two:
+        two.start(resume_token=one.resume_token)
+        assert two.until("session.done")["stopped"] is False
+    chunks = one.chunks + two.chunks
+    assert [chunk["generation_chunk_index"] for chunk in chunks] == list(range(len(chunks)))
+    assert ["e1"] in [chunk["started_event_ids"] for chunk in chunks]
+    assert count_frames(bytes(one.video + two.video)) == 96
+
+
+def test_an_upgrade_is_refused_through_the_proxy_with_its_status(url: str) -> None:
+    for headers, status in (({"Origin": "http://evil.example"}, 403), ({"Authorization": "Bearer dk_0_x"}, 401)):
+        with pytest.raises(InvalidStatus) as caught, viewer(url, headers):
+            pass
+        assert caught.value.response.status_code == status
+
+
+def test_a_replica_that_is_killed_does_not_end_the_stream(http: httpx.Client, until: Until) -> None:
+    import ray
+    from ray import serve
+    from ray.util import list_named_actors
+
+    video = start(http, seconds=10, extra={"pacing": "realtime"})
+    store = serve.get_deployment_handle("Store", "diagonal")
+    data, came, killed = bytearray(), [time.monotonic()], ""
+    with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
+        for part in answer.iter_raw():
+            data += part
+            came.append(time.monotonic())
+            if not killed and http.get(f"/v1/videos/{video}").json()["chunks_done"] >= 4:
+                killed = store.get.remote(video).result(timeout_s=30).replica
+                (actor,) = [one for one in list_named_actors(all_namespaces=True) if one["name"].endswith(killed)]
+                ray.kill(ray.get_actor(**actor))
+    assert killed and count_frames(bytes(data)) == 160
+    assert store.get.remote(video).result(timeout_s=30).replica != killed
+    longest_s = max(later - before for before, later in zip(came, came[1:], strict=False))
+    assert longest_s < 0.75 + 2.0 + 2.0, "a chunk's media, the promise, and what a busy machine adds"
+    until(lambda: http.get("/health/ready").status_code == 200, "ready again", seconds=60)
 
 
 def test_the_service_says_that_it_is_ready(http: httpx.Client) -> None:

@@ -199,7 +199,8 @@ def test_a_paused_stream_stands_still_frees_its_cache_and_goes_on(
             reader.join(60)
         assert_same_video(streams[0], expected)
         changes = http.get(f"/v1/videos/{video}").json()["interactions"]
-        assert [(change["kind"], change["status"]) for change in changes] == [("pause", "applied"), ("resume", "applied")]
+        told = [(change["kind"], change["status"]) for change in changes]
+        assert told == [("pause", "applied"), ("resume", "applied")]
 
 
 def test_a_viewer_who_is_away_holds_no_cache_and_finds_his_stream_again(
