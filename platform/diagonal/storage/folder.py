@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from diagonal.errors import FieldError, require
-from diagonal.storage import s3
 from diagonal.storage.disk import Disk, swap_folder, whole_file
+from diagonal.storage.remote import REMOTE, StorageError
+
+if TYPE_CHECKING:
+    from diagonal.storage.s3 import S3
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Folder:
     patience_s: float = 120.0
 
     def __post_init__(self) -> None:
-        remote = self.uri.startswith(s3.REMOTE)
+        remote = self.uri.startswith(REMOTE)
         require(remote or "://" not in self.uri, "storage", self.uri, "a local path or an s3:// URI")
         if remote:
             _check_remote(self.uri)
@@ -57,12 +60,12 @@ class Folder:
     def parent(self) -> Folder:
         """The folder that holds this one; `FieldError` for a bucket."""
         above = self.uri.rsplit("/", 1)[0]
-        require(self.is_local or above.startswith(s3.REMOTE), "storage", self.uri, "a folder below a bucket")
+        require(self.is_local or above.startswith(REMOTE), "storage", self.uri, "a folder below a bucket")
         return self._beside(above or "/")
 
     @property
     def is_local(self) -> bool:
-        return not self.uri.startswith(s3.REMOTE)
+        return not self.uri.startswith(REMOTE)
 
     @property
     def path(self) -> Path:
@@ -163,7 +166,7 @@ class Folder:
             self.write(name, b"probe")
             right = self.read(name) == b"probe"
             self.remove(name)
-        except (OSError, s3.StorageError) as error:
+        except (OSError, StorageError) as error:
             raise FieldError("storage", self.uri, f"a folder that can be written and read ({error})") from error
         require(right, "storage", self.uri, "a storage that gives back what was written")
 
@@ -194,21 +197,25 @@ class Folder:
         return other
 
     @cached_property
-    def _store(self) -> Disk | s3.S3:
+    def _store(self) -> Disk | S3:
         if self.is_local:
             return Disk(self.path)
-        bucket, _, prefix = self.uri.removeprefix(s3.REMOTE).partition("/")
-        return s3.S3(self._client, bucket, f"{prefix}/" if prefix else "", self.patience_s)
+        from diagonal.storage.s3 import S3  # boto3 is asked for by those alone who use S3
+
+        bucket, _, prefix = self.uri.removeprefix(REMOTE).partition("/")
+        return S3(self._client, bucket, f"{prefix}/" if prefix else "", self.patience_s)
 
     @cached_property
     def _client(self) -> Any:
-        return s3.client(self.patience_s)
+        from diagonal.storage.s3 import client
+
+        return client(self.patience_s)
 
 
 def _check_remote(uri: str) -> None:
     """Refuse what would carry credentials into configurations and logs, without showing it."""
-    bucket = uri.removeprefix(s3.REMOTE).split("/")[0]
-    require("@" not in bucket and ":" not in bucket, "storage", f"{s3.REMOTE}...@...",
+    bucket = uri.removeprefix(REMOTE).split("/")[0]
+    require("@" not in bucket and ":" not in bucket, "storage", f"{REMOTE}...@...",
             "s3://bucket/prefix; credentials come from the AWS_* environment")
     require(bool(bucket) and "?" not in uri, "storage", uri.split("?")[0],
             "s3://bucket/prefix; the address comes from AWS_ENDPOINT_URL, the region from AWS_REGION")

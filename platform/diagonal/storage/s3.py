@@ -21,9 +21,9 @@ from botocore import exceptions as aws
 from botocore.config import Config
 
 from diagonal.storage.disk import PART_BYTES
+from diagonal.storage.remote import REMOTE, StorageError
 
 T = TypeVar("T")
-REMOTE = "s3://"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 10.0
 CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S = 5.0, 30.0
 ATTEMPTS_A_REQUEST = 3  # by the S3 client, so that one lost part does not repeat an upload of gigabytes
@@ -35,10 +35,6 @@ MISSING_CODES = ("404", "NoSuchKey", "NotFound")
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 _log = logging.getLogger(__name__)
-
-
-class StorageError(RuntimeError):
-    """A storage that does not answer, or refuses: what was tried, where, for how long, and the newest cause."""
 
 
 def client(patience_s: float) -> Any:

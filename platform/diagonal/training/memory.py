@@ -7,7 +7,7 @@ to a trace of live tensors of real updates; that of compiled blocks is lower, as
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diagonal.config import Config
@@ -63,14 +63,17 @@ def estimate(
     *,
     text_layout: Mapping[str, Any] | None = None,
     codec_layout: Mapping[str, Any] | None = None,
+    mesh_of_one: bool = False,
 ) -> MemoryEstimate:
     """The peak of stage 0, 1 or 2 on each of `world_size` GPUs.
 
     Layouts are the mappings of `config.json` in `transformer/` (generator and critic are of the first, the teacher of
-    the second), `text_encoder/` and `vae/`; None leaves that part out.
+    the second), `text_encoder/` and `vae/`; None leaves that part out. With `mesh_of_one` a single rank is
+    sharded all the same, so that gathered parameters stand beside its masters (evaluate/training_speed.py).
     """
     require(stage in (0, 1, 2), "stage", stage, "0, 1 or 2")
     place = _Place.of(config, TransformerLayout.of(layout), TransformerLayout.of(teacher_layout), world_size, stage)
+    place = replace(place, gathers=place.shards > 1 or mesh_of_one)
     resident = [*place.trained("generator", average=True), *(place.trained("critic") if stage else [])]
     resident += place.frozen()
     resident += [("text encoder weights", _text_parameters(text_layout) * place.narrow if text_layout else 0)]
@@ -119,6 +122,7 @@ class _Place:
     stage: int
     batch: int
     several: bool
+    gathers: bool = False
 
     @classmethod
     def of(
@@ -206,7 +210,7 @@ class _Place:
 
     def _gathered(self, name: str) -> Lines:
         """4P while parameters stay gathered (nothing on one rank, whose masters are whole), 4 bytes of it float32."""
-        return [] if self.shards == 1 else [(f"{name} weights, gathered", FLOAT32 * self.layout.parameters)]
+        return [] if not self.gathers else [(f"{name} weights, gathered", FLOAT32 * self.layout.parameters)]
 
     def _gradients(self) -> tuple[str, int]:
         """4P: whole and float32 on each rank until they are reduced, once an update."""
@@ -252,7 +256,7 @@ class _Place:
         n, f, c = self.teacher.hidden, self.teacher.ffn_dim, self.narrow
         both = 2 if self.config.distill.guidance != 1.0 else 1
         working = both * tokens * max((3 * c + 14) * n, 3 * c * n + 2 * c * f)
-        gathered = (2 * self.teacher.block_parameters + self.teacher.root_parameters) * c if self.shards > 1 else 0
+        gathered = (2 * self.teacher.block_parameters + self.teacher.root_parameters) * c if self.gathers else 0
         return [("teacher block", working), ("teacher blocks, gathered", gathered)]
 
     def samples(self, codec: Mapping[str, Any]) -> Lines:

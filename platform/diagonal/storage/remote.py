@@ -1,0 +1,9 @@
+"""What every storage speaks of: the scheme of remote URIs, and the failure of a storage. It imports no S3 library."""
+
+from __future__ import annotations
+
+REMOTE = "s3://"
+
+
+class StorageError(RuntimeError):
+    """A storage that does not answer, or refuses: what was tried, where, for how long, and the newest cause."""
