@@ -5,14 +5,16 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from diagonal.errors import require
-from diagonal.model.weights import LINEAGE, MANIFEST, embedded, save_student, write_release
+from diagonal.model.weights import LINEAGE, MANIFEST, embedded, fetch, save_student, write_release
+from diagonal.storage import Folder
 from jobs.run import Run
 
 
@@ -42,6 +44,23 @@ def publish_release(run: Run, student: Path, lineage: Mapping[str, Any]) -> None
         write_release(folder, name=run.name, student=student, base=run.base, lineage=lineage, scores={})
 
 
+def initial_student(run: Run) -> Path:
+    """What stage 1 starts from: a local folder that holds `transformer/`, or a local `.pt`."""
+    if run.makes_student:
+        return local_copy(run, "ode_init")
+    given = run.initial_student
+    if not given.endswith(".pt"):
+        return fetch(given)
+    file = Folder(given, run.config.train.storage_patience_s)
+    if file.is_local:
+        return file.path
+    target = _cache() / f"{run.name}-{run.identity}-{file.name}"
+    with _only_one(target):
+        if not target.exists():
+            file.parent.get(file.name, target)
+    return target
+
+
 def local_copy(run: Run, name: str, last: str = LINEAGE) -> Path:
     """A local folder with the run's finished folder `name`, the file `last` of which says that it is whole.
 
@@ -52,14 +71,24 @@ def local_copy(run: Run, name: str, last: str = LINEAGE) -> Path:
     if folder.is_local:
         return folder.path
     require(folder.has(last), "folder", str(folder), f"one that is finished: it holds {last}")
-    root = Path(os.environ.get("DIAGONAL_CACHE") or Path.home() / ".cache" / "diagonal") / "runs"
     key = hashlib.sha256(f"{folder} {run.identity}".encode()).hexdigest()[:16]
-    target = root / f"{run.name}-{name}-{key}"
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / f"{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    target = _cache() / f"{run.name}-{name}-{key}"
+    with _only_one(target):
         if not (target / last).is_file():
             files = [file for file in folder.files() if file != last]
             for file in [*files, last]:
                 folder.get(file, target / file)
     return target
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("DIAGONAL_CACHE") or Path.home() / ".cache" / "diagonal") / "runs"
+
+
+@contextmanager
+def _only_one(target: Path) -> Iterator[None]:
+    """One process of a machine at a time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from diagonal.errors import require
 from diagonal.model.dit import CausalWan
+from diagonal.model.students import load_initial_student
 from diagonal.model.text import TextEncoder
 from diagonal.model.weights import check_transformer, fetch, load_causal, load_teacher
 from diagonal.storage import Folder
@@ -20,7 +20,7 @@ from diagonal.training.ema import Ema
 from diagonal.training.loop import DistillStep, Learner, Plan, run_loop
 from diagonal.training.parallel import full_state_dict, full_tensors, parallelize
 from diagonal.training.state import TrainState
-from jobs.artefacts import base_lineage, lineage_of, local_copy, write_student
+from jobs.artefacts import base_lineage, initial_student, lineage_of, local_copy, write_student
 from jobs.export import export
 from jobs.feed import Feed, sample_order
 from jobs.fit import check_batch, fit
@@ -50,16 +50,6 @@ def distill(run: Run) -> Folder:
     return release
 
 
-def student_folder(run: Run) -> Path:
-    """The student that stage 1 starts from: a local folder that holds `transformer/`."""
-    given = run.config.distill.init
-    if run.makes_student:
-        return local_copy(run, "ode_init")
-    if given and "://" not in given:
-        require((Path(given) / "transformer").is_dir(), "distill.init", given, "a folder that holds transformer/")
-    return fetch(run.initial_student)
-
-
 def teacher_folder(run: Run) -> Path:
     """The network that gives the real score: a local folder that holds `transformer/`."""
     return fetch(run.config.distill.teacher) if run.config.distill.teacher else run.base
@@ -76,7 +66,8 @@ def distill_feed(run: Run) -> Feed:
 
 
 def _fit(run: Run) -> None:
-    for folder in (run.base, student_folder(run), teacher_folder(run)):
+    student = initial_student(run)
+    for folder in (run.base, teacher_folder(run), *([student] if student.is_dir() else [])):
         check_transformer(folder, run.config)
     check_batch(run.config.distill.batch_size, run.config.train.workers, "distill.batch_size")
     fit(run, "distill", train, distill_feed(run))
@@ -110,7 +101,7 @@ def train(worker: Worker, feed: Feed) -> None:
 def build(worker: Worker, text: TextEncoder) -> tuple[TrainState, Networks]:
     """Generator, critic and frozen teacher, each prepared once, with both optimizers and the average."""
     config, options, mesh = worker.config, worker.config.distill, worker.mesh()
-    generator = load_causal(student_folder(worker.run), config).to(worker.device)
+    generator = load_initial_student(initial_student(worker.run), worker.run.base, config).to(worker.device)
     critic = load_teacher(worker.run.base, config).to(worker.device)
     teacher = load_teacher(teacher_folder(worker.run), config).to(worker.device)
     for network in (generator, critic):

@@ -8,6 +8,7 @@ import signal
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -18,6 +19,7 @@ import ray.train
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from transformers.utils.logging import disable_progress_bar
 
 from diagonal.config import TrainConfig
 from diagonal.errors import FieldError, require
@@ -85,11 +87,11 @@ def run_worker(settings: dict[str, Any]) -> None:
     control = settings["control"]
     if ray.get(control.failure.remote()) is not None:
         return  # a restart cannot mend it: the job says so
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train writes each report at INFO, under a name of its own
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    _quiet()
     feed: Feed = ray.get(settings["feed"])
     with Worker.join(settings) as worker:
         try:
+            worker.check_memory()
             settings["body"](worker, feed)
         except Stopped as stopped:
             if worker.place.rank == 0:
@@ -100,6 +102,14 @@ def run_worker(settings: dict[str, Any]) -> None:
             elif not _follows(error):
                 traceback.print_exc()
             raise
+
+
+def _quiet() -> None:
+    """Leave a worker's output to what it says of training."""
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train writes each report at INFO, under a name of its own
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing writes to it
 
 
 @contextmanager

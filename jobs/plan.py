@@ -17,7 +17,7 @@ from transformers import UMT5Config
 from diagonal.config import Config
 from diagonal.data.prompts import read_prompts
 from diagonal.errors import FieldError, require
-from diagonal.model.flops import update_flops
+from diagonal.model.flops import clip_flops, update_flops
 from diagonal.model.layout import TransformerLayout
 from diagonal.model.weights import MANIFEST, check_transformer, embedded
 from diagonal.storage import Folder
@@ -71,7 +71,9 @@ def plan(run: Run, last: str = "release", *, count_prompts: bool = False) -> lis
     lines = [f"run {run.name} in {run.folder}", *_shape_lines(run.config, layouts)]
     if count_prompts:
         lines += _prompt_lines(run)
-    lines += _stage_lines(run, layouts, wanted)
+    times: list[float | None] = []
+    lines += _stage_lines(run, layouts, wanted, times)
+    lines.append(_total(times))
     lines += _storage_lines(run, layouts, wanted)
     return [*lines, *_memory_lines(run, layouts, wanted)]
 
@@ -186,23 +188,30 @@ def _shape_lines(config: Config, layouts: Layouts) -> Iterator[str]:
            f"teacher {teacher.parameters / 1e6:,.1f} M")
 
 
-def _stage_lines(run: Run, layouts: Layouts, wanted: Sequence[str]) -> Iterator[str]:
+def _total(times: Sequence[float | None]) -> str:
+    known = [seconds for seconds in times if seconds is not None]
+    missing = "" if len(known) == len(times) else ", without the stages whose time is unknown"
+    return f"  in all: {duration(sum(known))} of the estimates above{missing}" if known else "  in all: time unknown"
+
+
+def _stage_lines(run: Run, layouts: Layouts, wanted: Sequence[str], times: list[float | None]) -> Iterator[str]:
+    """A line for each stage; `times` gets the seconds of each that remains, None where they are unknown."""
     config = run.config
     if run.from_scratch:
         yield _line("base", run.folder.has("base/scores.json"), "to train: codec, text encoder and teacher")
     if run.makes_student:
         if "pairs" in wanted:
-            yield _pairs_line(run)
+            yield _pairs_line(run, layouts, times)
         if "ode_init" in wanted:
             done = run.has_student("ode_init")
-            yield _line("ode_init", done, _updates(run, layouts, "ode_init", 0, 0, config.ode_init.updates))
+            yield _line("ode_init", done, "" if done else _updates(run, layouts, times, 0, 0, config.ode_init.updates))
     else:
         yield f"  ode_init: given, {run.initial_student}"
     first, both = config.distill.stage1_updates, config.distill.stage1_updates + config.distill.stage2_updates
     for stage, start, end in ((1, 0, first), (2, first, both)):
         if f"stage{stage}" in wanted:
-            remains = _updates(run, layouts, "distill", stage, start, end)
-            yield _line(f"stage{stage}", run.has_student(f"stage{stage}"), remains)
+            done = run.has_student(f"stage{stage}")
+            yield _line(f"stage{stage}", done, "" if done else _updates(run, layouts, times, stage, start, end))
     if "release" in wanted:
         yield _line("release", run.has_release, "to export and score")
 
@@ -211,18 +220,26 @@ def _line(stage: str, done: bool, remains: str) -> str:
     return f"  {stage}: {'done' if done else remains}"
 
 
-def _pairs_line(run: Run) -> str:
+def _pairs_line(run: Run, layouts: Layouts, times: list[float | None]) -> str:
     pairs, folder = run.config.pairs, run.folder / "pairs"
+    if folder.has(MANIFEST):
+        return _line("pairs", True, "")
     shards = -(-pairs.count // pairs.rows_per_shard)
     there = sum(name.startswith("pairs-") and name.endswith(".parquet") for name in folder.children())
-    remains = (f"{pairs.count} trajectories in {shards} shards, {there} there; {pairs.solver_steps} steps, "
-               f"{2 * pairs.solver_steps} forwards each")
-    return _line("pairs", folder.has(MANIFEST), remains)
+    each = 2 * pairs.solver_steps * clip_flops(TransformerLayout.of(layouts.student), run.config)
+    left = max(0, pairs.count - there * pairs.rows_per_shard)
+    workers = pairs.solver_workers or run.config.train.workers
+    seconds, time = _assumed(run, each, left, workers, "a trajectory")
+    times.append(seconds)
+    return (f"  pairs: {pairs.count} trajectories in {shards} shards, {there} there; {pairs.solver_steps} steps, "
+            f"{2 * pairs.solver_steps} forwards and {each / 1e15:.3g} PFLOP each; {time}")
 
 
-def _updates(run: Run, layouts: Layouts, name: str, stage: int, start: int, end: int) -> str:
+def _updates(
+    run: Run, layouts: Layouts, times: list[float | None], stage: int, start: int, end: int
+) -> str:
     """What remains of a stage: its updates, their forwards and operations, and the time they take where it is known."""
-    config, folder = run.config, run.folder / "train" / name
+    config, folder = run.config, run.folder / "train" / ("distill" if stage else "ode_init")
     whole = checkpoints(folder / "checkpoints")
     done = min(max(whole[0].update if whole else 0, start), end)
     batch = config.distill.batch_size if stage else config.ode_init.batch_size
@@ -230,9 +247,11 @@ def _updates(run: Run, layouts: Layouts, name: str, stage: int, start: int, end:
     each = flops.mean * batch
     rolled = stage_schedule(config, stage).total_forwards(config.geometry.clip_chunks) if stage else 0
     forwards = f", {rolled} forwards a rollout" if rolled else ""
+    seconds, time = _time(run, each, end - done, _record(folder))
+    times.append(seconds)
     went = f"goes on after update {done}: " if done > start else ""
     return (f"{went}{end - done} updates of {batch} samples{forwards}; {each / 1e15:.3g} PFLOP an update on average; "
-            f"{_time(run, each, end - done, _record(folder))}")
+            f"{time}")
 
 
 def _record(folder: Folder) -> Record:
@@ -240,19 +259,24 @@ def _record(folder: Folder) -> Record:
     return read_journal(lines)
 
 
-def _time(run: Run, flops: float, updates: int, record: Record) -> str:
-    """Time of what remains, and where the figure comes from."""
+def _time(run: Run, flops: float, updates: int, record: Record) -> tuple[float | None, str]:
+    """Seconds of what remains, and in words, with where the figure comes from."""
     recent = record.updates[-RECENT:]
     if recent:
         each_s = sum(entry["update_s"] + entry["data_wait_s"] for entry in recent) / len(recent)
-        return f"about {duration(updates * each_s)}, by this run's last {len(recent)} updates ({each_s:.3g} s each)"
-    train = run.config.train
-    gpus = train.workers * train.gpus_per_worker
-    if gpus > 0:
-        each_s = flops / (gpus * PEAK_FLOPS * REACHED)
-        return (f"about {duration(updates * each_s)} if {gpus:g} GPUs reach {REACHED:.0%} of {PEAK_FLOPS / 1e12:.0f} "
-                f"TFLOP/s each: an assumption, {each_s:.3g} s an update; the first updates tell")
-    return "time unknown until the first updates"
+        told = f"about {duration(updates * each_s)}, by this run's last {len(recent)} updates ({each_s:.3g} s each)"
+        return updates * each_s, told
+    return _assumed(run, flops, updates, run.config.train.workers, "an update")
+
+
+def _assumed(run: Run, flops: float, count: int, workers: int, unit: str) -> tuple[float | None, str]:
+    """The time of `count` units of so many operations, if GPUs reach a share of their peak; unknown on CPUs."""
+    gpus = workers * run.config.train.gpus_per_worker
+    if gpus == 0:
+        return None, f"time unknown until the first {unit.split()[-1]}"
+    each_s = flops / (gpus * PEAK_FLOPS * REACHED)
+    return count * each_s, (f"about {duration(count * each_s)} if {gpus:g} GPUs reach {REACHED:.0%} of "
+                            f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s each: an assumption, {each_s:.3g} s {unit}")
 
 
 def _storage_lines(run: Run, layouts: Layouts, wanted: Sequence[str]) -> Iterator[str]:
@@ -283,9 +307,9 @@ def _memory_lines(run: Run, layouts: Layouts, wanted: Sequence[str]) -> Iterator
             memory.check(found, torch.cuda.get_device_properties(0).total_memory)
 
 
-def estimate(config: Config, layouts: Layouts, stage: int) -> memory.MemoryEstimate:
-    """The peak of a stage on each GPU, with the fewest workers that it may go on with."""
+def estimate(config: Config, layouts: Layouts, stage: int, workers: int = 0) -> memory.MemoryEstimate:
+    """The peak of a stage on each GPU of so many workers; by default of the fewest that it may go on with."""
     return memory.estimate(
-        config, layouts.student, layouts.teacher, config.train.fewest_workers, stage,
+        config, layouts.student, layouts.teacher, workers or config.train.fewest_workers, stage,
         text_layout=layouts.text, codec_layout=layouts.codec,
     )

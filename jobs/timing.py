@@ -11,7 +11,7 @@ class Clock:
     """Whether it is time again."""
 
     every_s: float
-    last_s: float = field(default_factory=time.monotonic)
+    last_s: float = field(default_factory=lambda: time.monotonic())
 
     def rings(self) -> bool:
         now_s = time.monotonic()

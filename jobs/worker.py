@@ -20,6 +20,7 @@ from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.model.weights import load_text
 from diagonal.schedule import StepSchedule
+from diagonal.training import memory
 from diagonal.training.checkpoint import Checkpointer
 from diagonal.training.distill import stage_schedule
 from diagonal.training.loop import Hooks
@@ -30,6 +31,7 @@ from diagonal.training.state import TrainState
 from jobs.control import StopRequests
 from jobs.feed import Feed
 from jobs.journal import Outbox
+from jobs.plan import estimate, read_layouts
 from jobs.progress import Place, Progress, Reporter
 from jobs.run import Run, say
 from jobs.samples import SampleVideos
@@ -80,6 +82,14 @@ class Worker:
         """Precision and activation checkpointing of a trained network."""
         train = self.config.train
         return ParallelPlan(Precision(self.config.model.compute_dtype), train.checkpoint_activations, train.compile)
+
+    def check_memory(self) -> None:
+        """Refuse a stage that this rank's GPU has no room for, before anything is loaded."""
+        if self.device.type != "cuda":
+            return
+        layouts, available = read_layouts(self.run), torch.cuda.get_device_properties(self.device).total_memory
+        for stage in (0,) if self.place.stage == "ode_init" else (1, 2):
+            memory.check(estimate(self.config, layouts, stage, self.place.world_size), available)
 
     def text(self) -> TextEncoder:
         """The base model's text encoder, in the compute type, on the worker's device."""
