@@ -55,7 +55,7 @@ def cluster() -> Iterator[Nodes]:
 
 
 @pytest.fixture
-def nodes(cluster: Nodes, unbroken: Record) -> Iterator[list[Any]]:
+def nodes(cluster: Nodes) -> Iterator[list[Any]]:
     """Two fresh nodes, each with room for one worker."""
     with cluster.with_nodes(NODES) as found:
         yield found
@@ -79,7 +79,7 @@ def unbroken(cluster: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Record
 
 
 @pytest.fixture(scope="session")
-def stopped(cluster: Nodes, unbroken: Record, tmp_path_factory: pytest.TempPathFactory) -> StoppedRun:
+def stopped(cluster: Nodes, tmp_path_factory: pytest.TempPathFactory) -> StoppedRun:
     """A run that SIGTERM ends after its middle; checkpoints lie behind it, and work before it."""
     folder = tmp_path_factory.mktemp("stopped")
     with launching(cluster, folder) as start:

@@ -50,7 +50,7 @@ def drop_a_column(shard: Path) -> None:
 
 
 def test_corrupt_rows_are_set_aside_by_name_and_reason_and_never_trained_on(
-    cluster: Nodes, nodes: list[Any], start: Launcher, pairs: Path, tmp_path: Path
+    nodes: list[Any], start: Launcher, pairs: Path, tmp_path: Path
 ) -> None:
     """T7."""
     storage = tmp_path / "copy"
@@ -71,7 +71,7 @@ def test_corrupt_rows_are_set_aside_by_name_and_reason_and_never_trained_on(
 
 
 def test_more_corrupt_rows_than_allowed_end_the_job_and_name_the_first(
-    cluster: Nodes, start: Launcher, pairs: Path, tmp_path: Path
+    start: Launcher, pairs: Path, tmp_path: Path
 ) -> None:
     """T7, above the share."""
     storage = tmp_path / "copy"

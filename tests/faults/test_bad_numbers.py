@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 
 from diagonal.model.weights import embedded
 from tests.faults.job import UPDATES_IN_ALL, Launcher
-from tests.faults.nodes import Nodes
 
 GOOD = [f"a {colour} {shape} moving {way} slowly" for colour in ("red", "blue", "green", "cyan")
         for shape in ("circle", "square") for way in ("left", "right", "up")][:23]  # fmt: skip
@@ -45,7 +44,7 @@ def settings(base: Path, prompts: list[str]) -> dict[str, Any]:
 
 
 def test_an_update_with_a_nan_is_skipped_and_counted_and_changes_nothing(
-    cluster: Nodes, nodes: list[Any], start: Launcher, poisoned: Path
+    nodes: list[Any], start: Launcher, poisoned: Path
 ) -> None:
     """T6: one prompt of 24 brings NaN, so one update of each six."""
     job = start(settings=settings(poisoned, [*GOOD, BAD]))
@@ -72,7 +71,7 @@ def learned(folder: Path) -> dict[str, bytes]:
 
 
 def test_nans_that_do_not_stop_end_the_run_with_their_count(
-    cluster: Nodes, nodes: list[Any], start: Launcher, poisoned: Path
+    nodes: list[Any], start: Launcher, poisoned: Path
 ) -> None:
     """T6: all prompts bring NaN, and two in a row are allowed."""
     job = start(settings=settings(poisoned, [f"{BAD} {word}" for word in ("up", "down", "left", "right")]))

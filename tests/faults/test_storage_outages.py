@@ -46,7 +46,7 @@ def whole(job: Job) -> None:
 
 
 def test_an_outage_longer_than_the_patience_ends_the_run_and_names_the_storage(
-    cluster: Nodes, nodes: list[Any], start: Launcher, unbroken: Record, bucket: str, faulty_s3: FaultyProxy
+    nodes: list[Any], start: Launcher, bucket: str, faulty_s3: FaultyProxy
 ) -> None:
     """T5, too long."""
     settings = {"train.storage_patience_s": 5, "train.max_failures": 0}
