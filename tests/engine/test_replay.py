@@ -103,6 +103,11 @@ def test_an_automatic_reanchor_is_replayed_from_the_log_and_not_decided_again() 
         (4, "interval"), (8, "interval"),
     ]  # fmt: skip
     check(recording, found, small_release(setting))
+    bare = Recording(recording.identity, recording.spec, recording.schedule, 6, ())
+    plain = engine_of()
+    stream(plain, spec_of(frames=None), 6)
+    *_, last = replay(small_release(setting), bare)
+    assert torch.equal(last.clean, newest(plain)), "what is not in the log does not happen"
 
 
 def test_a_shortened_schedule_is_in_the_log_and_replayed() -> None:

@@ -57,3 +57,13 @@ def test_a_text_of_endless_interruptions_stays_bounded_and_close() -> None:
         assert len(bounded.blends) <= MAX_BLENDS
     torch.testing.assert_close(text_of(bounded), text_of(whole), rtol=0, atol=0.1)
     assert len(whole.blends) == 3 * MAX_BLENDS and float(PROMPTS["a"].std()) > 0.9
+
+
+@pytest.mark.parametrize("chunks", [2, 8, 64])
+def test_what_is_dropped_of_a_text_is_never_seen_as_a_jump(chunks: int) -> None:
+    timeline, names = Timeline.of("a"), ["b", "c", "d", "a"]
+    for number in range(2 * MAX_BLENDS):
+        before = text_of(timeline)
+        timeline = timeline.change(names[number % 4], chunks)
+        assert float((text_of(timeline) - before).abs().max()) < 0.2
+        timeline = timeline.advance()
