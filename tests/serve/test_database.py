@@ -252,6 +252,15 @@ def test_a_process_killed_in_the_middle_of_writes_loses_nothing_that_it_acknowle
     assert len(files) >= 20 and video.chunks_done == len(files) and video.frames_done == 9 * len(files)
 
 
+def test_a_commit_of_sqlite_is_on_the_disk_before_it_is_acknowledged(tmp_path: Path) -> None:
+    """What a crash of the machine costs cannot be tried here: this is what SQLite itself promises nothing with."""
+    tables = Tables(f"sqlite:///{tmp_path / 'store.sqlite'}")
+    with tables.reading() as connection:
+        found = [connection.execute(sql.text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous")]
+    assert found == ["wal", 2]
+    tables.close()
+
+
 def test_the_same_request_again_gives_the_same_video_and_another_one_a_conflict(tables: Tables) -> None:
     admission, database = Admission(tables), Database(tables)
     asked = Idempotency("k1", "body")
