@@ -7,7 +7,6 @@ Data, metrics, reports, journal, TensorBoard, watchdog), plain with nothing at a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -40,6 +39,8 @@ T = TypeVar("T")
 WARM_UP = 5  # updates that are not counted
 NEVER = 10**9
 STAMPS = "stamps.json"
+KINDS, CLOCKS = ("plain", "Ray Train"), ("wall", "CPU")
+Times = dict[str, float]
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -55,12 +56,21 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return found
 
 
-def stamped(batches: Iterable[T], stamps: list[float]) -> Iterator[T]:
-    """The batches, and when each was asked for: the time between two is a whole update with all that surrounds it."""
+def stamped(batches: Iterable[T], stamps: list[tuple[float, float]]) -> Iterator[T]:
+    """The batches, and wall and CPU time when each was asked for.
+
+    The time between two is a whole update with all that surrounds it; CPU time is that of all the process's threads.
+    """
     source = iter(batches)
     while True:
-        stamps.append(time.monotonic())
+        stamps.append((time.monotonic(), time.process_time()))
         yield next(source)
+
+
+def typical(stamps: Sequence[Sequence[float]], clock: int, cycle: int) -> float:
+    """Time of an update: over a cycle (the generator learns in one update of it), the mean of each place's median."""
+    times = [after[clock] - before[clock] for before, after in zip(stamps, stamps[1:], strict=False)][WARM_UP:]
+    return statistics.fmean(statistics.median(times[place::cycle]) for place in range(cycle))
 
 
 def run_updates(worker: Worker, feed: Feed, plain: bool) -> None:
@@ -71,7 +81,7 @@ def run_updates(worker: Worker, feed: Feed, plain: bool) -> None:
         rows, hooks = plain_rows(worker, feed), Hooks(_no_report, _no_save)
     else:
         rows, hooks = worker.begin(state, feed, networks.generator, text)
-    stamps: list[float] = []
+    stamps: list[tuple[float, float]] = []
     batches = stamped((prompt_batch(columns, text) for columns in rows), stamps)
     step = step_of(worker, 1, state, networks)
     run_loop(state, Plan(feed.updates, NEVER, feed.batch_size, NEVER, step), batches, hooks)
@@ -112,27 +122,28 @@ def _no_save(state: TrainState, *, wait: bool = False) -> None:
     """Nothing is saved: under Ray the one checkpoint comes after the last stamp."""
 
 
-def seconds_per_update(run: Run, kind: str) -> float:
-    """Mean time of the counted updates of one measurement."""
+def seconds_per_update(run: Run, kind: str) -> Times:
+    """Wall and CPU time of a typical update of one measurement."""
     feed = distill_feed(run)
     if kind == "Ray Train":
         fit(run, "distill", under_ray, feed)
     else:
         meeting = str(run.folder.path / "meeting")
         processes.spawn(plain_rank, (run.to_settings(), feed, meeting), nprocs=run.config.train.workers)
-    stamps = run.folder.read_json(STAMPS)
-    return float((stamps[-1] - stamps[WARM_UP]) / (len(stamps) - 1 - WARM_UP))
+    stamps, cycle = run.folder.read_json(STAMPS), run.config.distill.generator_every
+    return {name: typical(stamps, clock, cycle) for clock, name in enumerate(CLOCKS)}
 
 
-def measure(config: Config, rounds: int, storage: Path) -> dict[str, list[float]]:
+def measure(config: Config, rounds: int, storage: Path) -> dict[str, list[Times]]:
     """Seconds an update of both kinds; each round measures both, in an order that alternates."""
-    found: dict[str, list[float]] = {"plain": [], "Ray Train": []}
+    found: dict[str, list[Times]] = {kind: [] for kind in KINDS}
     for number in range(rounds):
         for kind in sorted(found, reverse=number % 2 == 0):
             run = Run(f"{kind.split()[0]}-{number}", config, Folder(str(storage / f"{kind.split()[0]}-{number}")))
             run.folder.write_json("config.json", config.to_dict())
             found[kind].append(seconds_per_update(run, kind))
-            say(f"round {number + 1}/{rounds}: {kind} {found[kind][-1]:.4f} s an update")
+            shown = ", ".join(f"{name} {value:.4f} s" for name, value in found[kind][-1].items())
+            say(f"round {number + 1}/{rounds}: {kind}: an update takes {shown}")
     return found
 
 
@@ -147,18 +158,24 @@ def work(argv: Sequence[str]) -> None:
     connect()  # before both, so that Ray's idle processes are there in both
     with tempfile.TemporaryDirectory(prefix="diagonal-overhead-") as storage:
         found = measure(config, options.rounds, Path(storage))
-    medians = {kind: statistics.median(values) for kind, values in found.items()}
-    ratio = statistics.median(ray / plain for ray, plain in zip(found["Ray Train"], found["plain"], strict=True))
     say(f"{options.updates} updates of {config.distill.batch_size} samples on {options.workers} processes of one "
         f"thread, {os.cpu_count()} CPUs; medians of {options.rounds} rounds, in turns:")
-    for kind, median in medians.items():
-        say(f"  {kind}: {median:.4f} s an update ({min(found[kind]):.4f} to {max(found[kind]):.4f})")
-    say(f"  Ray Train / plain: {ratio:.3f} (median of the rounds' ratios)")
-    report = {"seconds_per_update": found, "medians": medians, "ratio": ratio, "updates": options.updates,
-              "workers": options.workers, "cpus": os.cpu_count(), "config": config.to_dict()}
+    ratios = {name: _compare(found, name) for name in CLOCKS}
+    report = {"seconds_per_update": found, "ratios": ratios, "updates": options.updates, "workers": options.workers,
+              "cpus": os.cpu_count(), "load": os.getloadavg()[1], "config": config.to_dict()}
     if options.out:
         write_json(options.out, report)
-    say(json.dumps({"ratio": round(ratio, 4), **{kind: round(value, 5) for kind, value in medians.items()}}))
+
+
+def _compare(found: Mapping[str, Sequence[Times]], name: str) -> float:
+    """Say the medians of one clock; returns the ratio, the median of the rounds'."""
+    for kind in KINDS:
+        values = [times[name] for times in found[kind]]
+        say(f"  {kind}: {statistics.median(values):.4f} s {name} an update ({min(values):.4f} to {max(values):.4f})")
+    pairs = zip(found["Ray Train"], found["plain"], strict=True)
+    ratio = statistics.median(ray[name] / plain[name] for ray, plain in pairs)
+    say(f"  Ray Train / plain, {name}: {ratio:.3f}")
+    return ratio
 
 
 if __name__ == "__main__":

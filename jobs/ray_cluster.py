@@ -28,7 +28,8 @@ def connect() -> None:
         ray.init(log_to_driver=True, runtime_env={"worker_process_setup_hook": passing_on(os.environ)})
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token file for the whole account
-        ray.init("local", num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1), include_dashboard=False)
+        ray.init("local", num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1), include_dashboard=False,
+                 runtime_env={"worker_process_setup_hook": passing_on({})})
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_stop)  # Ray sets its own
 
@@ -37,13 +38,16 @@ def passing_on(environment: Mapping[str, str]) -> Callable[[], None]:
     """A runtime environment's setup hook that gives every process of the job this process's S3 settings, and `SET`.
 
     A hook and not `env_vars`: Ray writes those, secrets and all, into its log and shows them in its dashboard. What a
-    node has of its own stands.
+    node has of its own stands. One actor of Ray Train's, which asks a dashboard that may not be there, is silenced.
     """
+    noisy = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
     found = {name: value for name, value in environment.items() if name.startswith(PASSED_ON) or name in SET}
 
     def set_missing() -> None:
+        import logging
         import os
 
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
         for name, value in found.items():
             os.environ.setdefault(name, value)
 
