@@ -40,7 +40,7 @@ class Driver:
         self._ahead = 0 if self._paced else 1
         self._chunk, self._media_s = video.chunks_done, video.frames_done / video.fps
         self._saved_chunk = -1  # the newest one whose snapshot the store has from this replica
-        self._held = False  # the replica was told to pause because the viewer lost his connection
+        self._held = video.epoch > 0  # the replica was told to pause, or another driver may have done so
 
     async def run(self) -> None:
         """Until the end. When this task is cancelled the video is left for another driver."""
@@ -144,7 +144,7 @@ class Driver:
                 return Verdict(go=False)
             if verdict.readers:
                 self._clock.start()
-            await self._hold(self._video.live and verdict.returning)
+            await self._hold(verdict.paused or (self._video.live and verdict.returning))
             wait_s = _LOOK_EVERY_S if self._held else self._wait_s(verdict)
             if wait_s == 0:
                 return verdict
@@ -154,7 +154,10 @@ class Driver:
         return verdict.had_reader or time.monotonic() > self._start_by
 
     async def _hold(self, wanted: bool) -> None:
-        """Free the session's cache while its viewer is away, and go on when he is back and there is room."""
+        """Free the session's cache while its viewer wants no chunks, and go on when he does and there is room.
+
+        A replica is told again what a gateway or another driver told it before; it then has nothing to do.
+        """
         if wanted and not self._held:
             self._clock.pause()
             self._held = True
@@ -174,10 +177,6 @@ class Driver:
 
     def _wait_s(self, verdict: Verdict) -> float:
         """How long until the next chunk may be made, by the viewer's own player or by a clock that stands for it."""
-        if verdict.paused:
-            self._clock.pause()
-            return _LOOK_EVERY_S
-        self._clock.resume()
         if verdict.position_s is not None:
             ahead_s = self._media_s - verdict.position_s
             wait_s = 0.0 if ahead_s < (verdict.window_s or 0.0) else _LOOK_AT_POSITION_S

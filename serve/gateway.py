@@ -189,8 +189,8 @@ class Gateway:
     async def take_over(self, caller: Caller, old_hash: str, new_hash: str) -> VideoRecord | None:
         """The video of a resume token, whose only reader its holder now is; None when the token does not count."""
         taken: VideoRecord | None = await answer(self._store.take_over.remote(caller.key_id, old_hash, new_hash))
-        if taken is not None:
-            await self._adopt_if_orphan(taken.id)
+        if taken is not None and not taken.status.over and taken.id not in self._drivers:
+            await self._adopt(taken)  # its gateway may be gone: a driver that is still there gives way
         return taken
 
     async def cancel(self, video: VideoRecord, code: str, message: str) -> None:

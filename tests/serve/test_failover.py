@@ -220,6 +220,25 @@ def test_a_viewer_who_is_away_holds_no_cache_and_finds_his_stream_again(
     assert_same_video(one.video + two.video, expected)
 
 
+def test_a_gateway_that_dies_costs_its_viewer_a_reconnect(
+    make_cluster: Callable[..., Cluster], expected: bytes
+) -> None:
+    cluster = make_cluster(replicas=1)
+    with viewer(cluster.urls[0]) as one:
+        one.start(prompt=PROMPT, num_frames=105, seed=3)
+        one.read(3)
+        cluster.run(cluster.gateways[0].close())
+        cut(one)
+    began = time.monotonic()
+    with viewer(cluster.urls[1]) as two:
+        two.start(resume_token=one.resume_token)
+        two.read(1)
+        assert time.monotonic() - began < 3
+        two.until("session.done")
+    assert one.indices + two.indices == list(range(9))
+    assert_same_video(one.video + two.video, expected)
+
+
 @pytest.mark.parametrize(
     ("event", "param"),
     [
