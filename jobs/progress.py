@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diagonal.training.state import TrainState
 
 PROGRESS_EVERY_S = 5.0
-REPORT_EVERY_S = 1.0
+REPORT_EVERY_S = 5.0
 PREEMPTION_EVERY_S = 5.0
 REPORT, PREEMPTION, STOP = 1, 2, 4  # what rank 0 decides for all in one reduction
 OWN = {"samples", "tokens", "data_wait_s", "update_s", "skipped"}  # the same on all ranks, or of rank 0
