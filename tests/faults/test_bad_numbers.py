@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoTokenizer
 
 from diagonal.model.weights import embedded
+from jobs.feed import sample_order
 from tests.faults.job import UPDATES_IN_ALL, Launcher
 
-GOOD = [f"a {colour} {shape} moving {way} slowly" for colour in ("red", "blue", "green", "cyan")
-        for shape in ("circle", "square") for way in ("left", "right", "up")][:23]  # fmt: skip
-BAD = "a red triangle moving left slowly"
+WAYS = ("left", "right", "up")
+GOOD = [f"a {colour} {shape} moving {way} slowly"
+        for colour in ("red", "blue", "green") for shape in ("circle", "square") for way in WAYS]  # fmt: skip
+BAD = [f"a {colour} triangle moving {way} slowly" for colour in ("red", "blue") for way in WAYS]
 BATCH = 4
 
 
@@ -39,25 +42,27 @@ def settings(base: Path, prompts: list[str]) -> dict[str, Any]:
     return {
         "model.path": base, "distill.init": embedded("ode_init"), "distill.prompts": base.parent / "prompts.txt",
         "prompts.held_out_share": 0.0, "distill.batch_size": BATCH, "distill.checkpoint_every": 1,
-        "distill.keep_checkpoints": 99, "distill.max_nonfinite": 2,
+        "distill.keep_checkpoints": 99,
     }  # fmt: skip
 
 
-def test_an_update_with_a_nan_is_skipped_and_counted_and_changes_nothing(
+def test_updates_with_a_nan_are_skipped_and_counted_and_change_nothing(
     nodes: list[Any], start: Launcher, poisoned: Path
 ) -> None:
-    """T6: one prompt of 24 brings NaN, so one update of each six."""
-    job = start(settings=settings(poisoned, [*GOOD, BAD]))
+    """T6: a quarter of the prompts brings NaN, so the updates that hold one of them are skipped."""
+    prompts = [*GOOD, *BAD]
+    job = start(settings={**settings(poisoned, prompts), "distill.max_nonfinite": 99})
     job.line("student in ")
+    order = sample_order(len(prompts), 0, UPDATES_IN_ALL, BATCH)
+    expected = [update for update in range(1, UPDATES_IN_ALL + 1)
+                if max(order[(update - 1) * BATCH : update * BATCH]) >= len(GOOD)]  # fmt: skip
     record = job.record()
-    skipped = [entry["update"] for entry in record.updates if entry["skipped"]]
-    assert len(record.updates) == UPDATES_IN_ALL and len(skipped) == 2 == record.skipped
-    assert skipped[0] <= 6 < skipped[1]
-    folders = {found.update: found.folder.path for found in job.checkpoints()}
-    for update in range(2, UPDATES_IN_ALL + 1):
-        if update in folders and update - 1 in folders:
-            assert (learned(folders[update]) == learned(folders[update - 1])) == (update in skipped), update
-    assert any(update in folders and update - 1 in folders for update in skipped)
+    assert [entry["update"] for entry in record.updates if entry["skipped"]] == expected and record.skipped == 9
+    saved = job.checkpoints()[::-1]
+    same = [learned(before.folder.path) == learned(after.folder.path) for before, after in pairwise(saved)]
+    assert same == [set(range(before.update + 1, after.update + 1)) <= set(expected)
+                    for before, after in pairwise(saved)]  # fmt: skip
+    assert True in same and False in same
 
 
 def learned(folder: Path) -> dict[str, bytes]:
@@ -74,7 +79,7 @@ def test_nans_that_do_not_stop_end_the_run_with_their_count(
     nodes: list[Any], start: Launcher, poisoned: Path
 ) -> None:
     """T6: all prompts bring NaN, and two in a row are allowed."""
-    job = start(settings=settings(poisoned, [f"{BAD} {word}" for word in ("up", "down", "left", "right")]))
+    job = start(settings={**settings(poisoned, BAD), "distill.max_nonfinite": 2})
     assert job.ended() == 1
     last = job.text.splitlines()[-1]
     assert last.startswith("error: update 2: losses or gradients were not finite 2 times in a row"), job.tail()
