@@ -226,12 +226,20 @@ def test_a_model_that_no_solver_can_load_ends_the_job_with_its_error(small_run: 
         make_pairs(small_run("a", f"model.path={base}"))
 
 
-def job(repository: Path, storage: str, *arguments: str) -> subprocess.Popen[str]:
+@pytest.fixture
+def scratch() -> Iterator[str]:
+    """A short path for Ray's sockets."""
+    folder = tempfile.mkdtemp(prefix="dp-")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def job(repository: Path, scratch: str, storage: str, *arguments: str) -> subprocess.Popen[str]:
     from tests.jobs.conftest import SMALL
 
     settings = [f"--set={setting}" for setting in (f"train.storage={storage}", *SMALL, *MANY)]
     command = [sys.executable, "-m", "jobs.pairs", "--preset=tiny", "--name=a", *settings, *arguments]
-    environment = os.environ | {"RAY_ADDRESS": "", "RAY_TMPDIR": tempfile.mkdtemp(prefix="dp-")}
+    environment = os.environ | {"RAY_ADDRESS": "", "RAY_TMPDIR": scratch}
     return subprocess.Popen(command, cwd=repository, env=environment, start_new_session=True, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -240,11 +248,11 @@ def job(repository: Path, storage: str, *arguments: str) -> subprocess.Popen[str
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_a_job_that_is_killed_whole_goes_on_to_the_bytes_of_an_unbroken_one(
-    where: str, unbroken: Any, repository: Path, tmp_path: Path, bucket: str
+    where: str, unbroken: Any, repository: Path, tmp_path: Path, scratch: str, bucket: str
 ) -> None:
     storage = str(tmp_path / "runs") if where == "local" else f"s3://{bucket}/runs"
     folder, until_s = Folder(f"{storage}/a/pairs"), time.monotonic() + 150
-    first = job(repository, storage)
+    first = job(repository, scratch, storage)
     while not folder.has(shard_file(1)) and time.monotonic() < until_s and first.poll() is None:
         time.sleep(0.02)
     end(first)
@@ -252,7 +260,7 @@ def test_a_job_that_is_killed_whole_goes_on_to_the_bytes_of_an_unbroken_one(
     assert kept and not folder.has("manifest.json")
     if where == "s3":
         folder.write(shard_file(0), kept.pop(shard_file(0))[:-30])
-    second = job(repository, storage, "--resume")
+    second = job(repository, scratch, storage, "--resume")
     said, _ = second.communicate(timeout=200)
     assert second.returncode == 0, said
     assert f"16 shards of which {16 - len(kept)} are to be made" in said
