@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import httpx
 import psutil
 
 T = TypeVar("T")
 NOTICE_LOSS = {"health_check_initial_delay_ms": "1000", "health_check_period_ms": "1000",
                "health_check_failure_threshold": "3", "health_check_timeout_ms": "5000"}  # fmt: skip
+METRICS_OFTEN = {"metrics_report_interval_ms": "500"}
 NODE_CPUS = 3  # one worker of two, and room for its data
 TRAIN_WORKER = "ray::RayTrainWorker"
 
@@ -65,6 +67,17 @@ class Nodes:
         finally:
             self.clear()
 
+    def metrics(self) -> str:
+        """What Prometheus would read from all nodes now."""
+        pages = []
+        for node in self._cluster.global_state.node_table():
+            if node["Alive"]:
+                try:
+                    pages.append(httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10).text)
+                except httpx.HTTPError:
+                    continue  # its agent is still starting
+        return "\n".join(pages)
+
     def train_workers(self, node: Any | None = None) -> list[psutil.Process]:
         """The processes of Ray Train's workers, on one node or on all, oldest first."""
         nodes = [node] if node is not None else list(self._cluster.worker_nodes)
@@ -75,7 +88,7 @@ class Nodes:
 @contextmanager
 def start_nodes() -> Iterator[Nodes]:
     """A cluster without nodes, ended by its process ids."""
-    for name, value in NOTICE_LOSS.items():
+    for name, value in {**NOTICE_LOSS, **METRICS_OFTEN}.items():
         os.environ[f"RAY_{name}"] = value
     folder = tempfile.mkdtemp(prefix="df-")
     nodes = Nodes(folder)
@@ -83,7 +96,7 @@ def start_nodes() -> Iterator[Nodes]:
         yield nodes
     finally:
         nodes.close()
-        for name in NOTICE_LOSS:
+        for name in (*NOTICE_LOSS, *METRICS_OFTEN):
             os.environ.pop(f"RAY_{name}", None)
         shutil.rmtree(folder, ignore_errors=True)
 

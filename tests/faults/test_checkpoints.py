@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ from tests.s3 import FaultyProxy
 
 
 def test_altered_checkpoints_are_refused_loudly_and_the_one_before_them_used(
-    stopped: StoppedRun, nodes: list[Any], start: Launcher, tmp_path: Path, unbroken: Record
+    cluster: Nodes, stopped: StoppedRun, nodes: list[Any], start: Launcher, tmp_path: Path, unbroken: Record
 ) -> None:
     """T4: of three, the newest has a bit flipped and the one before it is cut short."""
     storage = stopped.copied(tmp_path / "copy")
     oldest, middle, newest = sorted((tmp_path / "copy" / "r" / "train" / "distill" / "checkpoints").glob("update-*"))
     harmed = [(newest, harm(newest, "flipped")), (middle, harm(middle, "cut"))]
     job = start("--resume", storage=storage)
+    job.line("goes on after update")
+    refused = r"diagonal_checkpoints_refused_total\{[^}]*\} 2\.0"
+    until("the metric", lambda: job.process.poll() is not None or re.search(refused, cluster.metrics()), 120)
+    assert job.process.poll() is None, "two refused ones are counted while the run goes on"
     job.succeeded()
     goes_on = job.record().starts[1]
     assert oldest.name.startswith(folder_name(goes_on["start_after"], "")) and len(goes_on["refused"]) == 2
