@@ -30,6 +30,7 @@ from jobs.timing import duration
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 STAGES = ("pairs", "ode_init", "stage1", "stage2", "release")
+OWN_STAGES = ("pairs", "ode_init")
 PEAK_FLOPS, REACHED = 790e12, 0.4  # dense bfloat16 of an H100 or H200, and the share of it that is assumed
 RECENT = 20
 
@@ -67,7 +68,7 @@ def plan(run: Run, last: str = "release", *, count_prompts: bool = False) -> lis
     _check_writable(run.folder)
     layouts = read_layouts(run)
     _check_batches(run)
-    wanted = STAGES[: STAGES.index(last) + 1]
+    wanted = _wanted(run, last)
     lines = [f"run {run.name} in {run.folder}", *_shape_lines(run.config, layouts)]
     if count_prompts:
         lines += _prompt_lines(run)
@@ -76,6 +77,12 @@ def plan(run: Run, last: str = "release", *, count_prompts: bool = False) -> lis
     lines.append(_total(times))
     lines += _storage_lines(run, layouts, wanted)
     return [*lines, *_memory_lines(run, layouts, wanted)]
+
+
+def _wanted(run: Run, last: str) -> tuple[str, ...]:
+    """The stages up to `last`: pairs and stage 0 where the student is the run's own, or where they are asked for."""
+    own = run.makes_student or last in OWN_STAGES
+    return tuple(stage for stage in STAGES[: STAGES.index(last) + 1] if own or stage not in OWN_STAGES)
 
 
 def read_layouts(run: Run) -> Layouts:
@@ -199,14 +206,13 @@ def _stage_lines(run: Run, layouts: Layouts, wanted: Sequence[str], times: list[
     config = run.config
     if run.from_scratch:
         yield _line("base", run.folder.has("base/scores.json"), "to train: codec, text encoder and teacher")
-    if run.makes_student:
-        if "pairs" in wanted:
-            yield _pairs_line(run, layouts, times)
-        if "ode_init" in wanted:
-            done = run.has_student("ode_init")
-            yield _line("ode_init", done, "" if done else _updates(run, layouts, times, 0, 0, config.ode_init.updates))
+    if "pairs" in wanted:
+        yield _pairs_line(run, layouts, times)
     else:
         yield f"  ode_init: given, {run.initial_student}"
+    if "ode_init" in wanted:
+        done = run.has_student("ode_init")
+        yield _line("ode_init", done, "" if done else _updates(run, layouts, times, 0, 0, config.ode_init.updates))
     first, both = config.distill.stage1_updates, config.distill.stage1_updates + config.distill.stage2_updates
     for stage, start, end in ((1, 0, first), (2, first, both)):
         if f"stage{stage}" in wanted:
@@ -284,8 +290,10 @@ def _storage_lines(run: Run, layouts: Layouts, wanted: Sequence[str]) -> Iterato
     pairs = 2 * len(config.pairs.kept_raw) * math.prod(config.geometry.clip_shape()) * config.pairs.count
     keep = config.distill.keep_checkpoints
     needs: dict[str, float] = {}
-    if run.makes_student:
-        needs |= {f"pairs ({config.pairs.count})": pairs, f"ode_init's checkpoints ({keep})": 16 * parameters * keep}
+    if "pairs" in wanted:
+        needs[f"pairs ({config.pairs.count})"] = pairs
+    if "ode_init" in wanted:
+        needs[f"ode_init's checkpoints ({keep})"] = 16 * parameters * keep
     if "stage1" in wanted:  # weights and two moments of two networks, and the average, in float32
         needs |= {f"distill's checkpoints ({keep})": 28 * parameters * keep, "students and release": 8 * parameters}
     shown = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in needs.items())
@@ -298,7 +306,7 @@ def _memory_lines(run: Run, layouts: Layouts, wanted: Sequence[str]) -> Iterator
     if config.train.gpus_per_worker == 0:
         yield "  memory: on CPU, not estimated"
         return
-    stages = [0] if run.makes_student and "ode_init" in wanted else []
+    stages = [0] if "ode_init" in wanted else []
     for stage in [*stages, *([1, 2] if "stage1" in wanted else [])]:
         found = estimate(config, layouts, stage)
         named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.largest(4))

@@ -121,6 +121,18 @@ def test_a_plan_says_what_is_done_already(small_run: OpenRun) -> None:
     assert any(line.startswith("  stage2: 2 updates of 2 samples") for line in lines)
 
 
+@pytest.mark.parametrize(("last", "planned"), [
+    ("pairs", {"pairs"}), ("ode_init", {"pairs", "ode_init"}), ("release", {"ode_init", "stage1", "stage2", "release"}),
+])
+def test_a_plan_is_of_the_job_that_shows_it(small_run: OpenRun, last: str, planned: set[str]) -> None:
+    """The embedded student is given, so that a distillation makes no pairs; a job for pairs does."""
+    lines = plan(small_run("a"), last)
+    stages = ("pairs", "ode_init", "stage1", "stage2", "release")
+    assert {stage for stage in stages if any(line.startswith(f"  {stage}: ") for line in lines)} == planned
+    storage = next(line for line in lines if line.startswith("  storage: "))
+    assert ("pairs (5)" in storage) == ("pairs" in planned)
+
+
 def test_a_dry_run_checks_and_writes_nothing_and_runs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
