@@ -29,6 +29,7 @@ SMALL = {
     "train.sample_every": 0, "train.stall_timeout_s": 60,
 }  # fmt: skip
 TIMES = {"update_s", "data_wait_s"}
+RAYS_OWN = re.compile(r"(\x1b\[\d+m)?\([\w-]+ pid=\d+")  # a line that a worker wrote, as Ray passes it on
 
 
 @dataclass
@@ -48,6 +49,14 @@ class Job:
     @property
     def text(self) -> str:
         return self.log.read_text(errors="replace")
+
+    @property
+    def error(self) -> str:
+        """What it said to end with: its one error, to the end. Lines of Ray's own processes may come after it."""
+        own = [line for line in self.text.splitlines() if not RAYS_OWN.match(line)]
+        starts = [number for number, line in enumerate(own) if line.startswith("error: ")]
+        assert len(starts) == 1, f"{len(starts)} errors in\n{self.tail()}"
+        return "\n".join(own[starts[0] :])
 
     def line(self, pattern: str, deadline_s: float = START_S) -> str:
         """Wait for a line of the log that matches; fails at once when the job ended without it."""

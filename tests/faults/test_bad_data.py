@@ -87,7 +87,7 @@ def test_more_corrupt_rows_than_allowed_end_the_job_and_name_the_first(
         drop_a_column(storage / "r" / "pairs" / f"pairs-00000{shard}.parquet")
     job = initialise(start, storage)
     assert job.ended() == 2
-    last = job.text.splitlines()[-1]
-    assert last.startswith("error: share of rows set aside = 0.75: allowed is at most pairs.max_bad_share = 0.6"), last
-    assert "sample 4, prompt " in last and ": schema" in last
+    said = job.error
+    assert said.startswith("error: share of rows set aside = 0.75: allowed is at most pairs.max_bad_share = 0.6"), said
+    assert "sample 4, prompt " in said and ": schema" in said
     assert not job.folder.has("ode_init/lineage.json")

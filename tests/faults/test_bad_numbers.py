@@ -81,7 +81,5 @@ def test_nans_that_do_not_stop_end_the_run_with_their_count(
     """T6: all prompts bring NaN, and two in a row are allowed."""
     job = start(settings={**settings(poisoned, BAD), "distill.max_nonfinite": 2})
     assert job.ended() == 1
-    errors = [line for line in job.text.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, job.tail()
-    assert errors[0].startswith("error: update 2: losses or gradients were not finite 2 times in a row")
+    assert job.error.startswith("error: update 2: losses or gradients were not finite 2 times in a row")
     assert len(job.record().starts) == 1, "the same would come again: no restart"

@@ -75,8 +75,8 @@ def test_a_full_disk_ends_the_run_with_its_cause_and_leaves_the_old_checkpoint_w
     for worker in cluster.train_workers():
         fill_disk(worker)
     assert job.ended() == 1
-    said = job.text.splitlines()[-1]
-    assert "error: checkpoint " in said and "File too large" in said and "Traceback" not in said, job.tail()
+    said = job.error
+    assert said.startswith("error: checkpoint ") and "File too large" in said and "Traceback" not in said, job.tail()
     [kept] = job.checkpoints()
     assert kept.update == EVERY
     for name in kept.files:
