@@ -111,7 +111,8 @@ def test_chunkwise_attention_is_attention_under_the_dense_mask(
 ) -> None:
     pattern = BlockCausal(7, 5, window, sink)
     query, key, value = (draw(2, 35, 3, 8, seed=seed, dtype=torch.float64).requires_grad_() for seed in range(3))
-    expected = plain_attention(*(x.transpose(1, 2) for x in (query, key, value)), dense_mask(pattern)).transpose(1, 2)
+    by_head = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    expected = plain_attention(*by_head, dense_mask(pattern)).transpose(1, 2)
     with torch.set_grad_enabled(gradient):
         found = attend(query, key, value, pattern)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
