@@ -18,7 +18,8 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 2.0
 
 async def answer(response: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
     """What the other part answers; `TimeoutError` when it does not."""
-    return await asyncio.wait_for(response, timeout_s)
+    async with asyncio.timeout(timeout_s):  # not wait_for: on Python 3.11 it may keep a cancellation to itself
+        return await response
 
 
 async def patient(call: Callable[[], Any], timeout_s: float = CALL_TIMEOUT_S, patience_s: float = PATIENCE_S) -> Any:

@@ -233,7 +233,8 @@ class RealtimeSession:
         """Send and close, as far as somebody is there who reads."""
         for work in (self._send(message), self._socket.close(code, reason)):
             with contextlib.suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
-                await asyncio.wait_for(work, _LAST_WORD_S)
+                async with asyncio.timeout(_LAST_WORD_S):
+                    await work
 
     async def _send(self, message: dict[str, Any]) -> None:
         async with self._sending:

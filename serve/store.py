@@ -210,7 +210,8 @@ class Store:
             if found.data is not None or watch.over or found.superseded or left_s <= 0:
                 return found
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await news.wait()
 
     async def playback(self, video_id: str, reader: str, position_s: float, window_s: float) -> None:
         """A reader tells how far it has played, and how much media it wants ahead."""
