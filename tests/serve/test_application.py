@@ -85,7 +85,8 @@ def test_a_seed_gives_the_same_video_whichever_replica_makes_it(http: httpx.Clie
 def test_sessions_spread_over_the_replicas_and_stay_there(http: httpx.Client) -> None:
     from ray import serve
 
-    videos = [start(http, seed=number) for number in range(4)]
+    # At the speed of playback, so that the first is still there when the last one comes.
+    videos = [start(http, seed=number, extra={"pacing": "realtime"}) for number in range(4)]
     with ThreadPoolExecutor(4) as readers:
         streams = readers.map(lambda video: http.get(f"/v1/videos/{video}/stream").content, videos)
         assert [count_frames(stream) for stream in streams] == [81] * 4
