@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diagonal.media.encode import write_fragments
 from diagonal.storage import Folder
+from diagonal.storage.disk import Disk, sync
 
 INIT = "init"
 FINISHED = "video.mp4"
@@ -25,15 +26,7 @@ class MediaFiles:
         self._root, self._durable = root, durable
 
     def put(self, video_id: str, name: str, data: bytes) -> None:
-        folder = self._root / video_id
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{name}.tmp"
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / name)
-        _sync_folder(folder)
+        Disk(self._root / video_id).write(name, data)
 
     def read(self, video_id: str, name: str) -> bytes:
         return (self._root / video_id / name).read_bytes()
@@ -51,9 +44,8 @@ class MediaFiles:
         path = self._root / video_id / FINISHED
         if not path.is_file():
             write_fragments(path, (self.read(video_id, name) for name in names))
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            _sync_folder(path.parent)
+            sync(path)
+            sync(path.parent)
         if self._durable is not None:
             (self._durable / video_id).put(path, FINISHED)
 
@@ -89,12 +81,3 @@ def read_part(path: Path, start: int, stop: int) -> tuple[int, bytes]:
         size = os.fstat(file.fileno()).st_size
         file.seek(start)
         return size, file.read(max(0, min(stop, size) - start))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; without it a crash of the machine could undo it after the database counted on it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

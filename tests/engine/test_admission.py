@@ -152,7 +152,10 @@ def test_retry_after_is_when_enough_sessions_have_ended() -> None:
 
 
 def test_an_engine_that_nobody_plays_on_takes_a_session_that_is_too_slow_for_it() -> None:
-    Budget(model_of(b1=3.0), share=0.1).admit([], playing(1)[0])
+    budget = Budget(model_of(b1=3.0), share=0.1)
+    budget.admit([], playing(1)[0])
+    with pytest.raises(BudgetError):
+        budget.admit(playing(1), playing(1)[0])
 
 
 kinds = st.builds(ChunkKind, st.integers(1, 6), st.integers(0, 3))

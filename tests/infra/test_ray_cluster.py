@@ -30,7 +30,9 @@ def instance_shape() -> Any:
 
 
 def test_the_launcher_accepts_the_file(config: Config) -> None:
-    validate_config(prepare_config(copy.deepcopy(config)))
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    assert set(prepared["available_node_types"]) == set(config["available_node_types"])
 
 
 def _unknown_key(config: Config) -> None:

@@ -207,6 +207,8 @@ def test_one_failed_video_leaves_the_others_alone(http: httpx.Client, engine: Fa
     engine.allow(100)
     until(lambda: status(http, short)["status"] == "completed", "the short one is whole")
     until(lambda: status(http, long)["status"] == "failed", "the long one failed")
+    assert len(shades(http.get(f"/v1/videos/{short}/content").content)) == 21
+    assert http.get(f"/v1/videos/{long}/content").status_code != 200
 
 
 def test_realtime_generation_stays_a_lead_ahead_of_who_watches(http: httpx.Client, engine: FakeEngine) -> None:
@@ -264,16 +266,21 @@ def test_a_disconnect_does_not_end_a_video_that_is_made_for_its_file(http: httpx
     with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
         next(answer.iter_raw())
     until(lambda: status(http, video)["status"] == "completed", "completed")
+    assert len(shades(http.get(f"/v1/videos/{video}/content").content)) == 81
 
 
-def test_deleting_a_video_ends_its_streams(http: httpx.Client, other_http: httpx.Client, engine: FakeEngine) -> None:
+def test_deleting_a_video_ends_its_streams(
+    http: httpx.Client, other_http: httpx.Client, engine: FakeEngine, until: Until
+) -> None:
     engine.allow(1)
     video = start(http)
     with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
         parts = answer.iter_raw()
         next(parts)
         other_http.delete(f"/v1/videos/{video}")
-        list(parts)
+        rest = b"".join(parts)
+    assert b"moof" not in rest, "no chunk comes after it"
+    until(lambda: not engine.sessions, "its place is free")
 
 
 def test_a_video_of_a_gateway_that_died_is_taken_over_by_whoever_is_asked(

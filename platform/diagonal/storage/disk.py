@@ -72,7 +72,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -80,14 +80,14 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
 def swap_folder(new: Path, target: Path, old: Path) -> None:
     """Give the folder `new` the name `target`, whose older folder becomes `old`; synced to disk."""
     for path in [*new.rglob("*"), new]:
-        _sync(path)
+        sync(path)
     if target.exists():
         os.replace(target, old)
     os.replace(new, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
