@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,10 +153,13 @@ def test_a_session_that_nobody_can_drive_any_more_ends_and_leaves_the_quota(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
     options = {"sweep_s": 0.1, "driver_silence_s": 0.2}
-    service = make_service(store=options, session_idle_timeout_s=0.5)
+    service = make_service(store=options, session_idle_timeout_s=0.5, auth="keys")
+    text = service.store._credentials.create_key("Ann", sessions=1, frames_per_minute=0, now=time.time(), account="")
     engine.allow(1)
-    with httpx.Client(base_url=service.urls[0], timeout=20) as http:
+    headers = {"Authorization": f"Bearer {text}"}
+    with httpx.Client(base_url=service.urls[0], timeout=20, headers=headers) as http:
         video = start(http)
+        assert http.post("/v1/videos", json={"prompt": "p"}).json()["error"]["code"] == "session_quota_exceeded"
         service.run(service.gateways[0].close())
 
         def lost() -> bool:
@@ -163,6 +167,7 @@ def test_a_session_that_nobody_can_drive_any_more_ends_and_leaves_the_quota(
             return record is not None and record.status is Status.FAILED and record.error_code == "session_lost"
 
         until(lost, "ended")
+        assert http.post("/v1/videos", json={"prompt": "p"}).status_code == 200
 
 
 @pytest.mark.slow
