@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import importlib
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,6 +14,8 @@ from diagonal.errors import FieldError, require
 from diagonal.media.encode import CODECS
 
 AUTH_MODES = ("local", "keys")
+SPREAD_SPECTRUM, DENY_LIST = "spread-spectrum", "deny-list:"
+_PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,13 @@ class ServeSettings:
     `auth`: `keys` asks every caller for an API key; `local` does not ask callers on this machine itself.
     `origins`: pages that may call from a browser besides the service's own, such as https://a.example, by commas.
     `expire_s`: a video is removed so long after its end. `resume_window_s`: a viewer who lost his connection has so
-    long to come back.
+    long to come back. `max_stream_s`: seconds of video after which a stream without an end is over.
+    `c2pa_certificate`, `c2pa_key`: PEM files of the operator's certificate chain (its own first) and P-256 key, with
+    which finished files are signed; '' leaves them unsigned. `signing_key`: PEM file of the Ed25519 key that signs
+    live chunks; '' is one in `data`, made at first start.
+    `watermark`: `spread-spectrum`, or module:callable of another; '' is none. `watermark_key`: file with its secret.
+    `prompt_policy`: deny-list:/path or module:callable, asked about every prompt; '' lets all pass. A policy that has
+    not answered within `prompt_policy_timeout_s` has refused.
     """
 
     release: str = ""
@@ -46,6 +56,14 @@ class ServeSettings:
     origins: str = ""
     expire_s: float = 24 * 3600.0
     resume_window_s: float = 10.0
+    max_stream_s: float = 3600.0
+    c2pa_certificate: str = ""
+    c2pa_key: str = ""
+    signing_key: str = ""
+    watermark: str = ""
+    watermark_key: str = ""
+    prompt_policy: str = ""
+    prompt_policy_timeout_s: float = 2.0
     reader_start_timeout_s: float = 10.0
     session_idle_timeout_s: float = 60.0
 
@@ -55,13 +73,29 @@ class ServeSettings:
             require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
         for name in ("replica_cpus", "replica_gpus", "gateway_cpus", "store_cpus"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
-        for name in ("reader_start_timeout_s", "session_idle_timeout_s", "expire_s", "resume_window_s"):
+        for name in ("reader_start_timeout_s", "session_idle_timeout_s", "expire_s", "resume_window_s", "max_stream_s",
+                     "prompt_policy_timeout_s"):
             require(getattr(self, name) > 0, name, getattr(self, name), "seconds above 0")
         require(bool(self.data), "data", self.data, "a folder")
         require(self.auth in AUTH_MODES, "auth", self.auth, f"one of {list(AUTH_MODES)}")
+        self._check_provenance()
         for origin in self.allowed_origins:
             right = origin.startswith(("http://", "https://")) and origin.count("/") == 2
             require(right, "origins", origin, "http://host or https://host, with a port where it has one")
+
+    def _check_provenance(self) -> None:
+        """What belongs together is given together, and plug-ins are named as such."""
+        both = bool(self.c2pa_certificate) == bool(self.c2pa_key)
+        require(both, "c2pa_key", self.c2pa_key, "given together with c2pa_certificate, or neither")
+        require(bool(self.watermark) == bool(self.watermark_key), "watermark_key", self.watermark_key,
+                "given together with watermark, or neither")
+        right = self.watermark in ("", SPREAD_SPECTRUM) or is_plug_in(self.watermark)
+        require(right, "watermark", self.watermark, f"'', {SPREAD_SPECTRUM} or module:callable")
+        policy = self.prompt_policy
+        right = not policy or bool(policy.removeprefix(DENY_LIST)) and (
+            policy.startswith(DENY_LIST) or is_plug_in(policy)
+        )
+        require(right, "prompt_policy", policy, f"'', {DENY_LIST}/path or module:callable")
 
     @property
     def allowed_origins(self) -> tuple[str, ...]:
@@ -82,6 +116,23 @@ class ServeSettings:
 
     def to_arguments(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def is_plug_in(name: str) -> bool:
+    """Whether it reads module:callable."""
+    return _PLUG_IN.fullmatch(name) is not None
+
+
+def load_plug_in(field: str, name: str) -> Callable[..., Any]:
+    """What module:callable names; `FieldError` when it is not there. It runs in the service's own process."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise FieldError(field, name, "module:callable that can be imported here") from error
+    require(callable(found), field, name, "module:callable, and that is none")
+    loaded: Callable[..., Any] = found
+    return loaded
 
 
 def _parsed(key: str, value: Any, kind: type) -> Any:

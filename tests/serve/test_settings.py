@@ -30,6 +30,12 @@ def test_arguments_come_back_as_they_went_in() -> None:
         ({"replica_gpus": -1}, "replica_gpus"),
         ({"session_idle_timeout_s": 0}, "session_idle_timeout_s"),
         ({"data": ""}, "data"),
+        ({"c2pa_certificate": "chain.pem"}, "c2pa_key"),
+        ({"watermark": "spread-spectrum"}, "watermark_key"),
+        ({"watermark": "something", "watermark_key": "key"}, "watermark"),
+        ({"prompt_policy": "deny-list:"}, "prompt_policy"),
+        ({"prompt_policy": "a/module.py"}, "prompt_policy"),
+        ({"prompt_policy_timeout_s": 0}, "prompt_policy_timeout_s"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict[str, object], field: str) -> None:
