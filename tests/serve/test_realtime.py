@@ -13,7 +13,7 @@ import httpx
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from diagonal.media.encode import boxes
+from diagonal.mp4 import boxes
 from serve.realtime import RealtimeLimits
 from tests.serve.conftest import FakeEngine, Service, shade
 from tests.serve.sockets import cut, viewer

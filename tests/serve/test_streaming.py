@@ -13,7 +13,7 @@ import httpx
 import pytest
 from ray.exceptions import RayActorError
 
-from diagonal.media.encode import boxes
+from diagonal.mp4 import boxes
 from tests.serve.conftest import FakeEngine, Service, shade
 
 Until = Callable[..., Any]

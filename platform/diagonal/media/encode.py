@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -26,7 +26,8 @@ import numpy.typing as npt
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace
 
-from diagonal.errors import FieldError, require
+from diagonal.errors import require
+from diagonal.mp4 import box_at, boxes
 
 Pixels = npt.NDArray[np.uint8]
 Codec = Literal["h264", "vp9", "av1"]
@@ -231,35 +232,14 @@ def _to_yuv(image: Pixels) -> av.VideoFrame:
     return frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
 
 
-def boxes(data: bytes | bytearray, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, int, int]]:
-    """Name, first byte and end of each MP4 box between two offsets."""
-    stop = len(data) if stop is None else stop
-    while start + 8 <= stop:
-        size = int.from_bytes(data[start : start + 4], "big")
-        require(8 <= size <= stop - start, "box size", size, f"8 to {stop - start} bytes")
-        yield data[start + 4 : start + 8].decode("latin-1"), start, start + size
-        start += size
-
-
 def _keep(data: bytes, names: tuple[str, ...]) -> bytes:
     return b"".join(data[start:stop] for name, start, stop in boxes(data) if name in names)
 
 
-def _child(data: bytearray, path: tuple[str, ...]) -> int:
-    """Offset of the box at `path`, such as moof, traf, tfdt."""
-    start, stop = 0, len(data)
-    for name in path:
-        found = next(((first, last) for kind, first, last in boxes(data, start, stop) if kind == name), None)
-        if found is None:
-            raise FieldError("fragment", name, "an MP4 fragment with moof, mfhd, traf and tfdt")
-        start, stop = found[0] + 8, found[1]
-    return start - 8
-
-
 def _patch(fragment: bytearray, sequence: int, decode_time: int) -> None:
     """Set the sequence number (mfhd) and the decode time of the first frame (tfdt), ISO/IEC 14496-12 8.8.5, 8.8.12."""
-    header = _child(fragment, ("moof", "mfhd"))
+    header = box_at(fragment, ("moof", "mfhd"))
     fragment[header + 12 : header + 16] = sequence.to_bytes(4, "big")
-    time = _child(fragment, ("moof", "traf", "tfdt"))
+    time = box_at(fragment, ("moof", "traf", "tfdt"))
     width = 8 if fragment[time + 8] == 1 else 4
     fragment[time + 12 : time + 12 + width] = decode_time.to_bytes(width, "big")
