@@ -7,14 +7,13 @@ credits, told by `session.playback`.
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from serve.problems import Problem
 from serve.records import Segment, VideoRecord
-from serve.schemas import EXTRA_NAMES, InteractionRequest, VideoExtra, VideoRequest, WireRequest, parse
+from serve.schemas import EXTRA_NAMES, InteractionRequest, VideoExtra, VideoRequest, WireRequest, parse, read_json
 
 MAX_WINDOW_S = 30.0
 
@@ -145,7 +144,7 @@ def event_id_of(text: str) -> str | None:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        message = json.loads(text)
+        message = read_json(text)
     except (ValueError, RecursionError) as error:
         raise Problem(400, "invalid_json", "the message is not JSON") from error
     if not isinstance(message, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -40,6 +39,7 @@ from serve.schemas import (
     VideoList,
     VideoRequest,
     parse,
+    read_json,
     request_schemas,
 )
 
@@ -236,7 +236,7 @@ async def _read_body(request: Request, form: bool = True, empty: object = None) 
         return empty, False
     if kind in ("application/json", ""):
         try:
-            return json.loads(data), False
+            return read_json(data), False
         except (ValueError, RecursionError) as error:
             raise Problem(400, "invalid_json", "the body is not JSON") from error
     if form and kind in ("multipart/form-data", "application/x-www-form-urlencoded"):

@@ -54,8 +54,8 @@ class VideoRequest(WireRequest):
     def _from_form(cls, value: Any) -> Any:
         if isinstance(value, str):  # a form holds text only
             try:
-                return json.loads(value)
-            except json.JSONDecodeError as error:
+                return read_json(value)
+            except (ValueError, RecursionError) as error:
                 raise ValueError("not a JSON object") from error
         return value
 
@@ -235,6 +235,13 @@ class Health(BaseModel):
     status: Literal["live", "ready"]
 
 
+def read_json(text: str | bytes) -> object:
+    """What a JSON text says; `ValueError` or `RecursionError` when it is none, or holds half of a surrogate pair."""
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False).encode()  # half of a pair is no character: it can be neither kept nor told
+    return value
+
+
 def parse(kind: type[WireRequest], data: object, *, text: bool) -> Any:
     """A request of that kind; `Problem` 422 names what is wrong. From a form (`text`) every value is a string."""
     try:
@@ -246,6 +253,8 @@ def parse(kind: type[WireRequest], data: object, *, text: bool) -> Any:
 def checked_prompt(prompt: str, info: ModelInfo, param: str = "prompt") -> str:
     """The prompt without surrounding space; `Problem` when nothing is left, or too much."""
     text = prompt.strip()
+    if "\0" in text:
+        raise wrong_value(422, "invalid_value", param, prompt, "text without NUL")  # PostgreSQL keeps none
     if not text:
         raise wrong_value(422, "prompt_empty", param, prompt, f"1 to {info.max_prompt_characters} characters")
     if len(text) > info.max_prompt_characters:
