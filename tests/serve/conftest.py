@@ -18,7 +18,7 @@ import httpx
 import pytest
 import torch
 import uvicorn
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from diagonal.config import Config
 from diagonal.engine.engine import CapacityError, EngineStats, Health
@@ -171,7 +171,12 @@ class LocalHandle:
             target = self._find(self._session_id)
             if target is None:
                 raise RayActorError
-            return await getattr(target, name)(*arguments)
+            try:
+                return await getattr(target, name)(*arguments)
+            except RayError:
+                raise
+            except Exception as error:  # as Ray tells what an actor's method raised
+                raise RayTaskError(name, "", error).as_instanceof_cause() from None
 
         class Method:
             @staticmethod
