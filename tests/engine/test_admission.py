@@ -73,11 +73,6 @@ def test_recaches_are_averaged_by_chunk_and_by_how_often_they_happen() -> None:
     assert model.recaches_per_chunk == 0.25
 
 
-def test_the_largest_batch_is_the_one_that_still_ends_in_time() -> None:
-    model = model_of(b1=0.2, b2=0.3, b4=0.55)
-    assert [model.largest_batch(STEADY, 4, within_s) for within_s in (0.1, 0.3, 0.44, 0.46, 0.56)] == [1, 2, 2, 3, 4]
-
-
 # What sessions need
 
 

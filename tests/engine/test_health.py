@@ -125,6 +125,9 @@ def test_a_step_brings_all_its_results_over_in_one_transfer(monkeypatch: pytest.
     assert syncs == ["cpu", "cpu"], "one a step"
 
 
+FINE = torch.tensor(True)
+
+
 def parts_of(*values: float) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Pixels, clean and written latents of sessions; the clean ones hold one value."""
     pixels = [torch.full((2, 4, 4, 3), number, dtype=torch.uint8) for number in range(len(values))]
@@ -135,7 +138,7 @@ def parts_of(*values: float) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_emitted_is_each_sessions_own_and_only_what_is_finite(dtype: torch.dtype) -> None:
     pixels, clean, written = parts_of(0.1, float("inf"), 1e30, float("nan"))
-    found = emit(pixels, clean, written, dtype)
+    found = emit(pixels, clean, written, dtype, [FINE] * 4)
     for number in (0, 2):
         shown = found[number]
         assert isinstance(shown, Emitted) and torch.equal(shown.pixels, pixels[number])
@@ -151,7 +154,7 @@ def test_what_cannot_be_brought_over_together_is_brought_over_one_by_one() -> No
     pixels, clean, written = parts_of(0.0, 0.0, 0.0)
     pixels[1] = torch.zeros(2, 9, 9, 3, dtype=torch.uint8)
     written[2] = torch.zeros(1, 3, 2, 2, device="meta")
-    found = emit(pixels, clean, written, torch.float32)
+    found = emit(pixels, clean, written, torch.float32, [FINE] * 3)
     assert [isinstance(shown, Emitted) for shown in found] == [True, True, False]
     assert isinstance(found[1], Emitted) and torch.equal(found[1].pixels, pixels[1])
     assert isinstance(found[2], SessionError) and found[2].code == "decode_failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from diagonal.engine.engine import Engine
 from diagonal.engine.session import ChunkResult
+from diagonal.model.vae import DecoderState, LinearCodec, LinearDecoder
 from tests.engine.driving import PROMPT, BreakingDecoder, engine_of, equal, spec_of, stream
-from tests.networks import small_release
+from tests.networks import small_codec, small_release
 
 
 class PoisonedText:
@@ -59,6 +61,53 @@ def test_latents_that_are_not_finite_end_their_session_alone() -> None:
     release.encoder = PoisonedText(release.encoder)
     engine = engine_of(release=release)
     check_only_b_failed(engine, three(engine, "moves"), "not finite")
+
+
+class BlindDecoder(LinearDecoder):
+    """Of the session whose chunk comes second it makes pixels that are no numbers, of finite latents."""
+
+    def __init__(self, codec: LinearCodec) -> None:
+        super().__init__(codec)
+        self.calls = 0
+
+    def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
+        self.calls += 1
+        spoilt = self.calls == 2
+        mark, self._codec.centre.data = self._codec.centre.data, self._codec.centre.data.clone()
+        if spoilt:
+            self._codec.centre.data[5] = float("nan")
+        try:
+            return super().decode(latents, state)
+        finally:
+            self._codec.centre.data = mark
+
+
+def test_pixels_that_are_not_finite_end_their_session_alone() -> None:
+    """uint8 no longer tells: the decoder says it beside them."""
+    release = small_release()
+    release.codec = BlindDecoder(copy.deepcopy(small_codec(release.config)))
+    engine = engine_of(release=release)
+    check_only_b_failed(engine, three(engine), "not finite")
+
+
+def test_a_context_that_is_not_finite_ends_its_session_before_anybody_sees_a_chunk_of_it() -> None:
+    """The extra pass that writes a context of its own level shows nothing: what it gave is looked at all the same."""
+    release = small_release("schedule.context=0.0")
+
+    def spoil(module: Any, inputs: Sequence[Tensor], named: dict[str, Any], output: Tensor) -> Tensor:
+        return torch.cat((output[:1], output[1:2] * float("nan"), output[2:])) if named["write"] else output
+
+    hook = release.network.register_forward_hook(spoil, with_kwargs=True)
+    engine = engine_of(release=release)
+    for name in "abc":
+        engine.open(spec_of(name, seed=ord(name)))
+        engine.request(name)
+    found = {result.session_id: result.code for result in engine.step()}
+    assert found == {"a": None, "b": "not_finite", "c": None}
+    hook.remove()
+    for name in "ac":
+        engine.request(name)
+    assert [result.code for result in engine.step()] == [None, None]
 
 
 def test_a_prompt_that_cannot_be_encoded_ends_its_session_alone() -> None:

@@ -43,8 +43,33 @@ def test_what_nobody_waits_for_comes_behind_every_playing_session_and_joins_none
     assert choose(asking[:2], 4) == ["bg", "late"]
 
 
-def test_a_batch_that_nobody_waits_for_is_bounded_by_its_key_and_a_playing_one_is_not() -> None:
-    background = [Candidate(str(n), float(n), "k", paced=False) for n in range(3)]
-    assert choose(background, 4, lambda key: 2 if key == "k" else 9) == ["0", "1"]
-    live = [Candidate(str(n), float(n), "k") for n in range(3)]
-    assert choose(live, 4, lambda key: 2 if key == "k" else 9) == ["0", "1", "2"]
+def steps(key: object, sessions: int) -> float:
+    """A session alone takes 1 s, each further one half a second more."""
+    return 1.0 + 0.5 * (sessions - 1)
+
+
+def test_a_batch_that_nobody_waits_for_is_cut_to_its_time_and_is_never_empty() -> None:
+    background = [Candidate(str(n), -float(n), "k", paced=False) for n in range(3)]
+    assert choose(background, 4, steps, 1.6) == ["2", "1"]
+    assert choose(background, 4, steps, 0.1) == ["2"], "somebody's, or nothing would ever be made"
+    assert choose(background, 4, steps) == ["2", "1", "0"]
+
+
+@pytest.mark.parametrize(("slack_s", "size"), [(0.9, 4), (1.0, 1), (1.6, 2), (2.1, 3), (9.0, 4)])
+def test_a_batch_ends_before_its_tightest_member_runs_out_where_that_can_be(slack_s: float, size: int) -> None:
+    asking = [Candidate("tight", slack_s, "k"), *(Candidate(f"z{n}", 9.0 + n, "k") for n in range(3))]
+    assert choose(asking, 4, steps) == ["tight", "z0", "z1", "z2"][:size]
+
+
+def test_a_recache_of_any_member_delays_them_all() -> None:
+    """Slack is net of a session's own re-cache; its deadline is not, and another's re-cache stands before it."""
+    asking = [Candidate("a", 1.6, "k"), Candidate("b", 2.0, "k", recache_s=0.2), Candidate("c", 3.0, "k")]
+    assert choose(asking, 4, steps) == ["a"]
+    assert choose([asking[0], asking[2]], 4, steps) == ["a", "c"]
+    late = [Candidate("a", 0.9, "k", recache_s=1.0), Candidate("b", 1.1, "k")]
+    assert choose(late, 4, steps) == ["a", "b"], "late anyhow: together, to make up for it"
+    assert choose([Candidate("a", 1.0, "k", recache_s=1.0), Candidate("b", 2.4, "k")], 4, steps) == ["a"]
+
+
+def test_first_chunks_are_made_together_as_nobody_of_them_plays_yet() -> None:
+    assert choose([Candidate(str(n), float("-inf"), "k") for n in range(3)], 4, steps) == ["0", "1", "2"]

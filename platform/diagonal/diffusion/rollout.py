@@ -32,12 +32,15 @@ class Network(Protocol):
 @dataclass(frozen=True)
 class DenoisedChunk:
     """One finished chunk. `clean` is the exit step's prediction (the only one with gradient); `written` is the input
-    of the forward that wrote the cache, and `written_level` its level: what a re-cache needs (METHOD I.9)."""
+    of the forward that wrote the cache, and `written_level` its level: what a re-cache needs (METHOD I.9). `finite`,
+    `[b]` on the device, says of each sample whether its clean latents and what that forward gave are finite: K/V that
+    are not would show there, as each token attends to itself."""
 
     clean: Tensor
     written: Tensor
     written_level: float
     forwards: int
+    finite: Tensor
 
 
 def denoise_chunk(
@@ -74,8 +77,9 @@ def denoise_chunk(
         context_level = schedule.context_level(chunk)
         written = blend(clean, noise(last + 1), context_level)
         with torch.no_grad():
-            network(written, _levels(written, context_level), text, cache=cache, write=True)
-    return DenoisedChunk(sample, written, schedule.context_level(chunk), schedule.forwards(chunk))
+            velocity = network(written, _levels(written, context_level), text, cache=cache, write=True)
+    finite = torch.isfinite(torch.stack((clean, velocity.detach()), dim=1)).flatten(1).all(1)
+    return DenoisedChunk(sample, written, schedule.context_level(chunk), schedule.forwards(chunk), finite)
 
 
 def _gradient(wanted: bool) -> AbstractContextManager[object]:

@@ -90,10 +90,6 @@ class CostModel:
         """Seconds of a re-cache of so many chunks."""
         return (self._recache_s or 0.0) * chunks
 
-    def largest_batch(self, kind: ChunkKind, limit: int, within_s: float) -> int:
-        """The most sessions, up to `limit`, whose step ends within that time; at least one."""
-        return max((size for size in range(1, limit + 1) if self.step_s(kind, size) <= within_s), default=1)
-
 
 def _scaled(seconds: float, measured: int, batch: int) -> float:
     """An upper bound: a smaller batch is no slower, a larger one at worst one after the other."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -152,27 +153,28 @@ class Engine(Sessions):
         now_s = self._clock()
         with self._lock:
             asking = {i: s for i, s in self._sessions.items() if s.asked and s.live and not s.ended}
-            candidates = [Candidate(i, self._slack_s(s, now_s), _batch_key(s), s.spec.paced) for i, s in asking.items()]
+            candidates = [self._candidate(session, now_s) for session in asking.values()]
             playing = any(session.playing for session in self._sessions.values())
-            chosen = [asking[i] for i in choose(
-                candidates, self.config.serve.batch_sessions, self._background_limit if playing else None
-            )]
+            serve = self.config.serve
+            background_s = serve.lead_s / 2 if playing else inf
+            chosen = [asking[i] for i in choose(candidates, serve.batch_sessions, self._step_s, background_s)]
             for session in chosen:
                 session.asked = False
                 self._metrics.observe("diagonal_session_queue_seconds", now_s - (session.asked_s or now_s))
             return [(session, list(session.pending)) for session in chosen]
 
-    def _slack_s(self, session: Session, now_s: float) -> float:
-        """Playout slack, less the re-cache that its next chunk needs first."""
+    def _candidate(self, session: Session, now_s: float) -> Candidate:
+        """Its playout slack, less the re-cache that its next chunk needs first."""
         due = session.pending or session.timeline.moving or session.stale or session.reanchor
-        return session.slack_s(self.geometry, now_s) - (self._cost.recache_s(len(session.kept)) if due else 0.0)
+        recache_s = self._cost.recache_s(len(session.kept)) if due else 0.0
+        slack_s = session.slack_s(self.geometry, now_s) - recache_s
+        return Candidate(session.spec.session_id, slack_s, _batch_key(session), session.spec.paced, recache_s)
 
-    def _background_limit(self, key: Hashable) -> int:
-        """How many chunks nobody waits for may be made at once while others play: those of half the lead."""
+    def _step_s(self, key: Hashable, sessions: int) -> float:
+        """Predicted seconds of a step for so many sessions of that batch key."""
         assert isinstance(key, tuple)
         levels, context, context_chunks = key
-        kind = ChunkKind(len(levels) + (context != "reuse"), context_chunks)
-        return self._cost.largest_batch(kind, self.config.serve.batch_sessions, self.config.serve.lead_s / 2)
+        return self._cost.step_s(ChunkKind(len(levels) + (context != "reuse"), context_chunks), sessions)
 
     def _prepare(self, session: Session, changes: Sequence[PromptChange]) -> int:
         """Bring a session to its next chunk; returns the chunks re-cached."""
@@ -213,18 +215,21 @@ class Engine(Sessions):
                 decoded[number] = self._maker.decode(batch[number], done.clean[number])
             except SessionError as error:
                 results.append(self._fail(batch[number], error))
-        for number, shown in zip(decoded, self._emit(done, decoded), strict=True):
+        for number, shown in zip(decoded, self._emit(batch, done, decoded), strict=True):
             if isinstance(shown, SessionError):
                 results.append(self._fail(batch[number], shown))
             else:
                 results.append(self._finish(batch[number], done, shown, started_s))
         return results
 
-    def _emit(self, done: DenoisedChunk, decoded: Mapping[int, Tensor]) -> list[Emitted | SessionError]:
+    def _emit(
+        self, batch: Sequence[Session], done: DenoisedChunk, decoded: Mapping[int, Tensor]
+    ) -> list[Emitted | SessionError]:
         if not decoded:
             return []
         clean, written = ([part[number] for number in decoded] for part in (done.clean, done.written))
-        return emit(list(decoded.values()), clean, written, self._pool.keys.dtype)
+        finite = [_finite(batch[number], done.finite[number]) for number in decoded]
+        return emit(list(decoded.values()), clean, written, self._pool.keys.dtype, finite)
 
     def _finish(self, session: Session, done: DenoisedChunk, shown: Emitted, started_s: float) -> ChunkResult:
         """Move a session on by its chunk."""
@@ -313,7 +318,7 @@ class Engine(Sessions):
         """One chunk of sessions that nobody opened; `SessionError` when it fails."""
         done = self._maker.denoise(sessions)
         pixels = {n: self._maker.decode(session, done.clean[n]) for n, session in enumerate(sessions)}
-        for session, shown in zip(sessions, self._emit(done, pixels), strict=True):
+        for session, shown in zip(sessions, self._emit(sessions, done, pixels), strict=True):
             if isinstance(shown, SessionError):
                 raise shown
             session.remember(KeptChunk(session.next_chunk, shown.written, done.written_level), shown.clean)
@@ -323,6 +328,12 @@ class Engine(Sessions):
 def _kind(session: Session) -> ChunkKind:
     """What the session's next chunk costs depends on this, and on the size of its batch."""
     return ChunkKind(session.schedule.forwards(session.next_chunk), len(session.kept))
+
+
+def _finite(session: Session, denoised: Tensor) -> Tensor:
+    """Whether the session's newest chunk is finite, in the cache and on the screen: on the device, not waited for."""
+    shown = session.decoder_state.finite
+    return denoised if shown is None else denoised & shown
 
 
 def _batch_key(session: Session) -> Hashable:

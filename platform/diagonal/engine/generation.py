@@ -186,25 +186,29 @@ class Emitted:
 
 
 def emit(
-    pixels: Sequence[Tensor], clean: Sequence[Tensor], written: Sequence[Tensor], dtype: torch.dtype
+    pixels: Sequence[Tensor], clean: Sequence[Tensor], written: Sequence[Tensor], dtype: torch.dtype,
+    finite: Sequence[Tensor],
 ) -> list[Emitted | SessionError]:
     """The step's one host sync: what its sessions show and keep, in one transfer, with whether it is finite.
 
-    Pixels are of one shape; latents are kept as `dtype`. So a snapshot is made without the device, and never waits for
-    the next chunk's kernels. `SessionError` stands for latents that are not finite, or could not be brought over.
+    Pixels are of one shape; latents are kept as `dtype`; `finite` says of each session's cache and pixels whether they
+    are finite, and the latents are looked at here. So a snapshot is made without the device, and never waits for the next chunk's kernels.
+    `SessionError` stands for what is not finite, or could not be brought over.
     """
     try:
         with stage("decode_failed"):
-            finite = torch.stack([torch.isfinite(part).all() for part in clean]).unsqueeze(1)
+            whole = [torch.isfinite(torch.stack((end, start))).all() & known
+                     for end, start, known in zip(clean, written, finite, strict=True)]
+            sound = torch.stack(whole).unsqueeze(1).to(torch.uint8)
             latents = [torch.stack(list(parts)).to(dtype).flatten(1).view(torch.uint8) for parts in (clean, written)]
-            shown = torch.stack(list(pixels)).flatten(1).to(finite.device)
-            packed = torch.cat((shown, *latents, finite.to(torch.uint8)), dim=1).cpu()  # host sync: the emit point
+            shown = torch.stack(list(pixels)).flatten(1).to(sound.device)
+            packed = torch.cat((shown, *latents, sound), dim=1).cpu()  # host sync: the emit point
     except SessionError as error:
         if len(pixels) == 1:
             return [error]
-        parts = zip(pixels, clean, written, strict=True)
-        return [emit([shown], [end], [start], dtype)[0] for shown, end, start in parts]
-    refused = SessionError("not_finite", "the generated latents are not finite")
+        parts = zip(pixels, clean, written, finite, strict=True)
+        return [emit([shown], [end], [start], dtype, [known])[0] for shown, end, start, known in parts]
+    refused = SessionError("not_finite", "the generated latents, their cache or their pixels are not finite")
     return [_unpacked(row, pixels[0].shape, clean[0].shape, dtype) if row[-1] else refused for row in packed]
 
 

@@ -17,10 +17,14 @@ from diagonal.errors import require
 
 @dataclass
 class DecoderState:
-    """What one stream's decoder remembers: latent frames decoded so far, and the features its convolutions keep."""
+    """What one stream's decoder remembers: latent frames decoded so far, and the features its convolutions keep.
+
+    `finite` is a truth value on the device: whether the newest pixels were finite, which uint8 no longer tells.
+    """
 
     frames: int = 0
     features: list[Tensor | str | None] = field(default_factory=list)
+    finite: Tensor | None = None
 
 
 class Decoder(ABC):
@@ -72,6 +76,7 @@ class WanDecoder(Decoder):
         pixels = torch.cat(parts, dim=2)
         if self._vae.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=self._vae.config.patch_size)
+        state.finite = torch.isfinite(pixels).all()
         return to_uint8(pixels.permute(0, 2, 3, 4, 1))
 
 
@@ -172,6 +177,7 @@ class LinearDecoder(Decoder):
         if first:
             latents = torch.cat((latents[:, :, :1] - self._codec.mark[:, None], latents[:, :, 1:]), dim=2)
         pixels = self._codec.decode_blocks(latents)
+        state.finite = torch.isfinite(pixels).all()
         state.frames += frames
         return to_uint8(pixels[:, self._codec.config.temporal_stride - 1 :] if first else pixels)
 
