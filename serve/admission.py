@@ -21,7 +21,8 @@ def frame_cost(video: VideoRecord) -> int:
     Every frame of a model costs the same; larger files are enlarged, not drawn larger.
     """
     if video.pacing is Pacing.REALTIME:
-        return min(video.frames, int(WINDOW_S) * video.fps)
+        minute = int(WINDOW_S) * video.fps
+        return minute if video.endless else min(video.frames, minute)
     return video.frames
 
 
@@ -99,7 +100,7 @@ def _over_quota(connection: sql.Connection, caller: Caller, cost: int, now: floa
         message = f"{cost} frames at once: this key may make {caller.frames_per_minute} a minute"
         return Refused("quota_too_small", message, "num_frames")
     if caller.sessions:
-        drawn = VIDEOS.c.frames_done < VIDEOS.c.frames
+        drawn = (VIDEOS.c.frames == 0) | (VIDEOS.c.frames_done < VIDEOS.c.frames)
         mine = (VIDEOS.c.account == caller.account) & VIDEOS.c.status.in_(_RUNNING) & drawn
         running = connection.execute(sql.select(sql.func.count()).select_from(VIDEOS).where(mine)).scalar_one()
         if running >= caller.sessions:

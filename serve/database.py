@@ -13,6 +13,7 @@ from serve.tables import CHUNKS, IDEMPOTENCY, INTERACTIONS, USAGE, VIDEOS, Table
 
 _RUNNING = (Status.QUEUED.value, Status.IN_PROGRESS.value)
 _FIRST_MINUTE_S = 60
+_LONGEST_TRANSITION_CHUNKS = 64  # as `serve.schemas` publishes it
 
 
 class Database:
@@ -114,6 +115,18 @@ class Database:
             files = list(connection.execute(sql.select(CHUNKS.c.snapshot).where(old)).scalars())
             connection.execute(CHUNKS.update().where(old).values(snapshot="", whole_snapshot=False))
             return files
+
+    def forget_chunks(self, video_id: str, before: int) -> list[str]:
+        """An endless stream's chunks before that one are kept no longer: names of their files.
+
+        With them go the prompt changes that are long done.
+        """
+        old = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk < before)
+        done = (INTERACTIONS.c.video_id == video_id) & (INTERACTIONS.c.chunk < before - _LONGEST_TRANSITION_CHUNKS)
+        with self._tables.writing() as connection:
+            gone = connection.execute(CHUNKS.delete().where(old).returning(CHUNKS.c.file, CHUNKS.c.snapshot)).all()
+            connection.execute(INTERACTIONS.delete().where(done))
+        return [name for row in gone for name in row if name]
 
     def set_paused(self, video_id: str, event_id: str, paused: bool) -> bool:
         """A replica paused or resumed a session, as that interaction asked: it took effect at the next chunk."""

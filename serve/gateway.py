@@ -14,9 +14,10 @@ from serve.calls import answer, apart, patient
 from serve.credentials import CLIENT_SECRET_S, Secret
 from serve.driver import Driver
 from serve.failover import opening
-from serve.problems import SILENCES, Problem, not_found, refused
+from serve.problems import SILENCES, Problem, not_found, refused, wrong_value
 from serve.reader import BrokenStreamError, ChunkReader
 from serve.records import (
+    KEPT_CHUNKS,
     Caller,
     Idempotency,
     Interaction,
@@ -163,6 +164,9 @@ class Gateway:
     async def content(self, video_id: str, caller: Caller) -> tuple[int, AsyncIterator[bytes]]:
         """Size and bytes of the finished file."""
         video = await self.get(video_id, caller)
+        if video.endless:
+            message = "a stream without an end has no finished file: what was received is all that there is"
+            raise Problem(409, "no_file", message, param="video_id")
         if video.status is not Status.COMPLETED:
             message = f"the video is {video.status.value}, {video.frames_done} of {video.frames} frames are there"
             raise Problem(409, "video_not_ready", message, param="video_id")
@@ -171,10 +175,21 @@ class Gateway:
             raise Problem(404, "content_gone", "the file is no longer there", param="video_id")
         return first[0], self._parts(video_id, *first)
 
-    async def stream(self, video_id: str, start_chunk: int, caller: Caller) -> AsyncIterator[bytes]:
-        """The initialisation segment, then every chunk from `start_chunk` on, each as soon as it is there."""
-        reader = self.reader(await self.get(video_id, caller))
-        return self._segments(reader, start_chunk)
+    async def stream(self, video_id: str, start_chunk: int | None, caller: Caller) -> AsyncIterator[bytes]:
+        """The initialisation segment, then every chunk from `start_chunk` on, each as soon as it is there.
+
+        None is the first one; of a stream without an end it is the newest. `Problem` when it will never be there.
+        """
+        video = await self.get(video_id, caller)
+        newest = max(0, video.chunks_done - 1)
+        chunk = (newest if video.endless else 0) if start_chunk is None else start_chunk
+        if video.endless and chunk < video.chunks_done - KEPT_CHUNKS:
+            message = f"chunk {chunk} is no longer kept: the oldest is {video.chunks_done - KEPT_CHUNKS}"
+            raise Problem(410, "chunk_gone", message, param="start_chunk")
+        end = video.chunks_done if video.status.over else (await self.model()).chunks(video.frames)
+        if start_chunk and end is not None and chunk >= end:
+            raise wrong_value(422, "invalid_value", "start_chunk", chunk, f"0 to {max(0, end - 1)}: then it ends")
+        return self._segments(self.reader(video), chunk)
 
     def reader(self, video: VideoRecord, name: str = "") -> ChunkReader:
         """A way through the video for one connection; `leave_later` ends it."""

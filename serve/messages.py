@@ -84,9 +84,9 @@ def started(video: VideoRecord, chunk: int, window_s: float | None, resume_token
         "width": int(width),
         "height": int(height),
         "fps": video.fps,
-        "num_frames": video.frames,
+        "num_frames": video.frames or None,
         "seed": video.seed,
-        "extra_params": {"pacing": video.pacing.value},
+        "extra_params": {"pacing": video.pacing.value, "endless": video.endless},
     }
     if window_s is not None:
         config["streaming_buffer_seconds"] = window_s

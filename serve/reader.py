@@ -41,7 +41,7 @@ class ChunkReader:
         yield init.data
         while (segment := await self.read(chunk)) is not None:
             if segment.data is None:
-                if segment.status is Status.FAILED:
+                if segment.gone or segment.status is Status.FAILED:
                     raise BrokenStreamError(self._video.id)
                 return
             self.note_sent(segment)
@@ -56,7 +56,7 @@ class ChunkReader:
 
         while True:
             segment: Segment | None = await patient(ask, _SEGMENT_WAIT_S + CALL_TIMEOUT_S)
-            if segment is None or segment.data is not None or segment.status.over or segment.superseded:
+            if segment is None or segment.final:
                 return segment
             if segment.orphan:
                 await self._adopt()

@@ -162,6 +162,8 @@ class RealtimeSession:
             raise Problem(404, "video_not_found", "the video was removed")
         if segment.superseded:
             raise Problem(409, "session_taken_over", "another connection goes on with this session")
+        if segment.gone:
+            raise Problem(410, "chunk_gone", "of an endless stream the newest chunks alone are kept")
         if segment.status is Status.FAILED:
             raise Problem(500, segment.error_code or _FAILED.code, _FAILED.detail)
         self._stopped = segment.status is Status.CANCELLED

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from diagonal.geometry import ChunkGeometry
+
+KEPT_CHUNKS = 96  # of a stream without an end: what a slow viewer, or one who comes back, may still read
 LIVE = "live-"  # begins the name of a reader that owns its session; the hash of its resume token follows
 
 
@@ -42,6 +45,11 @@ class ModelInfo:
     max_frames: int
     max_prompt_characters: int
     lead_s: float
+    geometry: ChunkGeometry
+
+    def chunks(self, frames: int) -> int | None:
+        """Chunks of a video of so many pixel frames; None for 0, which has no end."""
+        return self.geometry.chunks_for(frames) if frames else None
 
     def size(self, scale: int) -> str:
         return f"{self.width * scale}x{self.height * scale}"
@@ -95,6 +103,7 @@ class VideoRecord:
     """One video, as the store keeps it. Frames are pixel frames; times are seconds since 1970.
 
     `replica` is the one that holds its session. `epoch` counts its drivers: only the newest may add chunks.
+    `frames` is 0 for a stream without an end.
     `owner` is the key that made it, `account` pays for it; `resume_hash` is that of the only resume token that counts.
     `orphan` is told with every answer: nobody drives it, so whoever asks should.
     """
@@ -132,9 +141,14 @@ class VideoRecord:
         return self.pacing is Pacing.REALTIME or bool(self.resume_hash)
 
     @property
+    def endless(self) -> bool:
+        """Whether it goes on until it is stopped: no file of it is kept, and of its chunks the newest alone."""
+        return self.frames == 0
+
+    @property
     def whole(self) -> bool:
         """Whether every frame is made; the file may not be there yet."""
-        return self.frames_done >= self.frames
+        return not self.endless and self.frames_done >= self.frames
 
 
 @dataclass(frozen=True)
@@ -158,7 +172,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """One chunk of one session: a `moof` + `mdat`."""
+    """One chunk of one session: a `moof` + `mdat`.
+
+    `snapshot` is what another replica needs to go on after it, or what that adds to the one before; '' where it was not
+    asked for, or there is none.
+    """
 
     chunk: int
     data: bytes
@@ -166,6 +184,7 @@ class EncodedChunk:
     first_pixel_frame: int
     applied_event_ids: tuple[str, ...]
     last: bool
+    snapshot: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -207,3 +226,9 @@ class Segment:
     events: ChunkEvents = ChunkEvents()
     superseded: bool = False
     error_code: str | None = None
+    gone: bool = False  # an endless stream keeps its newest chunks alone
+
+    @property
+    def final(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self.data is not None or self.status.over or self.superseded or self.gone

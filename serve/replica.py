@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray import serve
@@ -33,7 +33,10 @@ _LOG = logging.getLogger("ray.serve")
 _REAP_EVERY_S = 1.0
 _PROOF_AGE_S = 5.0  # a readiness check wants a chunk that is not older, and has one made if there is none
 _LOOK_EVERY_S = 0.02
+_LOOK_AT_HEALTH_S = 0.25  # how soon who waits for a chunk is told that the engine hangs
+_PULL_WAIT_S = 60.0
 UNKNOWN = Refused("session_lost", "this replica does not hold the session")
+UNWELL = Refused("replica_unwell", "a part of the service makes no chunks now; try again", retry_after_s=2.0)
 
 
 @dataclass
@@ -103,9 +106,12 @@ class Replica:
         return self._info
 
     async def open(
-        self, session_id: str, prompt: str, seed: int, frames: int, scale: int, paced: bool = False
+        self, session_id: str, prompt: str, seed: int, frames: int | None, scale: int, paced: bool = False
     ) -> Opened | Refused:
-        """Hold a session and begin its first chunk; `paced` when somebody watches while it is made."""
+        """Hold a session, without an end where `frames` is None, and begin its first chunk.
+
+        `paced` when somebody watches while it is made.
+        """
         spec = SessionSpec(session_id, prompt, seed, frames, paced=paced)
         refused = self._admit(lambda: self._engine.open(spec))
         return refused or self._hold(session_id, _Slot(self._encoder(scale)), 0)
@@ -130,6 +136,8 @@ class Replica:
 
     def _admit(self, enter: Callable[[], None]) -> Refused | None:
         """Let the engine take a session; what it refused."""
+        if not self._thread.healthy:
+            return UNWELL
         try:
             enter()
         except CapacityError as error:
@@ -151,8 +159,19 @@ class Replica:
         self._report_slots()
         return Opened(self._name, slot.encoder.mime, slot.encoder.init_segment())
 
-    async def pull(self, session_id: str, chunk: int, ahead: int = 0) -> EncodedChunk | Refused:
-        """One chunk, made if it is not there; `ahead` more are begun. Chunks before it are given up."""
+    async def pull(
+        self,
+        session_id: str,
+        chunk: int,
+        ahead: int = 0,
+        since_chunk: int | None = None,
+        wait_s: float = _PULL_WAIT_S,
+    ) -> EncodedChunk | Refused | None:
+        """One chunk, made if it is not there; `ahead` more are begun. Chunks before it are given up.
+
+        With `since_chunk` it brings what `restore` needs to go on after it: all (-1), or what came after that chunk.
+        None: it is not made within `wait_s`, and the engine is well. An engine that hangs is told at once.
+        """
         slot = self._slots.get(session_id)
         if slot is None:
             return UNKNOWN
@@ -162,9 +181,30 @@ class Replica:
             return Refused("chunk_gone", f"chunk {chunk} was given up")
         future = slot.chunk(chunk)
         self._want(session_id, slot, chunk + ahead)
-        done = await asyncio.shield(future)
+        made = await self._made(future, wait_s)
         slot.asked_at = time.monotonic()
-        return done
+        if since_chunk is None or not isinstance(made, EncodedChunk) or chunk not in slot.snapshots:
+            return made
+        whole = slot.snapshots[chunk]
+        snapshot = await self._loop.run_in_executor(self._pool, whole.to_bytes, since_chunk)
+        return replace(made, snapshot=snapshot)
+
+    async def _made(self, future: asyncio.Future[EncodedChunk | Refused], wait_s: float) -> EncodedChunk | Refused | None:
+        """The chunk when it is there; None when that takes too long."""
+        late_s = time.monotonic() + wait_s
+        while (left_s := late_s - time.monotonic()) > 0 and not future.done():
+            await asyncio.wait({future}, timeout=min(left_s, _LOOK_AT_HEALTH_S))
+            if not future.done() and not self._thread.healthy:
+                return UNWELL
+        return future.result() if future.done() else None
+
+    async def holds(self, session_id: str, holder: str) -> bool:
+        """Whether this is the replica `holder`, has the session, and its engine is well: else it is to be moved."""
+        slot = self._slots.get(session_id)
+        if slot is None or holder != self._name or not self._thread.healthy:
+            return False
+        slot.asked_at = time.monotonic()
+        return True
 
     async def interact(self, session_id: str, event_id: str, prompt: str, transition_chunks: int) -> Refused | None:
         """Change the prompt from the next chunk on."""
@@ -209,20 +249,13 @@ class Replica:
         self._thread.wake()
         return refused
 
-    async def snapshot(self, session_id: str, chunk: int, since_chunk: int = -1) -> bytes | Refused:
-        """What `restore` needs to go on after `chunk`, which is made and not yet given up.
+    async def close(self, session_id: str, outcome: str, holder: str = "") -> None:
+        """Free the session's slot within one chunk; unknown ids are ignored.
 
-        With `since_chunk`, only what came after that chunk: it belongs behind the snapshot as it was then.
+        With `holder` only that replica does it: a call for one that is gone reaches another, which may have it now.
         """
-        slot = self._slots.get(session_id)
-        if slot is None:
-            return UNKNOWN
-        if chunk not in slot.snapshots:
-            return Refused("chunk_gone", f"there is no snapshot after chunk {chunk}")
-        return await self._loop.run_in_executor(self._pool, slot.snapshots[chunk].to_bytes, since_chunk)
-
-    async def close(self, session_id: str, outcome: str) -> None:
-        """Free the session's slot within one chunk; unknown ids are ignored."""
+        if holder not in ("", self._name):
+            return
         slot = self._slots.pop(session_id, None)
         if slot is None:
             return
@@ -253,7 +286,7 @@ class Replica:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve, for `serve.router`."""
-        return {"sessions": len(self._slots)}
+        return {"sessions": len(self._slots), "well": self._thread.healthy}
 
     async def shut(self) -> None:
         """End the engine's thread (tests; Serve ends the process)."""
@@ -370,4 +403,5 @@ def _describe(model: str, config: Config) -> ModelInfo:
         max_frames=int(limits.max_seconds * geometry.pixel_fps),
         max_prompt_characters=limits.max_prompt_characters,
         lead_s=limits.lead_s,
+        geometry=geometry,
     )

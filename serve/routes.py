@@ -44,6 +44,7 @@ from serve.schemas import (
 )
 
 VIEWER = Path(__file__).parent / "viewer"
+MAX_CHUNK = 2**31 - 1
 _BODY_TIMEOUT_S = 10.0
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _PAGE_POLICY = "default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -153,9 +154,13 @@ def _add_streams(app: FastAPI) -> None:
 
     @app.get("/v1/videos/{video_id}/stream", response_class=StreamingResponse, responses=_VIDEO)
     async def stream(
-        video_id: str, gateway: Via, caller: By, start_chunk: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0
+        video_id: str, gateway: Via, caller: By, start_chunk: Annotated[int | None, Query(ge=0, le=MAX_CHUNK)] = None
     ) -> StreamingResponse:
-        """Fragmented MP4 while it is made: initialisation segment, then each chunk. A failed video cuts it off."""
+        """Fragmented MP4 while it is made: initialisation segment, then each chunk. A failed video cuts it off.
+
+        It begins with the first chunk, that of an endless stream with the newest, or with `start_chunk`; times in it
+        count from the video's beginning.
+        """
         segments = await gateway.stream(video_id, start_chunk, caller)
         return StreamingResponse(segments, media_type="video/mp4", headers={"Cache-Control": "no-store"})
 
@@ -178,7 +183,7 @@ def _add_service(app: FastAPI) -> None:
     @app.get("/v1/models")
     async def list_models(gateway: Via, caller: By) -> ModelList:
         """What can be asked for, and its limits."""
-        return ModelList(data=[ModelAnswer.of(await gateway.model(), caller)])
+        return ModelList(data=[ModelAnswer.of(await gateway.model(), caller, gateway.settings.max_stream_s)])
 
     @app.get("/health/live")
     async def live() -> Health:

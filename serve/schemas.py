@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import models_json_schema
 
 from serve.credentials import CLIENT_SECRET_S
@@ -28,9 +28,22 @@ class WireRequest(BaseModel):
 
 
 class VideoExtra(WireRequest):
-    """What OpenAI's shape has no place for. With `realtime` chunks are made just ahead of who watches."""
+    """What OpenAI's shape has no place for. With `realtime` chunks are made just ahead of who watches.
+
+    `endless` streams have no length and no finished file: they go on until they are stopped, nobody watches, or the
+    model's `max_stream_seconds` are over. They are paced in real time.
+    """
 
     pacing: Literal["none", "realtime"] = "none"
+    endless: bool = False
+
+    @model_validator(mode="after")
+    def _endless_is_watched(self) -> Self:
+        if self.endless and "pacing" not in self.model_fields_set:
+            self.pacing = "realtime"
+        if self.endless and self.pacing != "realtime":
+            raise ValueError("pacing realtime, for what has no end")
+        return self
 
 
 class VideoRequest(WireRequest):
@@ -38,7 +51,7 @@ class VideoRequest(WireRequest):
 
     prompt: str
     model: str | None = None
-    seconds: float | str | None = Field(None, description="How long it plays; or give num_frames")
+    seconds: float | str | None = Field(None, description="How long it plays; or give num_frames, or extra.endless")
     num_frames: int | None = Field(None, ge=1, description="Pixel frames; any number")
     size: str | None = Field(None, description="WIDTHxHEIGHT, one of the model's sizes")
     width: int | None = None
@@ -118,7 +131,10 @@ class InteractionAnswer(BaseModel):
 
 
 class VideoAnswer(BaseModel):
-    """A video. `mime` is what `MediaSource.addSourceBuffer` wants; frames are pixel frames."""
+    """A video. `mime` is what `MediaSource.addSourceBuffer` wants; frames are pixel frames.
+
+    `num_frames` and `seconds` are null where the stream has no end; its `progress` then stays at 0.
+    """
 
     id: str
     object: Literal["video"] = "video"
@@ -128,17 +144,18 @@ class VideoAnswer(BaseModel):
     created_at: int
     completed_at: int | None
     expires_at: int | None
-    seconds: str
+    seconds: str | None
     size: str
     prompt: str
     remixed_from_video_id: str | None = None
     error: VideoError | None
-    num_frames: int
+    num_frames: int | None
     frames_done: int
     chunks_done: int
     fps: int
     seed: int
     pacing: Literal["none", "realtime"]
+    endless: bool
     paused: bool
     mime: str
     interactions: list[InteractionAnswer]
@@ -150,20 +167,21 @@ class VideoAnswer(BaseModel):
             id=video.id,
             model=video.model,
             status=video.status.value,
-            progress=100 if video.status is Status.COMPLETED else min(99, 100 * video.frames_done // video.frames),
+            progress=_progress(video),
             created_at=int(video.created_at),
             completed_at=None if video.completed_at is None else int(video.completed_at),
             expires_at=None if video.expires_at is None else int(video.expires_at),
-            seconds=f"{video.frames / video.fps:g}",
+            seconds=None if video.endless else f"{video.frames / video.fps:g}",
             size=video.size,
             prompt=video.prompt,
             error=error,
-            num_frames=video.frames,
+            num_frames=video.frames or None,
             frames_done=video.frames_done,
             chunks_done=video.chunks_done,
             fps=video.fps,
             seed=video.seed,
             pacing=video.pacing.value,
+            endless=video.endless,
             paused=video.paused,
             mime=video.mime,
             interactions=[_interaction(change, video.status.over) for change in video.interactions],
@@ -193,6 +211,7 @@ class InteractionQueued(BaseModel):
 class ModelLimits(BaseModel):
     max_frames: int
     max_seconds: float
+    max_stream_seconds: float = Field(description="How long a stream without an end (`extra.endless`) may go on")
     max_prompt_characters: int
     max_seed: int = MAX_SEED
     max_transition_chunks: int = MAX_TRANSITION_CHUNKS
@@ -214,10 +233,11 @@ class ModelAnswer(BaseModel):
     limits: ModelLimits
 
     @classmethod
-    def of(cls, info: ModelInfo, caller: Caller) -> ModelAnswer:
+    def of(cls, info: ModelInfo, caller: Caller, max_stream_s: float) -> ModelAnswer:
         limits = ModelLimits(
             max_frames=info.max_frames,
             max_seconds=info.max_frames / info.fps,
+            max_stream_seconds=max_stream_s,
             max_prompt_characters=info.max_prompt_characters,
             max_sessions=caller.sessions or None,
             max_frames_per_minute=caller.frames_per_minute or None,
@@ -316,7 +336,12 @@ def _scale(request: VideoRequest, info: ModelInfo) -> int:
 
 
 def _frames(request: VideoRequest, info: ModelInfo) -> int:
+    """Pixel frames; 0 for a stream without an end."""
     seconds = _seconds(request.seconds)
+    if request.extra.endless:
+        if seconds is not None or request.num_frames is not None:
+            raise Problem(422, "invalid_value", "extra.endless stands without seconds and num_frames", param="extra")
+        return 0
     if seconds is None:
         if request.num_frames is not None and request.num_frames > info.max_frames:
             raise wrong_value(400, "invalid_value", "num_frames", request.num_frames, f"1 to {info.max_frames}")
@@ -342,6 +367,13 @@ def _seconds(value: float | str | None) -> float | None:
     if not math.isfinite(seconds):
         raise wrong_value(422, "invalid_value", "seconds", value, "a number")
     return seconds
+
+
+def _progress(video: VideoRecord) -> int:
+    """Per cent; 100 only when the file is there."""
+    if video.endless:
+        return 0
+    return 100 if video.status is Status.COMPLETED else min(99, 100 * video.frames_done // video.frames)
 
 
 def _interaction(change: Interaction, over: bool) -> InteractionAnswer:

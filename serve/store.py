@@ -27,6 +27,7 @@ from serve.credentials import Credentials, Secret
 from serve.database import Database
 from serve.files import INIT, MediaFiles, read_part
 from serve.records import (
+    KEPT_CHUNKS,
     LIVE,
     Caller,
     ChunkEvents,
@@ -49,6 +50,7 @@ _LOG = logging.getLogger("ray.serve")
 _FILE_WAIT_S = 5.0
 _STORAGE_PATIENCE_S = 30.0
 _STRAY_S = 3600.0
+_TRIM_EVERY = 8
 _MAX_PENDING = 64  # as `serve.schemas` publishes it
 
 
@@ -135,6 +137,9 @@ class Store:
         video = await self._run(self._database.get, video_id)
         if video is None or video.status.over or video.epoch != epoch:
             return Verdict(go=False, superseded=video is not None and video.epoch != epoch)
+        if video.endless and video.frames_done >= self._settings.max_stream_s * video.fps:
+            await self.end(video_id, Status.COMPLETED)
+            return Verdict(go=False)
         watch = self._watches[video_id]
         watch.driven_at = time.monotonic()
         watch.forget_silent(self._reader_silence_s)
@@ -159,6 +164,8 @@ class Store:
         if not await self._run(self._database.add_chunk, video_id, epoch, chunk, *about):
             return False
         self._tell(video_id)
+        if chunk.chunk >= KEPT_CHUNKS and chunk.chunk % _TRIM_EVERY == 0:
+            await self._trim_endless(video_id, chunk.chunk + 1 - KEPT_CHUNKS)
         if whole_snapshot or chunk.last:
             await self._drop_snapshots(video_id, chunk.chunk + chunk.last)
         if chunk.last:
@@ -207,7 +214,7 @@ class Store:
                 return None
             watch.over = found.status.over
             left_s = deadline - time.monotonic()
-            if found.data is not None or watch.over or found.superseded or left_s <= 0:
+            if found.final or left_s <= 0:
                 return found
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
@@ -324,6 +331,13 @@ class Store:
             return
         await self.end(video_id, Status.COMPLETED)
 
+    async def _trim_endless(self, video_id: str, before: int) -> None:
+        """Of a stream without an end the newest chunks alone are kept."""
+        video = await self._run(self._database.get, video_id)
+        if video is not None and video.endless:
+            names = await self._run(self._database.forget_chunks, video_id, before)
+            await self._run(self._files.drop, video_id, names)
+
     async def _drop_snapshots(self, video_id: str, before: int) -> None:
         names = await self._run(self._database.forget_snapshots, video_id, before)
         await self._run(self._files.drop, video_id, names)
@@ -356,7 +370,7 @@ class Store:
         init = (0, INIT, "") if video.status is not Status.QUEUED else None
         made = init if chunk < 0 else self._database.chunk(video_id, chunk)
         if superseded or made is None:
-            return news
+            return replace(news, gone=0 <= chunk < video.chunks_done)
         frames, file, sha256 = made
         events = self._database.events_at(video_id, chunk) if reader.startswith(LIVE) else ChunkEvents()
         try:
@@ -365,6 +379,8 @@ class Store:
         except FileNotFoundError:
             if self._database.get(video_id) is None:
                 return None  # deleted in between
+            if video.endless:
+                return replace(news, gone=True)
             raise
 
     def _silence_s(self, video: VideoRecord) -> float:

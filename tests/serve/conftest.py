@@ -131,17 +131,16 @@ class FakeEngine:
 
     def _make(self, session: FakeSession) -> ChunkResult:
         geometry, chunk, spec = self.config.geometry, session.chunk, session.spec
-        assert spec.pixel_frames is not None
         if chunk == self.break_at:
             raise RuntimeError("SECRET_X")
         first = geometry.pixel_start(chunk)
-        frames = min(geometry.chunk_pixel_frames(chunk), spec.pixel_frames - first)
+        frames = min(geometry.chunk_pixel_frames(chunk), (spec.pixel_frames or 10**9) - first)
         applied, session.pending = session.pending, ()
         if applied:
             session.prompt = applied[-1].prompt
         session.chunk += 1
         self.made.append((spec.session_id, chunk))
-        last = session.chunk == geometry.chunks_for(spec.pixel_frames)
+        last = spec.pixel_frames is not None and session.chunk == geometry.chunks_for(spec.pixel_frames)
         error = "SECRET_X" if chunk == self.fail_at else None
         pixels = torch.full((0 if error else frames, 32, 32, 3), shade(session.prompt), dtype=torch.uint8)
         ids = tuple(change.event_id for change in applied)
