@@ -27,15 +27,21 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     if settings.auth == "local" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") not in ("", "0"):
         raise FieldError("auth", settings.auth, "keys, behind HAProxy: every caller then seems to be on this machine")
     store = _deployment(Store, "Store", _CALLS, num_cpus=settings.store_cpus)
-    replica = _deployment(Replica, "Replica", _CALLS, num_cpus=settings.replica_cpus, num_gpus=settings.replica_gpus)
-    replica = replica.options(
+    gateway = _deployment(GatewayDeployment, "Gateway", _STREAMS, num_cpus=settings.gateway_cpus)
+    gateway = gateway.options(num_replicas=settings.gateways)
+    replicas = {name: _replica(name, one) for name, one in settings.served().items()}
+    return gateway.bind(settings, store.bind(settings), replicas)
+
+
+def _replica(name: str, settings: ServeSettings) -> Any:
+    """The replicas of one release, as many and as large as its settings say."""
+    title = f"Replica-{name}" if name else "Replica"
+    replica = _deployment(Replica, title, _CALLS, num_cpus=settings.replica_cpus, num_gpus=settings.replica_gpus)
+    return replica.options(
         num_replicas=settings.replicas,
         health_check_period_s=1.0,
         request_router_config={"request_router_class": SessionRouter, "request_routing_stats_period_s": 1.0},
-    )
-    gateway = _deployment(GatewayDeployment, "Gateway", _STREAMS, num_cpus=settings.gateway_cpus)
-    gateway = gateway.options(num_replicas=settings.gateways)
-    return gateway.bind(settings, store.bind(settings), replica.bind(settings))
+    ).bind(settings)
 
 
 def _deployment(kind: type, name: str, calls: int, **resources: float) -> Any:

@@ -14,6 +14,7 @@ from serve.calls import answer, apart, patient
 from serve.credentials import CLIENT_SECRET_S, Secret
 from serve.driver import Driver
 from serve.failover import opening
+from serve.fleet import Fleet
 from serve.problems import SILENCES, Problem, not_found, refused, wrong_value
 from serve.reader import BrokenStreamError, ChunkReader
 from serve.records import (
@@ -29,7 +30,7 @@ from serve.records import (
     VideoRecord,
 )
 from serve.router import address
-from serve.schemas import InteractionRequest, VideoRequest, asked_change, new_video
+from serve.schemas import InteractionRequest, VideoRequest, asked_change, new_video, new_video_id
 from serve.settings import ServeSettings
 from serve.tables import LOCAL
 
@@ -38,19 +39,16 @@ _PART_BYTES = 1 << 20
 
 
 class Gateway:
-    """What the routes do. `store` and `replica` are Serve handles."""
+    """What the routes do. `store` is a Serve handle, `fleet` holds those of the releases."""
 
-    def __init__(self, settings: ServeSettings, store: Any, replica: Any, metrics: MetricSink) -> None:
-        self.settings, self._store, self._replica, self._metrics = settings, store, replica, metrics
-        self._model: ModelInfo | None = None
+    def __init__(self, settings: ServeSettings, store: Any, fleet: Fleet, metrics: MetricSink) -> None:
+        self.settings, self._store, self._fleet, self._metrics = settings, store, fleet, metrics
         self._drivers: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
 
-    async def model(self) -> ModelInfo:
-        """What the replicas serve; asked for once."""
-        if self._model is None:
-            self._model = await answer(self._replica.describe.remote())
-        return self._model
+    async def models(self) -> list[ModelInfo]:
+        """What the releases serve."""
+        return await self._fleet.infos()
 
     def count_error(self, code: str) -> None:
         """Count an error that was told, by its code."""
@@ -59,10 +57,10 @@ class Gateway:
     async def check_ready(self) -> None:
         """`Problem` 503 unless the store and a replica with a running engine answer."""
         try:
-            ready = [await answer(part.ready.remote(), _READY_TIMEOUT_S) for part in (self._store, self._replica)]
+            ready = await answer(self._store.ready.remote(), _READY_TIMEOUT_S) and await self._fleet.ready()
         except SILENCES:
-            ready = [False]
-        if not all(ready):
+            ready = False
+        if not ready:
             raise Problem(503, "not_ready", "the service is not ready", retry_after_s=1.0)
 
     async def caller(self, shown: Secret) -> Caller | None:
@@ -87,7 +85,9 @@ class Gateway:
         self, request: VideoRequest, caller: Caller, idempotency: Idempotency | None = None, resume_hash: str = ""
     ) -> VideoRecord:
         """Admit a video: a replica holds its session before this answers, and a driver makes it."""
-        video = new_video(request, await self.model(), time.time())
+        video_id = new_video_id()
+        info = await self._fleet.choose(video_id, request.model)
+        video = new_video(request, info, time.time(), video_id)
         video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash)
         # A caller who goes away leaves nothing half made.
         return await asyncio.shield(apart(self._admit(video, caller, idempotency)))
@@ -118,7 +118,7 @@ class Gateway:
         return video
 
     async def _open(self, video: VideoRecord) -> Opened:
-        replica = self._replica.options(session_id=address("", video.id))
+        replica = self._fleet.handle(video).options(session_id=address("", video.id))
         opened: Opened | Refused = await answer(replica.open.remote(*opening(video)))
         if isinstance(opened, Refused):
             raise refused(opened)
@@ -146,8 +146,8 @@ class Gateway:
 
     async def interact(self, video_id: str, request: InteractionRequest, caller: Caller) -> str:
         """Change the prompt, pause or go on at the next chunk; returns the event's id. The same one is a retry."""
-        change = asked_change(request, await self.model())
         video = await self.get(video_id, caller)
+        change = asked_change(request, await self._fleet.info_of(video))
         earlier = next((one for one in video.interactions if one.event_id == change.event_id), None)
         if earlier is None:
             _check_takes_changes(video)
@@ -279,11 +279,10 @@ class Gateway:
             self._start_driver(mine)
 
     def _start_driver(self, video: VideoRecord) -> None:
-        model = self._model
+        model = self._fleet.known(video)
         lead_s = model.lead_s if model else 1.0
-        driver = Driver(
-            video, self._store, self._replica, self._metrics, lead_s, self.settings.reader_start_timeout_s
-        )
+        replicas = self._fleet.handle(video)
+        driver = Driver(video, self._store, replicas, self._metrics, lead_s, self.settings.reader_start_timeout_s)
         task = apart(driver.run())
         self._drivers[video.id] = task
         task.add_done_callback(lambda done: self._forget_driver(video.id, done))
@@ -294,7 +293,7 @@ class Gateway:
 
     def _at(self, video: VideoRecord) -> Any:
         """The handle of the replica that holds the video's session."""
-        return self._replica.options(session_id=address(video.replica, video.id))
+        return self._fleet.handle(video).options(session_id=address(video.replica, video.id))
 
 
 def _check_takes_changes(video: VideoRecord) -> None:

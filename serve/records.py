@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from diagonal.geometry import ChunkGeometry
@@ -45,6 +45,7 @@ class ModelInfo:
     max_frames: int
     max_prompt_characters: int
     lead_s: float
+    promoted: bool = field(default=False, kw_only=True)
     geometry: ChunkGeometry
 
     def chunks(self, frames: int) -> int | None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray import serve
 from ray.serve import metrics as serve_metrics
@@ -68,12 +68,21 @@ class _Slot:
             del self.snapshots[index]
 
 
-def load_engine(settings: ServeSettings, metrics: MetricSink) -> tuple[str, Config, EngineLike]:
-    """The release's name and configuration, and an engine that holds it and has measured what its chunks cost."""
+class Loaded(NamedTuple):
+    """A release in its engine: the name that callers know it by, its configuration, whether it was promoted."""
+
+    model: str
+    config: Config
+    engine: EngineLike
+    promoted: bool = False
+
+
+def load_engine(settings: ServeSettings, metrics: MetricSink) -> Loaded:
+    """The release, and an engine that holds it and has measured what its chunks cost."""
     release = Release.load(settings.release or None)
     engine = Engine(release, device=settings.device, metrics=metrics)
     engine.warm_up()
-    return release.name, release.config, engine
+    return Loaded(settings.model or release.name, release.config, engine)
 
 
 class Replica:
@@ -82,15 +91,15 @@ class Replica:
     def __init__(
         self,
         settings: ServeSettings,
-        load: Callable[[ServeSettings, MetricSink], tuple[str, Config, EngineLike]] = load_engine,
+        load: Callable[[ServeSettings, MetricSink], tuple[Any, ...]] = load_engine,
         metrics: MetricSink | None = None,
         name: str | None = None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics or FactorySink(serve_metrics.Counter, serve_metrics.Gauge, serve_metrics.Histogram)
         self._name = name or str(serve.get_replica_context().replica_id.unique_id)
-        model, self._config, self._engine = load(settings, self._metrics)
-        self._info = _describe(model, self._config)
+        model, self._config, self._engine, promoted = Loaded(*load(settings, self._metrics))
+        self._info = _describe(model, self._config, promoted)
         self._loop = asyncio.get_running_loop()
         self._slots: dict[str, _Slot] = {}
         self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
@@ -391,7 +400,7 @@ def _encode_chunk(encoder: ChunkEncoder, result: ChunkResult) -> bytes:
     return encoder.encode_chunk(pixels)
 
 
-def _describe(model: str, config: Config) -> ModelInfo:
+def _describe(model: str, config: Config, promoted: bool) -> ModelInfo:
     geometry, limits = config.geometry, config.serve
     return ModelInfo(
         name=model,
@@ -403,5 +412,6 @@ def _describe(model: str, config: Config) -> ModelInfo:
         max_frames=int(limits.max_seconds * geometry.pixel_fps),
         max_prompt_characters=limits.max_prompt_characters,
         lead_s=limits.lead_s,
+        promoted=promoted,
         geometry=geometry,
     )

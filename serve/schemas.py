@@ -227,6 +227,7 @@ class ModelAnswer(BaseModel):
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "diagonal"
+    promoted: bool
     sizes: list[str]
     fps: int
     default_frames: int
@@ -243,7 +244,10 @@ class ModelAnswer(BaseModel):
             max_frames_per_minute=caller.frames_per_minute or None,
         )
         sizes = [info.size(scale) for scale in info.scales]
-        return cls(id=info.name, sizes=sizes, fps=info.fps, default_frames=info.clip_frames, limits=limits)
+        frames = info.clip_frames
+        return cls(
+            id=info.name, promoted=info.promoted, sizes=sizes, fps=info.fps, default_frames=frames, limits=limits
+        )
 
 
 class ModelList(BaseModel):
@@ -296,16 +300,19 @@ def asked_change(request: InteractionRequest, info: ModelInfo) -> Interaction:
     return Interaction(asked.event_id, checked_prompt(event.prompt, info, f"{where}.prompt"), asked.transition_chunks)
 
 
-def new_video(request: VideoRequest, info: ModelInfo, created_at: float) -> VideoRecord:
+def new_video_id() -> str:
+    """An id that nobody guesses."""
+    return f"video_{secrets.token_hex(16)}"
+
+
+def new_video(request: VideoRequest, info: ModelInfo, created_at: float, video_id: str) -> VideoRecord:
     """The video that a request describes; `Problem` when this model cannot make it."""
     prompt = checked_prompt(request.prompt, info)
-    if request.model not in (None, info.name):
-        raise wrong_value(404, "model_not_found", "model", request.model, repr(info.name))
     if request.fps not in (None, info.fps):
         raise wrong_value(400, "invalid_value", "fps", request.fps, str(info.fps))
     scale = _scale(request, info)
     return VideoRecord(
-        id=f"video_{secrets.token_hex(16)}",
+        id=video_id,
         model=info.name,
         prompt=prompt,
         seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,

@@ -6,12 +6,13 @@ import dataclasses
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from diagonal.errors import FieldError, require
 from diagonal.media.encode import CODECS
+from serve.releases import ReleaseSettings, check_name, parse_releases, parsed
 
 AUTH_MODES = ("local", "keys")
 SPREAD_SPECTRUM, DENY_LIST = "spread-spectrum", "deny-list:"
@@ -22,8 +23,13 @@ _PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 class ServeSettings:
     """Arguments of `serve.app:build`; limits of the API itself come from the release's own configuration.
 
-    `release`: a folder or s3:// URI, '' is the embedded one. `device`: of each replica, such as cpu or cuda.
-    `replicas`, `gateways`: how many of each. `encode_threads`: chunks of different sessions encoded at once.
+    `release`: a folder or s3:// URI, '' is the embedded one; `model` names it to callers, '' is its own name.
+    `releases`: several side by side, instead of these two (`serve.releases`). `allow_unpromoted`: also serve a
+    release whose manifest does not say that it was promoted. `device`: of each replica, such as cpu or cuda.
+    `replicas`, `gateways`: how many of each. With `max_replicas`, `max_gateways` that is how many at least, and there
+    are more while sessions (connections) need them: after `scale_up_delay_s`, until `scale_down_delay_s` without
+    need; `spare_share` of the slots and of the time is kept free. `encode_threads`: chunks of different sessions
+    encoded at once.
     `data`: folder of the store on a durable volume, with its database, chunks and finished files.
     `database`: SQLAlchemy URL such as postgresql://user@host/name, '' is a SQLite file in `data`.
     `files`: where finished files go besides, a folder or an s3:// URI; '' is `data` alone.
@@ -40,9 +46,17 @@ class ServeSettings:
     """
 
     release: str = ""
+    model: str = ""
+    releases: tuple[ReleaseSettings, ...] = ()
+    allow_unpromoted: bool = False
     device: str = "cpu"
     replicas: int = 1
+    max_replicas: int = 0
     gateways: int = 1
+    max_gateways: int = 0
+    scale_up_delay_s: float = 5.0
+    scale_down_delay_s: float = 300.0
+    spare_share: float = 0.2
     replica_cpus: float = 1.0
     replica_gpus: float = 0.0
     gateway_cpus: float = 0.1
@@ -73,6 +87,18 @@ class ServeSettings:
             require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
         for name in ("replica_cpus", "replica_gpus", "gateway_cpus", "store_cpus"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
+        for name in ("scale_up_delay_s", "scale_down_delay_s"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "seconds of at least 0")
+        for name, least in (("max_replicas", self.replicas), ("max_gateways", self.gateways)):
+            most = getattr(self, name)
+            require(most == 0 or most >= least, name, most, f"0, for no scaling, or at least {least}")
+        require(0 <= self.spare_share < 1, "spare_share", self.spare_share, "a number from 0 to below 1")
+        if self.model:
+            check_name("model", self.model)
+        if self.releases:
+            alone = not self.release and not self.model
+            require(alone, "releases", self.releases, "no `release` and no `model` beside it")
+        self.served()
         for name in ("reader_start_timeout_s", "session_idle_timeout_s", "expire_s", "resume_window_s", "max_stream_s",
                      "prompt_policy_timeout_s"):
             require(getattr(self, name) > 0, name, getattr(self, name), "seconds above 0")
@@ -97,6 +123,12 @@ class ServeSettings:
         )
         require(right, "prompt_policy", policy, f"'', {DENY_LIST}/path or module:callable")
 
+    def served(self) -> dict[str, ServeSettings]:
+        """The settings of each release by the name that callers ask for; of one without a name, by ''."""
+        if not self.releases:
+            return {self.model: self}
+        return {one.name: replace(self, releases=(), **one.changes()) for one in self.releases}
+
     @property
     def allowed_origins(self) -> tuple[str, ...]:
         return tuple(part.strip().lower() for part in self.origins.split(",") if part.strip())
@@ -112,7 +144,9 @@ class ServeSettings:
         hints = get_type_hints(cls)
         for key, value in arguments.items():
             require(key in hints, key, value, f"no such argument; known are {sorted(hints)}")
-        return cls(**{key: _parsed(key, value, hints[key]) for key, value in arguments.items()})
+        told = {key: value for key, value in arguments.items() if key != "releases"}
+        values = {key: parsed(key, value, hints[key]) for key, value in told.items()}
+        return cls(**values, releases=parse_releases(arguments.get("releases", ())))
 
     def to_arguments(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -133,12 +167,3 @@ def load_plug_in(field: str, name: str) -> Callable[..., Any]:
     require(callable(found), field, name, "module:callable, and that is none")
     loaded: Callable[..., Any] = found
     return loaded
-
-
-def _parsed(key: str, value: Any, kind: type) -> Any:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise FieldError(key, value, f"a value of type {kind.__name__}")
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise FieldError(key, value, f"a value of type {kind.__name__}") from error

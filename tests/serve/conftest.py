@@ -25,6 +25,7 @@ from diagonal.engine.engine import CapacityError, EngineStats, Health
 from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
 from diagonal.engine.snapshot import Snapshot
 from diagonal.errors import require
+from serve.fleet import Fleet
 from serve.gateway import Gateway
 from serve.realtime import RealtimeLimits
 from serve.replica import Replica
@@ -269,7 +270,7 @@ class Service:
 
     def _server(self) -> uvicorn.Server:
         store, replica = LocalHandle(lambda _: self.store), LocalHandle(self.find_replica)
-        gateway = Gateway(self.settings, store, replica, self.metrics)
+        gateway = Gateway(self.settings, store, Fleet({self.settings.model: replica}), self.metrics)
         self.gateways.append(gateway)
         app = create_app(gateway, self.metrics, limits=self._limits)
         options: dict[str, Any] = {"log_level": "critical", "timeout_graceful_shutdown": 1}

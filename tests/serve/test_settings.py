@@ -22,6 +22,7 @@ def test_arguments_come_back_as_they_went_in() -> None:
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
+        ({"nothing": "x"}, "nothing"),
         ({"releases": "x"}, "releases"),
         ({"replicas": "two"}, "replicas"),
         ({"replicas": 0}, "replicas"),
