@@ -183,7 +183,8 @@ def _add_service(app: FastAPI) -> None:
     @app.get("/v1/models")
     async def list_models(gateway: Via, caller: By) -> ModelList:
         """What can be asked for, and its limits."""
-        return ModelList(data=[ModelAnswer.of(info, caller, gateway.settings.max_stream_s) for info in await gateway.models()])
+        longest_s = gateway.settings.max_stream_s
+        return ModelList(data=[ModelAnswer.of(info, caller, longest_s) for info in await gateway.models()])
 
     @app.get("/health/live")
     async def live() -> Health:
