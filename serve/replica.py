@@ -80,7 +80,7 @@ class Loaded(NamedTuple):
 def load_engine(settings: ServeSettings, metrics: MetricSink) -> Loaded:
     """The release, and an engine that holds it and has measured what its chunks cost."""
     release = Release.load(settings.release or None)
-    engine = Engine(release, device=settings.device, metrics=metrics)
+    engine = Engine(release, device=settings.device, metrics=metrics, read_aside=True)
     engine.warm_up()
     return Loaded(settings.model or release.name, release.config, engine)
 
@@ -198,7 +198,9 @@ class Replica:
         snapshot = await self._loop.run_in_executor(self._pool, whole.to_bytes, since_chunk)
         return replace(made, snapshot=snapshot)
 
-    async def _made(self, future: asyncio.Future[EncodedChunk | Refused], wait_s: float) -> EncodedChunk | Refused | None:
+    async def _made(
+        self, future: asyncio.Future[EncodedChunk | Refused], wait_s: float
+    ) -> EncodedChunk | Refused | None:
         """The chunk when it is there; None when that takes too long."""
         late_s = time.monotonic() + wait_s
         while (left_s := late_s - time.monotonic()) > 0 and not future.done():
@@ -351,7 +353,12 @@ class Replica:
                 self._fail(slot, result.chunk)
                 continue
             started_s = time.monotonic()
-            data = await self._loop.run_in_executor(self._pool, _encode_chunk, slot.encoder, result)
+            try:
+                data = await self._loop.run_in_executor(self._pool, _encode_chunk, slot.encoder, result)
+            except Exception as error:  # edge: whatever an encoder raises is one session's end, and told at once
+                _LOG.error("session %s: chunk %d was not encoded: %s", session_id, result.chunk, type(error).__name__)
+                slot.over = True
+                return self._fail(slot, result.chunk)
             self._metrics.observe("diagonal_chunk_encode_seconds", time.monotonic() - started_s)
             self._note_applied(slot, result)
             self._give(slot, result, data)

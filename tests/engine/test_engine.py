@@ -11,7 +11,7 @@ from diagonal.engine.script import Timeline
 from diagonal.engine.session import ChunkResult, PromptChange
 from diagonal.errors import FieldError
 from diagonal.model.vae import decoder_of
-from tests.engine.driving import OTHER, PROMPT, Clock, Sink, engine_of, equal, pull, spec_of, stream
+from tests.engine.driving import OTHER, PROMPT, Clock, Sink, engine_of, equal, meanwhile, pull, spec_of, stream
 from tests.networks import SmallRelease, small_release, small_vae
 
 # What comes out
@@ -184,6 +184,35 @@ def test_closing_frees_the_cache_within_one_step_and_leaves_the_others_alone() -
     stats = engine.stats()
     assert (stats.active_sessions, stats.free_slots, stats.cache_bytes) == (0, 4, 0)
     assert sink.gauges["diagonal_kv_cache_bytes"] == sink.gauges["diagonal_sessions_active"] == 0
+
+
+def test_the_gauge_of_the_cache_is_the_formula_of_every_window_to_the_byte_and_the_pool_bounds_it() -> None:
+    """METHOD I.8: 2 * layers * heads * head_dim * element size, for each token of the window."""
+    engine = engine_of("cache.window_frames=9", metrics=(sink := Sink()))
+    layout, tokens = engine._maker._network.config, engine.geometry.frame_tokens
+    frame = 2 * layout.num_layers * layout.num_attention_heads * layout.attention_head_dim * 4 * tokens
+    for name in "abcd":
+        engine.open(spec_of(name, frames=None, seed=ord(name)))
+    for chunk in range(5):
+        for name in "abcd":
+            engine.request(name)
+        assert len(engine.step()) == 4
+        window = min(9, 3 * (chunk + 1))
+        assert sink.gauges["diagonal_kv_cache_bytes"] == 4 * window * frame
+        assert engine.info("a").cache_bytes == window * frame
+    assert sink.gauges["diagonal_kv_cache_bytes"] == sink.gauges["diagonal_kv_cache_capacity_bytes"]
+
+
+def test_a_slot_is_free_within_the_chunk_in_which_its_session_is_closed() -> None:
+    engine = engine_of("serve.max_sessions=2")
+    for name in "ab":
+        stream(engine, spec_of(name, seed=ord(name)), 2)
+    meanwhile(engine, lambda: engine.close("b"))
+    for name in "ab":
+        engine.request(name)
+    assert [result.session_id for result in engine.step()] == ["a"], "nobody waits for b's chunk any more"
+    assert engine.stats().free_slots == 1 and engine.stats().cache_bytes == engine.info("a").cache_bytes
+    engine.open(spec_of("c"))
 
 
 def test_a_session_closed_before_its_first_chunk_leaves_nothing() -> None:

@@ -23,6 +23,7 @@ from diagonal.metrics import MetricSink, NullSink
 __all__ = ["BudgetError", "CapacityError", "Engine", "EngineStats", "Health"]
 
 FAILURES_IN_ROW = 3  # after so many failed chunks without a good one the engine no longer calls itself well
+READING_S = 1.0  # an idle engine waits so long at once for a prompt to be encoded
 _PROBE = SessionSpec("engine probe", "a probe", 0, None, paced=False)
 
 
@@ -47,7 +48,8 @@ class Engine(Sessions):
     """Owns the pool and the sessions of one device.
 
     `step`, `warm_up` and `exercise` belong to the one thread that drives the engine; all else (`Sessions`) may be
-    called from any thread.
+    called from any thread. With `read_aside`, `open`, `restore`, `interact` and `resume` return before new prompts are
+    encoded, and their sessions' chunks wait for that, nobody else's.
     """
 
     def __init__(
@@ -58,18 +60,20 @@ class Engine(Sessions):
         metrics: MetricSink | None = None,
         clock: Callable[[], float] = time.monotonic,
         reanchor: ReanchorPolicy | None = None,
+        read_aside: bool = False,
     ) -> None:
         maker = ChunkMaker(release, device, release.config.serve.max_sessions)
-        super().__init__(maker, metrics or NullSink(), clock)
+        super().__init__(maker, metrics or NullSink(), clock, read_aside)
         self._pool = maker.pool
         self._reanchor = reanchor or ReanchorPolicy.of(self.config.serve, maker.window_chunks)
         self._failures_in_row = 0
+        self._reading = False
 
     @torch.no_grad()
     def step(self) -> list[ChunkResult]:
         """Generate the next chunk of the sessions with least slack among those that asked; [] when none did."""
         self._settle()
-        chosen = self._next_batch()
+        chosen = self._next_batch() or self._after_reading()
         if not chosen:
             return []
         watch = _Stopwatch(self._clock())
@@ -152,8 +156,12 @@ class Engine(Sessions):
         """The sessions to make a chunk for, and the prompt changes that each takes in."""
         now_s = self._clock()
         with self._lock:
+            self._reading = False
             asking = {i: s for i, s in self._sessions.items() if s.asked and s.live and not s.ended}
-            candidates = [self._candidate(session, now_s) for session in asking.values()]
+            for session in asking.values():
+                self._maker.ask_texts(session)
+                self._reading = self._reading or session.reading
+            candidates = [self._candidate(session, now_s) for session in asking.values() if not session.reading]
             playing = any(session.playing for session in self._sessions.values())
             serve = self.config.serve
             background_s = serve.lead_s / 2 if playing else inf
@@ -162,6 +170,17 @@ class Engine(Sessions):
                 session.asked = False
                 self._metrics.observe("diagonal_session_queue_seconds", now_s - (session.asked_s or now_s))
             return [(session, list(session.pending)) for session in chosen]
+
+    def _after_reading(self) -> list[tuple[Session, list[PromptChange]]]:
+        """The same, where all that ask wait for their prompts to be encoded: that of the first, or of a new request."""
+        chosen: list[tuple[Session, list[PromptChange]]] = []
+        ends_s = time.monotonic() + READING_S
+        while self._reading and not chosen and (left_s := ends_s - time.monotonic()) > 0:
+            self._maker.prompts.news.wait(left_s)
+            self._maker.prompts.news.clear()
+            self._settle()
+            chosen = self._next_batch()
+        return chosen
 
     def _candidate(self, session: Session, now_s: float) -> Candidate:
         """Its playout slack, less the re-cache that its next chunk needs first."""

@@ -19,7 +19,8 @@ from diagonal.diffusion.rollout import (
     new_pool,
     recache,
 )
-from diagonal.engine.script import PromptChange, SessionSpec, Timeline
+from diagonal.engine.prompts import Prompts, asked
+from diagonal.engine.script import PromptChange, SessionSpec
 from diagonal.engine.session import Session, SessionState
 from diagonal.engine.snapshot import Identity, ReleaseLike
 from diagonal.model.cache import CacheBatch, PoolExhaustedError
@@ -71,7 +72,8 @@ class ChunkMaker:
         self.identity = Identity.of(release)
         self.window_chunks = self.config.cache.window_frames // self.geometry.chunk_frames
         self._network = release.generator(device)
-        self._text = release.text(device)
+        text = release.text(device)
+        self.prompts = Prompts(lambda prompt: text.encode([prompt]), torch.device(device))
         self._decoder = release.decoder(device)
         self.pool = new_pool(self.config, self._network, slots * self.window_chunks)
 
@@ -81,6 +83,10 @@ class ChunkMaker:
             spec, schedule, new_cache(self.config, self.pool), self._decoder.start(),
             self.config.serve.decoder_history_frames, self.identity, shortened,
         )
+
+    def ask_texts(self, session: Session) -> None:
+        """Have the prompts encoded that its next chunk needs, and let go of others."""
+        session.texts = asked(self.prompts, session.prompts_needed, session.texts)
 
     def prepare(self, session: Session, changes: Sequence[PromptChange] = ()) -> int:
         """Bring text, cache and decoder to the next chunk; returns the forwards of a re-cache. One serves all reasons.
@@ -114,13 +120,11 @@ class ChunkMaker:
         moved = session.timeline.moving
         session.timeline = session.timeline.advance()
         if moved or session.text is None:
-            session.text = self._encode(session.timeline)
+            texts = asked(self.prompts, session.timeline.prompts, session.texts)
+            session.text = session.timeline.text(lambda prompt: texts[prompt].result())
         if moved:
             session.drift.restart()
         return moved
-
-    def _encode(self, timeline: Timeline) -> Tensor:
-        return timeline.text(lambda prompt: self._text.encode([prompt]))
 
     def _cut_window(self, session: Session) -> bool:
         """Keep the sink and the newest chunk alone; whether that was less than before."""
@@ -167,7 +171,7 @@ class ChunkMaker:
         """Leave nothing of the session on the device; its latents are on the CPU anyway."""
         session.cache.close()
         session.decoder_state = self._decoder.start()
-        session.text = None
+        session.text, session.texts = None, {}
 
     def settle(self) -> None:
         """Wait for the device, where a time is to be measured outside the hot loop."""
@@ -192,7 +196,8 @@ def emit(
     """The step's one host sync: what its sessions show and keep, in one transfer, with whether it is finite.
 
     Pixels are of one shape; latents are kept as `dtype`; `finite` says of each session's cache and pixels whether they
-    are finite, and the latents are looked at here. So a snapshot is made without the device, and never waits for the next chunk's kernels.
+    are finite, and the latents are looked at here. So a snapshot is made without the device, and never waits for the
+    next chunk's kernels.
     `SessionError` stands for what is not finite, or could not be brought over.
     """
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -113,6 +114,7 @@ class Session:
     next_chunk: int = 0
     timeline: Timeline = field(default_factory=lambda: Timeline(()))
     text: Tensor | None = None
+    texts: dict[str, Future[Tensor]] = field(default_factory=dict)
     pending: deque[PromptChange] = field(default_factory=deque)
     applying: tuple[PromptChange, ...] = ()
     kept: list[KeptChunk] = field(default_factory=list)
@@ -179,6 +181,21 @@ class Session:
         """Set the clock so that the viewer has `ahead_s` seconds of media left now."""
         if ahead_s is not None:
             self.started_s = now_s - (geometry.pixel_start(self.next_chunk) / geometry.pixel_fps - ahead_s)
+
+    @property
+    def prompts_needed(self) -> tuple[str, ...]:
+        """Prompts whose embeddings the next chunk is made from; () where the text stays as it is."""
+        newest = self.pending[-1] if self.pending else None
+        if newest is not None and newest.transition_chunks <= 1:
+            return (newest.prompt,)
+        if newest is None and self.text is not None and not self.timeline.moving:
+            return ()
+        return self.timeline.prompts if newest is None else (*self.timeline.prompts, newest.prompt)
+
+    @property
+    def reading(self) -> bool:
+        """Whether embeddings that its next chunk needs are still to come."""
+        return not all(text.done() for text in self.texts.values())
 
     def progress(self, geometry: ChunkGeometry, now_s: float) -> Progress:
         """What admission needs to know of it."""

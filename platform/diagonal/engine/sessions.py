@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -54,9 +55,11 @@ class EngineStats:
 class Sessions:
     """Admits sessions and takes what is asked of them; the engine's own thread does it at the next chunk boundary."""
 
-    def __init__(self, maker: ChunkMaker, metrics: MetricSink, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, maker: ChunkMaker, metrics: MetricSink, clock: Callable[[], float], read_aside: bool
+    ) -> None:
         self.config, self.geometry, self.identity = maker.config, maker.geometry, maker.identity
-        self._maker, self._metrics, self._clock = maker, metrics, clock
+        self._maker, self._metrics, self._clock, self._read_aside = maker, metrics, clock, read_aside
         serve = self.config.serve
         self._slots = serve.max_sessions
         self._budget = Budget(share=serve.budget_share, batch_limit=serve.batch_sessions)
@@ -79,6 +82,7 @@ class Sessions:
                 self._metrics.inc("diagonal_schedules_shortened_total")
             session.save(self.geometry, None)
             self._sessions[spec.session_id] = session
+        self._read(session)
         self._report_occupancy()
 
     def restore(self, snapshot: Snapshot, ahead_s: float | None = None) -> None:
@@ -104,6 +108,7 @@ class Sessions:
                 session.log("restore")
             session.play_from(self.geometry, snapshot.ahead_s if ahead_s is None else ahead_s, self._clock())
             self._sessions[spec.session_id] = session
+        self._read(session)
         self._report_occupancy()
 
     def interact(self, session_id: str, change: PromptChange) -> None:
@@ -113,11 +118,14 @@ class Sessions:
         changes wait.
         """
         with self._lock:
-            pending = self._sessions[session_id].pending
+            session = self._sessions[session_id]
+            pending = session.pending
             if all(change.event_id != waiting.event_id for waiting in pending):
                 few = f"one of at most {MAX_PENDING} that wait for a chunk"
                 require(len(pending) < MAX_PENDING, "event_id", change.event_id, few)
                 pending.append(change)
+        if session.live:
+            self._read(session)
 
     def request(self, session_id: str) -> None:
         """Ask for the session's next chunk, of a paused one for when it is resumed; `KeyError` for an unknown one."""
@@ -125,6 +133,7 @@ class Sessions:
             session = self._sessions[session_id]
             session.asked_s = session.asked_s if session.asked else self._clock()
             session.asked = True
+        self._maker.prompts.news.set()
 
     def reanchor(self, session_id: str) -> None:
         """Write the session's cache anew from sink and newest chunk alone, before the next chunk; `KeyError` for an
@@ -163,6 +172,7 @@ class Sessions:
             session.stale = "resume" if session.next_chunk else ""
             session.play_from(self.geometry, session.ahead_s, self._clock())
             session.log("resume")
+        self._read(session)
         self._report_occupancy()
 
     def close(self, session_id: str) -> None:
@@ -226,6 +236,12 @@ class Sessions:
             len(live), self._slots - len(live), self._maker.pool.bytes_in_use, self._maker.pool.capacity_bytes,
             self._chunk_s, len(paused), state_bytes, sum(session.latents_bytes() for session in paused), busy,
         )
+
+    def _read(self, session: Session) -> None:
+        """Have its prompts encoded, on the thread that does that: never while the engine's step waits for the lock."""
+        self._maker.ask_texts(session)
+        if not self._read_aside:
+            wait(session.texts.values())
 
     def _schedule(self, steps: str | None) -> StepSchedule:
         own = self.config.schedule
