@@ -8,6 +8,7 @@ from typing import Any
 
 import sqlalchemy as sql
 
+from diagonal.chain import Link
 from serve.records import ChunkEvents, EncodedChunk, Interaction, InteractionKind, Pacing, Status, VideoRecord
 from serve.tables import CHUNKS, IDEMPOTENCY, INTERACTIONS, USAGE, VIDEOS, Tables
 
@@ -48,7 +49,7 @@ class Database:
 
     def add_chunk(
         self, video_id: str, epoch: int, chunk: EncodedChunk, file: str, sha256: str, now: float,
-        snapshot: str = "", whole_snapshot: bool = False,
+        snapshot: str = "", whole_snapshot: bool = False, link: Link | None = None,
     ) -> bool:
         """Note a chunk whose files are there, if it is the next one and comes from the newest driver.
 
@@ -64,6 +65,8 @@ class Database:
                 return connection.execute(CHUNKS.select().where(same)).first() is not None
             place = {"chunk": chunk.chunk, "first_pixel_frame": chunk.first_pixel_frame, "file": file}
             about = {"frames": chunk.frames, "sha256": sha256, "snapshot": snapshot, "whole_snapshot": whole_snapshot}
+            if link is not None:
+                about |= {name: getattr(link, name) for name in ("last", "previous", "signature", "public_key")}
             connection.execute(CHUNKS.insert().values(video_id=video_id, **place, **about))
             if chunk.applied_event_ids:
                 applied = INTERACTIONS.c.event_id.in_(chunk.applied_event_ids)
@@ -72,13 +75,19 @@ class Database:
             _charge_long_stream(connection, video_id, chunk, video.account, video.fps, now)
             return True
 
-    def chunk(self, video_id: str, chunk: int) -> tuple[int, str, str] | None:
-        """Pixel frames, file and SHA-256 of a chunk that is there."""
-        columns = (CHUNKS.c.frames, CHUNKS.c.file, CHUNKS.c.sha256)
-        query = sql.select(*columns).where(CHUNKS.c.video_id == video_id, CHUNKS.c.chunk == chunk)
+    def chunk(self, video_id: str, chunk: int) -> tuple[int, str, Link] | None:
+        """Pixel frames, file and link of a chunk that is there."""
+        query = CHUNKS.select().where(CHUNKS.c.video_id == video_id, CHUNKS.c.chunk == chunk)
         with self._tables.reading() as connection:
-            row = connection.execute(query).first()
-            return None if row is None else (row.frames, row.file or str(chunk), row.sha256)
+            row = connection.execute(query).mappings().first()
+            return None if row is None else (row["frames"], row["file"] or str(chunk), _link(row))
+
+    def links(self, video_id: str, start_chunk: int, limit: int) -> list[Link]:
+        """The chain's links of the chunks that are there, from `start_chunk` on, at most `limit`."""
+        mine = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk >= start_chunk)
+        with self._tables.reading() as connection:
+            query = CHUNKS.select().where(mine).order_by(CHUNKS.c.chunk).limit(limit)
+            return [_link(row) for row in connection.execute(query).mappings()]
 
     def events_at(self, video_id: str, chunk: int) -> ChunkEvents:
         """Which prompt changes began with that chunk, are still blending in it, and are done with it."""
@@ -255,6 +264,11 @@ def _charge_long_stream(
     beyond = min(chunk.frames, chunk.first_pixel_frame + chunk.frames - _FIRST_MINUTE_S * fps)
     if kind == Pacing.REALTIME.value and beyond > 0:
         connection.execute(USAGE.insert().values(account=account, at=now, frames=beyond))
+
+
+def _link(row: sql.RowMapping) -> Link:
+    names = ("chunk", "sha256", "previous", "last", "signature", "public_key")
+    return Link(**{name: row[name] for name in names})
 
 
 def _interaction(row: sql.RowMapping) -> Interaction:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from diagonal.media.encode import write_fragments
@@ -14,6 +15,14 @@ from diagonal.storage.disk import Disk, sync
 
 INIT = "init"
 FINISHED = "video.mp4"
+
+
+@dataclass(frozen=True)
+class Seal:
+    """`write(plain, target)` makes of a finished file the one that counts; `is_on(path)` tells whether one is."""
+
+    write: Callable[[Path, Path], None]
+    is_on: Callable[[Path], bool]
 
 
 class MediaFiles:
@@ -36,18 +45,37 @@ class MediaFiles:
         for name in names:
             (self._root / video_id / name).unlink(missing_ok=True)
 
-    def join(self, video_id: str, names: Iterable[str]) -> None:
+    def join(self, video_id: str, names: Iterable[str], seal: Seal | None = None) -> None:
         """Make the finished file of the named segments, in order, and bring it to the durable storage.
 
-        `StorageError` when that does not take it; a second call tries again.
+        With `seal` no file counts without it. `StorageError` when the storage does not take it; a second call tries
+        again.
         """
         path = self._root / video_id / FINISHED
+        if seal is not None and path.is_file() and not seal.is_on(path):
+            path.unlink()  # it was made when none was asked for
         if not path.is_file():
-            write_fragments(path, (self.read(video_id, name) for name in names))
+            segments = (self.read(video_id, name) for name in names)
+            if seal is None:
+                write_fragments(path, segments)
+            else:
+                self._write_sealed(path, segments, seal)
             sync(path)
             sync(path.parent)
         if self._durable is not None:
             (self._durable / video_id).put(path, FINISHED)
+
+    def _write_sealed(self, path: Path, segments: Iterable[bytes], seal: Seal) -> None:
+        """Nothing has the file's name before it is sealed and on the disk."""
+        plain, sealed = (path.with_name(f".{path.name}.{kind}") for kind in ("plain", "sealed"))
+        try:
+            write_fragments(plain, segments)
+            seal.write(plain, sealed)
+            sync(sealed)
+            os.replace(sealed, path)
+        finally:
+            plain.unlink(missing_ok=True)
+            sealed.unlink(missing_ok=True)
 
     def find(self, video_id: str) -> Path | None:
         """The finished file on the local disk, fetched if it is elsewhere; None when there is none.

@@ -109,7 +109,8 @@ def chunk_metadata(
         "started_event_ids": segment.events.started,
         "active_event_ids": segment.events.active,
         "completed_event_ids": segment.events.completed,
-        "chunk_sha256": segment.sha256,
+        "chunk_sha256": segment.link.sha256 if segment.link else "",
+        "chunk_link": segment.link.as_answer() if segment.link and segment.link.signature else None,
         "resume_token": resume_token,
     }
 

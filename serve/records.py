@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from diagonal.chain import Link
 from diagonal.geometry import ChunkGeometry
 
 KEPT_CHUNKS = 96  # of a stream without an end: what a slow viewer, or one who comes back, may still read
@@ -92,6 +93,15 @@ class Caller:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What an account used: videos under way, frames in the last minute, and when the first of these are forgotten."""
+
+    sessions: int
+    frames: int
+    reset_s: float
+
+
+@dataclass(frozen=True)
 class Idempotency:
     """A caller's own name for one request, and a hash of what it asked for."""
 
@@ -105,6 +115,7 @@ class VideoRecord:
 
     `replica` is the one that holds its session. `epoch` counts its drivers: only the newest may add chunks.
     `frames` is 0 for a stream without an end.
+    `release_sha256` is that of its release's manifest; `prompt_salt` keeps the prompt's hash from being guessed.
     `owner` is the key that made it, `account` pays for it; `resume_hash` is that of the only resume token that counts.
     `orphan` is told with every answer: nobody drives it, so whoever asks should.
     """
@@ -133,6 +144,8 @@ class VideoRecord:
     expires_at: float | None = None
     resume_hash: str = ""
     paused: bool = False
+    release_sha256: str = ""
+    prompt_salt: str = ""
     orphan: bool = False
     interactions: tuple[Interaction, ...] = ()
 
@@ -150,6 +163,15 @@ class VideoRecord:
     def whole(self) -> bool:
         """Whether every frame is made; the file may not be there yet."""
         return not self.endless and self.frames_done >= self.frames
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What tells where a video came from: the key of live chunks, whether files are signed, which watermark is in."""
+
+    public_key: str
+    content_credentials: bool
+    watermark: str
 
 
 @dataclass(frozen=True)
@@ -223,7 +245,7 @@ class Segment:
     data: bytes | None = None
     frames: int = 0
     orphan: bool = False
-    sha256: str = ""
+    link: Link | None = None
     events: ChunkEvents = ChunkEvents()
     superseded: bool = False
     error_code: str | None = None

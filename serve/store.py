@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
+import secrets
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,11 +21,13 @@ from typing import ParamSpec, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from diagonal.chain import Link
 from diagonal.storage import Folder, StorageError
 from serve.admission import Admission
 from serve.credentials import Credentials, Secret
 from serve.database import Database
 from serve.files import INIT, MediaFiles, read_part
+from serve.provenance import ContentCredentials, SigningError
 from serve.records import (
     KEPT_CHUNKS,
     LIVE,
@@ -34,13 +36,16 @@ from serve.records import (
     EncodedChunk,
     Idempotency,
     Interaction,
+    Provenance,
     Refused,
     Segment,
     Status,
+    Usage,
     Verdict,
     VideoRecord,
 )
 from serve.settings import ServeSettings
+from serve.signing import ChunkSigner, signing_key
 from serve.tables import Tables
 from serve.watches import Watch
 
@@ -50,6 +55,7 @@ _LOG = logging.getLogger("ray.serve")
 _FILE_WAIT_S = 5.0
 _STORAGE_PATIENCE_S = 30.0
 _STRAY_S = 3600.0
+_SIGNING_TRIES, _SALT_BYTES = 3, 16
 _TRIM_EVERY = 8
 _MAX_PENDING = 64  # as `serve.schemas` publishes it
 
@@ -61,7 +67,7 @@ class Store:
         self,
         settings: ServeSettings,
         *,
-        driver_silence_s: float = 10.0,
+        driver_silence_s: float = 4.0,  # four of a driver's beats: one that was only slow is superseded, no harm
         reader_silence_s: float = 15.0,
         sweep_s: float = 5.0,
     ) -> None:
@@ -73,6 +79,10 @@ class Store:
         self._credentials = Credentials(self._tables)
         durable = Folder(settings.files, _STORAGE_PATIENCE_S) if settings.files else None
         self._files = MediaFiles(root / "videos", durable)
+        self._signer = ChunkSigner(signing_key(settings.signing_key, root), self._database, self._files)
+        signed = (settings.c2pa_certificate, settings.c2pa_key)
+        self._credentials_of_files = ContentCredentials.from_files(*signed) if all(signed) else None
+        self._signing_tries: defaultdict[str, int] = defaultdict(int)
         self._driver_silence_s, self._reader_silence_s = driver_silence_s, reader_silence_s
         self._watches: defaultdict[str, Watch] = defaultdict(Watch)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")  # one writer, and the loop stays free
@@ -89,6 +99,7 @@ class Store:
     ) -> VideoRecord | Refused | None:
         """Keep a new video, which no replica holds yet; or the one that this request made before, or why not."""
         self._watches[video.id].driven_at = time.monotonic()
+        video = replace(video, prompt_salt=secrets.token_hex(_SALT_BYTES))
         known = await self._run(self._admission.admit, video, caller, idempotency, self._now())
         if known is not None:
             self._watches.pop(video.id, None)
@@ -99,6 +110,10 @@ class Store:
         self._watches[video_id].driven_at = time.monotonic()
         await self._run(self._files.put, video_id, INIT, init)
         return await self._run(self._database.opened, video_id, replica, mime)
+
+    async def usage(self, caller: Caller) -> Usage:
+        """What the caller's account used of its quotas."""
+        return await self._run(self._admission.usage, caller, self._now())
 
     async def withdraw(self, video: VideoRecord, caller: Caller) -> None:
         """No replica took an admitted video: it never was."""
@@ -132,6 +147,17 @@ class Store:
         self._watches[video_id].driven_at = time.monotonic()
         return await self._run(self._database.get, video_id)
 
+    async def release(self, video_id: str, epoch: int) -> None:
+        """A driver lets go of its video: another one may take it at once."""
+        video = await self._run(self._database.get, video_id)
+        if video is not None and video.epoch == epoch and video_id in self._watches:
+            self._watches[video_id].driven_at = float("-inf")
+
+    async def orphans(self) -> list[VideoRecord]:
+        """The videos that nobody drives, though chunks are missing."""
+        found = await self._run(self._database.under_way)
+        return [replace(video, orphan=True) for video in found if self._is_orphan(video) and not video.whole]
+
     async def check(self, video_id: str, epoch: int) -> Verdict:
         """A driver asks whether to make the next chunk."""
         video = await self._run(self._database.get, video_id)
@@ -155,12 +181,12 @@ class Store:
         """
         if not (await self.check(video_id, epoch)).go:
             return False
-        file, sha256 = f"{chunk.chunk}-{epoch}", hashlib.sha256(chunk.data).hexdigest()
+        file, link = f"{chunk.chunk}-{epoch}", await self._run(self._signer.link, video_id, chunk)
         await self._run(self._files.put, video_id, file, chunk.data)
         state = f"snapshot-{file}" if snapshot else ""
         if snapshot:
             await self._run(self._files.put, video_id, state, snapshot)
-        about = (file, sha256, self._now(), state, whole_snapshot)
+        about = (file, link.sha256, self._now(), state, whole_snapshot, link)
         if not await self._run(self._database.add_chunk, video_id, epoch, chunk, *about):
             return False
         self._tell(video_id)
@@ -185,6 +211,14 @@ class Store:
             self._completing[video_id] = task
             task.add_done_callback(lambda _: self._completing.pop(video_id, None))
         await asyncio.wait({task}, timeout=_FILE_WAIT_S)
+
+    async def provenance(self) -> Provenance:
+        """What tells where a video came from."""
+        return Provenance(self._signer.public_key, self._credentials_of_files is not None, self._settings.watermark)
+
+    async def links(self, video_id: str, start_chunk: int, limit: int) -> list[Link]:
+        """The signed chain of a stream's chunks, as far as it is made and kept."""
+        return await self._run(self._database.links, video_id, start_chunk, limit)
 
     async def end(self, video_id: str, status: Status, code: str | None = None, message: str | None = None) -> bool:
         """A video ends before its last chunk; False when it was over."""
@@ -324,12 +358,26 @@ class Store:
 
     async def _complete(self, video_id: str) -> None:
         names = [INIT, *await self._run(self._database.chunk_files, video_id)]
+        video = await self._run(self._database.get, video_id)
+        if video is None:
+            return
         try:
-            await self._apart(self._files.join, video_id, names)
+            seal = None if self._credentials_of_files is None else self._credentials_of_files.seal(video)
+            await self._apart(self._files.join, video_id, names, seal)
+        except SigningError as error:
+            return await self._not_signed(video_id, error)
         except (StorageError, OSError) as error:  # the upkeep tries again
             _LOG.error("video %s: its file waits for the storage: %s", video_id, error)
             return
         await self.end(video_id, Status.COMPLETED)
+
+    async def _not_signed(self, video_id: str, error: SigningError) -> None:
+        """The upkeep tries again, a few times; a file that should be signed is never given out without."""
+        self._signing_tries[video_id] += 1
+        _LOG.error("video %s: its file could not be signed: %s", video_id, error)
+        if self._signing_tries[video_id] >= _SIGNING_TRIES:
+            del self._signing_tries[video_id]
+            await self.end(video_id, Status.FAILED, "signing_failed", "the finished file could not be signed")
 
     async def _trim_endless(self, video_id: str, before: int) -> None:
         """Of a stream without an end the newest chunks alone are kept."""
@@ -367,15 +415,15 @@ class Store:
         news = Segment(
             video.status, orphan=self._is_orphan(video), superseded=superseded, error_code=video.error_code
         )
-        init = (0, INIT, "") if video.status is not Status.QUEUED else None
+        init = (0, INIT, None) if video.status is not Status.QUEUED else None
         made = init if chunk < 0 else self._database.chunk(video_id, chunk)
         if superseded or made is None:
             return replace(news, gone=0 <= chunk < video.chunks_done)
-        frames, file, sha256 = made
+        frames, file, link = made
         events = self._database.events_at(video_id, chunk) if reader.startswith(LIVE) else ChunkEvents()
         try:
             data = self._files.read(video_id, file)
-            return replace(news, data=data, frames=frames, sha256=sha256, events=events)
+            return replace(news, data=data, frames=frames, link=link, events=events)
         except FileNotFoundError:
             if self._database.get(video_id) is None:
                 return None  # deleted in between
@@ -389,9 +437,8 @@ class Store:
         return time.monotonic() - max(watch.driven_at, self._started_at)
 
     def _is_orphan(self, video: VideoRecord) -> bool:
-        watch = self._watches.get(video.id, Watch())
         held = not video.status.over and video.status is not Status.QUEUED
-        return held and time.monotonic() - watch.driven_at > self._driver_silence_s
+        return held and self._silence_s(video) > self._driver_silence_s
 
     def _is_lost(self, video: VideoRecord) -> bool:
         """Nobody drives it, and its replica has let the session go by now."""

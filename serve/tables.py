@@ -5,14 +5,14 @@ SQLite by default, PostgreSQL by URL. Every write is one transaction that is on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sql
 from sqlalchemy import Column, Float, Index, Integer, MetaData, String, Table, Text
 
-VERSION = 2
+VERSION = 3
 LOCAL = "local"  # who a video belongs to when callers of this machine need no key
 _BUSY_TIMEOUT_MS = 15_000
 _MIGRATION_LOCK = 7_046_029_254_386_353_131  # an advisory lock's number, the same in every process
@@ -47,6 +47,8 @@ VIDEOS = Table(
     Column("expires_at", Float),
     Column("resume_hash", String(64), nullable=False, server_default=""),
     Column("paused", sql.Boolean, nullable=False, server_default=sql.false()),
+    Column("release_sha256", String(64), nullable=False, server_default=""),
+    Column("prompt_salt", String(64), nullable=False, server_default=""),
     Index("videos_by_resume_hash", "resume_hash"),
 )
 CHUNKS = Table(
@@ -60,6 +62,10 @@ CHUNKS = Table(
     Column("sha256", String(64), nullable=False, server_default=""),
     Column("snapshot", String(64), nullable=False, server_default=""),
     Column("whole_snapshot", sql.Boolean, nullable=False, server_default=sql.false()),
+    Column("last", sql.Boolean, nullable=False, server_default=sql.false()),
+    Column("previous", String(128), nullable=False, server_default=""),
+    Column("signature", String(128), nullable=False, server_default=""),
+    Column("public_key", String(64), nullable=False, server_default=""),
 )
 INTERACTIONS = Table(
     "interactions",
@@ -170,16 +176,26 @@ def _to_2(connection: sql.Connection) -> None:
         CHUNKS: ("file", "sha256", "snapshot", "whole_snapshot"),
         INTERACTIONS: ("kind",),
     }
-    for table, names in added.items():
-        for name in names:
-            column = sql.schema.CreateColumn(table.c[name]).compile(dialect=connection.dialect)
-            connection.execute(sql.text(f"ALTER TABLE {table.name} ADD COLUMN {column}"))
+    _add_columns(connection, added)
     for index in VIDEOS.indexes:
         index.create(connection)
     _TABLES.create_all(connection, [SCHEMA, KEYS, CLIENT_SECRETS, USAGE, IDEMPOTENCY])
 
 
-_STEPS: tuple[Callable[[sql.Connection], None], ...] = (_to_2,)
+def _to_3(connection: sql.Connection) -> None:
+    """The signed chain of chunks, and what content credentials say of a video."""
+    chain = ("last", "previous", "signature", "public_key")
+    _add_columns(connection, {VIDEOS: ("release_sha256", "prompt_salt"), CHUNKS: chain})
+
+
+def _add_columns(connection: sql.Connection, added: Mapping[Table, tuple[str, ...]]) -> None:
+    for table, names in added.items():
+        for name in names:
+            column = sql.schema.CreateColumn(table.c[name]).compile(dialect=connection.dialect)
+            connection.execute(sql.text(f"ALTER TABLE {table.name} ADD COLUMN {column}"))
+
+
+_STEPS: tuple[Callable[[sql.Connection], None], ...] = (_to_2, _to_3)
 
 
 def _tune_sqlite(connection: Any, _: Any) -> None:

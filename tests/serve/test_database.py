@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sql
 
+from diagonal.chain import Link
 from serve.admission import Admission
 from serve.credentials import Credentials, parse_secret
 from serve.database import Database, chunk_events
@@ -187,7 +188,7 @@ def test_a_database_of_the_first_version_is_brought_up_with_what_it_holds(databa
         video = database.get("video_1")
         assert video is not None and (video.owner, video.epoch, video.expires_at) == ("local", 3, None)
         assert video.interactions == (Interaction("e1", "x"),)
-        assert database.chunk("video_1", 0) == (9, "0", "")
+        assert database.chunk("video_1", 0) == (9, "0", Link(0, "", "", False))
         with tables.reading() as connection:
             assert connection.execute(sql.text("SELECT version FROM schema")).scalar() == VERSION
         tables.close()
