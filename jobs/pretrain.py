@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from diagonal.errors import require
 from diagonal.evaluate.quality import score_teacher
@@ -21,8 +20,8 @@ from diagonal.training.pretrain import (
 )
 from diagonal.tree import write_json
 from jobs.run import Run, main, opened, parser, say
+from jobs.timing import Progress
 
-PROGRESS_EVERY_S = 10.0
 SCORED_CLIPS = 216
 SCORES = "scores.json"
 
@@ -37,10 +36,10 @@ def pretrain(run: Run) -> None:
     encoder = build_text_encoder(config, len(tokenizer))
     say("pretrain: fitting the linear codec, then the autoencoder to its latents")
     linear = fit_codec(config)
-    codec = train_vae(config, linear, _Progress(config.pretrain.codec_updates))
+    codec = train_vae(config, linear, Progress("pretrain", config.pretrain.codec_updates))
     say(f"pretrain: drawing {config.pretrain.clips} clips")
     corpus = build_corpus(config, linear, TextEncoder(tokenizer, encoder, config.model.text_tokens))
-    state = train_teacher(config, corpus, _Progress(config.pretrain.updates))
+    state = train_teacher(config, corpus, Progress("pretrain", config.pretrain.updates))
     lineage = {"stage": "pretrain", "seed": config.seed, "updates": config.pretrain.updates,
                "command": "python jobs/pretrain.py --preset tiny"}
     with folder.replaced(last=SCORES) as new:
@@ -48,22 +47,6 @@ def pretrain(run: Run) -> None:
         scores = score_teacher(new, config, clips=SCORED_CLIPS, seed=config.seed)
         write_json(new / SCORES, {"clips": SCORED_CLIPS, "teacher": scores})
     say("pretrain: " + ", ".join(f"{name} {value['mean']:.3f}" for name, value in scores.items()))
-
-
-class _Progress:
-    """Prints the newest losses and the time left, now and then."""
-
-    def __init__(self, updates: int) -> None:
-        self._updates = updates
-        self._started_s = self._printed_s = time.monotonic()
-
-    def __call__(self, update: int, figures: Mapping[str, float]) -> None:
-        now_s = time.monotonic()
-        if now_s - self._printed_s > PROGRESS_EVERY_S or update == self._updates:
-            self._printed_s = now_s
-            left_s = (self._updates - update) * (now_s - self._started_s) / update
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            say(f"pretrain: update {update}/{self._updates}, {shown}, about {left_s:.0f} s left")
 
 
 def work(argv: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ FREE_FIELDS = frozenset({  # where and how often, never what: a run may go on wi
     "train.stall_timeout_s", "train.sample_every", "train.sample_clips",
     "ode_init.checkpoint_every", "ode_init.micro_batch_size",
     "distill.checkpoint_every", "distill.keep_checkpoints", "distill.micro_batch_size", "distill.max_nonfinite",
-    "pairs.text_workers", "pairs.solver_workers", "pairs.max_bad_share",
+    "pairs.text_workers", "pairs.solver_workers", "pairs.max_bad_share", "decoder.checkpoint_every",
     "prompts.extend_timeout_s", "prompts.extend_concurrency", "prompts.extend_key_variable",
 })  # fmt: skip
 

@@ -232,6 +232,31 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class DecoderConfig:
+    """The fast decoder's layout, and how jobs/decoder.py distils it from the full one.
+
+    `widths` and `blocks` are by level, each of twice the height and width (see model/fast_decoder.py). It learns from
+    `clips` clips of the release's student, cut to `crop` latents a side (0: whole), `frames` latent frames a sample.
+    `difference` weighs the error of what changes from pixel to pixel in time and space.
+    """
+
+    widths: tuple[int, ...] = (256, 128, 64)
+    blocks: tuple[int, ...] = (3, 3, 2)
+    clips: int = 512
+    crop: int = 32
+    frames: int = 9
+    updates: int = 20_000
+    batch_size: int = 8
+    lr: float = 1e-3
+    difference: float = 1.0
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        _positive(self, "decoder", "clips", "frames", "updates", "batch_size", "lr", "checkpoint_every")
+        _not_negative(self, "decoder", "crop", "difference")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How training runs: workers, sharding, where runs are kept, and what is done when something breaks.
 
@@ -279,6 +304,10 @@ class ServeConfig:
     `max_paused_sessions` beside the `max_sessions` wait without a cache, each for `max_paused_s`. A stream is anchored
     anew on its sink and newest chunk when a measure of its pictures left that of its first chunks by `reanchor_drift`
     (0.3 is 30 %), or every `reanchor_every_chunks`; 0 is never.
+
+    `decoder` fast is the release's small one, if it has one. `linear_dtype` fp8 computes the blocks' linear layers and
+    `cache_dtype` fp8 keeps keys and values in 8 bits (see model/fp8.py). `decoder_layout` is how the decoder's
+    convolutions hold their weights, `overlap_decode` lets a GPU decode one chunk while it makes another one.
     """
 
     max_sessions: int = 4
@@ -294,6 +323,11 @@ class ServeConfig:
     max_paused_s: float = 600.0
     reanchor_drift: float = 0.0
     reanchor_every_chunks: int = 0
+    decoder: Literal["full", "fast"] = "full"
+    decoder_layout: Literal["contiguous", "channels_last"] = "contiguous"
+    overlap_decode: bool = False
+    linear_dtype: Literal["model", "fp8"] = "model"
+    cache_dtype: Literal["model", "fp8"] = "model"
 
     def __post_init__(self) -> None:
         _positive(self, "serve", "max_sessions", "batch_sessions", "decoder_history_frames")
@@ -318,6 +352,7 @@ class Config:
     pairs: PairsConfig = field(default_factory=PairsConfig)
     ode_init: OdeInitConfig = field(default_factory=OdeInitConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
 
@@ -385,6 +420,10 @@ def _tiny() -> Config:
         distill=DistillConfig(
             stage1_updates=150, stage2_updates=150, batch_size=16, micro_batch_size=16, guidance=1.5, ema_start=20,
             checkpoint_every=50, lr=2e-4, critic_lr=4e-4,
+        ),
+        decoder=DecoderConfig(
+            widths=(64, 48, 24), blocks=(1, 1, 1), clips=192, crop=0, updates=2400, batch_size=8, lr=2e-3,
+            checkpoint_every=100,
         ),
         train=TrainConfig(workers=2, gpus_per_worker=0.0, checkpoint_activations=False),
         serve=ServeConfig(max_sessions=8, pixel_scale=8),

@@ -6,8 +6,8 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import diagonal
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.model.dit import CausalWan
+from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of
 from diagonal.storage import Folder
@@ -31,6 +32,7 @@ Model = TypeVar("Model", bound=ModelMixin)
 FORMAT_VERSION = 1
 MANIFEST, CONFIG, LINEAGE = "manifest.json", "config.json", "lineage.json"
 SHARED_FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
+FAST_DECODER = "decoder"  # of a release that has one
 
 
 class ReleaseError(RuntimeError):
@@ -156,6 +158,19 @@ def load_decoder(folder: Path, config: Config) -> Decoder:
     return decoder_of(load_codec(folder, config))
 
 
+def load_fast_decoder(folder: Path, config: Config) -> FastDecoder:
+    """The fast decoder in `folder/decoder`, checked against the geometry; `FieldError` when there is none."""
+    path = folder / FAST_DECODER
+    require((path / CONFIG).is_file(), "serve.decoder", "fast", f"full: {folder} has no {FAST_DECODER}/, which "
+            "jobs/decoder.py makes")
+    network: FastDecoder = _load_whole(FastDecoder, path)
+    for field in ("latent_channels", "temporal_stride", "spatial_stride"):
+        wanted = getattr(config.geometry, field)
+        require(network.config[field] == wanted, f"decoder {field}", network.config[field],
+                f"geometry.{field} = {wanted}")
+    return network.eval().requires_grad_(False)
+
+
 def save_transformer(folder: Path, layout: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Write `folder/transformer` so that diffusers' `WanTransformer3DModel.from_pretrained` loads it; not atomic.
 
@@ -245,8 +260,22 @@ class Release:
         return load_text(self.folder, self.config, getattr(torch, self.config.model.compute_dtype)).to(device)
 
     def decoder(self, device: torch.device | str = "cpu") -> Decoder:
-        """The streaming decoder."""
-        return decoder_of(load_codec(self.folder, self.config).to(device))
+        """The streaming decoder that `serve.decoder` names, in the configured compute type.
+
+        `FieldError` for a fast one that the release has not.
+        """
+        dtype, serve = getattr(torch, self.config.model.compute_dtype), self.config.serve
+        if serve.decoder == "fast":
+            return StreamingFastDecoder(load_fast_decoder(self.folder, self.config).to(device, dtype))
+        return decoder_of(load_codec(self.folder, self.config).to(device, dtype))
+
+    @property
+    def has_fast_decoder(self) -> bool:
+        return f"{FAST_DECODER}/{CONFIG}" in self.manifest["files"]
+
+    def with_settings(self, settings: Iterable[str]) -> Release:
+        """The same release under other settings, such as `serve.decoder=fast`."""
+        return replace(self, config=self.config.with_settings(settings))
 
 
 def write_release(
@@ -264,15 +293,39 @@ def write_release(
             if (base / folder).is_dir():
                 shutil.copytree(base / folder, temporary / folder)
         shutil.copyfile(student / CONFIG, temporary / CONFIG)
-        files = {
-            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-            for path in sorted(temporary.rglob("*")) if path.is_file()
-        }
-        write_json(temporary / MANIFEST, {
-            "format_version": FORMAT_VERSION, "name": name, "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "diagonal": diagonal.__version__, "lineage": dict(lineage), "scores": dict(scores), "files": files,
-        })
+        _write_manifest(temporary, {"name": name, "lineage": dict(lineage), "scores": dict(scores)})
     return Release.load(target)
+
+
+def write_release_with_decoder(target: Path, release: Release, decoder: Path, config: Config) -> Release:
+    """Write a release anew with the fast decoder in the folder `decoder`, and that configuration; whole or not at all.
+
+    Scores are the release's own: its student and its full decoder are the same. `FieldError` when `target` exists.
+    """
+    require(not target.exists(), "release folder", str(target), "a folder that does not exist yet")
+    with Folder(str(target)).replaced(last=MANIFEST) as temporary:
+        for name in release.manifest["files"]:
+            if not name.startswith(f"{FAST_DECODER}/"):
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(release.folder / name, temporary / name)
+        shutil.copytree(decoder, temporary / FAST_DECODER)
+        config.save(temporary / CONFIG)
+        lineage = {**release.manifest["lineage"], FAST_DECODER: read_json(decoder / LINEAGE)}
+        _write_manifest(temporary, {"name": f"{release.name}-fast", "lineage": lineage,
+                                    "scores": release.manifest["scores"]})
+    return Release.load(target)
+
+
+def _write_manifest(folder: Path, says: Mapping[str, Any]) -> None:
+    """The manifest of a folder that is otherwise complete, with the hash of every file."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    write_json(folder / MANIFEST, {
+        "format_version": FORMAT_VERSION, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "diagonal": diagonal.__version__, **says, "files": files,
+    })
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
