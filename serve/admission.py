@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sql
 
 from serve.database import read_video, video_row
-from serve.records import Caller, Idempotency, Pacing, Refused, Status, VideoRecord
+from serve.records import Caller, Idempotency, Pacing, Refused, Status, Usage, VideoRecord
 from serve.tables import IDEMPOTENCY, USAGE, VIDEOS, Tables
 
 WINDOW_S = 60.0
@@ -63,6 +63,15 @@ class Admission:
                 back = {"account": caller.account, "at": video.created_at, "frames": -frame_cost(video)}
                 connection.execute(USAGE.insert().values(**back))
 
+    def usage(self, caller: Caller, now: float) -> Usage:
+        """What the caller's account used of its quotas."""
+        recent = (USAGE.c.account == caller.account) & (USAGE.c.at > now - WINDOW_S)
+        sums = sql.select(sql.func.coalesce(sql.func.sum(USAGE.c.frames), 0), sql.func.min(USAGE.c.at)).where(recent)
+        with self._tables.reading() as connection:
+            frames, first_at = connection.execute(sums).one()
+            sessions = _sessions(connection, caller.account)
+        return Usage(sessions, int(frames), 0.0 if first_at is None else first_at + WINDOW_S - now)
+
     def prune(self, now: float) -> None:
         """Drop what no later decision needs."""
         with self._tables.writing() as connection:
@@ -100,10 +109,7 @@ def _over_quota(connection: sql.Connection, caller: Caller, cost: int, now: floa
         message = f"{cost} frames at once: this key may make {caller.frames_per_minute} a minute"
         return Refused("quota_too_small", message, "num_frames")
     if caller.sessions:
-        drawn = (VIDEOS.c.frames == 0) | (VIDEOS.c.frames_done < VIDEOS.c.frames)
-        mine = (VIDEOS.c.account == caller.account) & VIDEOS.c.status.in_(_RUNNING) & drawn
-        running = connection.execute(sql.select(sql.func.count()).select_from(VIDEOS).where(mine)).scalar_one()
-        if running >= caller.sessions:
+        if _sessions(connection, caller.account) >= caller.sessions:
             message = f"{caller.sessions} videos at once are under way, which is this key's limit"
             return Refused("session_quota_exceeded", message, retry_after_s=_SESSIONS_RETRY_S)
     if caller.frames_per_minute:
@@ -112,6 +118,13 @@ def _over_quota(connection: sql.Connection, caller: Caller, cost: int, now: floa
             message = f"this key may make {caller.frames_per_minute} frames a minute"
             return Refused("frame_quota_exceeded", message, retry_after_s=wait_s)
     return None
+
+
+def _sessions(connection: sql.Connection, account: str) -> int:
+    """Videos of the account of which chunks are still to be made."""
+    undrawn = (VIDEOS.c.frames == 0) | (VIDEOS.c.frames_done < VIDEOS.c.frames)
+    mine = (VIDEOS.c.account == account) & VIDEOS.c.status.in_(_RUNNING) & undrawn
+    return int(connection.execute(sql.select(sql.func.count()).select_from(VIDEOS).where(mine)).scalar_one())
 
 
 def _frames_wait_s(connection: sql.Connection, caller: Caller, cost: int, now: float) -> float | None:

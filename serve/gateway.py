@@ -15,6 +15,7 @@ from serve.credentials import CLIENT_SECRET_S, Secret
 from serve.driver import Driver
 from serve.failover import opening
 from serve.fleet import Fleet
+from serve.headers import rate_limits
 from serve.problems import SILENCES, Problem, not_found, refused, wrong_value
 from serve.reader import BrokenStreamError, ChunkReader
 from serve.records import (
@@ -161,8 +162,17 @@ class Gateway:
             raise Problem(409, "event_id_conflict", message, param="interaction.event_id")
         return change.event_id
 
-    async def content(self, video_id: str, caller: Caller) -> tuple[int, AsyncIterator[bytes]]:
-        """Size and bytes of the finished file."""
+    async def rate_limits(self, caller: Caller) -> dict[str, str]:
+        """Headers that say what is left of the caller's quotas; none where they cannot be told now."""
+        if not (caller.sessions or caller.frames_per_minute):
+            return {}
+        try:
+            return rate_limits(caller, await answer(self._store.usage.remote(caller)))
+        except SILENCES:
+            return {}
+
+    async def content_size(self, video_id: str, caller: Caller) -> int:
+        """Bytes of the finished file; `Problem` says why there is none."""
         video = await self.get(video_id, caller)
         if video.endless:
             message = "a stream without an end has no finished file: what was received is all that there is"
@@ -170,10 +180,19 @@ class Gateway:
         if video.status is not Status.COMPLETED:
             message = f"the video is {video.status.value}, {video.frames_done} of {video.frames} frames are there"
             raise Problem(409, "video_not_ready", message, param="video_id")
-        first = await answer(self._store.content.remote(video_id, 0, _PART_BYTES))
-        if first is None:
+        found: tuple[int, bytes] | None = await answer(self._store.content.remote(video_id, 0, 0))
+        if found is None:
             raise Problem(404, "content_gone", "the file is no longer there", param="video_id")
-        return first[0], self._parts(video_id, *first)
+        return found[0]
+
+    async def content(self, video_id: str, start: int, stop: int) -> AsyncIterator[bytes]:
+        """Bytes of the finished file; `BrokenStreamError` when it is removed meanwhile."""
+        while start < stop:
+            part = await answer(self._store.content.remote(video_id, start, min(stop, start + _PART_BYTES)))
+            if part is None or not part[1]:
+                raise BrokenStreamError(video_id)
+            yield part[1]
+            start += len(part[1])
 
     async def stream(self, video_id: str, start_chunk: int | None, caller: Caller) -> AsyncIterator[bytes]:
         """The initialisation segment, then every chunk from `start_chunk` on, each as soon as it is there.
@@ -226,18 +245,6 @@ class Gateway:
                 yield data
         finally:
             self.leave_later(reader)
-
-    async def _parts(self, video_id: str, size: int, part: bytes) -> AsyncIterator[bytes]:
-        sent = 0
-        while True:
-            yield part
-            sent += len(part)
-            if sent >= size:
-                return
-            following = await answer(self._store.content.remote(video_id, sent, sent + _PART_BYTES))
-            if following is None or not following[1]:
-                raise BrokenStreamError(video_id)
-            part = following[1]
 
     async def _apply(self, video: VideoRecord, change: Interaction) -> None:
         """Tell the replica. One that is gone is replaced by the session's driver, which tells the next one."""

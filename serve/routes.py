@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator
@@ -10,23 +9,23 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Header, Query, Request, WebSocket
+from fastapi import Depends, FastAPI, Header, Query, Request, Response, WebSocket
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.formparsers import MultiPartException
-from starlette.types import Message, Scope
 
 import diagonal
 from diagonal.metrics import MetricSink
 from serve import problems
 from serve.auth import Door
+from serve.bodies import read_body
+from serve.description import CREATED, FILE, STREAM, body_of, describe, errors
 from serve.edge import Edge
 from serve.gateway import Gateway
+from serve.headers import select
 from serve.problems import Problem
 from serve.realtime import RealtimeLimits, RealtimeSession
 from serve.records import Caller, Idempotency
 from serve.schemas import (
-    MAX_BODY_BYTES,
     ClientSecret,
     ClientSecretRequest,
     Health,
@@ -39,18 +38,12 @@ from serve.schemas import (
     VideoList,
     VideoRequest,
     parse,
-    read_json,
-    request_schemas,
 )
 
 VIEWER = Path(__file__).parent / "viewer"
 MAX_CHUNK = 2**31 - 1
-_BODY_TIMEOUT_S = 10.0
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _PAGE_POLICY = "default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-_PROBLEM = {"description": "Problem details, with OpenAI's error member", "content": {problems.MEDIA_TYPE: {}}}
-_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(("4XX", "5XX"), _PROBLEM)
-_VIDEO: dict[int | str, dict[str, Any]] = {200: {"content": {"video/mp4": {}}}}
 
 
 def create_app(
@@ -63,7 +56,7 @@ def create_app(
         yield
         await gateway.close()
 
-    about: dict[str, Any] = {"title": "Diagonal", "version": diagonal.__version__, "responses": _ERRORS}
+    about: dict[str, Any] = {"title": "Diagonal", "version": diagonal.__version__, "responses": errors()}
     app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.gateway, app.state.names_answers = gateway, names_answers
     problems.install(app, metrics)
@@ -76,7 +69,7 @@ def create_app(
     _add_streams(app)
     _add_realtime(app, limits or RealtimeLimits())
     _add_service(app)
-    _describe_bodies(app)
+    describe(app)
     app.mount("/viewer", StaticFiles(directory=VIEWER), name="viewer")
     return app
 
@@ -96,19 +89,31 @@ By = Annotated[Caller, Depends(_caller)]
 
 
 def _add_videos(app: FastAPI) -> None:
-    @app.post("/v1/videos", openapi_extra=_body_of(VideoRequest, form=True))
+    @app.post(
+        "/v1/videos", openapi_extra=body_of(VideoRequest, form=True),
+        responses=errors(400, 403, 404, 408, 409, 413, 415, 422, 429, known=CREATED),
+    )
     async def create_video(
-        request: Request, gateway: Via, caller: By, idempotency_key: Annotated[str | None, Header()] = None
+        request: Request, response: Response, gateway: Via, caller: By,
+        idempotency_key: Annotated[str | None, Header()] = None,
     ) -> VideoAnswer:
         """Start a video. `extra.pacing`: `none` makes it as fast as it can, `realtime` just ahead of who watches.
 
         With an `Idempotency-Key` the same request again gives the same video, for a day.
         """
-        data, text = await _read_body(request)
+        data, text = await read_body(request)
         asked: VideoRequest = parse(VideoRequest, data, text=text)
-        return VideoAnswer.of(await gateway.create(asked, caller, _idempotency(idempotency_key, asked)))
+        idempotency = _idempotency(idempotency_key, asked)
+        try:
+            video = await gateway.create(asked, caller, idempotency)
+        except Problem as problem:
+            if problem.status == 429:
+                problem.headers = await gateway.rate_limits(caller)
+            raise
+        response.headers.update(await gateway.rate_limits(caller))
+        return VideoAnswer.of(video)
 
-    @app.get("/v1/videos")
+    @app.get("/v1/videos", responses=errors(422))
     async def list_videos(
         gateway: Via,
         caller: By,
@@ -122,37 +127,54 @@ def _add_videos(app: FastAPI) -> None:
         ends = (data[0].id, data[-1].id) if data else (None, None)
         return VideoList(data=data, first_id=ends[0], last_id=ends[1], has_more=len(found) > limit)
 
-    @app.get("/v1/videos/{video_id}")
+    @app.get("/v1/videos/{video_id}", responses=errors(404))
     async def get_video(video_id: str, gateway: Via, caller: By) -> VideoAnswer:
         """How far the video is, and where its prompt changes took effect."""
         return VideoAnswer.of(await gateway.get(video_id, caller))
 
-    @app.delete("/v1/videos/{video_id}")
+    @app.delete("/v1/videos/{video_id}", responses=errors(403, 404))
     async def delete_video(video_id: str, gateway: Via, caller: By) -> VideoDeleted:
         """Cancel the video if it is not over, and remove it."""
         await gateway.delete(video_id, caller)
         return VideoDeleted(id=video_id)
 
-    @app.post("/v1/videos/{video_id}/interactions", status_code=202, openapi_extra=_body_of(InteractionRequest))
+    @app.post(
+        "/v1/videos/{video_id}/interactions", status_code=202, openapi_extra=body_of(InteractionRequest),
+        responses=errors(400, 403, 404, 408, 409, 413, 415, 422, 429),
+    )
     async def interact(video_id: str, request: Request, gateway: Via, caller: By) -> InteractionQueued:
         """Change the prompt from the next chunk on; the video's `interactions` say when it took effect."""
-        data, text = await _read_body(request, form=False)
+        data, text = await read_body(request, form=False)
         event_id = await gateway.interact(video_id, parse(InteractionRequest, data, text=text), caller)
         return InteractionQueued(video_id=video_id, event_id=event_id)
 
 
 def _add_streams(app: FastAPI) -> None:
-    @app.get("/v1/videos/{video_id}/content", response_class=StreamingResponse, responses=_VIDEO)
     async def content(
-        video_id: str, gateway: Via, caller: By, variant: Literal["video"] = "video"
-    ) -> StreamingResponse:
-        """The finished file."""
-        size, parts = await gateway.content(video_id, caller)
-        name = f'inline; filename="{video_id}.mp4"'
-        headers = {"Content-Length": str(size), "Content-Disposition": name}
-        return StreamingResponse(parts, media_type="video/mp4", headers=headers)
+        video_id: str, request: Request, gateway: Via, caller: By, variant: Literal["video"] = "video",
+        range_: Annotated[str | None, Header(alias="Range")] = None,
+        if_range: Annotated[str | None, Header()] = None,
+        if_none_match: Annotated[str | None, Header()] = None,
+    ) -> Response:
+        """The finished file, or the one range of its bytes that is asked for."""
+        size = await gateway.content_size(video_id, caller)
+        chosen = select(request, f'"{video_id}-{size:x}"', size)
+        about = {"Content-Disposition": f'inline; filename="{video_id}.mp4"'} if chosen.status != 304 else {}
+        options: dict[str, Any] = {"status_code": chosen.status, "headers": chosen.headers | about}
+        if request.method == "HEAD" or chosen.status == 304:
+            return Response(**options, media_type="video/mp4")
+        parts = gateway.content(video_id, chosen.start, chosen.stop)
+        return StreamingResponse(parts, **options, media_type="video/mp4")
 
-    @app.get("/v1/videos/{video_id}/stream", response_class=StreamingResponse, responses=_VIDEO)
+    for method in ("GET", "HEAD"):
+        app.api_route(
+            "/v1/videos/{video_id}/content", methods=[method], response_class=StreamingResponse,
+            responses=errors(404, 409, 416, 422, known=FILE), operation_id=f"{method.lower()}_content",
+        )(content)
+
+    @app.get(
+        "/v1/videos/{video_id}/stream", response_class=StreamingResponse, responses=errors(404, 410, 422, known=STREAM)
+    )
     async def stream(
         video_id: str, gateway: Via, caller: By, start_chunk: Annotated[int | None, Query(ge=0, le=MAX_CHUNK)] = None
     ) -> StreamingResponse:
@@ -170,10 +192,13 @@ def _add_realtime(app: FastAPI, limits: RealtimeLimits) -> None:
     async def realtime(socket: WebSocket) -> None:
         await RealtimeSession(socket, socket.app.state.gateway, socket.state.caller, limits).run()
 
-    @app.post("/v1/realtime/client_secrets", openapi_extra=_body_of(ClientSecretRequest, required=False))
+    @app.post(
+        "/v1/realtime/client_secrets", openapi_extra=body_of(ClientSecretRequest, required=False),
+        responses=errors(400, 403, 408, 413, 415, 422),
+    )
     async def create_client_secret(request: Request, gateway: Via, caller: By) -> ClientSecret:
         """A secret for a browser: it opens one session on `/v1/realtime/video`, within a minute."""
-        data, text = await _read_body(request, form=False, empty={})
+        data, text = await read_body(request, form=False, empty={})
         asked: ClientSecretRequest = parse(ClientSecretRequest, data, text=text)
         value, expires_at = await gateway.create_client_secret(caller, asked.expires_after.seconds)
         return ClientSecret(value=value, expires_at=int(expires_at))
@@ -210,67 +235,3 @@ def _idempotency(key: str | None, asked: VideoRequest) -> Idempotency | None:
         allowed = "1 to 255 printable characters without spaces"
         raise problems.wrong_value(400, "invalid_value", "Idempotency-Key", key, allowed)
     return Idempotency(key, hashlib.sha256(asked.model_dump_json().encode()).hexdigest())
-
-
-def _body_of(kind: type, form: bool = False, required: bool = True) -> dict[str, Any]:
-    """How the API's description shows a body that the route reads itself, to bound it first."""
-    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    types = ("application/json", "multipart/form-data") if form else ("application/json",)
-    return {"requestBody": {"required": required, "content": {name: {"schema": schema} for name in types}}}
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    described = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        api = described()
-        api.setdefault("components", {}).setdefault("schemas", {}).update(request_schemas())
-        return api
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-async def _read_body(request: Request, form: bool = True, empty: object = None) -> tuple[object, bool]:
-    """The body (`empty` stands for none), and whether it is a form, in which every value is text."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        async with asyncio.timeout(_BODY_TIMEOUT_S):
-            data = await _bounded(request)
-    except TimeoutError:
-        raise Problem(408, "request_timeout", f"the body did not come within {_BODY_TIMEOUT_S:g} s") from None
-    if not data and empty is not None:
-        return empty, False
-    if kind in ("application/json", ""):
-        try:
-            return read_json(data), False
-        except (ValueError, RecursionError) as error:
-            raise Problem(400, "invalid_json", "the body is not JSON") from error
-    if form and kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        return await _form(request.scope, data), True
-    allowed = "application/json or multipart/form-data" if form else "application/json"
-    raise problems.wrong_value(415, "unsupported_media_type", "Content-Type", kind, allowed)
-
-
-async def _form(scope: Scope, data: bytes) -> dict[str, object]:
-    async def receive() -> Message:
-        return {"type": "http.request", "body": data, "more_body": False}
-
-    try:
-        fields = await Request(scope, receive).form(max_files=8, max_fields=64)
-    except (MultiPartException, problems.HTTPException) as error:
-        raise Problem(400, "invalid_form", "the body is not the form that its Content-Type says") from error
-    if len(fields) != len(fields.multi_items()):
-        raise Problem(422, "repeated_field", "a field is given more than once")
-    return dict(fields)
-
-
-async def _bounded(request: Request) -> bytes:
-    too_large = Problem(413, "body_too_large", f"the body is larger than {MAX_BODY_BYTES} bytes")
-    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:  # the server checked that it is a number
-        raise too_large
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY_BYTES:
-            raise too_large
-    return bytes(data)

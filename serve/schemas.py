@@ -255,6 +255,26 @@ class ModelList(BaseModel):
     data: list[ModelAnswer]
 
 
+class ErrorMember(BaseModel):
+    """OpenAI's part of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ProblemAnswer(BaseModel):
+    """Every error: RFC 9457 problem details, with OpenAI's `error` member."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    error: ErrorMember
+
+
 class Health(BaseModel):
     status: Literal["live", "ready"]
 
@@ -396,8 +416,9 @@ def _interaction(change: Interaction, over: bool) -> InteractionAnswer:
 
 
 def request_schemas() -> dict[str, Any]:
-    """JSON schemas of the bodies that routes read themselves, by name, for the API's own description."""
+    """JSON schemas of errors and of the bodies that routes read themselves, by name, for the API's own description."""
     kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [
+        (ProblemAnswer, "validation"),
         (VideoRequest, "validation"), (InteractionRequest, "validation"), (ClientSecretRequest, "validation"),
     ]
     _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
