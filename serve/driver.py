@@ -6,23 +6,24 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from diagonal.metrics import MetricSink
 from serve.calls import answer, patient
-from serve.failover import rehome
+from serve.failover import PATIENCE_S, UNWATCHED_PATIENCE_S, rehome
+from serve.holder import GONE, Holder
 from serve.pacing import PlaybackClock
 from serve.problems import SILENCES
 from serve.records import EncodedChunk, Pacing, Refused, Status, Verdict, VideoRecord
-from serve.router import address
 
 _LOG = logging.getLogger("ray.serve")
 _LOOK_EVERY_S = 0.25  # how soon a driver that waits sees that its last reader left
-_PULL_TIMEOUT_S = 120.0
-_BEAT_S = 2.0  # how often the store hears of a driver that waits for a chunk
+_LOOK_AT_HOLDER_S = 0.5  # and that its replica drains or is gone, while its viewer still has something to play
+_BEAT_S = 1.0  # how often the store hears of a driver at least, whatever it waits for
 _WHOLE_SNAPSHOT_EVERY = 8  # between them only what a chunk adds is kept
-_GONE = Refused("session_lost", "the part of the service that held the session is gone")
-_MOVES = ("session_lost", "chunk_gone")  # another replica can go on from there
+_RELEASE_S = 2.0
+_MOVES = ("session_lost", "chunk_gone", "replica_unwell")  # another replica can go on from there
 _LOOK_AT_POSITION_S = 0.05  # the same for one that follows a viewer's own player
 
 
@@ -32,32 +33,40 @@ class Driver:
     def __init__(
         self, video: VideoRecord, store: Any, replica: Any, metrics: MetricSink, lead_s: float, start_timeout_s: float
     ) -> None:
-        self._video, self._store, self._metrics = video, store, metrics
-        self._replicas = replica
+        self._store, self._metrics, self._replicas = store, metrics, replica
         self._clock = PlaybackClock(lead_s, time.monotonic)
-        self._start_by = time.monotonic() + start_timeout_s
+        self._start_timeout_s, self._start_by = start_timeout_s, time.monotonic() + start_timeout_s
         self._paced = video.pacing is Pacing.REALTIME
         self._ahead = 0 if self._paced else 1
         self._chunk, self._media_s = video.chunks_done, video.frames_done / video.fps
-        self._saved_chunk = -1  # the newest one whose snapshot the store has from this replica
+        self._held_by(video)
         self._held = video.epoch > 0  # the replica was told to pause, or another driver may have done so
 
+    def _held_by(self, video: VideoRecord) -> None:
+        """The session is at the video's replica now."""
+        self._video, self._holder = video, Holder(self._replicas, video)
+        self._saved_chunk = -1  # the newest one whose snapshot the store has from this replica
+        self._lost, self._looked_s = False, time.monotonic()
+
     async def run(self) -> None:
-        """Until the end. When this task is cancelled the video is left for another driver."""
+        """Until the end. When this task is cancelled the video is left for another driver, which may come at once."""
+        beat = asyncio.ensure_future(self._beat())
         try:
             outcome = await self._drive()
         except SILENCES as error:
             _LOG.warning("video %s: %s", self._video.id, type(error).__name__)
             outcome = "failed"
             with contextlib.suppress(*SILENCES):
-                await self._fail("session_lost", "the part of the service that held the session is gone")
+                await self._fail(GONE.code, GONE.message)
+        except asyncio.CancelledError:
+            beat.cancel()
+            with contextlib.suppress(*SILENCES):
+                await answer(self._store.release.remote(self._video.id, self._video.epoch), _RELEASE_S)
+            raise
+        finally:
+            beat.cancel()
         if outcome is not None:
-            with contextlib.suppress(*SILENCES):  # then there is nothing to free
-                await answer(self._replica.close.remote(self._video.id, outcome))
-
-    @property
-    def _replica(self) -> Any:
-        return self._replicas.options(session_id=address(self._video.replica, self._video.id))
+            await self._holder.close(outcome)
 
     async def _drive(self) -> str | None:
         """How the session ended; None when another driver has it."""
@@ -69,7 +78,7 @@ class Driver:
             if isinstance(made, Refused):
                 if made.code not in _MOVES:
                     return await self._fail(made.code, made.message)
-                if not await self._move():
+                if not await self._move(made, verdict):
                     return None
             elif made is not None:
                 if not await self._keep(made):
@@ -80,35 +89,28 @@ class Driver:
         return "completed"
 
     async def _pull(self) -> EncodedChunk | Refused | None:
-        """The next chunk; None when it is not wanted now. The store hears meanwhile that somebody drives."""
-        call = asyncio.ensure_future(
-            answer(self._replica.pull.remote(self._video.id, self._chunk, self._ahead), _PULL_TIMEOUT_S)
-        )
-        try:
-            while True:
-                done, _ = await asyncio.wait({call}, timeout=_BEAT_S)
-                if done:
-                    made: EncodedChunk | Refused = call.result()
-                    return made
-                verdict = await self._check()
-                if not verdict.go or verdict.paused:
-                    return None
-        except SILENCES:
-            return _GONE
-        finally:
-            call.cancel()
+        """The next chunk, with what another replica needs to go on after it; None when it is not there yet."""
+        if self._lost:
+            return GONE
+        whole = self._saved_chunk < 0 or self._chunk % _WHOLE_SNAPSHOT_EVERY == 0
+        return await self._holder.pull(self._chunk, self._ahead, -1 if whole else self._saved_chunk)
 
-    async def _move(self) -> bool:
+    async def _move(self, why: Refused, verdict: Verdict) -> bool:
         """Take the session up on another replica; False when it is over, lost, or somebody else's."""
         if not (await self._check()).go:
             return True  # the next look says how it ended
+        if why.code == "chunk_gone":
+            await self._holder.close("moved")
+        watched = self._video.live or verdict.readers
         ahead_s = self._media_s - self._clock.position_s()
-        moved = await rehome(self._video, self._store, self._replicas, ahead_s)
+        patience_s = PATIENCE_S if watched else UNWATCHED_PATIENCE_S
+        moved = await rehome(self._video, self._store, self._replicas, ahead_s, patience_s)
         if isinstance(moved, VideoRecord):
-            self._video, self._saved_chunk, self._held = moved, -1, False
+            self._held_by(moved)
+            self._held = False
             return True
         if moved is not None:
-            await self._fail("session_lost", _GONE.message)
+            await self._fail(GONE.code, GONE.message)
         return False
 
     async def _keep(self, made: EncodedChunk) -> bool:
@@ -117,21 +119,14 @@ class Driver:
         if stalled_s:
             self._metrics.inc("diagonal_stream_stalls_total")
             self._metrics.inc("diagonal_stream_stall_seconds_total", stalled_s)
-        whole = self._saved_chunk < 0 or made.chunk % _WHOLE_SNAPSHOT_EVERY == 0
-        snapshot = b"" if made.last else await self._snapshot(made.chunk, -1 if whole else self._saved_chunk)
-        about = (self._video.id, self._video.epoch, made, snapshot, whole and bool(snapshot))
+        snapshot, chunk = made.snapshot, replace(made, snapshot=b"")
+        whole = bool(snapshot) and (self._saved_chunk < 0 or made.chunk % _WHOLE_SNAPSHOT_EVERY == 0)
+        about = (self._video.id, self._video.epoch, chunk, snapshot, whole)
         if not await patient(lambda: self._store.put_chunk.remote(*about)):
             return False
         self._saved_chunk = made.chunk if snapshot else -1
         self._chunk, self._media_s = made.chunk + 1, self._media_s + made.frames / self._video.fps
         return True
-
-    async def _snapshot(self, chunk: int, since_chunk: int) -> bytes:
-        """The session's state after a chunk; nothing when the replica has none, or is gone: the next pull tells."""
-        with contextlib.suppress(*SILENCES):
-            made = await answer(self._replica.snapshot.remote(self._video.id, chunk, since_chunk))
-            return b"" if isinstance(made, Refused) else bytes(made)
-        return b""
 
     async def _wait_for_turn(self) -> Verdict:
         """Wait until the next chunk may be made, or the video is no longer wanted."""
@@ -144,11 +139,21 @@ class Driver:
                 return Verdict(go=False)
             if verdict.readers:
                 self._clock.start()
+                self._start_by = time.monotonic() + self._start_timeout_s  # a store that restarts forgets who reads
             await self._hold(verdict.paused or (self._video.live and verdict.returning))
             wait_s = _LOOK_EVERY_S if self._held else self._wait_s(verdict)
-            if wait_s == 0:
+            if wait_s == 0 or await self._look_at_holder():
                 return verdict
             await asyncio.sleep(min(wait_s, _LOOK_EVERY_S))
+
+    async def _look_at_holder(self) -> bool:
+        """Whether the session is to be moved at once; asked now and then. That of one that waits can wait, too."""
+        now_s = time.monotonic()
+        if self._held or now_s - self._looked_s < _LOOK_AT_HOLDER_S:
+            return False
+        self._looked_s = now_s
+        self._lost = await self._holder.lost()
+        return self._lost
 
     def _given_up(self, verdict: Verdict) -> bool:
         return verdict.had_reader or time.monotonic() > self._start_by
@@ -161,15 +166,17 @@ class Driver:
         if wanted and not self._held:
             self._clock.pause()
             self._held = True
-            with contextlib.suppress(*SILENCES):
-                await answer(self._replica.pause.remote(self._video.id))
-        elif self._held and not wanted:
-            with contextlib.suppress(*SILENCES):
-                refused = await answer(self._replica.resume.remote(self._video.id))
-                if isinstance(refused, Refused) and refused.retry_after_s is not None:
-                    return
+            await self._holder.pause()
+        elif self._held and not wanted and await self._holder.resume():
             self._clock.resume()
-            self._held = False  # a replica that lost the session says so at the next pull
+            self._held = False
+
+    async def _beat(self) -> None:
+        """Let the store hear of this driver while a call takes long."""
+        while True:
+            await asyncio.sleep(_BEAT_S)
+            with contextlib.suppress(*SILENCES):
+                await answer(self._store.check.remote(self._video.id, self._video.epoch))
 
     async def _check(self) -> Verdict:
         verdict: Verdict = await patient(lambda: self._store.check.remote(self._video.id, self._video.epoch))

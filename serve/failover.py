@@ -10,23 +10,26 @@ from typing import Any
 from serve.calls import answer, patient
 from serve.problems import SILENCES
 from serve.records import InteractionKind, Opened, Refused, VideoRecord
-from serve.router import address
+from serve.router import address, elsewhere
 
 _LOG = logging.getLogger("ray.serve")
 PATIENCE_S = 10.0  # of a viewer before a stream that stands still counts as ended
-_CALL_TIMEOUT_S = 10.0
+UNWATCHED_PATIENCE_S = 120.0  # of a video that nobody watches: Serve has put a replica up again by then
+_CALL_TIMEOUT_S = 4.0
 _WAIT_S = 0.2
 _LOST = Refused("session_lost", "the part of the service that held the session is gone")
 
 
-async def rehome(video: VideoRecord, store: Any, replica: Any, ahead_s: float) -> VideoRecord | Refused | None:
+async def rehome(
+    video: VideoRecord, store: Any, replica: Any, ahead_s: float, patience_s: float = PATIENCE_S
+) -> VideoRecord | Refused | None:
     """The session on another replica, its new driver being the caller; why not; or None: another driver has it.
 
     `ahead_s` is the media that the viewer has left. What is tried again is harmless: a replica that was asked twice
     lets the first session go, and only the newest epoch may add chunks.
     """
-    give_up_s = time.monotonic() + PATIENCE_S
-    anywhere = replica.options(session_id=address("", video.id))
+    give_up_s = time.monotonic() + patience_s
+    anywhere = replica.options(session_id=elsewhere(video.replica, video.id))
     while True:
         opened = await _take_up(video, store, anywhere, ahead_s)
         if isinstance(opened, Opened):

@@ -13,6 +13,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 _SEPARATOR = "/"
+_NOT = "!"
 _STATISTICS_AGE_S = 3.0  # of what replicas report; what this router assigned since is added
 
 
@@ -21,8 +22,13 @@ def address(replica: str, session_id: str) -> str:
     return f"{replica}{_SEPARATOR}{session_id}" if replica else session_id
 
 
+def elsewhere(replica: str, session_id: str) -> str:
+    """The session id to call a handle with, of a session that `replica` held: any other one is better."""
+    return f"{_NOT}{replica}{_SEPARATOR}{session_id}"
+
+
 class SessionRouter(RequestRouter):
-    """Chooses the named replica, else the least loaded one, ties broken by rendezvous hashing."""
+    """Chooses the named replica, else the least loaded one that is well, ties broken by rendezvous hashing."""
 
     def initialize_state(self, **_: Any) -> None:
         self._assigned: dict[str, list[float]] = {}
@@ -38,8 +44,12 @@ class SessionRouter(RequestRouter):
         if named:
             return [named]
         # Of a replica that is gone: any other one answers that it does not know the session.
-        ranked = sorted(candidate_replicas, key=lambda replica: (self._load(replica), _weight(replica, session)))
-        if session and not holder:
+        avoided = holder.removeprefix(_NOT) if holder.startswith(_NOT) else ""
+        ranked = sorted(candidate_replicas, key=lambda replica: (
+            _name(replica) == avoided, not replica.routing_stats.get("well", True),
+            self._load(replica), _weight(replica, session),
+        ))  # fmt: skip
+        if session and (avoided or not holder):
             self._assigned.setdefault(_name(ranked[0]), []).append(time.monotonic())
         return [[replica] for replica in ranked]
 

@@ -47,8 +47,8 @@ def run(tmp_path: Path, work: Callable[[Callable[..., Replica]], Awaitable[None]
     asyncio.run(all_of_it())
 
 
-async def pull(replica: Replica, chunk: int, session_id: str = "v") -> EncodedChunk:
-    made = await replica.pull(session_id, chunk)
+async def pull(replica: Replica, chunk: int, session_id: str = "v", since: int | None = None) -> EncodedChunk:
+    made = await replica.pull(session_id, chunk, 0, since)
     assert isinstance(made, EncodedChunk), made
     return made
 
@@ -99,11 +99,7 @@ def test_a_session_goes_on_at_another_replica_with_no_frame_twice_and_none_missi
         first, second, plain = make(), make(), make()
         expected = await frames_of(plain, 7)
         found = await frames_of(first, 3)
-        parts, since = [], -1
-        for chunk in (2,):
-            data = await first.snapshot("v", chunk, since)
-            assert isinstance(data, bytes)
-            parts.append(data)
+        parts = [(await pull(first, 2, since=-1)).snapshot]
         await pull(first, 3)  # made, and lost with the replica
         await first.close("v", "lost")
         opened = await second.restore(parts, 2, ahead_s=0.5)
@@ -124,13 +120,11 @@ def test_increments_of_each_chunk_are_enough_to_go_on(tmp_path: Path) -> None:
         await first.open("v", PROMPT, 3, 200, 1)
         parts: list[bytes] = []
         for chunk in range(7):
-            await pull(first, chunk)
-            data = await first.snapshot("v", chunk, chunk - 1)
-            assert isinstance(data, bytes)
-            parts.append(data)
+            parts.append((await pull(first, chunk, since=chunk - 1)).snapshot)
         assert isinstance(await second.restore(parts, 1), Opened)
         assert (await pull(second, 7)).first_pixel_frame == 81
-        assert await first.snapshot("v", 2) == Refused("chunk_gone", "there is no snapshot after chunk 2")
+        assert len(parts[6]) < len((await pull(first, 6, since=-1)).snapshot), "a part brings what a chunk added alone"
+        assert await first.pull("v", 2) == Refused("chunk_gone", "chunk 2 was given up")
 
     run(tmp_path, work)
 
@@ -139,8 +133,7 @@ def test_a_snapshot_that_does_not_fit_is_refused_and_takes_no_slot(tmp_path: Pat
     async def work(make: Callable[..., Replica]) -> None:
         first, other = make(), make(small_release("schedule.shift=3"))
         await frames_of(first, 1)
-        data = await first.snapshot("v", 0)
-        assert isinstance(data, bytes)
+        data = (await pull(first, 0, since=-1)).snapshot
         for replica, parts in ((other, [data]), (first, [b"\x80\x04K\x01."]), (first, [])):
             refused = await replica.restore(parts, 1)
             assert isinstance(refused, Refused) and refused.code == "snapshot_refused"
@@ -201,11 +194,14 @@ def test_a_replica_is_ready_when_its_engine_makes_chunks_and_not_when_it_cannot(
         release.network.register_forward_pre_hook(refuse)
         await asyncio.sleep(0.3)
         assert not await replica.ready()
-        for number in range(3):
-            await replica.open(f"bad{number}", PROMPT, 3, 9, 1)
+        for number in range(2):
+            assert isinstance(await replica.open(f"bad{number}", PROMPT, 3, 9, 1), Opened)
             failed = await replica.pull(f"bad{number}", 0)
             assert isinstance(failed, Refused) and failed.code == "generation_failed"
+        await settled(lambda: not replica._thread.healthy)
         assert replica._thread.alive
+        unwell = await replica.open("next", PROMPT, 3, 9, 1)
+        assert isinstance(unwell, Refused) and unwell.code == "replica_unwell" and unwell.retry_after_s
         with pytest.raises(RuntimeError, match="three chunks in a row"):
             replica.check_health()
         assert not await replica.ready()
