@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from diagonal.engine.engine import EngineStats, Health
@@ -112,7 +114,7 @@ class EngineThread:
                     self._wake.clear()
         except Exception as error:  # the replica's edge: whatever it was, the replica must say that it is not well
             self.error = error
-            _LOG.exception("the engine's thread ended")
+            _LOG.error("the engine's thread ended: %s", _where(error))
 
     def _step(self) -> bool:
         """One step; whether it made anything. An engine whose chunks failed must show that it still can."""
@@ -139,3 +141,9 @@ class EngineThread:
             self._metrics.set("diagonal_generation_frames_per_second", frames / busy_s)
             self._proved_s = self._clock()
             self._step_s = busy_s if self._step_s == 0.0 else self._step_s + _SMOOTHING * (busy_s - self._step_s)
+
+
+def _where(error: BaseException) -> str:
+    """An error's kind and the way to it, innermost first, in one line; its text could hold a prompt."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return " < ".join([type(error).__name__, *(f"{Path(one.filename).name}:{one.lineno}" for one in frames)])

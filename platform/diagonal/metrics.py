@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Lock
@@ -9,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from diagonal.errors import FieldError, require
 
+_LOG = logging.getLogger(__name__)
 Kind = Literal["counter", "gauge", "histogram"]
 
 FIRST_FRAME_BUCKETS_S = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
@@ -148,6 +150,7 @@ class FactorySink:
 
     `counter(name, description, tag_keys)`, `gauge(...)` the same, `histogram(name, description, boundaries, tag_keys)`:
     the shape of `ray.util.metrics` and `ray.serve.metrics`. Their objects take `inc | set | observe(value, tags)`.
+    What they raise is counted in `lost`, logged once, and goes no further.
     """
 
     def __init__(
@@ -156,24 +159,33 @@ class FactorySink:
         self._factories = {"counter": counter, "gauge": gauge, "histogram": histogram}
         self._made: dict[str, Any] = {}
         self._lock = Lock()
+        self.lost = 0
 
     def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
-        metric = self._metric(name, "counter", labels)
+        spec = _checked(name, "counter", labels)
         if value > 0:  # Ray refuses a counter's increment of 0
-            metric.inc(value, labels)
+            self._tell(spec, "inc", value, labels)
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        self._metric(name, "gauge", labels).set(value, labels)
+        self._tell(_checked(name, "gauge", labels), "set", value, labels)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        self._metric(name, "histogram", labels).observe(value, labels)
+        self._tell(_checked(name, "histogram", labels), "observe", value, labels)
 
-    def _metric(self, name: str, kind: Kind, labels: Mapping[str, str]) -> Any:
-        spec = _checked(name, kind, labels)
+    def _tell(self, spec: MetricSpec, method: str, value: float, labels: Mapping[str, str]) -> None:
+        """A back end that is down costs its numbers, and neither a chunk nor an update."""
+        try:
+            getattr(self._metric(spec), method)(value, labels)
+        except Exception as error:  # edge: a back end may raise anything
+            if not self.lost:
+                _LOG.warning("metrics are lost from %s on: %s", spec.name, type(error).__name__)
+            self.lost += 1
+
+    def _metric(self, spec: MetricSpec) -> Any:
         with self._lock:
-            if name not in self._made:
-                self._made[name] = self._make(spec)
-            return self._made[name]
+            if spec.name not in self._made:
+                self._made[spec.name] = self._make(spec)
+            return self._made[spec.name]
 
     def _make(self, spec: MetricSpec) -> Any:
         bounds = [list(spec.buckets)] if spec.buckets else []
