@@ -60,8 +60,9 @@ class Admission:
             connection.execute(VIDEOS.delete().where(VIDEOS.c.id == video.id))
             connection.execute(IDEMPOTENCY.delete().where(IDEMPOTENCY.c.video_id == video.id))
             if caller.frames_per_minute:
-                back = {"account": caller.account, "at": video.created_at, "frames": -frame_cost(video)}
-                connection.execute(USAGE.insert().values(**back))
+                same = (USAGE.c.account == caller.account) & (USAGE.c.frames == frame_cost(video))
+                newest = sql.select(sql.func.max(USAGE.c.number)).where(same).scalar_subquery()
+                connection.execute(USAGE.delete().where(USAGE.c.number == newest))
 
     def usage(self, caller: Caller, now: float) -> Usage:
         """What the caller's account used of its quotas."""

@@ -14,6 +14,7 @@ from serve.tables import CHUNKS, IDEMPOTENCY, INTERACTIONS, USAGE, VIDEOS, Table
 
 _RUNNING = (Status.QUEUED.value, Status.IN_PROGRESS.value)
 _FIRST_MINUTE_S = 60
+KEPT_INTERACTIONS = 256  # every look at a video brings them along
 _LONGEST_TRANSITION_CHUNKS = 64  # as `serve.schemas` publishes it
 
 
@@ -160,7 +161,7 @@ class Database:
     def add_interaction(self, video_id: str, change: Interaction, pending: int) -> Interaction | bool:
         """Note an interaction, once: the one that is there already by this event id, else whether there was room.
 
-        At most `pending` may wait to take effect.
+        At most `pending` may wait to take effect; of those that did, the newest `KEPT_INTERACTIONS` are kept.
         """
         mine = (INTERACTIONS.c.video_id == video_id) & (INTERACTIONS.c.event_id == change.event_id)
         waiting = (INTERACTIONS.c.video_id == video_id) & INTERACTIONS.c.chunk.is_(None)
@@ -172,6 +173,7 @@ class Database:
             count = connection.execute(sql.select(sql.func.count()).select_from(INTERACTIONS).where(waiting))
             if count.scalar_one() >= pending:
                 return False
+            connection.execute(INTERACTIONS.delete().where(INTERACTIONS.c.number.in_(_forgotten(video_id))))
             connection.execute(INTERACTIONS.insert().values(video_id=video_id, **vars(change)))
             return True
 
@@ -274,6 +276,13 @@ def _link(row: sql.RowMapping) -> Link:
 def _interaction(row: sql.RowMapping) -> Interaction:
     names = ("event_id", "prompt", "transition_chunks", "chunk", "pixel_frame")
     return Interaction(**{name: row[name] for name in names}, kind=InteractionKind(row["kind"]))
+
+
+def _forgotten(video_id: str) -> sql.Select[tuple[int]]:
+    """Applied interactions beyond those that are kept."""
+    applied = (INTERACTIONS.c.video_id == video_id) & INTERACTIONS.c.chunk.is_not(None)
+    newest = sql.select(INTERACTIONS.c.number).where(applied).order_by(INTERACTIONS.c.number.desc())
+    return newest.offset(KEPT_INTERACTIONS)
 
 
 def _interactions(connection: sql.Connection, video_id: str) -> tuple[Interaction, ...]:
