@@ -78,11 +78,16 @@ class Loaded(NamedTuple):
 
 
 def load_engine(settings: ServeSettings, metrics: MetricSink) -> Loaded:
-    """The release, and an engine that holds it and has measured what its chunks cost."""
+    """The release, and an engine that holds it and has measured what its chunks cost.
+
+    `ReleaseError` when it is not whole, or was not promoted and nobody said that it may be served all the same.
+    """
     release = Release.load(settings.release or None)
+    if not settings.allow_unpromoted:
+        release.check_promoted()
     engine = Engine(release, device=settings.device, metrics=metrics, read_aside=True)
     engine.warm_up()
-    return Loaded(settings.model or release.name, release.config, engine)
+    return Loaded(settings.model or release.name, release.config, engine, release.promoted)
 
 
 class Replica:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ import torch
 from diagonal.errors import FieldError
 from diagonal.model import weights
 from diagonal.model.weights import Release, ReleaseError, load_causal, load_text, write_release
-from tests.model.folders import TRANSFORMER, edit_json, files_of
+from tests.model.folders import TRANSFORMER, edit_json, files_of, upload
 from tests.networks import small_config
+from tests.s3 import FaultyProxy
 
 
 def test_a_release_holds_what_it_was_made_from(release: Release, base: Path) -> None:
@@ -86,3 +89,93 @@ def test_a_release_is_never_written_over_another(release: Release, base: Path) -
     with pytest.raises(FieldError, match="release folder = .*does not exist yet"):
         write_release(release.folder, name="r2", student=base, base=base, lineage={}, scores={})
     assert files_of(release.folder) == before
+
+
+class Bomb:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self._trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self._trace,))
+
+
+def listed(release: Release, name: str, data: bytes) -> None:
+    """Add a file to a release, and its hash to the manifest."""
+    (release.folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (release.folder / name).write_bytes(data)
+    entry = {"bytes": len(data), "sha256": weights.file_hash(release.folder / name)}
+    edit_json(release.folder / "manifest.json", files={**release.manifest["files"], name: entry})
+
+
+@pytest.mark.parametrize("name", ["text_encoder/pytorch_model.bin", "transformer/x.pt", "vae/model.pkl", "run.py"])
+def test_a_file_that_could_run_code_is_refused_and_never_run(name: str, release: Release, tmp_path: Path) -> None:
+    bomb = pickle.dumps(Bomb(tmp_path / "ran"))
+    listed(release, name, bomb)
+    with pytest.raises(ReleaseError, match="could run code: allowed are .safetensors"):
+        Release.load(release.folder)
+    (release.folder / "manifest.json").write_text(json.dumps(release.manifest))
+    with pytest.raises(ReleaseError, match="could run code"):  # nor when the manifest says nothing of it
+        Release.load(release.folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_a_text_encoder_are_not_read_from_a_pickle(release: Release, tmp_path: Path) -> None:
+    (release.folder / "text_encoder" / "model.safetensors").unlink()
+    (release.folder / "text_encoder" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    with pytest.raises(OSError, match="safetensors"):
+        release.text()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_that_the_manifest_does_not_name_is_refused(release: Release) -> None:
+    (release.folder / "transformer" / "more.safetensors").write_bytes(b"")
+    with pytest.raises(ReleaseError, match="'transformer/more.safetensors' is not in manifest.json"):
+        Release.load(release.folder)
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "vae/../../outside.json", "link.json"])
+def test_no_file_of_a_release_lies_outside_of_it(name: str, release: Release) -> None:
+    outside = release.folder.parent / "outside.json"
+    outside.write_text("{}")
+    (release.folder / "link.json").symlink_to(outside)
+    entry = {"bytes": 2, "sha256": weights.file_hash(outside)}
+    files = {"link.json": entry, **release.manifest["files"], name: entry}
+    edit_json(release.folder / "manifest.json", files=files)
+    with pytest.raises(ReleaseError, match="lies outside of it"):
+        Release.load(release.folder)
+
+
+def test_a_release_is_promoted_only_when_its_manifest_says_so(release: Release) -> None:
+    assert weights.Release.load().promoted, "the embedded one"
+    for changes, reason in (
+        ({}, "nobody judged it"),
+        ({"promoted": "yes"}, "nobody judged it"),
+        ({"promoted": False}, "judged and not promoted"),
+        ({"promoted": False, "promotion_reasons": ["colours fade", "it flickers"]}, "colours fade; it flickers"),
+    ):
+        edit_json(release.folder / "manifest.json", **changes)
+        loaded = Release.load(release.folder)
+        assert not loaded.promoted
+        with pytest.raises(ReleaseError, match=f"r1 in .* is not promoted: .*{reason}.*allow_unpromoted: true"):
+            loaded.check_promoted()
+    edit_json(release.folder / "manifest.json", promoted=True)
+    Release.load(release.folder).check_promoted()
+
+
+def test_a_copy_from_s3_is_judged_by_the_newest_manifest_and_by_its_own_while_s3_is_away(
+    s3: Any, faulty: FaultyProxy, release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diagonal.model.manifest._FRESH_S", 0.2)
+    upload(s3, release.folder, "r1")
+    assert not Release.load("s3://models/r1").promoted
+    edit_json(release.folder / "manifest.json", promoted=True)
+    s3.upload_file(str(release.folder / "manifest.json"), "models", "r1/manifest.json")
+    assert Release.load("s3://models/r1").promoted
+    with faulty.outage():
+        assert not Release.load("s3://models/r1").promoted
+    edit_json(release.folder / "manifest.json", files={**release.manifest["files"], "config.json": {"sha256": "0"}})
+    s3.upload_file(str(release.folder / "manifest.json"), "models", "r1/manifest.json")
+    with pytest.raises(ReleaseError, match="config.json is missing or differs"):
+        Release.load("s3://models/r1")

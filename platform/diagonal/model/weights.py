@@ -21,6 +21,10 @@ import diagonal
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.model.dit import CausalWan
+from diagonal.model.manifest import FORMAT_VERSION, check_files, check_promoted, read_manifest
+from diagonal.model.manifest import MANIFEST as MANIFEST
+from diagonal.model.manifest import ReleaseError as ReleaseError
+from diagonal.model.manifest import file_hash as file_hash
 from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of
@@ -29,14 +33,9 @@ from diagonal.tree import read_json, write_json
 
 Model = TypeVar("Model", bound=ModelMixin)
 
-FORMAT_VERSION = 1
-MANIFEST, CONFIG, LINEAGE = "manifest.json", "config.json", "lineage.json"
+CONFIG, LINEAGE = "config.json", "lineage.json"
 SHARED_FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
 FAST_DECODER = "decoder"  # of a release that has one
-
-
-class ReleaseError(RuntimeError):
-    """A release that must not be served: files missing or changed, or of another format."""
 
 
 def embedded(name: str) -> Path:
@@ -125,7 +124,7 @@ def check_transformer(folder: Path, config: Config) -> None:
 def load_text(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> TextEncoder:
     """Tokenizer and umT5 encoder from `folder`."""
     tokenizer = AutoTokenizer.from_pretrained(_part(folder, "tokenizer"))
-    encoder = UMT5EncoderModel.from_pretrained(_part(folder, "text_encoder"), dtype=dtype)
+    encoder = UMT5EncoderModel.from_pretrained(_part(folder, "text_encoder"), dtype=dtype, use_safetensors=True)
     return TextEncoder(tokenizer, encoder.requires_grad_(False), config.model.text_tokens)
 
 
@@ -239,15 +238,24 @@ class Release:
     def name(self) -> str:
         return str(self.manifest["name"])
 
+    @property
+    def promoted(self) -> bool:
+        """Whether somebody judged it and found it good: only what its manifest says counts."""
+        return self.manifest.get("promoted") is True
+
+    def check_promoted(self) -> None:
+        """`ReleaseError`, with the reasons that its manifest gives, unless it was promoted."""
+        check_promoted(self.manifest, str(self.folder))
+
     @classmethod
     def load(cls, uri: str | os.PathLike[str] | None = None) -> Release:
-        """Open a release (None is the embedded one), local or s3://; `ReleaseError` when it is not whole."""
+        """Open a release (None is the embedded one), local or s3://.
+
+        `ReleaseError` when it is not whole, not as its manifest says, or holds files that could run code.
+        """
         folder = fetch(str(uri)) if uri else embedded("release")
-        manifest = _read_manifest(folder)
-        for name, expected in manifest["files"].items():
-            path = folder / name
-            if not path.is_file() or file_hash(path) != expected["sha256"]:
-                raise ReleaseError(f"release {folder}: {name} is missing or differs from its sha256 in {MANIFEST}")
+        manifest = read_manifest(folder, str(uri or ""))
+        check_files(folder, manifest["files"])
         return cls(folder, Config.load(folder / CONFIG), manifest)
 
     def generator(self, device: torch.device | str = "cpu") -> CausalWan:
@@ -326,27 +334,3 @@ def _write_manifest(folder: Path, says: Mapping[str, Any]) -> None:
         "format_version": FORMAT_VERSION, "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "diagonal": diagonal.__version__, **says, "files": files,
     })
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a release folder; `ReleaseError` when there is none that can be served."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-    except FieldError as error:
-        raise ReleaseError(f"release {folder}: {error}; jobs/export.py writes one") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise ReleaseError(f"release {folder}: format_version = {version!r}, allowed is {FORMAT_VERSION}")
-    missing = [name for name in ("name", "files", "scores") if name not in manifest]
-    if missing:
-        raise ReleaseError(f"release {folder}: {MANIFEST} has no {missing}; allowed is one that jobs/export.py wrote")
-    return manifest
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
