@@ -15,6 +15,7 @@ from tests.serve.conftest import FakeEngine, Service
 from tests.serve.sockets import cut, viewer
 from tests.serve.test_failover import Cluster, decoded, make_cluster
 from tests.serve.test_realtime import shades
+from tests.serve.test_streaming import first_s
 from tests.serve.test_threats import Keyed, guarded, key
 
 __all__ = ["guarded", "key", "make_cluster"]
@@ -94,18 +95,6 @@ def test_who_comes_later_sees_the_newest_chunk_first_and_is_cut_off_by_its_remov
             assert first_s(data) >= 29 * 0.75 - 3 / 16
             assert other_http.delete(f"/v1/videos/{one.request_id}").json()["deleted"]
             assert b"".join(parts) is not None  # it ends
-
-
-def first_s(stream: bytes) -> float:
-    """Where the first chunk of a stream stands in its time."""
-    at = stream.index(b"tfdt")
-    return int.from_bytes(stream[at + 8 : at + 16]) / timescale(stream)
-
-
-def timescale(stream: bytes) -> int:
-    """Ticks a second, of the media header."""
-    at = stream.index(b"mdhd")
-    return int.from_bytes(stream[at + 16 : at + 20])
 
 
 def test_nobody_watching_ends_it(make_service: Callable[..., Service], engine: FakeEngine, until: Until) -> None:

@@ -44,6 +44,18 @@ def fragments(parts: Iterator[bytes], data: bytearray) -> Iterator[str]:
         seen = len(whole)
 
 
+def first_s(stream: bytes) -> float:
+    """Where the first chunk of a stream stands in its time."""
+    at = stream.index(b"tfdt")
+    return int.from_bytes(stream[at + 8 : at + 16]) / timescale(stream)
+
+
+def timescale(stream: bytes) -> int:
+    """Ticks a second, of the media header."""
+    at = stream.index(b"mdhd")
+    return int.from_bytes(stream[at + 16 : at + 20])
+
+
 def test_the_stream_is_the_whole_video_frame_by_frame(http: httpx.Client) -> None:
     answer = http.get(f"/v1/videos/{start(http)}/stream")
     assert answer.headers["content-type"] == "video/mp4" and "content-length" not in answer.headers
