@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
+from diagonal.chain import Link
 from diagonal.metrics import MetricSink
 from serve.auth import LOCAL_CALLER
 from serve.calls import answer, apart, patient
 from serve.credentials import CLIENT_SECRET_S, Secret
-from serve.driver import Driver
+from serve.drivers import Drivers
 from serve.failover import opening
 from serve.fleet import Fleet
 from serve.headers import rate_limits
+from serve.policy import PromptPolicy
 from serve.problems import SILENCES, Problem, not_found, refused, wrong_value
 from serve.reader import BrokenStreamError, ChunkReader
 from serve.records import (
@@ -26,6 +28,7 @@ from serve.records import (
     InteractionKind,
     ModelInfo,
     Opened,
+    Provenance,
     Refused,
     Status,
     VideoRecord,
@@ -36,27 +39,69 @@ from serve.settings import ServeSettings
 from serve.tables import LOCAL
 
 _READY_TIMEOUT_S = 5.0
+_LOOK_EVERY_S = 0.2
 _PART_BYTES = 1 << 20
 
 
 class Gateway:
     """What the routes do. `store` is a Serve handle, `fleet` holds those of the releases."""
 
-    def __init__(self, settings: ServeSettings, store: Any, fleet: Fleet, metrics: MetricSink) -> None:
+    def __init__(
+        self, settings: ServeSettings, store: Any, fleet: Fleet, metrics: MetricSink,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`is_stopping` says whether this process is about to end (`serve.leaving`)."""
         self.settings, self._store, self._fleet, self._metrics = settings, store, fleet, metrics
-        self._drivers: dict[str, asyncio.Task[None]] = {}
+        self._drivers = Drivers(store, fleet, metrics, settings.reader_start_timeout_s)
         self._leaving: set[asyncio.Task[None]] = set()
+        self._policy = PromptPolicy.from_settings(settings, metrics)
+        self._provenance: Provenance | None = None
+        self._is_stopping, self._draining = is_stopping, asyncio.Event()
+        self._upkeep: list[asyncio.Task[None]] = []
+
+    def open(self) -> None:
+        """Begin the upkeep, inside the event loop that serves the routes."""
+        self._upkeep = [apart(self._drivers.look_after_orphans()), apart(self._watch_for_stop())]
+
+    async def drain(self) -> None:
+        """This gateway is to end: it is not ready any more, and leaves its viewers and videos to the other ones."""
+        self._draining.set()
+        for task in self._upkeep[:1]:
+            task.cancel()
+        await self._drivers.let_go()
+
+    async def wait_for_drain(self) -> None:
+        """Until this gateway is to end: viewers then go on through another one."""
+        await self._draining.wait()
+
+    async def _watch_for_stop(self) -> None:
+        while not self._is_stopping():
+            await asyncio.sleep(_LOOK_EVERY_S)
+        await self.drain()
 
     async def models(self) -> list[ModelInfo]:
         """What the releases serve."""
         return await self._fleet.infos()
+
+    async def provenance(self) -> Provenance:
+        """What tells where a video came from; asked for once."""
+        if self._provenance is None:
+            self._provenance = await answer(self._store.provenance.remote())
+        return self._provenance
+
+    async def chain(self, video_id: str, caller: Caller, start: int, limit: int) -> tuple[VideoRecord, list[Link]]:
+        """The caller's video, and its chain from chunk `start` on, at most `limit` links."""
+        video = await self.get(video_id, caller)
+        return video, list(await answer(self._store.links.remote(video_id, start, limit)))
 
     def count_error(self, code: str) -> None:
         """Count an error that was told, by its code."""
         self._metrics.inc("diagonal_errors_total", code=code)
 
     async def check_ready(self) -> None:
-        """`Problem` 503 unless the store and a replica with a running engine answer."""
+        """`Problem` 503 unless the store and a replica with a running engine answer, and this gateway stays."""
+        if self._draining.is_set():
+            raise Problem(503, "draining", "this gateway is about to end; another one goes on", retry_after_s=1.0)
         try:
             ready = await answer(self._store.ready.remote(), _READY_TIMEOUT_S) and await self._fleet.ready()
         except SILENCES:
@@ -89,6 +134,7 @@ class Gateway:
         video_id = new_video_id()
         info = await self._fleet.choose(video_id, request.model)
         video = new_video(request, info, time.time(), video_id)
+        await self._policy.check(video.prompt, caller.account)
         video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash)
         # A caller who goes away leaves nothing half made.
         return await asyncio.shield(apart(self._admit(video, caller, idempotency)))
@@ -115,7 +161,7 @@ class Gateway:
         if not kept:
             await self._at(video).close.remote(video.id, "cancelled")
             raise not_found(video.id)
-        self._start_driver(video)
+        self._drivers.start(video)
         return video
 
     async def _open(self, video: VideoRecord) -> Opened:
@@ -131,7 +177,7 @@ class Gateway:
         if video is None or video.owner != caller.key_id:
             raise not_found(video_id)
         if video.orphan:
-            await self._adopt(video)
+            await self._drivers.adopt(video)
         return video
 
     async def newest(self, caller: Caller, limit: int, after: str | None, ascending: bool) -> list[VideoRecord]:
@@ -152,6 +198,8 @@ class Gateway:
         earlier = next((one for one in video.interactions if one.event_id == change.event_id), None)
         if earlier is None:
             _check_takes_changes(video)
+            if change.kind is InteractionKind.PROMPT:
+                await self._policy.check(change.prompt, caller.account, "interaction.event.prompt")
             earlier = await answer(self._store.add_interaction.remote(video_id, change))
         if earlier is True:
             await self._apply(video, change)
@@ -212,7 +260,7 @@ class Gateway:
 
     def reader(self, video: VideoRecord, name: str = "") -> ChunkReader:
         """A way through the video for one connection; `leave_later` ends it."""
-        return ChunkReader(video, self._store, lambda: self._adopt_if_orphan(video.id), self._metrics, name)
+        return ChunkReader(video, self._store, lambda: self._drivers.adopt_if_orphan(video.id), self._metrics, name)
 
     def leave_later(self, reader: ChunkReader, return_s: float = 0.0) -> None:
         """Say that the connection is gone, even though its task is being cancelled."""
@@ -224,7 +272,7 @@ class Gateway:
         """The video of a resume token, whose only reader its holder now is; None when the token does not count."""
         taken: VideoRecord | None = await answer(self._store.take_over.remote(caller.key_id, old_hash, new_hash))
         if taken is not None and not taken.status.over and taken.id not in self._drivers:
-            await self._adopt(taken)  # its gateway may be gone: a driver that is still there gives way
+            await self._drivers.adopt(taken)  # its gateway may be gone: a driver that is still there gives way
         return taken
 
     async def cancel(self, video: VideoRecord, code: str, message: str) -> None:
@@ -234,10 +282,12 @@ class Gateway:
 
     async def close(self) -> None:
         """This gateway goes away; other gateways take its videos over."""
-        tasks = [*self._drivers.values(), *self._leaving]
-        for task in tasks:
+        for task in self._upkeep:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._drivers.let_go()
+        for task in self._leaving:
+            task.cancel()
+        await asyncio.gather(*self._upkeep, *self._leaving, return_exceptions=True)
 
     async def _segments(self, reader: ChunkReader, chunk: int) -> AsyncIterator[bytes]:
         try:
@@ -274,29 +324,6 @@ class Gateway:
             tell = (replica.pause if change.kind is InteractionKind.PAUSE else replica.resume).remote(video.id)
         told: Refused | None = await answer(tell)
         return told
-
-    async def _adopt_if_orphan(self, video_id: str) -> None:
-        video: VideoRecord | None = await patient(lambda: self._store.get.remote(video_id))
-        if video is not None and video.orphan:
-            await self._adopt(video)
-
-    async def _adopt(self, video: VideoRecord) -> None:
-        mine: VideoRecord | None = await answer(self._store.claim.remote(video.id, video.replica, video.epoch))
-        if mine is not None:
-            self._start_driver(mine)
-
-    def _start_driver(self, video: VideoRecord) -> None:
-        model = self._fleet.known(video)
-        lead_s = model.lead_s if model else 1.0
-        replicas = self._fleet.handle(video)
-        driver = Driver(video, self._store, replicas, self._metrics, lead_s, self.settings.reader_start_timeout_s)
-        task = apart(driver.run())
-        self._drivers[video.id] = task
-        task.add_done_callback(lambda done: self._forget_driver(video.id, done))
-
-    def _forget_driver(self, video_id: str, done: asyncio.Task[None]) -> None:
-        if self._drivers.get(video_id) is done:  # it may have been replaced by a later one of this gateway
-            del self._drivers[video_id]
 
     def _at(self, video: VideoRecord) -> Any:
         """The handle of the replica that holds the video's session."""

@@ -18,6 +18,7 @@ from diagonal.metrics import MetricSink
 from serve import problems
 from serve.auth import Door
 from serve.bodies import read_body
+from serve.chains import MAX_LINKS, ChainAnswer, ProvenanceAnswer
 from serve.description import CREATED, FILE, STREAM, body_of, describe, errors
 from serve.edge import Edge
 from serve.gateway import Gateway
@@ -53,6 +54,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        gateway.open()
         yield
         await gateway.close()
 
@@ -187,6 +189,17 @@ def _add_streams(app: FastAPI) -> None:
         return StreamingResponse(segments, media_type="video/mp4", headers={"Cache-Control": "no-store"})
 
 
+    @app.get("/v1/videos/{video_id}/chain", responses=errors(404, 422))
+    async def chain(
+        video_id: str, gateway: Via, caller: By,
+        start_chunk: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_LINKS)] = MAX_LINKS,
+    ) -> ChainAnswer:
+        """The signed chain of the stream's chunks; `diagonal verify` checks a recording against it."""
+        video, links = await gateway.chain(video_id, caller, start_chunk, limit + 1)
+        return ChainAnswer.of(video, links[:limit], len(links) > limit)
+
+
 def _add_realtime(app: FastAPI, limits: RealtimeLimits) -> None:
     @app.websocket("/v1/realtime/video")
     async def realtime(socket: WebSocket) -> None:
@@ -209,7 +222,8 @@ def _add_service(app: FastAPI) -> None:
     async def list_models(gateway: Via, caller: By) -> ModelList:
         """What can be asked for, and its limits."""
         longest_s = gateway.settings.max_stream_s
-        return ModelList(data=[ModelAnswer.of(info, caller, longest_s) for info in await gateway.models()])
+        models = [ModelAnswer.of(info, caller, longest_s) for info in await gateway.models()]
+        return ModelList(data=models, provenance=ProvenanceAnswer.of(await gateway.provenance()))
 
     @app.get("/health/live")
     async def live() -> Health:

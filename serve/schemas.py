@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import models_json_schema
 
+from serve.chains import ProvenanceAnswer
 from serve.credentials import CLIENT_SECRET_S
 from serve.problems import Problem, invalid, wrong_value
 from serve.records import Caller, Interaction, InteractionKind, ModelInfo, Pacing, Status, VideoRecord
@@ -253,6 +254,7 @@ class ModelAnswer(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelAnswer]
+    provenance: ProvenanceAnswer
 
 
 class ErrorMember(BaseModel):

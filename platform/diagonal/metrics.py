@@ -80,6 +80,7 @@ SERVING = (
     _histogram("diagonal_session_queue_seconds", "Chunk asked for to generation started", CHUNK_BUCKETS_S),
     _counter("diagonal_sessions_total", "sessions", "Sessions ended, by how", "outcome"),
     _counter("diagonal_errors_total", "errors", "Error answers, by code", "code"),
+    _counter("diagonal_prompts_refused_total", "prompts", "Prompts refused by the policy or its failure", "reason"),
     _counter("diagonal_rejected_total", "requests", "Requests refused for lack of room", "reason"),
     _histogram("diagonal_prompt_update_latency_seconds", "Prompt change to first chunk with it", PROMPT_BUCKETS_S),
     _gauge("diagonal_kv_cache_bytes", "bytes", "Key and value cache held by sessions"),
