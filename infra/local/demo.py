@@ -23,7 +23,7 @@ import yaml
 from numpy.typing import NDArray
 
 from diagonal.client import DiagonalClient, DiagonalError, Video
-from diagonal.client.client import write_whole
+from diagonal.client.files import write_whole
 from diagonal.data.oracle import Reading, read_clip, score
 from diagonal.data.world import Scene, WorldConfig
 from infra.local import cluster, ports

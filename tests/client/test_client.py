@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,22 @@ import pytest
 
 from diagonal.client import DiagonalClient, DiagonalError
 from diagonal.client.cli import FAILED, FULL, NO_ANSWER, REFUSED, main
+from diagonal.client.commands import Progress
 
 FILE = b"....ftyp the file"
+
+
+def box(name: bytes, body: bytes = b"") -> bytes:
+    return (8 + len(body)).to_bytes(4, "big") + name + body
+
+
+def fragment(body: bytes) -> bytes:
+    """The boxes of a chunk of one frame that the command line reads its count from."""
+    track = box(b"tfhd", bytes(8)) + box(b"tfdt", bytes(8)) + box(b"trun", bytes(4) + (1).to_bytes(4, "big"))
+    return box(b"moof", box(b"mfhd", bytes(8)) + box(b"traf", track)) + box(b"mdat", body)
+
+
+PARTS = [box(b"ftyp") + box(b"moov"), *(fragment(body) for body in (b"one", b"two"))]
 
 
 def problem(status: int, code: str, message: str, **headers: str) -> httpx.Response:
@@ -30,6 +44,7 @@ class Server:
         self.outcome, self.polls = outcome, 0
         self.requests: list[tuple[str, str, dict]] = []
         self.headers: list[httpx.Headers] = []
+        self.params: list[httpx.QueryParams] = []
         self.answers: dict[str, httpx.Response] = {}
         self.first_answers: list[httpx.Response] = []
 
@@ -37,6 +52,7 @@ class Server:
         body = json.loads(request.content) if request.content else {}
         self.requests.append((request.method, request.url.path, body))
         self.headers.append(request.headers)
+        self.params.append(request.url.params)
         if self.first_answers:
             return self.first_answers.pop(0)
         if request.method in self.answers:
@@ -44,7 +60,7 @@ class Server:
         if request.url.path.endswith("/content"):
             return httpx.Response(200, content=FILE)
         if request.url.path.endswith("/stream"):
-            return httpx.Response(200, content=iter([b"init", b"one", b"two"]))
+            return httpx.Response(200, content=iter(PARTS))
         if request.url.path.endswith("/interactions"):
             return httpx.Response(202, json={"event_id": body["interaction"]["event_id"]})
         self.polls += request.method == "GET"
@@ -77,9 +93,23 @@ def test_only_what_was_given_is_sent(server: Server) -> None:
     assert server.requests == [("POST", "/v1/videos", expected)]
 
 
-def test_the_stream_passes_bytes_on(server: Server) -> None:
+def test_the_stream_comes_in_parts(server: Server) -> None:
     with server.client() as client:
-        assert b"".join(client.stream("video_1")) == b"initonetwo"
+        assert list(client.stream("video_1")) == PARTS
+
+
+def test_a_stream_that_breaks_goes_on_with_the_next_chunk(server: Server, waits: list[float]) -> None:
+    def broken() -> Iterator[bytes]:
+        yield PARTS[0] + PARTS[1] + PARTS[2][:5]
+        raise httpx.ReadError("gone")
+
+    server.first_answers = [
+        httpx.Response(200, content=broken()), httpx.Response(200, json=server.video("in_progress")),
+        httpx.Response(200, content=iter([PARTS[0], PARTS[2]])),
+    ]  # fmt: skip
+    with server.client() as client:
+        assert list(client.stream("video_1")) == PARTS
+    assert [params.get("start_chunk") for params in server.params] == ["0", None, "1"]
 
 
 def test_an_interaction_names_its_event(server: Server) -> None:
@@ -119,7 +149,7 @@ def test_generate_saves_the_file(run: Callable[..., int], server: Server, tmp_pa
 
 def test_stream_writes_the_bytes_to_a_file(run: Callable[..., int], tmp_path: Path) -> None:
     assert run("stream", "a red circle", "--out", tmp_path / "x.mp4") == 0
-    assert (tmp_path / "x.mp4").read_bytes() == b"initonetwo"
+    assert (tmp_path / "x.mp4").read_bytes() == b"".join(PARTS)
 
 
 def test_steer_changes_the_prompt(run: Callable[..., int], server: Server) -> None:
@@ -199,20 +229,47 @@ def test_key_and_address_come_from_the_environment(server: Server, monkeypatch: 
     assert server.headers[1]["authorization"] == "Bearer dk_3_4"
 
 
-def test_watch_follows_a_video_and_saves_it(run: Callable[..., int], tmp_path: Path) -> None:
-    assert run("watch", "video_1", "--out", tmp_path / "x.mp4") == 0
-    assert (tmp_path / "x.mp4").read_bytes() == FILE
+def test_a_video_that_is_made_already_is_streamed_by_its_id(
+    run: Callable[..., int], server: Server, tmp_path: Path
+) -> None:
+    assert run("stream", "--video", "video_1", "--out", tmp_path / "x.mp4") == 0
+    assert [method for method, _, _ in server.requests] == ["GET", "GET"]
 
 
-def test_watch_tells_that_a_video_failed(run: Callable[..., int], server: Server) -> None:
-    server.outcome = "failed"
-    assert run("watch", "video_1") == FAILED
+def test_what_came_of_a_broken_stream_is_kept_beside_its_name(
+    run: Callable[..., int], server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Iterator[bytes]:
+        yield PARTS[0] + PARTS[1]
+        server.answers["GET"] = httpx.Response(200, json=server.video("failed"))
+        raise httpx.ReadError("gone")
+
+    server.first_answers = [httpx.Response(200, json=server.video("in_progress")),
+                            httpx.Response(200, content=broken())]  # fmt: skip
+    assert run("stream", "a red circle", "--out", tmp_path / "x.mp4") == FAILED
+    assert (tmp_path / "x.mp4.part").read_bytes() == PARTS[0] + PARTS[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mp4.part"]
+    assert "x.mp4.part" in capsys.readouterr().err
 
 
-def test_the_key_is_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["generate", "--help"])
-    assert "--api-key" not in capsys.readouterr().out
+@pytest.mark.parametrize("action", ["pause", "resume"])
+def test_a_video_is_paused_and_goes_on(run: Callable[..., int], server: Server, action: str) -> None:
+    assert run(action, "video_1") == 0
+    assert server.requests[-1][2]["interaction"]["event"] == {"action": action}
+
+
+def test_a_key_that_is_given_counts_more_than_that_of_the_environment(
+    run: Callable[..., int], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIAGONAL_API_KEY", "dk_1_2")
+    assert run("pause", "video_1", "--key", "dk_3_4") == 0
+    assert server.headers[-1]["authorization"] == "Bearer dk_3_4"
+
+
+def test_progress_tells_chunk_rate_and_time_left() -> None:
+    line = Progress(81).line(27, 3, 1.5)
+    assert line == "[##########....................] 27/81 frames, chunk 3, 18.0 fps, 3 s left"
+    assert Progress(None).line(27, 3, 1.5) == "27 frames, chunk 3, 18.0 fps"
 
 
 def test_no_server_is_an_exit_code_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:

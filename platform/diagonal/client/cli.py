@@ -1,107 +1,49 @@
-"""The command line: `diagonal generate`, `stream`, `watch` and `steer`; progress and errors go to standard error.
+"""The command line: `diagonal generate`, `stream`, `watch`, `steer`, `pause`, `resume`; what they say goes to stderr.
 
-Exit codes: 0 done, 2 the request was refused, 3 no answer from the server, 4 the server is full, 5 the video failed.
+Exit codes: 0 done, 2 the request was refused, 3 no answer from the server, 4 the server is full, 5 the video failed,
+130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from diagonal.client.client import (
-    API_KEY_VARIABLE,
-    DEFAULT_URL,
-    URL_VARIABLE,
-    DiagonalClient,
+from diagonal.client import commands
+from diagonal.client.client import API_KEY_VARIABLE, DEFAULT_URL, URL_VARIABLE, DiagonalClient
+from diagonal.client.errors import (
+    BrokenStreamError,
     DiagonalError,
-    Video,
-    write_whole,
+    RefusedError,
+    ServerFullError,
+    VideoFailedError,
 )
+from diagonal.errors import FieldError
 
 DONE, REFUSED, NO_ANSWER, FULL, FAILED, INTERRUPTED = 0, 2, 3, 4, 5, 130
-_BAR_CELLS = 30
 
 
-def main(
-    arguments: Sequence[str] | None = None, client: Callable[[str | None], DiagonalClient] = DiagonalClient
-) -> int:
+def main(arguments: Sequence[str] | None = None, client: Callable[..., DiagonalClient] = DiagonalClient) -> int:
     """Run one command; returns its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        with client(options.url) as opened:
+        with client(options.url, api_key=options.key) as opened:
             options.run(opened, options)
         return DONE
     except DiagonalError as error:
         print(f"diagonal: {_describe(error)}", file=sys.stderr)
         return _exit_code(error)
-    except OSError as error:
+    except BrokenPipeError:  # the player was closed: nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except (OSError, FieldError) as error:
         print(f"diagonal: {error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("diagonal: interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-def generate(client: DiagonalClient, options: argparse.Namespace) -> None:
-    """Make a whole video and save it."""
-    _check_folder(options.out)
-    started = time.monotonic()
-    video = _create(client, options, "none")
-    try:
-        done = client.wait(video.id, timeout_s=options.timeout, progress=_show_progress)
-        client.save(video.id, options.out)
-    except KeyboardInterrupt:
-        client.delete(video.id)  # nobody will fetch it
-        raise
-    finally:
-        _end_progress()
-    took = time.monotonic() - started
-    rate = f"in {took:.1f} s ({done.frames / took:.1f} frames a second)"
-    _say(f"{options.out}: {done.frames} frames, {done.size}, {done.fps} fps, {rate}")
-
-
-def stream(client: DiagonalClient, options: argparse.Namespace) -> None:
-    """Write a video's bytes while it is made; `--out -` is standard output, for a player."""
-    if options.out != "-":
-        _check_folder(options.out)
-    video = _create(client, options, options.pacing)
-    _say(f"{video.id}: {video.frames} frames, {video.size}, {video.fps} fps")
-    parts = _timed(client.stream(video.id))
-    try:
-        if options.out == "-":
-            for part in parts:
-                sys.stdout.buffer.write(part)
-                sys.stdout.buffer.flush()
-        else:
-            write_whole(options.out, parts)
-    except KeyboardInterrupt:
-        client.delete(video.id)
-        raise
-
-
-def watch(client: DiagonalClient, options: argparse.Namespace) -> None:
-    """Follow a video until it is over, and save it if `--out` says where."""
-    if options.out is not None:
-        _check_folder(options.out)
-    try:
-        done = client.wait(options.video, timeout_s=options.timeout, progress=_show_progress)
-    finally:
-        _end_progress()
-    for change in done.answer.get("interactions", ()):
-        where = f"at frame {change['pixel_frame']}" if change["status"] == "applied" else change["status"]
-        _say(f"prompt change {change['event_id']}: {where}")
-    if options.out is not None:
-        client.save(done.id, options.out)
-    _say(f"{options.out or done.id}: {done.frames} frames, {done.size}, {done.fps} fps")
-
-
-def steer(client: DiagonalClient, options: argparse.Namespace) -> None:
-    """Change the prompt of a video that is being made."""
-    event = client.interact(options.video, options.prompt, transition_chunks=options.transition_chunks)
-    _say(f"queued as {event}: it applies at the next chunk")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,87 +52,60 @@ def _parser() -> argparse.ArgumentParser:
         description="Make, watch and steer videos on a Diagonal server.",
         epilog=f"The API key is taken from ${API_KEY_VARIABLE}, which no list of processes shows.",
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
-    make = _command(commands, "generate", generate)
+    adding = parser.add_subparsers(required=True, metavar="command")
+    make = _command(adding, "generate", commands.generate)
     _video_options(make)
     make.add_argument("--out", default="video.mp4", metavar="FILE", help="where to save it (default: video.mp4)")
     make.add_argument("--timeout", type=float, default=600.0, metavar="S", help="give up after so long (default: 600)")
-    live = _command(commands, "stream", stream)
-    _video_options(live)
+    live = _command(adding, "stream", commands.stream)
+    what = live.add_mutually_exclusive_group(required=True)
+    what.add_argument("prompt", nargs="?", help="what the video shall show")
+    what.add_argument("--video", metavar="ID", help="or the id of a video that is being made")
+    _video_options(live, prompt=False)
     live.add_argument("--out", default="-", metavar="FILE", help="a file, or - for standard output (default: -)")
     live.add_argument("--pacing", choices=("realtime", "none"), default="realtime", help="default: realtime")
-    follow = _command(commands, "watch", watch)
-    follow.add_argument("video", help="the video's id, which `stream` prints")
-    follow.add_argument("--out", metavar="FILE", help="save it there when it is done")
-    follow.add_argument("--timeout", type=float, default=600.0, metavar="S", help="give up after that (default: 600)")
-    turn = _command(commands, "steer", steer)
-    turn.add_argument("video", help="the video's id, which `stream` prints")
-    turn.add_argument("prompt", help="what it shall show from the next chunk on")
-    turn.add_argument("--transition-chunks", type=int, default=0, metavar="N", help="blend over N chunks (default: 0)")
+    watch = _command(adding, "watch", commands.watch)
+    _video_options(watch)
+    watch.add_argument("--out", default="-", metavar="FILE", help="a file, or - for standard output (default: -)")
+    _transition_option(watch)
+    steer = _of_video(_command(adding, "steer", commands.steer))
+    steer.add_argument("prompt", help="what it shall show from the next chunk on")
+    _transition_option(steer)
+    _of_video(_command(adding, "pause", commands.pause))
+    _of_video(_command(adding, "resume", commands.resume))
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, run: Callable[..., None]) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+def _command(
+    adding: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: Callable[..., None]
+) -> argparse.ArgumentParser:
+    about = (run.__doc__ or "").strip()
+    parser = adding.add_parser(name, help=about.splitlines()[0], description=about)
     parser.add_argument("--url", help=f"the server (default: ${URL_VARIABLE}, else {DEFAULT_URL})")
+    parser.add_argument("--key", help=f"the API key; no list of processes shows it in ${API_KEY_VARIABLE}")
     parser.set_defaults(run=run)
     return parser
 
 
-def _video_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", help="what the video shall show")
+def _of_video(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("video", help="the video's id, which `stream` and `watch` print")
+    return parser
+
+
+def _transition_option(parser: argparse.ArgumentParser) -> None:
+    about = "blend a new prompt in over N chunks (default: 0, at once)"
+    parser.add_argument("--transition-chunks", type=int, default=0, metavar="N", help=about)
+
+
+def _video_options(parser: argparse.ArgumentParser, prompt: bool = True) -> None:
+    if prompt:
+        parser.add_argument("prompt", help="what the video shall show")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="how long it plays")
     length.add_argument("--frames", type=int, help="how many pixel frames it has")
     parser.add_argument("--seed", type=int, help="the same seed gives the same video")
     parser.add_argument("--size", metavar="WxH", help="one of the sizes that the server names")
-
-
-def _create(client: DiagonalClient, options: argparse.Namespace, pacing: str) -> Video:
-    return client.create(
-        options.prompt,
-        frames=options.frames,
-        seconds=options.seconds,
-        seed=options.seed,
-        size=options.size,
-        pacing="realtime" if pacing == "realtime" else "none",
-    )
-
-
-def _check_folder(path: str) -> None:
-    """Before any work is asked for, not after."""
-    folder = Path(path).resolve().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--out = {path!r}: there is no folder {folder}")
-
-
-def _timed(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """Pass parts on, and say when the first came and how much there was."""
-    started, size, first = time.monotonic(), 0, True
-    for part in parts:
-        if first:
-            _say(f"first bytes after {time.monotonic() - started:.2f} s")
-            first = False
-        size += len(part)
-        yield part
-    _say(f"{size / 1000:.0f} kB in {time.monotonic() - started:.1f} s")
-
-
-def _show_progress(video: Video) -> None:
-    """A bar on a terminal; elsewhere nothing, which a log is better for."""
-    if sys.stderr.isatty():
-        filled = _BAR_CELLS * video.progress // 100
-        bar = "#" * filled + "." * (_BAR_CELLS - filled)
-        print(f"\r[{bar}] {video.frames_done}/{video.frames} frames", end="", file=sys.stderr, flush=True)
-
-
-def _end_progress() -> None:
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    parser.add_argument("--model", help="one of the models that the server names (default: the server's)")
 
 
 def _describe(error: DiagonalError) -> str:
@@ -200,11 +115,8 @@ def _describe(error: DiagonalError) -> str:
 
 
 def _exit_code(error: DiagonalError) -> int:
-    if error.status == 429:
-        return FULL
-    if 400 <= error.status < 500:
-        return REFUSED
-    return FAILED if error.status == 200 or error.code == "timeout" else NO_ANSWER
+    kinds = {ServerFullError: FULL, RefusedError: REFUSED, VideoFailedError: FAILED, BrokenStreamError: FAILED}
+    return kinds.get(type(error), NO_ANSWER)
 
 
 if __name__ == "__main__":

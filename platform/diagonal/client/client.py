@@ -12,43 +12,30 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 
+from diagonal.client.errors import DiagonalError, NoAnswerError, VideoFailedError, error_for
+from diagonal.client.files import write_whole
+from diagonal.client.protocol import Pacing, start_fields
+from diagonal.client.realtime import Realtime
+from diagonal.mp4 import PartReader, split
+
 DEFAULT_URL = "http://127.0.0.1:8000"
 API_KEY_VARIABLE, URL_VARIABLE = "DIAGONAL_API_KEY", "DIAGONAL_URL"
-Pacing = Literal["none", "realtime"]
 _TRY_AGAIN = (429, 502, 503, 504)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
 
-class DiagonalError(Exception):
-    """An error answer, or none at all: `status` is the HTTP status, 0 when no answer came."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 0,
-        code: str = "",
-        param: str | None = None,
-        retry_after_s: float | None = None,
-        request_id: str = "",
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
-        self.request_id = request_id
-
-
 @dataclass(frozen=True)
 class Video:
-    """A video as the server describes it; `answer` is everything it said."""
+    """A video as the server describes it; `frames` is None where it has no end; `answer` is everything it said."""
 
     id: str
     status: str
     progress: int
-    frames: int
+    frames: int | None
     frames_done: int
     fps: int
     size: str
@@ -96,7 +83,7 @@ class DiagonalClient:
         key = api_key or os.environ.get(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         address = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
-        self._max_retries = max_retries
+        self._max_retries, self._timeout_s = max_retries, timeout_s
         self._http = httpx.Client(base_url=address, headers=headers, timeout=timeout_s, transport=transport)
 
     def __enter__(self) -> DiagonalClient:
@@ -115,17 +102,22 @@ class DiagonalClient:
         self,
         prompt: str,
         *,
+        model: str | None = None,
         frames: int | None = None,
         seconds: float | None = None,
         seed: int | None = None,
         size: str | None = None,
         pacing: Pacing = "none",
+        endless: bool = False,
+        idempotency_key: str | None = None,
     ) -> Video:
-        """Start a video; what is not given is the server's default. With `realtime` it is drawn as it is watched."""
-        fields = {"prompt": prompt, "num_frames": frames, "seconds": seconds, "seed": seed, "size": size}
-        body: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-        headers = {"Idempotency-Key": os.urandom(16).hex()}  # asked again, it is the same video
-        body |= {"extra": {"pacing": pacing}}
+        """Start a video; what is not given is the server's default. With `realtime` it is drawn as it is watched.
+
+        The same `idempotency_key` again gives the same video; without one, only this call's own retries share it.
+        """
+        body = start_fields(prompt, model=model, frames=frames, seconds=seconds, seed=seed, size=size,
+                            pacing="realtime" if endless else pacing, endless=endless)  # fmt: skip
+        headers = {"Idempotency-Key": idempotency_key or os.urandom(16).hex()}  # asked again, it is the same video
         return Video.from_answer(self._call("POST", "/v1/videos", json=body, headers=headers))
 
     def get(self, video_id: str) -> Video:
@@ -157,9 +149,9 @@ class DiagonalClient:
             if video.status == "completed":
                 return video
             if video.over:
-                raise DiagonalError(video.error or f"the video is {video.status}", status=200, code=video.status)
+                raise _failed(video)
             if time.monotonic() > deadline:
-                raise DiagonalError(f"the video was not ready after {timeout_s:g} s", code="timeout")
+                raise VideoFailedError(f"the video was not ready after {timeout_s:g} s", code="timeout")
             time.sleep(poll_s)
 
     def content(self, video_id: str) -> bytes:
@@ -171,26 +163,97 @@ class DiagonalClient:
         return write_whole(path, iter([self.content(video_id)]))
 
     def stream(self, video_id: str, start_chunk: int = 0) -> Iterator[bytes]:
-        """The video's bytes as they are made: fragmented MP4, initialisation segment first."""
-        path, params = f"/v1/videos/{video_id}/stream", {"start_chunk": start_chunk}
-        try:
-            with self._http.stream("GET", path, params=params) as response:
-                if response.is_error:
-                    response.read()
-                _raise_for(response)
-                yield from response.iter_raw()
-        except httpx.HTTPError as error:
-            raise _no_answer(error) from error
+        """The parts of a video's MP4 as they are made: its initialisation segment, then each chunk, whole.
+
+        A connection that breaks is made again from the next chunk on; `VideoFailedError` when the video ended early.
+        """
+        chunk, begun, attempt = start_chunk, False, 0
+        while True:
+            try:
+                for part in self._parts(video_id, chunk):
+                    is_chunk = bool(split(part)[1])
+                    if is_chunk or not begun:
+                        yield part
+                    begun, chunk, attempt = True, chunk + is_chunk, 0 if is_chunk else attempt
+                return
+            except httpx.HTTPError as error:
+                failure: DiagonalError = _no_answer(error)
+            except DiagonalError as error:
+                failure = error
+            wait_s = _wait_s(failure, attempt)
+            if attempt == self._max_retries or wait_s is None:
+                raise failure
+            self._check_goes_on(video_id)
+            attempt += 1
+            time.sleep(wait_s)
+
+    def realtime(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        frames: int | None = None,
+        seconds: float | None = None,
+        seed: int | None = None,
+        size: str | None = None,
+        pacing: Pacing = "realtime",
+        endless: bool = False,
+        buffer_s: float | None = None,
+        reconnect_s: float = 20.0,
+    ) -> Realtime:
+        """A live session whose prompt can be changed while it plays; iterate over it for its chunks.
+
+        An `endless` one goes on until it is stopped or closed, or the server's limit is reached.
+
+        With `buffer_s` no more than that is made ahead of the viewer: of what `tell_position` says, or else of what
+        was taken from the iteration. A connection that breaks is made again for at most `reconnect_s`.
+        """
+        fields = start_fields(prompt, model=model, frames=frames, seconds=seconds, seed=seed, size=size,
+                              pacing=pacing, endless=endless, buffer_s=buffer_s)  # fmt: skip
+        key = self._http.headers.get("authorization")
+        headers = {"Authorization": key} if key else {}
+        url = str(self._http.base_url)
+        return Realtime(url, headers, fields, timeout_s=self._timeout_s, reconnect_s=reconnect_s).open()
 
     def interact(self, video_id: str, prompt: str, *, event_id: str | None = None, transition_chunks: int = 0) -> str:
         """Change the prompt from the next chunk on; returns the event's id, which `interactions` of the video names."""
-        event = {"event_id": event_id or os.urandom(8).hex(), "event": {"prompt": prompt}}
-        body = {"interaction": event | {"transition_chunks": transition_chunks}}
-        return str(self._call("POST", f"/v1/videos/{video_id}/interactions", json=body)["event_id"])
+        return self._interact(video_id, {"prompt": prompt}, transition_chunks, event_id)
+
+    def pause(self, video_id: str) -> str:
+        """Make no more chunks for now; returns the event's id."""
+        return self._interact(video_id, {"action": "pause"})
+
+    def resume(self, video_id: str) -> str:
+        """Go on after `pause`; returns the event's id."""
+        return self._interact(video_id, {"action": "resume"})
 
     def delete(self, video_id: str) -> None:
         """Cancel the video if it is not over, and remove it."""
         self._call("DELETE", f"/v1/videos/{video_id}")
+
+    def _interact(
+        self, video_id: str, event: Mapping[str, str], transition_chunks: int = 0, event_id: str | None = None
+    ) -> str:
+        """Told again, it is the same event."""
+        interaction = {"event_id": event_id or os.urandom(8).hex(), "event": event}
+        body = {"interaction": interaction | {"transition_chunks": transition_chunks}}
+        return str(self._call("POST", f"/v1/videos/{video_id}/interactions", json=body)["event_id"])
+
+    def _parts(self, video_id: str, start_chunk: int) -> Iterator[bytes]:
+        reader = PartReader()
+        path, params = f"/v1/videos/{video_id}/stream", {"start_chunk": start_chunk}
+        with self._http.stream("GET", path, params=params) as response:
+            if response.is_error:
+                response.read()
+            _raise_for(response)
+            for data in response.iter_raw():
+                yield from reader.feed(data)
+
+    def _check_goes_on(self, video_id: str) -> None:
+        """`VideoFailedError` when a stream was cut off because its video failed."""
+        video = self.get(video_id)
+        if video.over and video.status != "completed":
+            raise _failed(video)
 
     def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         answer = self._send(method, path, **arguments).json()
@@ -213,22 +276,12 @@ class DiagonalClient:
         raise AssertionError("the loop returns or raises")
 
 
-def write_whole(path: str | os.PathLike[str], parts: Iterator[bytes]) -> Path:
-    """Write `parts` beside the file's final name, then rename; on an error nothing is left."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
+def _failed(video: Video) -> DiagonalError:
+    return VideoFailedError(video.error or f"the video is {video.status}", status=200, code=video.status)
 
 
 def _no_answer(error: httpx.HTTPError) -> DiagonalError:
-    return DiagonalError(f"no whole answer from the server: {error or type(error).__name__}", code="no_answer")
+    return NoAnswerError(f"no whole answer from the server: {error or type(error).__name__}", code="no_answer")
 
 
 def _wait_s(failure: DiagonalError, attempt: int) -> float | None:
@@ -249,9 +302,9 @@ def _raise_for(response: httpx.Response) -> None:
     except (ValueError, KeyError, TypeError):
         problem, detail = {}, {}
     wait = response.headers.get("retry-after", "")
-    raise DiagonalError(
+    raise error_for(
         detail.get("message") or f"the server answered {response.status_code}",
-        status=response.status_code,
+        response.status_code,
         code=detail.get("code") or "",
         param=detail.get("param"),
         retry_after_s=float(wait) if wait.replace(".", "", 1).isdigit() else None,

@@ -1,0 +1,211 @@
+"""What each command does. Files are there whole; of a stream that was cut off, what came is kept as FILE.part."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diagonal.client.client import DiagonalClient, Video
+from diagonal.client.files import part_of, write_kept
+from diagonal.client.realtime import Realtime
+from diagonal.mp4 import read_fragment, split
+
+_BAR_CELLS = 30
+
+
+class Progress:
+    """One line on a terminal: chunks, frames a second, time left; elsewhere nothing, which a log is better for."""
+
+    def __init__(self, frames: int | None = None) -> None:
+        self.frames, self._started_s = frames, time.monotonic()
+        self._shows = sys.stderr.isatty()
+
+    def show(self, done: int, chunks: int) -> None:
+        if self._shows:
+            print(f"\r\x1b[K{self.line(done, chunks, time.monotonic() - self._started_s)}", end="", file=sys.stderr,
+                  flush=True)  # fmt: skip
+
+    def line(self, done: int, chunks: int, took_s: float) -> str:
+        """`done` pixel frames in `chunks` chunks came in so many seconds."""
+        rate_fps = done / took_s if took_s > 0 else 0.0
+        text = f"chunk {chunks}, {rate_fps:.1f} fps"
+        if self.frames is None:
+            return f"{done} frames, {text}"
+        filled = _BAR_CELLS * done // self.frames
+        left = f", {(self.frames - done) / rate_fps:.0f} s left" if rate_fps and done < self.frames else ""
+        return f"[{'#' * filled}{'.' * (_BAR_CELLS - filled)}] {done}/{self.frames} frames, {text}{left}"
+
+    def end(self) -> None:
+        if self._shows:
+            print(file=sys.stderr)
+
+
+def generate(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """Make a whole video and save it."""
+    _check_folder(options.out)
+    started_s = time.monotonic()
+    video = client.create(options.prompt, pacing="none", **_asked(options))
+    progress = Progress(video.frames)
+    try:
+        done = client.wait(video.id, timeout_s=options.timeout, progress=lambda now: _show(progress, now))
+        client.save(video.id, options.out)
+    except KeyboardInterrupt:
+        client.delete(video.id)  # nobody will fetch it
+        raise
+    finally:
+        progress.end()
+    took_s = time.monotonic() - started_s
+    rate = f"in {took_s:.1f} s ({done.frames_done / took_s:.1f} frames a second)"
+    _say(f"{options.out}: {done.frames_done} frames, {done.size}, {done.fps} fps, {rate}")
+
+
+def stream(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """Write a video's bytes while it is made; `--out -` is standard output, for a player."""
+    _check_folder(options.out)
+    made = options.video is None
+    pacing = {"pacing": options.pacing}
+    video = client.create(options.prompt, **_asked(options), **pacing) if made else client.get(options.video)
+    _say(f"{video.id}: {video.frames or 'endless'} frames, {video.size}, {video.fps} fps")
+    try:
+        _write(options.out, _timed(client.stream(video.id), Progress(video.frames)))
+    except KeyboardInterrupt:
+        if made:
+            client.delete(video.id)
+        raise
+
+
+def watch(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """Stream a live session whose prompt changes with each line that is typed meanwhile.
+
+    Without a length it goes on until Ctrl-C, which ends it whole; /pause, /resume and /stop do what they say.
+    A player reads standard output: `diagonal watch "a red circle" | ffplay -`.
+    """
+    _check_folder(options.out)
+    asked = _asked(options)
+    endless = options.seconds is None and options.frames is None
+    with client.realtime(options.prompt, endless=endless, **asked) as live, _stopped_by_interrupt(live):
+        _say(f"{live.opening.request_id}: {live.opening.frames or 'endless'} frames, {live.opening.fps} fps; "
+             "type a prompt, /pause, /resume or /stop")  # fmt: skip
+        threading.Thread(target=_steer_live, args=(live, options.transition_chunks), daemon=True).start()
+        _write(options.out, _timed(_told(live), Progress(live.opening.frames)))
+
+
+def steer(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """Change the prompt of a video that is being made."""
+    event = client.interact(options.video, options.prompt, transition_chunks=options.transition_chunks)
+    _say(f"queued as {event}: it applies at the next chunk")
+
+
+def pause(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """Stop a video that is being made after the chunk under way; its place is freed."""
+    client.pause(options.video)
+    _say("paused: `diagonal resume` goes on")
+
+
+def resume(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """Go on with a paused video."""
+    client.resume(options.video)
+    _say("goes on")
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines of standard input as they come; read below Python's buffer, whose lock would outlive its thread."""
+    rest = b""
+    while data := os.read(sys.stdin.fileno(), 4096):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line.decode(errors="replace").strip() for line in lines)
+    yield rest.decode(errors="replace").strip()
+
+
+def _steer_live(live: Realtime, transition_chunks: int) -> None:
+    actions = {"/pause": live.pause, "/resume": live.resume, "/stop": live.stop}
+    for line in typed_lines():
+        if line in actions:
+            actions[line]()
+        elif line:
+            live.change(line, transition_chunks=transition_chunks)
+
+
+def _told(live: Realtime) -> Iterator[bytes]:
+    """The session's bytes; says what became of each change."""
+    told: dict[str, str] = {}
+    for chunk in live:
+        yield chunk.data
+        for event, change in list(live.changes.items()):
+            if change.status in ("started", "refused") and told.get(event) != change.status:
+                told[event] = change.status
+                _say(f"refused: {change.error}" if change.error else f"new prompt from frame {chunk.first_frame} on")
+
+
+@contextmanager
+def _stopped_by_interrupt(live: Realtime) -> Iterator[None]:
+    """The first Ctrl-C ends the session, and what was under way still comes; the second one interrupts."""
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=live.stop, daemon=True).start()  # the main thread may hold the socket's lock
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("frames", "seconds", "seed", "size", "model")}
+
+
+def _check_folder(path: str) -> None:
+    """Before any work is asked for, not after."""
+    folder = Path(path).resolve().parent
+    if path != "-" and not folder.is_dir():
+        raise FileNotFoundError(f"--out = {path!r}: there is no folder {folder}")
+
+
+def _write(path: str, parts: Iterable[bytes]) -> None:
+    """To a file, or to standard output."""
+    if path == "-":
+        for part in parts:
+            sys.stdout.buffer.write(part)
+            sys.stdout.buffer.flush()
+        return
+    try:
+        write_kept(path, parts)
+    finally:
+        if part_of(path).exists():
+            _say(f"what came is kept in {part_of(path)}")
+
+
+def _timed(parts: Iterable[bytes], progress: Progress) -> Iterator[bytes]:
+    """Pass parts on, and say when the first came and how much there was."""
+    started_s, size, frames, chunks = time.monotonic(), 0, 0, 0
+    try:
+        for part in parts:
+            if not size:
+                _say(f"first bytes after {time.monotonic() - started_s:.2f} s")
+            size += len(part)
+            yield part
+            if media := split(part)[1]:
+                frames, chunks = frames + read_fragment(media).frames, chunks + 1
+                progress.show(frames, chunks)
+    finally:
+        progress.end()
+    took_s = time.monotonic() - started_s
+    _say(f"{frames} frames, {size / 1000:.0f} kB in {took_s:.1f} s")
+
+
+def _show(progress: Progress, video: Video) -> None:
+    progress.show(video.frames_done, int(video.answer.get("chunks_done", 0)))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
