@@ -16,6 +16,7 @@ from diagonal.diffusion.noise import batch_noise, generator
 from diagonal.errors import require
 from diagonal.geometry import ChunkGeometry
 from diagonal.model.cache import CacheBatch, KVCache, KVPool
+from diagonal.model.fp8 import FORMAT
 from diagonal.schedule import StepSchedule
 
 StepNoise = Callable[[int], Tensor]
@@ -109,7 +110,12 @@ def new_pool(config: Config, network: torch.nn.Module, pages: int) -> KVPool:
 
 
 def cache_dtype(config: Config) -> torch.dtype:
-    """Element type of the K/V cache: the compute type."""
+    """Element type of the K/V cache: the compute type, or 8 bits where `serve.cache_dtype` says so."""
+    return FORMAT if config.serve.cache_dtype == "fp8" else latents_dtype(config)
+
+
+def latents_dtype(config: Config) -> torch.dtype:
+    """Element type of the latents that a session keeps: the compute type."""
     return torch.bfloat16 if config.model.compute_dtype == "bfloat16" else torch.float32
 
 

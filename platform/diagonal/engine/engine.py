@@ -10,7 +10,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from diagonal.diffusion.rollout import DenoisedChunk, KeptChunk
+from diagonal.diffusion.rollout import DenoisedChunk, KeptChunk, latents_dtype
 from diagonal.engine.admission import BudgetError, CapacityError, ChunkKind, settled_chunk
 from diagonal.engine.drift import ReanchorPolicy
 from diagonal.engine.generation import ChunkMaker, Emitted, Servable, SessionError, emit
@@ -248,7 +248,7 @@ class Engine(Sessions):
             return []
         clean, written = ([part[number] for number in decoded] for part in (done.clean, done.written))
         finite = [_finite(batch[number], done.finite[number]) for number in decoded]
-        return emit(list(decoded.values()), clean, written, self._pool.keys.dtype, finite)
+        return emit(list(decoded.values()), clean, written, latents_dtype(self.config), finite)
 
     def _finish(self, session: Session, done: DenoisedChunk, shown: Emitted, started_s: float) -> ChunkResult:
         """Move a session on by its chunk."""

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diagonal.config import Config
-from diagonal.diffusion.rollout import KeptChunk, cache_dtype
+from diagonal.config import Config, ServeConfig
+from diagonal.diffusion.rollout import KeptChunk, latents_dtype
 from diagonal.engine.drift import DriftMonitor
 from diagonal.engine.script import Blend, Event, PromptChange, SessionSpec, Timeline
 from diagonal.geometry import ChunkGeometry
@@ -56,7 +56,8 @@ class Identity:
 
     @classmethod
     def of(cls, release: ReleaseLike) -> Identity:
-        """The hash of the configuration leaves out what differs between machines: limits, paths, training."""
+        """The hash of the configuration leaves out what differs between machines: limits, paths, training; and the
+        options of serving that are not used, so that a snapshot from before they existed is still this engine's."""
         config = release.config
         files = {name: entry["sha256"] for name, entry in release.manifest["files"].items()}
         decides = {
@@ -64,6 +65,10 @@ class Identity:
             "text_tokens": config.model.text_tokens, "compute_dtype": config.model.compute_dtype,
             "decoder_history_frames": config.serve.decoder_history_frames,
         }
+        usual = ServeConfig()
+        for name in ("decoder", "linear_dtype", "cache_dtype"):
+            if (value := getattr(config.serve, name)) != getattr(usual, name):
+                decides[name] = value
         return cls(release.name, _hash(files), _hash(decides))
 
     def check(self, other: Identity, what: str) -> None:
@@ -242,7 +247,7 @@ def _without_frames(latents: Tensor) -> tuple[int, ...]:
 
 def frame_bytes(config: Config) -> int:
     """Bytes of one latent frame as a session keeps it: channels * height * width * element size."""
-    return torch.Size(config.geometry.frames_shape(1)).numel() * cache_dtype(config).itemsize
+    return torch.Size(config.geometry.frames_shape(1)).numel() * latents_dtype(config).itemsize
 
 
 def latents_bytes(config: Config) -> int:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from diagonal.errors import require
+from diagonal.model.attention import Rotary, rotate
+from diagonal.model.fp8 import FORMAT, dequantise, quantise
 
 
 class PoolExhaustedError(RuntimeError):
@@ -17,7 +19,8 @@ class PoolExhaustedError(RuntimeError):
 class KVPool:
     """All K/V memory of one device, allocated once: `[layers, pages, page_tokens, heads, head_dim]`, twice.
 
-    A page holds the keys (after their norm, before rotary) and values of one chunk in every layer.
+    A page holds the keys (after their norm, before rotary) and values of one chunk in every layer. In `fp8.FORMAT` they
+    have an exponent (a byte) for each token and head besides, and are read in bfloat16, which holds them exactly.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class KVPool:
         shape = (layers, pages, page_tokens, heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        eight_bit = dtype == FORMAT
+        self.exponents = torch.zeros((2, *shape[:-1]), dtype=torch.int8, device=device) if eight_bit else None
         self._free = list(range(pages))[::-1]
 
     @property
@@ -47,8 +52,10 @@ class KVPool:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page: 2 * layers * page_tokens * heads * head_dim * element size."""
-        return 2 * self.keys[:, 0].numel() * self.keys.element_size()
+        """Bytes of one page: 2 * layers * page_tokens * heads * head_dim * element size; in fp8
+        2 * layers * page_tokens * heads * (head_dim + 1)."""
+        exponents = 0 if self.exponents is None else self.exponents[:, :, 0].numel()
+        return 2 * self.keys[:, 0].numel() * self.keys.element_size() + exponents
 
     @property
     def bytes_in_use(self) -> int:
@@ -57,6 +64,22 @@ class KVPool:
     @property
     def capacity_bytes(self) -> int:
         return self.pages * self.page_bytes
+
+    def read(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[*pages.shape, page_tokens, heads, head_dim]` of those pages, copied out."""
+        keys, values = self.keys[layer][pages], self.values[layer][pages]
+        if self.exponents is None:
+            return keys, values
+        scales = self.exponents[:, layer, pages]
+        return dequantise(keys, scales[0]), dequantise(values, scales[1])
+
+    def write(self, layer: int, pages: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store keys and values `[pages, page_tokens, heads, head_dim]`, detached."""
+        for side, (memory, new) in enumerate(((self.keys, key.detach()), (self.values, value.detach()))):
+            if self.exponents is None:
+                memory[layer, pages] = new.to(memory.dtype)
+            else:
+                memory[layer, pages], self.exponents[side, layer, pages] = quantise(new)
 
     def take(self) -> int:
         """Hand out a free page; `PoolExhaustedError` when there is none."""
@@ -140,13 +163,22 @@ class CacheBatch:
         self.context_chunks = table.shape[1] - 1
         self._context = table[:, :-1].to(device)
         self._current = table[:, -1].to(device)
+        self._turned: dict[int, tuple[Tensor, Tensor]] = {}
 
     def context(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (before rotary) and values `[b, context_tokens, heads, head_dim]` of that layer, copied out."""
-        keys, values = self._pool.keys[layer], self._pool.values[layer]
-        return keys[self._context].flatten(1, 2), values[self._context].flatten(1, 2)
+        keys, values = self._pool.read(layer, self._context)
+        return keys.flatten(1, 2), values.flatten(1, 2)
+
+    def turned(self, layer: int, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same in that type, keys after rotary by the window's table: copied out once for all forwards of a chunk,
+        during which nothing in the context changes."""
+        if layer not in self._turned:
+            keys, values = self.context(layer)
+            places = (rotary[0][:, : keys.shape[1]], rotary[1][:, : keys.shape[1]])
+            self._turned[layer] = rotate(keys.to(dtype), places), values.to(dtype)
+        return self._turned[layer]
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the current chunk's keys (before rotary) and values `[b, chunk_tokens, heads, head_dim]`, detached."""
-        self._pool.keys[layer, self._current] = key.detach().to(self._pool.keys.dtype)
-        self._pool.values[layer, self._current] = value.detach().to(self._pool.values.dtype)
+        self._pool.write(layer, self._current, key, value)

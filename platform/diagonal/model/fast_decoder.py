@@ -56,6 +56,9 @@ class FastDecoder(ModelMixin, ConfigMixin):
     Level k has `2**k` times the latents' height and width and features of `widths[k]`; `blocks[k]` memory blocks work
     there. What is left of the spatial stride after the levels, the last convolution puts out as patches. Time rises in
     the last levels, twice in each. A pixel depends on `memory_frames` latent frames before its own and on no later one.
+
+    A linear map from each latent to its pixels gives the coarse picture, so that training starts from one instead of
+    from the mean of all. A stream's first frame, whose latents have other statistics, gets an offset of its own.
     """
 
     @register_to_config
@@ -74,7 +77,9 @@ class FastDecoder(ModelMixin, ConfigMixin):
         require(temporal_stride == 2**doublings and doublings <= rises, "decoder.temporal_stride", temporal_stride,
                 f"a power of two of at most 2**{rises}: one doubling a level above the first")
         require(spatial_stride % 2**rises == 0, "decoder.spatial_stride", spatial_stride, f"a multiple of 2**{rises}")
-        self.patch = spatial_stride // 2**rises
+        self.patch, self.stride, self.colours = spatial_stride // 2**rises, spatial_stride, (temporal_stride, 3)
+        self.offset = nn.Parameter(torch.zeros(latent_channels, 1, 1))
+        self.coarse = nn.Conv2d(latent_channels, 3 * temporal_stride * spatial_stride**2, 1)
         self.enter = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.counts = tuple(blocks)
         self.steps = tuple(2 if level >= rises - doublings else 1 for level in range(rises))
@@ -107,13 +112,21 @@ class FastDecoder(ModelMixin, ConfigMixin):
             parts = (self(latents[:, :, :1], memory, True), self(latents[:, :, 1:], memory, False))
             return torch.cat(parts, dim=1)
         x = latents.transpose(1, 2)
+        x = x + self.offset if first else x
+        coarse = self._coarse(x)
         x = F.relu(self.enter(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         for level, count in enumerate(self.counts):
             x = F.relu(self.rises[level - 1](x, first)) if level else x
             before = sum(self.counts[:level])
             for index in range(before, before + count):
                 x, memory[index] = self.body[index](x, memory[index])
-        return F.pixel_shuffle(self.leave(x.flatten(0, 1)), self.patch).unflatten(0, x.shape[:2])
+        fine = F.pixel_shuffle(self.leave(x.flatten(0, 1)), self.patch).unflatten(0, x.shape[:2])
+        return fine + coarse[:, -fine.shape[1] :]
+
+    def _coarse(self, x: Tensor) -> Tensor:
+        """Pixels `[b, t*temporal_stride, 3, height, width]` of latents `[b, t, c, h, w]` by the linear map."""
+        shuffled = F.pixel_shuffle(self.coarse(x.flatten(0, 1)), self.stride).unflatten(1, self.colours)
+        return shuffled.unflatten(0, x.shape[:2]).flatten(1, 2)
 
 
 class StreamingFastDecoder(Decoder):

@@ -21,11 +21,12 @@ import diagonal
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.model.dit import CausalWan
+from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
+from diagonal.model.fp8 import use_fp8_linears
 from diagonal.model.manifest import FORMAT_VERSION, check_files, check_promoted, read_manifest
 from diagonal.model.manifest import MANIFEST as MANIFEST
 from diagonal.model.manifest import ReleaseError as ReleaseError
 from diagonal.model.manifest import file_hash as file_hash
-from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of
 from diagonal.storage import Folder
@@ -259,9 +260,12 @@ class Release:
         return cls(folder, Config.load(folder / CONFIG), manifest)
 
     def generator(self, device: torch.device | str = "cpu") -> CausalWan:
-        """The causal generator in the configured compute type."""
+        """The causal generator in the configured compute type, its blocks' linear layers in `serve.linear_dtype`."""
         dtype = getattr(torch, self.config.model.compute_dtype)
-        return load_causal(self.folder, self.config, dtype).to(device).requires_grad_(False)
+        network = load_causal(self.folder, self.config, dtype).to(device).requires_grad_(False)
+        if self.config.serve.linear_dtype == "fp8":
+            use_fp8_linears(network, network.blocks)
+        return network
 
     def text(self, device: torch.device | str = "cpu") -> TextEncoder:
         """The text encoder in the configured compute type."""
