@@ -230,7 +230,7 @@ def test_what_is_typed_while_a_session_is_watched_changes_its_prompt(
     watching.type("/pause")
     until(lambda: any(one.paused for one in engine.sessions.values()), "paused")
     watching.type("/resume")
-    until(lambda: len(engine.made) >= 4, "it goes on")
+    until(lambda: len(engine.made) >= 7, "it goes on")
     watching.type("/stop")
     code, video, errors = watching.end()
     assert code == 0 and frames_of(video) >= 21 and "new prompt from frame" in errors
