@@ -84,8 +84,10 @@ class Door:
             caller = await self._keyring.redeem(secret)
         elif not self._asks_everybody and _is_local(scope, headers):
             return LOCAL_CALLER
-        else:
+        elif "authorization" not in headers:
             raise Problem(401, "missing_api_key", "give an API key as `Authorization: Bearer ...`")
+        else:
+            caller = None
         if caller is None:
             raise Problem(401, "invalid_api_key", "this key is not known, was revoked, or is used up")
         return caller

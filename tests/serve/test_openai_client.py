@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from openai import NotFoundError, OpenAI, RateLimitError, UnprocessableEntityError
+from openai import (
+    AuthenticationError,
+    BadRequestError,
+    ConflictError,
+    NotFoundError,
+    OpenAI,
+    RateLimitError,
+    UnprocessableEntityError,
+)
 
 from tests.serve.conftest import FakeEngine, Service
 
@@ -40,3 +48,43 @@ def test_errors_come_as_the_clients_own_types(videos: Any, engine: FakeEngine) -
     with pytest.raises(RateLimitError) as full:
         videos.create(prompt="a red circle")
     assert full.value.response.headers["retry-after"] == "3"
+
+
+def test_the_list_is_paged_by_the_clients_own_iterator(videos: Any) -> None:
+    made = [videos.create_and_poll(prompt="a red circle", seconds="1", poll_interval_ms=50).id for _ in range(3)]
+    page = videos.list(limit=2)
+    assert ([one.id for one in page.data], page.has_more) == ([made[2], made[1]], True)
+    assert [one.id for one in videos.list(limit=1)] == made[::-1]  # the iterator asks for page after page
+    assert [one.id for one in videos.list(limit=2, order="asc")] == made
+    assert [one.id for one in videos.list(after=made[0])] == []
+
+
+def test_what_is_wrong_with_a_wish_or_too_early_is_told_as_its_own_error(videos: Any, engine: FakeEngine) -> None:
+    for wrong, param in ({"seconds": "0"}, "seconds"), ({"size": "1x1"}, "size"):
+        with pytest.raises(BadRequestError) as refused:
+            videos.create(prompt="a red circle", **wrong)
+        assert (refused.value.param, refused.value.code) == (param, "invalid_value")
+    with pytest.raises(NotFoundError) as unknown:
+        videos.create(prompt="a red circle", model="sora-2")
+    assert unknown.value.code == "model_not_found"
+    engine.allow(0)
+    early = videos.create(prompt="a red circle")
+    with pytest.raises(ConflictError) as conflict:
+        videos.download_content(early.id)
+    assert conflict.value.code == "video_not_ready" and conflict.value.request_id
+    assert videos.delete(early.id).deleted
+    with pytest.raises(NotFoundError):
+        videos.delete(early.id)
+
+
+def test_a_wrong_key_is_an_authentication_error(make_service: Callable[..., Service]) -> None:
+    service = make_service(auth="keys")
+    with OpenAI(base_url=f"{service.urls[0]}/v1", api_key="sk-wrong", max_retries=0) as client:
+        with pytest.raises(AuthenticationError) as refused:
+            client.models.list()
+    assert refused.value.code == "invalid_api_key"
+
+
+def test_the_models_are_listed(service: Service) -> None:
+    with OpenAI(base_url=f"{service.urls[0]}/v1", api_key="any", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["fake-tiny"]
