@@ -27,7 +27,7 @@ from serve.admission import Admission
 from serve.credentials import Credentials, Secret
 from serve.database import Database
 from serve.files import INIT, MediaFiles, read_part
-from serve.provenance import ContentCredentials, SigningError
+from serve.finishing import Finisher
 from serve.records import (
     KEPT_CHUNKS,
     LIVE,
@@ -52,10 +52,9 @@ from serve.watches import Watch
 P = ParamSpec("P")
 T = TypeVar("T")
 _LOG = logging.getLogger("ray.serve")
-_FILE_WAIT_S = 5.0
 _STORAGE_PATIENCE_S = 30.0
 _STRAY_S = 3600.0
-_SIGNING_TRIES, _SALT_BYTES = 3, 16
+_SALT_BYTES = 16
 _TRIM_EVERY = 8
 _MAX_PENDING = 64  # as `serve.schemas` publishes it
 
@@ -80,14 +79,11 @@ class Store:
         durable = Folder(settings.files, _STORAGE_PATIENCE_S) if settings.files else None
         self._files = MediaFiles(root / "videos", durable)
         self._signer = ChunkSigner(signing_key(settings.signing_key, root), self._database, self._files)
-        signed = (settings.c2pa_certificate, settings.c2pa_key)
-        self._credentials_of_files = ContentCredentials.from_files(*signed) if all(signed) else None
-        self._signing_tries: defaultdict[str, int] = defaultdict(int)
         self._driver_silence_s, self._reader_silence_s = driver_silence_s, reader_silence_s
         self._watches: defaultdict[str, Watch] = defaultdict(Watch)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")  # one writer, and the loop stays free
         self._slow = ThreadPoolExecutor(2, thread_name_prefix="store-files")
-        self._completing: dict[str, asyncio.Task[None]] = {}
+        self._finisher = Finisher(settings, self._database, self._files, self._slow, self.end)
         self._zero_s = time.time() - time.monotonic()
         self._started_at = time.monotonic()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_for_ever(sweep_s))
@@ -205,16 +201,11 @@ class Store:
 
     async def complete(self, video_id: str) -> None:
         """Make the file of a video whose chunks are all there; waits a while for it."""
-        task = self._completing.get(video_id)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._complete(video_id))
-            self._completing[video_id] = task
-            task.add_done_callback(lambda _: self._completing.pop(video_id, None))
-        await asyncio.wait({task}, timeout=_FILE_WAIT_S)
+        await self._finisher.complete(video_id)
 
     async def provenance(self) -> Provenance:
         """What tells where a video came from."""
-        return Provenance(self._signer.public_key, self._credentials_of_files is not None, self._settings.watermark)
+        return Provenance(self._signer.public_key, self._finisher.signs, self._settings.watermark)
 
     async def links(self, video_id: str, start_chunk: int, limit: int) -> list[Link]:
         """The signed chain of a stream's chunks, as far as it is made and kept."""
@@ -321,7 +312,7 @@ class Store:
     async def shut(self) -> None:
         """End the upkeep and the connections (tests; Serve ends the process)."""
         self._sweeper.cancel()
-        await asyncio.gather(self._sweeper, *self._completing.values(), return_exceptions=True)
+        await asyncio.gather(self._sweeper, self._finisher.shut(), return_exceptions=True)
         self._thread.shutdown()
         self._slow.shutdown()
         self._tables.close()
@@ -355,29 +346,6 @@ class Store:
         known = await self._run(self._database.known, found)
         for video_id in set(found) - known:
             await self._remove_files(video_id)
-
-    async def _complete(self, video_id: str) -> None:
-        names = [INIT, *await self._run(self._database.chunk_files, video_id)]
-        video = await self._run(self._database.get, video_id)
-        if video is None:
-            return
-        try:
-            seal = None if self._credentials_of_files is None else self._credentials_of_files.seal(video)
-            await self._apart(self._files.join, video_id, names, seal)
-        except SigningError as error:
-            return await self._not_signed(video_id, error)
-        except (StorageError, OSError) as error:  # the upkeep tries again
-            _LOG.error("video %s: its file waits for the storage: %s", video_id, error)
-            return
-        await self.end(video_id, Status.COMPLETED)
-
-    async def _not_signed(self, video_id: str, error: SigningError) -> None:
-        """The upkeep tries again, a few times; a file that should be signed is never given out without."""
-        self._signing_tries[video_id] += 1
-        _LOG.error("video %s: its file could not be signed: %s", video_id, error)
-        if self._signing_tries[video_id] >= _SIGNING_TRIES:
-            del self._signing_tries[video_id]
-            await self.end(video_id, Status.FAILED, "signing_failed", "the finished file could not be signed")
 
     async def _trim_endless(self, video_id: str, before: int) -> None:
         """Of a stream without an end the newest chunks alone are kept."""
