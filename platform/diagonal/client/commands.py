@@ -136,13 +136,15 @@ def _steer_live(live: Realtime, transition_chunks: int) -> None:
 
 def _told(live: Realtime) -> Iterator[bytes]:
     """The session's bytes; says what became of each change."""
-    told: dict[str, str] = {}
+    refused: set[str] = set()
     for chunk in live:
         yield chunk.data
+        if chunk.started_events:
+            _say(f"new prompt from frame {chunk.first_frame} on")
         for event, change in list(live.changes.items()):
-            if change.status in ("started", "refused") and told.get(event) != change.status:
-                told[event] = change.status
-                _say(f"refused: {change.error}" if change.error else f"new prompt from frame {chunk.first_frame} on")
+            if change.error and event not in refused:
+                refused.add(event)
+                _say(f"refused: {change.error}")
 
 
 @contextmanager
