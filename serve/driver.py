@@ -22,6 +22,7 @@ _LOOK_EVERY_S = 0.25  # how soon a driver that waits sees that its last reader l
 _LOOK_AT_HOLDER_S = 0.5  # and that its replica drains or is gone, while its viewer still has something to play
 _BEAT_S = 1.0  # how often the store hears of a driver at least, whatever it waits for
 _WHOLE_SNAPSHOT_EVERY = 8  # between them only what a chunk adds is kept
+_AWAY_S = 0.5  # a store that needs longer for an answer was away
 _RELEASE_S = 2.0
 _MOVES = ("session_lost", "chunk_gone", "replica_unwell")  # another replica can go on from there
 _LOOK_AT_POSITION_S = 0.05  # the same for one that follows a viewer's own player
@@ -35,10 +36,11 @@ class Driver:
     ) -> None:
         self._store, self._metrics, self._replicas = store, metrics, replica
         self._clock = PlaybackClock(lead_s, time.monotonic)
-        self._start_timeout_s, self._start_by = start_timeout_s, time.monotonic() + start_timeout_s
+        self._start_timeout_s, self._unwatched_s = start_timeout_s, time.monotonic()
         self._paced = video.pacing is Pacing.REALTIME
         self._ahead = 0 if self._paced else 1
         self._chunk, self._media_s = video.chunks_done, video.frames_done / video.fps
+        self._from_s = self._media_s  # who watched before another gateway went has nothing left to play
         self._held_by(video)
         self._held = video.epoch > 0  # the replica was told to pause, or another driver may have done so
 
@@ -138,8 +140,7 @@ class Driver:
                 await self._end(Status.CANCELLED, "abandoned", "nobody watches it any more")
                 return Verdict(go=False)
             if verdict.readers:
-                self._clock.start()
-                self._start_by = time.monotonic() + self._start_timeout_s  # a store that restarts forgets who reads
+                self._clock.start(self._from_s)
             await self._hold(verdict.paused or (self._video.live and verdict.returning))
             wait_s = _LOOK_EVERY_S if self._held else self._wait_s(verdict)
             if wait_s == 0 or await self._look_at_holder():
@@ -156,7 +157,8 @@ class Driver:
         return self._lost
 
     def _given_up(self, verdict: Verdict) -> bool:
-        return verdict.had_reader or time.monotonic() > self._start_by
+        """Whether its readers left, or none came for long: a store that restarts forgets them until they ask again."""
+        return verdict.had_reader or time.monotonic() - self._unwatched_s > self._start_timeout_s
 
     async def _hold(self, wanted: bool) -> None:
         """Free the session's cache while its viewer wants no chunks, and go on when he does and there is room.
@@ -179,7 +181,10 @@ class Driver:
                 await answer(self._store.check.remote(self._video.id, self._video.epoch))
 
     async def _check(self) -> Verdict:
+        asked_s = time.monotonic()
         verdict: Verdict = await patient(lambda: self._store.check.remote(self._video.id, self._video.epoch))
+        if verdict.readers or time.monotonic() - asked_s > _AWAY_S:
+            self._unwatched_s = time.monotonic()
         return verdict
 
     def _wait_s(self, verdict: Verdict) -> float:

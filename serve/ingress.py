@@ -14,6 +14,7 @@ from diagonal.errors import FieldError, require
 from diagonal.metrics import FactorySink
 from serve.fleet import Fleet
 from serve.gateway import Gateway
+from serve.leaving import is_stopping
 from serve.routes import create_app
 from serve.settings import ServeSettings
 
@@ -31,7 +32,7 @@ class GatewayDeployment:
         if settings.auth == "local":
             _LOG.warning("auth=local: callers on this machine need NO API KEY; everybody else is refused")
         self._fleet, self._configured = Fleet(replicas), False
-        self._gateway = Gateway(settings, store, self._fleet, self._metrics)
+        self._gateway = Gateway(settings, store, self._fleet, self._metrics, is_stopping)
 
     def reconfigure(self, user_config: Mapping[str, object]) -> None:
         """Called by Serve with the deployment's `user_config`: `weights` share new videos among the releases.

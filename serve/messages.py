@@ -119,6 +119,11 @@ def done(video: VideoRecord, chunks: int, stopped: bool) -> dict[str, Any]:
     return {"type": "session.done", "request_id": video.id, "chunks": chunks, "stopped": stopped}
 
 
+def draining(video: VideoRecord, resume_token: str) -> dict[str, Any]:
+    """This gateway ends: whoever shows the token goes on with the next chunk through another one, at once."""
+    return {"type": "session.draining", "request_id": video.id, "resume_token": resume_token}
+
+
 def queued(video: VideoRecord, event_id: str) -> dict[str, Any]:
     return {"type": "session.interaction.queued", "request_id": video.id, "event_id": event_id}
 

@@ -21,10 +21,10 @@ class PlaybackClock:
     def started(self) -> bool:
         return self._zero_s is not None
 
-    def start(self) -> None:
-        """The first viewer is there."""
+    def start(self, position_s: float = 0.0) -> None:
+        """The first viewer is there, and plays from there on."""
         if self._zero_s is None:
-            self._zero_s = self._now()
+            self._zero_s = self._now() - position_s
 
     def pause(self) -> None:
         """The viewer stops for a while: his position stands still, and nothing is a stall."""

@@ -27,10 +27,15 @@ from serve.schemas import MAX_MESSAGE_BYTES, InteractionRequest
 _LOG = logging.getLogger("ray.serve")
 DONE, GOING_AWAY, UNSUPPORTED, POLICY, TOO_LARGE, INTERNAL, FULL = 1000, 1001, 1003, 1008, 1009, 1011, 1013
 TAKEN_OVER = 4001
+RESTART = 1012  # this gateway ends; the viewer goes on through another one
 _LAST_WORD_S = 5.0
 _CLEAN = (DONE, GOING_AWAY)
 _FAILED = Problem(500, "generation_failed", "generation failed")
 _INTERNAL = Problem(500, "internal_error", "something went wrong on the server")
+
+
+class _DrainError(Exception):
+    """This gateway is about to end."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class RealtimeSession:
         self._progress_s = time.monotonic()
         self._window_s: float | None = None
         self._token = ""
-        self._sent = 0
+        self._sent, self._next_chunk = 0, 0
         self._stopped = False
 
     async def run(self) -> None:
@@ -79,6 +84,7 @@ class RealtimeSession:
             video, chunk = await self._gateway.create(start, self._caller, resume_hash=secret.hash), 0
         else:
             video, chunk = await self._take_over(start.resume_token, secret.hash)
+        self._next_chunk = chunk
         reader = self._gateway.reader(video, LIVE + secret.hash)
         if self._window_s is not None:
             await reader.tell_position(0.0, self._window_s)
@@ -96,8 +102,8 @@ class RealtimeSession:
 
     async def _stream(self, video: VideoRecord, reader: ChunkReader, chunk: int) -> None:
         """Send and listen at once; whichever ends first ends all."""
-        works = (self._send_chunks(video, reader, chunk), self._listen(video, reader), self._watch_for_stall())
-        tasks = [asyncio.create_task(work) for work in works]
+        streams = (self._send_chunks(video, reader, chunk), self._listen(video, reader))
+        tasks = [asyncio.create_task(work) for work in (*streams, self._watch_for_stall(), self._watch_for_drain())]
         returning_s = 0.0
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -118,6 +124,10 @@ class RealtimeSession:
                 return self._gateway.settings.resume_window_s
             await self._cancel(video, "the viewer left")
             return 0.0
+        if any(isinstance(error, _DrainError) for error in errors):
+            word = messages.draining(video, self._resume_token(self._next_chunk))
+            await self._last_word(word, RESTART, "draining")
+            return self._gateway.settings.resume_window_s
         problems = [error for error in errors if isinstance(error, Problem)]
         if problems:
             if problems[0].code != "session_taken_over":
@@ -155,7 +165,7 @@ class RealtimeSession:
         async with self._sending:  # the pair is never parted
             await self._socket.send_json(messages.chunk_metadata(video, *about))
             await self._socket.send_bytes(data)
-        self._sent += 1
+        self._sent, self._next_chunk = self._sent + 1, chunk + 1
 
     def _check_end(self, segment: Segment | None) -> None:
         if segment is None:
@@ -185,6 +195,10 @@ class RealtimeSession:
         while (left_s := self._progress_s + limit_s - time.monotonic()) > 0:
             await asyncio.sleep(left_s)
         raise Problem(408, "stall_timeout", f"no chunk and no message for {limit_s:g} s")
+
+    async def _watch_for_drain(self) -> None:
+        await self._gateway.wait_for_drain()
+        raise _DrainError
 
     async def _handle(self, text: str, video: VideoRecord, reader: ChunkReader) -> None:
         control = messages.parse_control(text)

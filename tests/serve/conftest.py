@@ -224,15 +224,15 @@ class Service:
         return {"replica-1": Replica(self.settings, lambda *_: load, self.metrics, "replica-1")}
 
     def find_replica(self, session_id: str) -> Replica | None:
-        """As `serve.router` does: the one that is named, else the least loaded one that there is."""
+        """As `serve.router` does: the one that is named, else the least loaded one that there is, another if asked."""
         holder = session_id.rpartition("/")[0]
-        ranked = sorted(self.replicas.values(), key=lambda replica: int(replica.record_routing_stats()["sessions"]))
-        return self.replicas.get(holder) or next(iter(ranked), None)
+        ranked = sorted(self.replicas, key=lambda name: (f"!{name}" == holder, len(self.replicas[name]._slots)))
+        return self.replicas.get(holder) or next((self.replicas[name] for name in ranked), None)
 
     async def kill_replica(self, name: str) -> None:
         """A replica's process is gone, with all that it holds."""
         replica = self.replicas.pop(name)
-        for method in ("pull", "interact", "snapshot", "pause", "resume", "close", "open", "restore"):
+        for method in ("pull", "holds", "interact", "pause", "resume", "close", "open", "restore"):
             setattr(replica, method, _dead)
         for future in [future for slot in replica._slots.values() for future in slot.chunks.values()]:
             if not future.done():

@@ -7,11 +7,12 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
-from serve.router import SessionRouter, address
+from serve.router import SessionRouter, address, elsewhere
 
 
-def replica(name: str, sessions: int = 0) -> Any:
-    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), routing_stats={"sessions": sessions})
+def replica(name: str, sessions: int = 0, well: bool = True) -> Any:
+    stats = {"sessions": sessions, "well": well}
+    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), routing_stats=stats)
 
 
 def request(session_id: str) -> Any:
@@ -64,3 +65,19 @@ def test_a_session_of_a_replica_that_is_gone_goes_to_another_and_is_not_counted_
 def test_a_call_without_a_session_goes_anywhere() -> None:
     assert first_choice(router(), [replica("a", 1), replica("b")], "") == "b"
     assert asyncio.run(router().choose_replicas([replica("a")], None))[0][0].replica_id.unique_id == "a"
+
+
+def test_a_session_that_moves_goes_back_only_where_there_is_no_other() -> None:
+    both = [replica("a"), replica("b", 3)]
+    assert first_choice(router(), both, elsewhere("a", "video_1")) == "b"
+    assert first_choice(router(), both[:1], elsewhere("a", "video_1")) == "a"
+
+
+def test_sessions_that_move_together_spread() -> None:
+    by, candidates = router(), [replica("a"), replica("b"), replica("c")]
+    moved = Counter(first_choice(by, candidates, elsewhere("a", f"video_{number}")) for number in range(10))
+    assert moved == {"b": 5, "c": 5}
+
+
+def test_an_engine_that_is_not_well_is_given_sessions_last() -> None:
+    assert first_choice(router(), [replica("a", well=False), replica("b", 3)], "video_1") == "b"
