@@ -102,7 +102,7 @@ def test_a_change_that_comes_while_another_is_taken_in_does_not_disturb_it() -> 
     engine = engine_of(release=(release := small_release()))
     stream(engine, spec_of("a"), 1)
     engine.interact("a", PromptChange("one", OTHER))
-    timeline_text = release.encoder.encode([OTHER])
+    expected = release.network.read(release.encoder.encode([OTHER]))  # type: ignore[operator]
     follow = engine._maker._follow_timeline
 
     def interrupted(session, changes):  # type: ignore[no-untyped-def]
@@ -112,7 +112,7 @@ def test_a_change_that_comes_while_another_is_taken_in_does_not_disturb_it() -> 
     engine._maker._follow_timeline = interrupted  # type: ignore[method-assign]
     result = pull(engine, "a")
     assert result.error is None and result.applied_event_ids == ("one",)
-    assert torch.equal(engine._sessions["a"].text, timeline_text)  # type: ignore[arg-type]
+    assert torch.equal(engine._sessions["a"].text.keys[1], expected.keys[1])  # type: ignore[union-attr]
 
 
 def test_a_prompt_that_failed_is_tried_anew_and_old_ones_are_let_go() -> None:

@@ -16,17 +16,19 @@ from diagonal.diffusion.noise import batch_noise, generator
 from diagonal.errors import require
 from diagonal.geometry import ChunkGeometry
 from diagonal.model.cache import CacheBatch, KVCache, KVPool
+from diagonal.model.dit import TextContext
 from diagonal.model.fp8 import FORMAT
 from diagonal.schedule import StepSchedule
 
 StepNoise = Callable[[int], Tensor]
+Text = Tensor | TextContext  # embeddings `[b, l, n]`, or what `CausalWan.read` made of them
 
 
 class Network(Protocol):
     """A causal generator: velocity `[b, c, f, h, w]` of a chunk at a level `[b, f]` given text and cached context."""
 
     def __call__(
-        self, latents: Tensor, level: Tensor, text: Tensor, *, cache: CacheBatch | None = None, write: bool = False
+        self, latents: Tensor, level: Tensor, text: Text, *, cache: CacheBatch | None = None, write: bool = False
     ) -> Tensor: ...
 
 
@@ -48,7 +50,7 @@ def denoise_chunk(
     network: Network,
     schedule: StepSchedule,
     chunk: int,
-    text: Tensor,
+    text: Text,
     cache: CacheBatch,
     noise: StepNoise,
     exit_step: int | None = None,
@@ -188,11 +190,11 @@ class KeptChunk:
 
 
 @torch.no_grad()
-def recache(network: Network, cache: KVCache, kept: Sequence[KeptChunk], text: Tensor) -> int:
+def recache(network: Network, cache: KVCache, kept: Sequence[KeptChunk], text: Text) -> int:
     """Write the K/V of `kept` chunks anew, oldest first, block-causal, one forward each; returns the forwards.
 
     One mechanism for prompt change, resume and recovery (METHOD I.9): exact before the first eviction; after it, kept
-    chunks once attended to chunks that are gone. `text` is `[1, l, n]`.
+    chunks once attended to chunks that are gone. `text` is of one sample.
     """
     cache.close()
     for item in kept:

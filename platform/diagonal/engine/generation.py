@@ -24,6 +24,7 @@ from diagonal.engine.script import PromptChange, SessionSpec
 from diagonal.engine.session import Session, SessionState
 from diagonal.engine.snapshot import Identity, ReleaseLike
 from diagonal.model.cache import CacheBatch, PoolExhaustedError
+from diagonal.model.dit import TextContext
 from diagonal.model.vae import Decoder
 from diagonal.schedule import StepSchedule
 
@@ -72,6 +73,7 @@ class ChunkMaker:
         self.identity = Identity.of(release)
         self.window_chunks = self.config.cache.window_frames // self.geometry.chunk_frames
         self._network = release.generator(device)
+        self._network.fuse()
         text = release.text(device)
         self.prompts = Prompts(lambda prompt: text.encode([prompt]), torch.device(device))
         self._decoder = release.decoder(device)
@@ -121,7 +123,7 @@ class ChunkMaker:
         session.timeline = session.timeline.advance()
         if moved or session.text is None:
             texts = asked(self.prompts, session.timeline.prompts, session.texts)
-            session.text = session.timeline.text(lambda prompt: texts[prompt].result())
+            session.text = self._network.read(session.timeline.text(lambda prompt: texts[prompt].result()))
         if moved:
             session.drift.restart()
         return moved
@@ -158,7 +160,7 @@ class ChunkMaker:
             noise = chunk_noise_of(
                 self.geometry, [session.spec.seed for session in batch], chunks, self.pool.keys.device
             )
-            text = torch.cat([session.text for session in batch if session.text is not None])
+            text = TextContext.joined([session.text for session in batch if session.text is not None])
             caches = CacheBatch([session.cache for session in batch])
             return denoise_chunk(self._network, batch[0].schedule, chunks[0], text, caches, noise)
 

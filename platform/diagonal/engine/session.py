@@ -19,6 +19,7 @@ from diagonal.engine.script import MAX_EVENTS, MAX_SEED, Event, PromptChange, Se
 from diagonal.engine.snapshot import Identity, MediaTimeline, Snapshot
 from diagonal.geometry import ChunkGeometry
 from diagonal.model.cache import KVCache
+from diagonal.model.dit import TextContext
 from diagonal.model.vae import DecoderState
 from diagonal.schedule import StepSchedule
 
@@ -113,7 +114,7 @@ class Session:
     state: SessionState = SessionState.QUEUED
     next_chunk: int = 0
     timeline: Timeline = field(default_factory=lambda: Timeline(()))
-    text: Tensor | None = None
+    text: TextContext | None = None
     texts: dict[str, Future[Tensor]] = field(default_factory=dict)
     pending: deque[PromptChange] = field(default_factory=deque)
     applying: tuple[PromptChange, ...] = ()
@@ -242,6 +243,10 @@ class Session:
         self.reanchored, self.drift = snapshot.reanchored, DriftMonitor.from_dict(snapshot.drift)
         self.pending = deque(snapshot.pending)
         self.events = list(snapshot.events or ())
+
+    def device_bytes(self) -> int:
+        """Bytes beside its cache that it holds on the device: its decoder's features and its text."""
+        return decoder_bytes(self.decoder_state) + (0 if self.text is None else self.text.bytes)
 
     def latents_bytes(self) -> int:
         """Bytes of the latents that it keeps."""

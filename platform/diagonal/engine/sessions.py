@@ -231,7 +231,7 @@ class Sessions:
             live = [session for session in self._sessions.values() if session.live]
             paused = [session for session in self._sessions.values() if not session.live]
             busy = busy_share(self._cost, self._playing(), self._budget.batch_limit)
-            state_bytes = sum(decoder_bytes(s.decoder_state) + s.latents_bytes() for s in live)
+            state_bytes = sum(s.device_bytes() + s.latents_bytes() for s in live)
         return EngineStats(
             len(live), self._slots - len(live), self._maker.pool.bytes_in_use, self._maker.pool.capacity_bytes,
             self._chunk_s, len(paused), state_bytes, sum(session.latents_bytes() for session in paused), busy,

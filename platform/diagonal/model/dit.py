@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
@@ -20,22 +23,46 @@ def timestep(level: Tensor) -> Tensor:
     return level.float() * TIMESTEPS
 
 
+@dataclass(frozen=True)
+class TextContext:
+    """Keys and values `[b, l, heads, head_dim]` of every layer's cross-attention: all that a prompt is to the network.
+
+    Computed once a prompt (94 MB of Wan 1.3B in bfloat16) instead of in every forward.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def joined(cls, parts: Sequence[TextContext]) -> TextContext:
+        """Those of several samples as one batch."""
+        if len(parts) == 1:
+            return parts[0]
+        keys, values = ([torch.cat(layer) for layer in zip(*sides, strict=True)]
+                        for sides in ([part.keys for part in parts], [part.values for part in parts]))
+        return cls(tuple(keys), tuple(values))
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in (*self.keys, *self.values))
+
+
 class CausalBlock(WanTransformerBlock):
     """A Wan block whose self-attention also reads given context K/V: a pure function of its inputs."""
 
     def forward(
         self,
         hidden: Tensor,
-        text: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
         modulation: Tensor,
         rotary: Rotary,
         context: tuple[Tensor, Tensor] | None = None,
         mask: BlockCausal | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden `[b, t, n]`, modulation `[b, f, 6, n]` by frame, rotary for context and current tokens.
+        """Hidden `[b, t, n]`, text `[b, l, n]` or what `read` made of it, modulation `[b, f, 6, n]` by frame.
 
-        Context K/V are `[b, t', heads, head_dim]`, keys before rotary. Returns hidden and the current tokens' keys
-        (before rotary) and values, detached, all `[b, t, n]`.
+        `rotary` is for the current tokens. Context K/V are `[b, t', heads, head_dim]`, their keys after rotary. Returns
+        hidden and the current tokens' keys (before rotary) and values, detached, all `[b, t, n]`.
         """
         table = (self.scale_shift_table.unsqueeze(0) + modulation.float()).unsqueeze(3).unbind(2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table
@@ -43,31 +70,50 @@ class CausalBlock(WanTransformerBlock):
         mixed, key, value = self._self_attention(normed, rotary, context, mask)
         hidden = (hidden.float() + _by_frame(mixed.float(), gate)).type_as(hidden)
         normed = self.norm2(hidden.float()).type_as(hidden)
-        hidden = hidden + self._cross_attention(normed, text)
+        hidden = hidden + self._cross_attention(normed, self.read(text) if isinstance(text, Tensor) else text)
         normed = _modulate(self.norm3(hidden.float()), ffn_scale, ffn_shift).type_as(hidden)
         hidden = (hidden.float() + _by_frame(self.ffn(normed).float(), ffn_gate)).type_as(hidden)
         return hidden, key.detach(), value.detach()
 
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[b, l, heads, head_dim]` of embedded text `[b, l, n]`, for cross-attention."""
+        attention = self.attn2
+        key, value = attention.to_kv(text).chunk(2, -1) if fused(attention) else (
+            attention.to_k(text), attention.to_v(text))
+        return _heads(attention.norm_k(key), attention.heads), _heads(value, attention.heads)
+
+    def fuse(self) -> None:
+        """One product instead of three for self-attention's inputs, one instead of two for the text's; inference only,
+        as parameters change their names."""
+        for attention, parts in ((self.attn1, ("to_q", "to_k", "to_v")), (self.attn2, ("to_k", "to_v"))):
+            if not fused(attention):
+                attention.fuse_projections()
+                for part in parts:
+                    delattr(attention, part)
+
     def _self_attention(
         self, x: Tensor, rotary: Rotary, context: tuple[Tensor, Tensor] | None, mask: BlockCausal | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        attention, tokens = self.attn1, x.shape[1]
-        query = _heads(attention.norm_q(attention.to_q(x)), attention.heads)
-        key, value = attention.norm_k(attention.to_k(x)), attention.to_v(x)
-        keys, values = _heads(key, attention.heads), _heads(value, attention.heads)
+        attention = self.attn1
+        query, key, value = attention.to_qkv(x).chunk(3, -1) if fused(attention) else (
+            attention.to_q(x), attention.to_k(x), attention.to_v(x))
+        query, key = _heads(attention.norm_q(query), attention.heads), attention.norm_k(key)
+        keys, values = rotate(_heads(key, attention.heads), rotary), _heads(value, attention.heads)
         if context is not None:
             keys = torch.cat((context[0].type_as(key), keys), dim=1)
             values = torch.cat((context[1].type_as(value), values), dim=1)
-        here = (rotary[0][:, -tokens:], rotary[1][:, -tokens:])
-        mixed = attend(rotate(query, here), rotate(keys, rotary), values, mask)
+        mixed = attend(rotate(query, rotary), keys, values, mask)
         return attention.to_out[0](mixed.flatten(2).type_as(x)), key, value
 
-    def _cross_attention(self, x: Tensor, text: Tensor) -> Tensor:
+    def _cross_attention(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         attention = self.attn2
         query = _heads(attention.norm_q(attention.to_q(x)), attention.heads)
-        key = _heads(attention.norm_k(attention.to_k(text)), attention.heads)
-        value = _heads(attention.to_v(text), attention.heads)
-        return attention.to_out[0](attend(query, key, value).flatten(2).type_as(x))
+        return attention.to_out[0](attend(query, *text).flatten(2).type_as(x))
+
+
+def fused(attention: torch.nn.Module) -> bool:
+    """Whether `CausalBlock.fuse` joined its projections."""
+    return bool(getattr(attention, "fused_projections", False))
 
 
 class CausalWan(WanTransformer3DModel):
@@ -106,12 +152,26 @@ class CausalWan(WanTransformer3DModel):
         )
         for block in self.blocks:
             block.__class__ = CausalBlock  # same parameters, our pure forward; no second allocation
+        self._tables: dict[tuple[object, ...], Rotary] = {}
+
+    def fuse(self) -> None:
+        """Join projections that read one input; for inference, where nobody asks for parameters by name."""
+        for block in self.blocks:
+            block.fuse()
+
+    @torch.no_grad()
+    def read(self, text: Tensor) -> TextContext:
+        """What `forward` makes of embeddings `[b, l, n]` every time, to give it instead of them (inference)."""
+        weight = self.condition_embedder.text_embedder.linear_1.weight
+        embedded = self.condition_embedder.text_embedder(text.to(weight.device, weight.dtype))
+        keys, values = zip(*(block.read(embedded) for block in self.blocks), strict=True)
+        return TextContext(tuple(keys), tuple(value.contiguous() for value in values))
 
     def forward(
         self,
         latents: Tensor,
         level: Tensor,
-        text: Tensor,
+        text: Tensor | TextContext,
         *,
         cache: CacheBatch | None = None,
         write: bool = False,
@@ -126,17 +186,32 @@ class CausalWan(WanTransformer3DModel):
         height, width = self._token_grid(latents)
         hidden = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         time, modulation = self._time(level)
-        text = self.condition_embedder.text_embedder(text.type_as(hidden))
+        texts = self._texts(text, hidden)
         seen_frames = frames * (1 + (cache.context_chunks if cache else 0))
-        rotary = rotary_table(self.rope, seen_frames, height, width)
+        rotary = self._rotary(seen_frames, height, width)
+        here = (rotary[0][:, -hidden.shape[1] :], rotary[1][:, -hidden.shape[1] :])
         for layer, block in enumerate(self.blocks):
-            context = cache.context(layer) if cache and cache.context_chunks else None
-            hidden, key, value = block(hidden.contiguous(), text, modulation, rotary, context, mask)
+            context = cache.turned(layer, rotary, hidden.dtype) if cache and cache.context_chunks else None
+            hidden, key, value = block(hidden.contiguous(), texts[layer], modulation, here, context, mask)
             if cache and write:
                 cache.write(layer, _heads(key, heads), _heads(value, heads))
         shift, scale = (self.scale_shift_table.unsqueeze(0) + time.unsqueeze(2)).unsqueeze(3).unbind(2)
         hidden = _modulate(self.norm_out(hidden.float()), scale, shift).type_as(hidden)
         return self._unpatchify(self.proj_out(hidden), frames, height, width).float()
+
+    def _texts(self, text: Tensor | TextContext, hidden: Tensor) -> Sequence[Tensor | tuple[Tensor, Tensor]]:
+        """What each block reads of the text."""
+        if isinstance(text, TextContext):
+            return list(zip(text.keys, text.values, strict=True))
+        return [self.condition_embedder.text_embedder(text.type_as(hidden))] * len(self.blocks)
+
+    def _rotary(self, frames: int, height: int, width: int) -> Rotary:
+        """The table of `rotary_table`, computed once for each length: a stream has as many as its window has chunks."""
+        of = self.rope.freqs_cos
+        key = (frames, height, width, of.dtype, of.device)
+        if key not in self._tables:
+            self._tables[key] = rotary_table(self.rope, frames, height, width)
+        return self._tables[key]
 
     def _token_grid(self, latents: Tensor) -> tuple[int, int]:
         _, patch_height, patch_width = self.config.patch_size
