@@ -19,6 +19,8 @@ from serve.store import Store
 
 _CALLS = 10_000  # most of them wait for a chunk; sessions are bounded by the engine, not by this
 _STREAMS = 1_000
+_DRAIN_S = 20.0  # of parts whose calls are all short: what they hold is elsewhere by then
+_DRAIN_LOOK_S = 0.5
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
@@ -28,7 +30,10 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         raise FieldError("auth", settings.auth, "keys, behind HAProxy: every caller then seems to be on this machine")
     store = _deployment(Store, "Store", _CALLS, num_cpus=settings.store_cpus)
     gateway = _deployment(GatewayDeployment, "Gateway", _STREAMS, num_cpus=settings.gateway_cpus)
-    gateway = gateway.options(num_replicas=settings.gateways)
+    # Of gateways the next ones are there before the old ones drain: viewers go on through them at once.
+    gateway = gateway.options(
+        num_replicas=settings.gateways, max_surge_percent=100, graceful_shutdown_timeout_s=settings.drain_s
+    )
     replicas = {name: _replica(name, one) for name, one in settings.served().items()}
     return gateway.bind(settings, store.bind(settings), replicas)
 
@@ -39,6 +44,7 @@ def _replica(name: str, settings: ServeSettings) -> Any:
     replica = _deployment(Replica, title, _CALLS, num_cpus=settings.replica_cpus, num_gpus=settings.replica_gpus)
     return replica.options(
         num_replicas=settings.replicas,
+        max_surge_percent=settings.surge_percent,
         health_check_period_s=1.0,
         request_router_config={"request_router_class": SessionRouter, "request_routing_stats_period_s": 1.0},
     ).bind(settings)
@@ -46,4 +52,5 @@ def _replica(name: str, settings: ServeSettings) -> Any:
 
 def _deployment(kind: type, name: str, calls: int, **resources: float) -> Any:
     decorate: Any = serve.deployment
-    return decorate(kind, name=name, max_ongoing_requests=calls, ray_actor_options=resources)
+    drain = {"graceful_shutdown_timeout_s": _DRAIN_S, "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S}
+    return decorate(kind, name=name, max_ongoing_requests=calls, ray_actor_options=resources, **drain)

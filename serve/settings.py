@@ -43,6 +43,8 @@ class ServeSettings:
     `watermark`: `spread-spectrum`, or module:callable of another; '' is none. `watermark_key`: file with its secret.
     `prompt_policy`: deny-list:/path or module:callable, asked about every prompt; '' lets all pass. A policy that has
     not answered within `prompt_policy_timeout_s` has refused.
+    `drain_s`: streams over HTTP may go on so long through a gateway that is to end, and are cut then. `surge_percent`:
+    so many of 100 replicas more may run while an upgrade replaces them; with 0, for want of room, old ones go first.
     """
 
     release: str = ""
@@ -80,6 +82,8 @@ class ServeSettings:
     prompt_policy_timeout_s: float = 2.0
     reader_start_timeout_s: float = 10.0
     session_idle_timeout_s: float = 60.0
+    drain_s: float = 600.0
+    surge_percent: int = 0
 
     def __post_init__(self) -> None:
         require(self.codec in CODECS, "codec", self.codec, f"one of {list(CODECS)}")
@@ -100,8 +104,9 @@ class ServeSettings:
             require(alone, "releases", self.releases, "no `release` and no `model` beside it")
         self.served()
         for name in ("reader_start_timeout_s", "session_idle_timeout_s", "expire_s", "resume_window_s", "max_stream_s",
-                     "prompt_policy_timeout_s"):
+                     "prompt_policy_timeout_s", "drain_s"):
             require(getattr(self, name) > 0, name, getattr(self, name), "seconds above 0")
+        require(0 <= self.surge_percent <= 100, "surge_percent", self.surge_percent, "a whole number from 0 to 100")
         require(bool(self.data), "data", self.data, "a folder")
         require(self.auth in AUTH_MODES, "auth", self.auth, f"one of {list(AUTH_MODES)}")
         self._check_provenance()

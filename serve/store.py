@@ -54,6 +54,7 @@ T = TypeVar("T")
 _LOG = logging.getLogger("ray.serve")
 _STORAGE_PATIENCE_S = 30.0
 _STRAY_S = 3600.0
+_LOOK_AGAIN_S = 0.5  # while one store follows another, the chunk may come to that one
 _SALT_BYTES = 16
 _TRIM_EVERY = 8
 _MAX_PENDING = 64  # as `serve.schemas` publishes it
@@ -242,7 +243,7 @@ class Store:
             if found.final or left_s <= 0:
                 return found
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
+                async with asyncio.timeout(min(left_s, _LOOK_AGAIN_S)):
                     await news.wait()
 
     async def playback(self, video_id: str, reader: str, position_s: float, window_s: float) -> None:
