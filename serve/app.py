@@ -14,6 +14,7 @@ from diagonal.errors import FieldError
 from serve.ingress import GatewayDeployment
 from serve.replica import Replica
 from serve.router import SessionRouter
+from serve.scaling import connection_scaling, session_scaling
 from serve.settings import ServeSettings
 from serve.store import Store
 
@@ -32,7 +33,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     gateway = _deployment(GatewayDeployment, "Gateway", _STREAMS, num_cpus=settings.gateway_cpus)
     # Of gateways the next ones are there before the old ones drain: viewers go on through them at once.
     gateway = gateway.options(
-        num_replicas=settings.gateways, max_surge_percent=100, graceful_shutdown_timeout_s=settings.drain_s
+        **_gateways(settings), max_surge_percent=100, graceful_shutdown_timeout_s=settings.drain_s
     )
     replicas = {name: _replica(name, one) for name, one in settings.served().items()}
     return gateway.bind(settings, store.bind(settings), replicas)
@@ -43,11 +44,29 @@ def _replica(name: str, settings: ServeSettings) -> Any:
     title = f"Replica-{name}" if name else "Replica"
     replica = _deployment(Replica, title, _CALLS, num_cpus=settings.replica_cpus, num_gpus=settings.replica_gpus)
     return replica.options(
-        num_replicas=settings.replicas,
+        **_replicas(settings),
         max_surge_percent=settings.surge_percent,
         health_check_period_s=1.0,
         request_router_config={"request_router_class": SessionRouter, "request_routing_stats_period_s": 1.0},
     ).bind(settings)
+
+
+def _replicas(settings: ServeSettings) -> dict[str, Any]:
+    """How many of them, or between which numbers."""
+    if not settings.max_replicas:
+        return {"num_replicas": settings.replicas}
+    delays_s = (settings.scale_up_delay_s, settings.scale_down_delay_s)
+    scaling = session_scaling(settings.replicas, settings.max_replicas, *delays_s, settings.spare_share)
+    return {"autoscaling_config": scaling}
+
+
+def _gateways(settings: ServeSettings) -> dict[str, Any]:
+    if not settings.max_gateways:
+        return {"num_replicas": settings.gateways}
+    delays_s = (settings.scale_up_delay_s, settings.scale_down_delay_s)
+    connections = settings.gateway_connections
+    scaling = connection_scaling(settings.gateways, settings.max_gateways, *delays_s, connections)
+    return {"autoscaling_config": scaling}
 
 
 def _deployment(kind: type, name: str, calls: int, **resources: float) -> Any:

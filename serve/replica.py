@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -27,12 +28,14 @@ from diagonal.metrics import FactorySink, MetricSink
 from diagonal.model.weights import Release
 from serve.engine_thread import EngineLike, EngineThread
 from serve.records import EncodedChunk, ModelInfo, Opened, Refused
+from serve.scaling import BUSY, REFUSED, SESSIONS, SLOTS
 from serve.settings import ServeSettings
 
 _LOG = logging.getLogger("ray.serve")
 _REAP_EVERY_S = 1.0
 _PROOF_AGE_S = 5.0  # a readiness check wants a chunk that is not older, and has one made if there is none
 _LOOK_EVERY_S = 0.02
+_LATELY_S = 10.0  # so long a refused session counts as one that more replicas would take
 _LOOK_AT_HEALTH_S = 0.25  # how soon who waits for a chunk is told that the engine hangs
 _PULL_WAIT_S = 60.0
 UNKNOWN = Refused("session_lost", "this replica does not hold the session")
@@ -107,6 +110,7 @@ class Replica:
         self._info = _describe(model, self._config, promoted)
         self._loop = asyncio.get_running_loop()
         self._slots: dict[str, _Slot] = {}
+        self._refused_at: deque[float] = deque(maxlen=1000)
         self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
         geometry = self._config.geometry
         self._thread = EngineThread(
@@ -156,6 +160,7 @@ class Replica:
             enter()
         except CapacityError as error:
             self._metrics.inc("diagonal_rejected_total", reason=error.reason)
+            self._refused_at.append(time.monotonic())
             message = "every session slot is in use; try again later"
             if error.reason == "budget":
                 message = "with one more session the others would no longer play smoothly; try again later"
@@ -303,6 +308,16 @@ class Replica:
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve, for `serve.router`."""
         return {"sessions": len(self._slots), "well": self._thread.healthy}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where replicas scale, for `serve.scaling`."""
+        stats, since = self._engine.stats(), time.monotonic() - _LATELY_S
+        return {
+            SESSIONS: float(stats.active_sessions),
+            SLOTS: float(stats.active_sessions + stats.free_slots),
+            BUSY: stats.busy / self._config.serve.budget_share,
+            REFUSED: float(sum(at > since for at in self._refused_at)),
+        }
 
     async def shut(self) -> None:
         """End the engine's thread (tests; Serve ends the process)."""

@@ -28,8 +28,8 @@ class ServeSettings:
     release whose manifest does not say that it was promoted. `device`: of each replica, such as cpu or cuda.
     `replicas`, `gateways`: how many of each. With `max_replicas`, `max_gateways` that is how many at least, and there
     are more while sessions (connections) need them: after `scale_up_delay_s`, until `scale_down_delay_s` without
-    need; `spare_share` of the slots and of the time is kept free. `encode_threads`: chunks of different sessions
-    encoded at once.
+    need; `spare_share` of the slots and of the time is kept free, and a gateway has about `gateway_connections`.
+    `encode_threads`: chunks of different sessions encoded at once.
     `data`: folder of the store on a durable volume, with its database, chunks and finished files.
     `database`: SQLAlchemy URL such as postgresql://user@host/name, '' is a SQLite file in `data`.
     `files`: where finished files go besides, a folder or an s3:// URI; '' is `data` alone.
@@ -59,6 +59,7 @@ class ServeSettings:
     scale_up_delay_s: float = 5.0
     scale_down_delay_s: float = 300.0
     spare_share: float = 0.2
+    gateway_connections: int = 200
     replica_cpus: float = 1.0
     replica_gpus: float = 0.0
     gateway_cpus: float = 0.1
@@ -87,7 +88,7 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         require(self.codec in CODECS, "codec", self.codec, f"one of {list(CODECS)}")
-        for name in ("replicas", "gateways", "encode_threads"):
+        for name in ("replicas", "gateways", "gateway_connections", "encode_threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
         for name in ("replica_cpus", "replica_gpus", "gateway_cpus", "store_cpus"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
