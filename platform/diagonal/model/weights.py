@@ -28,7 +28,7 @@ from diagonal.model.manifest import MANIFEST as MANIFEST
 from diagonal.model.manifest import ReleaseError as ReleaseError
 from diagonal.model.manifest import file_hash as file_hash
 from diagonal.model.text import TextEncoder
-from diagonal.model.vae import Decoder, LinearCodec, decoder_of
+from diagonal.model.vae import Decoder, LinearCodec, decoder_of, laid_out
 from diagonal.storage import Folder
 from diagonal.tree import read_json, write_json
 
@@ -129,13 +129,15 @@ def load_text(folder: Path, config: Config, dtype: torch.dtype = torch.float32) 
     return TextEncoder(tokenizer, encoder.requires_grad_(False), config.model.text_tokens)
 
 
-def load_codec(folder: Path, config: Config) -> AutoencoderKLWan | LinearCodec:
+def load_codec(
+    folder: Path, config: Config, dtype: torch.dtype = torch.float32
+) -> AutoencoderKLWan | LinearCodec:
     """The codec in `folder/vae`, by the class its config names, checked against the geometry."""
     path = _part(folder, "vae")
     name = read_json(path / CONFIG).get("_class_name")
     known = {"AutoencoderKLWan": AutoencoderKLWan, "LinearCodec": LinearCodec}
     require(name in known, "vae._class_name", name, f"one of {sorted(known)}")
-    codec: AutoencoderKLWan | LinearCodec = _load_whole(known[name], path)
+    codec: AutoencoderKLWan | LinearCodec = _load_whole(known[name], path, dtype)
     for field, value in _codec_layout(codec).items():
         wanted = getattr(config.geometry, field)
         require(value == wanted, f"vae {field}", value, f"geometry.{field} = {wanted}")
@@ -158,12 +160,12 @@ def load_decoder(folder: Path, config: Config) -> Decoder:
     return decoder_of(load_codec(folder, config))
 
 
-def load_fast_decoder(folder: Path, config: Config) -> FastDecoder:
+def load_fast_decoder(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> FastDecoder:
     """The fast decoder in `folder/decoder`, checked against the geometry; `FieldError` when there is none."""
     path = folder / FAST_DECODER
     require((path / CONFIG).is_file(), "serve.decoder", "fast", f"full: {folder} has no {FAST_DECODER}/, which "
             "jobs/decoder.py makes")
-    network: FastDecoder = _load_whole(FastDecoder, path)
+    network: FastDecoder = _load_whole(FastDecoder, path, dtype)
     for field in ("latent_channels", "temporal_stride", "spatial_stride"):
         wanted = getattr(config.geometry, field)
         require(network.config[field] == wanted, f"decoder {field}", network.config[field],
@@ -272,14 +274,15 @@ class Release:
         return load_text(self.folder, self.config, getattr(torch, self.config.model.compute_dtype)).to(device)
 
     def decoder(self, device: torch.device | str = "cpu") -> Decoder:
-        """The streaming decoder that `serve.decoder` names, in the configured compute type.
+        """The streaming decoder that `serve.decoder` names, in the configured compute type and `serve.decoder_layout`.
 
         `FieldError` for a fast one that the release has not.
         """
         dtype, serve = getattr(torch, self.config.model.compute_dtype), self.config.serve
         if serve.decoder == "fast":
-            return StreamingFastDecoder(load_fast_decoder(self.folder, self.config).to(device, dtype))
-        return decoder_of(load_codec(self.folder, self.config).to(device, dtype))
+            network = load_fast_decoder(self.folder, self.config, dtype).to(device)
+            return StreamingFastDecoder(laid_out(network, serve.decoder_layout))
+        return decoder_of(laid_out(load_codec(self.folder, self.config, dtype).to(device), serve.decoder_layout))
 
     @property
     def has_fast_decoder(self) -> bool:

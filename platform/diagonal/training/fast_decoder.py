@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diagonal.config import Config
@@ -66,6 +67,29 @@ def new_fast_decoder(config: Config) -> FastDecoder:
         )
 
 
+@torch.no_grad()
+def begin_linear(network: FastDecoder, clips: DecodedClips) -> None:
+    """Make the network the best linear decoder of these clips (least squares), with its fine part at zero.
+
+    Latents of first frames are shifted to the mean of the others.
+    """
+    channels, steps, stride = network.config.latent_channels, network.colours[0], network.stride
+    squares, products = torch.zeros(channels + 1, channels + 1), torch.zeros(channels + 1, network.coarse.out_channels)
+    for latents, pixels in zip(clips.latents.float(), clips.pixels, strict=True):
+        rows = F.pad(latents[:, 1:].permute(1, 2, 3, 0).flatten(0, 2), (0, 1), value=1.0)
+        shown = (pixels[1:].float() / 127.5 - 1.0).unflatten(2, (-1, stride)).unflatten(1, (-1, stride))
+        blocks = shown.unflatten(0, (-1, steps)).permute(0, 2, 4, 1, 6, 3, 5).flatten(3).flatten(0, 2)
+        squares += rows.T @ rows
+        products += rows.T @ blocks
+    found = torch.linalg.lstsq(squares.double(), products.double()).solution.float()
+    network.coarse.weight.copy_(found[:-1].T[..., None, None])
+    network.coarse.bias.copy_(found[-1])  # type: ignore[union-attr]
+    means = [part.mean((0, 2, 3, 4)) for part in (clips.latents[:, :, 1:], clips.latents[:, :, :1])]
+    network.offset.copy_((means[0] - means[1])[:, None, None])
+    for parameter in network.leave.parameters():
+        parameter.zero_()
+
+
 def pixel_loss(shown: Tensor, wanted: Tensor, difference: float) -> Tensor:
     """`mse + 0.1*l1 + difference*mean of the squared errors of dt, dy and dx`, over `[b, f, 3, h, w]`.
 
@@ -109,6 +133,8 @@ def train_fast_decoder(
     What an update draws depends on (seed, update) alone, so that a resumed run is the same run.
     """
     options = config.decoder
+    if state.update == 0:
+        begin_linear(state.network, clips)
     while state.update < options.updates:
         update = state.update + 1
         rate = min(1.0, update / 20, max(0.02, 2.0 * (options.updates - update) / options.updates))
