@@ -422,7 +422,7 @@ def _tiny() -> Config:
             checkpoint_every=50, lr=2e-4, critic_lr=4e-4,
         ),
         decoder=DecoderConfig(
-            widths=(64, 48, 24), blocks=(1, 1, 1), clips=192, crop=0, updates=2400, batch_size=8, lr=2e-3,
+            widths=(64, 48, 24), blocks=(1, 1, 1), clips=192, crop=0, frames=6, updates=1500, batch_size=4, lr=2e-3,
             checkpoint_every=100,
         ),
         train=TrainConfig(workers=2, gpus_per_worker=0.0, checkpoint_activations=False),

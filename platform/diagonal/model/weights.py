@@ -265,7 +265,9 @@ class Release:
         """The causal generator in the configured compute type, its blocks' linear layers in `serve.linear_dtype`."""
         dtype = getattr(torch, self.config.model.compute_dtype)
         network = load_causal(self.folder, self.config, dtype).to(device).requires_grad_(False)
+        network.fuse()
         if self.config.serve.linear_dtype == "fp8":
+            network.fuse()  # first, as it reads the weights
             use_fp8_linears(network, network.blocks)
         return network
 
