@@ -24,6 +24,7 @@ _BEAT_S = 1.0  # how often the store hears of a driver at least, whatever it wai
 _WHOLE_SNAPSHOT_EVERY = 8  # between them only what a chunk adds is kept
 _AWAY_S = 0.5  # a store that needs longer for an answer was away
 _RELEASE_S = 2.0
+_DEATHS = 3
 _MOVES = ("session_lost", "chunk_gone", "replica_unwell")  # another replica can go on from there
 _LOOK_AT_POSITION_S = 0.05  # the same for one that follows a viewer's own player
 
@@ -41,6 +42,7 @@ class Driver:
         self._ahead = 0 if self._paced else 1
         self._chunk, self._media_s = video.chunks_done, video.frames_done / video.fps
         self._from_s = self._media_s  # who watched before another gateway went has nothing left to play
+        self._died_at, self._deaths = -1, 0
         self._held_by(video)
         self._held = video.epoch > 0  # the replica was told to pause, or another driver may have done so
 
@@ -80,6 +82,8 @@ class Driver:
             if isinstance(made, Refused):
                 if made.code not in _MOVES:
                     return await self._fail(made.code, made.message)
+                if self._is_deadly(made):
+                    return await self._fail("generation_failed", f"{_DEATHS} replicas were lost in one chunk of it")
                 if not await self._move(made, verdict):
                     return None
             elif made is not None:
@@ -89,6 +93,13 @@ class Driver:
                     return "completed"
         await patient(lambda: self._store.complete.remote(self._video.id))
         return "completed"
+
+    def _is_deadly(self, why: Refused) -> bool:
+        """Whether so many replicas fell silent or ill over one chunk that the next one is not to get it."""
+        if why is GONE and not self._lost or why.code == "replica_unwell":
+            self._deaths = self._deaths + 1 if self._died_at == self._chunk else 1
+            self._died_at = self._chunk
+        return self._died_at == self._chunk and self._deaths >= _DEATHS
 
     async def _pull(self) -> EncodedChunk | Refused | None:
         """The next chunk, with what another replica needs to go on after it; None when it is not there yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -157,6 +158,8 @@ class Gateway:
             kept = await answer(self._store.opened.remote(video.id, opened.replica, opened.mime, opened.init))
         except SILENCES:
             await self._at(video).close.remote(video.id, "cancelled")
+            with contextlib.suppress(*SILENCES):  # then it counts until the store's upkeep ends it
+                await answer(self._store.withdraw.remote(video, caller))
             raise
         if not kept:
             await self._at(video).close.remote(video.id, "cancelled")
