@@ -32,7 +32,10 @@ _UNREACHABLE = (OSError, InvalidHandshake, TimeoutError, ConnectionClosed)
 
 
 class _Link:
-    """What both kinds of connection share: address, patience, and the session's state."""
+    """What both kinds of connection share: address, patience, and the session's state.
+
+    `reconnects` counts connections after the first; `asked_s` is when the newest one said `session.start`.
+    """
 
     def __init__(
         self, url: str, headers: Mapping[str, str], fields: Mapping[str, Any], *,
@@ -47,7 +50,7 @@ class _Link:
         self.state = StreamState(fields)
         self.reconnects = 0
         self._tells_position = self._left = False
-        self._heard_s = time.monotonic()
+        self._heard_s = self.asked_s = time.monotonic()
 
     @property
     def opening(self) -> Opening:
@@ -95,6 +98,7 @@ class Realtime(_Link):
             time.sleep(wait_s)
             try:
                 self._socket = connect(self._address, **self._options)
+                self.asked_s = time.monotonic()
                 self._socket.send(self.state.opening())
                 while not self.state.answered:
                     self.state.receive(self._socket.recv(self._timeout_s))
@@ -206,6 +210,7 @@ class AsyncRealtime(_Link):
 
     async def begin(self) -> None:
         """Say `session.start` on a fresh connection and wait for its answer."""
+        self.asked_s = time.monotonic()
         await self._socket.send(self.state.opening())
         async with asyncio.timeout(self._timeout_s):
             while not self.state.answered:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 import diagonal
 from diagonal.config import Config
+from diagonal.evaluate.circumstances import commit
 from diagonal.tree import write_json
 
 Row = Mapping[str, Any]
@@ -41,19 +41,8 @@ def environment(device: torch.device) -> dict[str, str]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if cuda else f"{platform.processor() or platform.machine()} (CPU)",
         "torch": torch.__version__, "cuda": str(torch.version.cuda), "diffusers": diffusers.__version__,
-        "python": platform.python_version(), "diagonal": diagonal.__version__, "commit": _commit(),
+        "python": platform.python_version(), "diagonal": diagonal.__version__, "commit": commit(),
     }
-
-
-def _commit() -> str:
-    """The repository's commit, or that the sources lie in none."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def markdown(found: Mapping[str, Any], config: Config) -> str:
