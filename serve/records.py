@@ -47,6 +47,7 @@ class ModelInfo:
     max_prompt_characters: int
     lead_s: float
     promoted: bool = field(default=False, kw_only=True)
+    release_sha256: str = field(default="", kw_only=True)
     geometry: ChunkGeometry
 
     def chunks(self, frames: int) -> int | None:

@@ -13,20 +13,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray import serve
 from ray.serve import metrics as serve_metrics
 
-from diagonal.config import Config
-from diagonal.engine.engine import CapacityError, Engine
+from diagonal.engine.engine import CapacityError
 from diagonal.engine.session import ChunkResult, IllegalMoveError, PromptChange, SessionSpec
 from diagonal.engine.snapshot import Snapshot, SnapshotError, merged
 from diagonal.errors import FieldError
 from diagonal.media.encode import ChunkEncoder, Pixels
+from diagonal.media.watermark import Watermark
 from diagonal.metrics import FactorySink, MetricSink
-from diagonal.model.weights import Release
-from serve.engine_thread import EngineLike, EngineThread
+from serve.engine_thread import EngineThread
+from serve.loading import Loaded, describe, load_engine
+from serve.marks import Watermarks
 from serve.records import EncodedChunk, ModelInfo, Opened, Refused
 from serve.scaling import BUSY, REFUSED, SESSIONS, SLOTS
 from serve.settings import ServeSettings
@@ -57,6 +58,7 @@ class _Slot:
     paused_at: float | None = None
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
+    mark: Watermark | None = None
 
     def chunk(self, index: int) -> asyncio.Future[EncodedChunk | Refused]:
         if index not in self.chunks:
@@ -69,28 +71,6 @@ class _Slot:
             del self.chunks[index]
         for index in [index for index in self.snapshots if index < chunk - 1]:
             del self.snapshots[index]
-
-
-class Loaded(NamedTuple):
-    """A release in its engine: the name that callers know it by, its configuration, whether it was promoted."""
-
-    model: str
-    config: Config
-    engine: EngineLike
-    promoted: bool = False
-
-
-def load_engine(settings: ServeSettings, metrics: MetricSink) -> Loaded:
-    """The release, and an engine that holds it and has measured what its chunks cost.
-
-    `ReleaseError` when it is not whole, or was not promoted and nobody said that it may be served all the same.
-    """
-    release = Release.load(settings.release or None)
-    if not settings.allow_unpromoted:
-        release.check_promoted()
-    engine = Engine(release, device=settings.device, metrics=metrics, read_aside=True)
-    engine.warm_up()
-    return Loaded(settings.model or release.name, release.config, engine, release.promoted)
 
 
 class Replica:
@@ -106,8 +86,10 @@ class Replica:
         self._settings = settings
         self._metrics = metrics or FactorySink(serve_metrics.Counter, serve_metrics.Gauge, serve_metrics.Histogram)
         self._name = name or str(serve.get_replica_context().replica_id.unique_id)
-        model, self._config, self._engine, promoted = Loaded(*load(settings, self._metrics))
-        self._info = _describe(model, self._config, promoted)
+        loaded = Loaded(*load(settings, self._metrics))
+        self._config, self._engine = loaded.config, loaded.engine
+        self._marks = Watermarks.from_settings(settings, self._config.geometry)
+        self._info = describe(loaded, self._marks)
         self._loop = asyncio.get_running_loop()
         self._slots: dict[str, _Slot] = {}
         self._refused_at: deque[float] = deque(maxlen=1000)
@@ -173,6 +155,7 @@ class Replica:
 
     def _hold(self, session_id: str, slot: _Slot, chunk: int) -> Opened:
         self._slots[session_id] = slot
+        slot.mark = self._marks.of(session_id, slot.encoder.scale)
         slot.task = self._loop.create_task(self._encode(session_id, slot))
         self._want(session_id, slot, chunk)
         self._report_slots()
@@ -374,7 +357,7 @@ class Replica:
                 continue
             started_s = time.monotonic()
             try:
-                data = await self._loop.run_in_executor(self._pool, _encode_chunk, slot.encoder, result)
+                data = await self._loop.run_in_executor(self._pool, _encode_chunk, slot, result)
             except Exception as error:  # edge: whatever an encoder raises is one session's end, and told at once
                 _LOG.error("session %s: chunk %d was not encoded: %s", session_id, result.chunk, type(error).__name__)
                 slot.over = True
@@ -422,23 +405,8 @@ class Replica:
         self._metrics.set("diagonal_sessions_waiting", waiting)
 
 
-def _encode_chunk(encoder: ChunkEncoder, result: ChunkResult) -> bytes:
+def _encode_chunk(slot: _Slot, result: ChunkResult) -> bytes:
     pixels: Pixels = result.pixels.numpy()
-    return encoder.encode_chunk(pixels)
-
-
-def _describe(model: str, config: Config, promoted: bool) -> ModelInfo:
-    geometry, limits = config.geometry, config.serve
-    return ModelInfo(
-        name=model,
-        width=geometry.pixel_width,
-        height=geometry.pixel_height,
-        fps=geometry.pixel_fps,
-        clip_frames=geometry.clip_pixel_frames,
-        scales=tuple(dict.fromkeys((limits.pixel_scale, 1))),
-        max_frames=int(limits.max_seconds * geometry.pixel_fps),
-        max_prompt_characters=limits.max_prompt_characters,
-        lead_s=limits.lead_s,
-        promoted=promoted,
-        geometry=geometry,
-    )
+    if slot.mark is not None:
+        pixels = slot.mark.embed(pixels, result.first_pixel_frame)
+    return slot.encoder.encode_chunk(pixels)

@@ -344,6 +344,7 @@ def new_video(request: VideoRequest, info: ModelInfo, created_at: float, video_i
         size=info.size(scale),
         pacing=Pacing(request.extra.pacing),
         created_at=created_at,
+        release_sha256=info.release_sha256,
     )
 
 

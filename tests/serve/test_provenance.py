@@ -120,11 +120,12 @@ def test_prompt_changes_are_in_the_credentials_where_they_began(tmp_path: Path, 
     in_signing_store(tmp_path, signer, work)
 
 
-def in_signing_store(tmp_path: Path, signer: Signer | None, work: Callable[[Store], Any], sweep_s: float = 60.0) -> Any:
-    signed = {} if signer is None else {"c2pa_certificate": signer.certificate, "c2pa_key": signer.key}
+def in_signing_store(tmp_path: Path, signer: Signer | None, work: Callable[[Store], Any]) -> Any:
+    paths = (signer.certificate, signer.key) if signer else ("", "")
+    settings = ServeSettings(data=str(tmp_path / "data"), c2pa_certificate=paths[0], c2pa_key=paths[1])
 
     async def run() -> Any:
-        store = Store(ServeSettings(data=str(tmp_path / "data"), **signed), sweep_s=sweep_s)
+        store = Store(settings, sweep_s=60.0)
         try:
             return await work(store)
         finally:
