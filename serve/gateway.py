@@ -132,13 +132,14 @@ class Gateway:
         self, request: VideoRequest, caller: Caller, idempotency: Idempotency | None = None, resume_hash: str = ""
     ) -> VideoRecord:
         """Admit a video: a replica holds its session before this answers, and a driver makes it."""
-        video_id = new_video_id()
+        began_s, video_id = time.monotonic(), new_video_id()
         info = await self._fleet.choose(video_id, request.model)
         video = new_video(request, info, time.time(), video_id)
         await self._policy.check(video.prompt, caller.account)
         video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash)
         # A caller who goes away leaves nothing half made.
-        return await asyncio.shield(apart(self._admit(video, caller, idempotency)))
+        made = await asyncio.shield(apart(self._admit(video, caller, idempotency)))
+        return replace(made, age_s=time.monotonic() - began_s)
 
     async def _admit(self, video: VideoRecord, caller: Caller, idempotency: Idempotency | None) -> VideoRecord:
         known: VideoRecord | Refused | None = await answer(self._store.admit.remote(video, caller, idempotency))

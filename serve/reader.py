@@ -29,8 +29,7 @@ class ChunkReader:
     ) -> None:
         self._video, self._store, self._adopt, self._metrics = video, store, adopt, metrics
         self.name = name or secrets.token_hex(8)
-        waited_s = 0.0 if video.chunks_done else max(0.0, time.time() - video.created_at)
-        self._from_s = time.monotonic() - waited_s
+        self._from_s = time.monotonic() - (0.0 if video.chunks_done else video.age_s)
         self._sent_s: float | None = None
 
     async def segments(self, chunk: int) -> AsyncIterator[bytes]:

@@ -118,7 +118,8 @@ class VideoRecord:
     `frames` is 0 for a stream without an end.
     `release_sha256` is that of its release's manifest; `prompt_salt` keeps the prompt's hash from being guessed.
     `owner` is the key that made it, `account` pays for it; `resume_hash` is that of the only resume token that counts.
-    `orphan` is told with every answer: nobody drives it, so whoever asks should.
+    `age_s` is told with every answer: how long ago it was asked for, by a clock that never jumps. So is `orphan`:
+    nobody drives it, so whoever asks should.
     """
 
     id: str
@@ -147,6 +148,7 @@ class VideoRecord:
     paused: bool = False
     release_sha256: str = ""
     prompt_salt: str = ""
+    age_s: float = 0.0
     orphan: bool = False
     interactions: tuple[Interaction, ...] = ()
 

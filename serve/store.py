@@ -96,7 +96,7 @@ class Store:
     ) -> VideoRecord | Refused | None:
         """Keep a new video, which no replica holds yet; or the one that this request made before, or why not."""
         self._watches[video.id].driven_at = time.monotonic()
-        video = replace(video, prompt_salt=secrets.token_hex(_SALT_BYTES))
+        video = replace(video, prompt_salt=secrets.token_hex(_SALT_BYTES), created_at=self._now())
         known = await self._run(self._admission.admit, video, caller, idempotency, self._now())
         if known is not None:
             self._watches.pop(video.id, None)
@@ -120,7 +120,9 @@ class Store:
     async def get(self, video_id: str) -> VideoRecord | None:
         """The video, None when there is none."""
         video = await self._run(self._database.get, video_id)
-        return None if video is None else replace(video, orphan=self._is_orphan(video))
+        if video is None:
+            return None
+        return replace(video, orphan=self._is_orphan(video), age_s=max(0.0, self._now() - video.created_at))
 
     async def newest(
         self, owner: str, limit: int, after: str | None = None, ascending: bool = False
