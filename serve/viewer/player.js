@@ -1,23 +1,30 @@
-// Plays a fragmented MP4 while it arrives. Nothing here knows of prompts or of the page.
+// Plays a fragmented MP4 that arrives piece by piece. Nothing here knows of prompts, sockets or the page.
 
 const START_CHUNKS = 2; // the first chunk is short: playing at once would stall before the second
 const START_S = 0.9;
 const KEEP_PLAYED_S = 20; // a browser's buffer is bounded; what was played longer ago is dropped
+const LEAST_PLAYED_S = 2; // and when it is full all the same, what was played longer ago than this
 
-/** Appends `url` to `video` as it comes. `onError` gets the reason when the stream breaks. */
+const Source = window.MediaSource ?? window.ManagedMediaSource; // phones of one maker have the second one alone
+
+/** `append` pieces to `video`, each a chunk; `onError` gets the reason when it cannot play them. */
 export class Player {
   constructor(video, onError) {
     this.video = video;
     this.onError = onError;
-    this.chunks = 0;
     this.stalls = 0;
-    this.ended = false;
+    this.stallMs = 0;
     this.started = false;
+    this.paused = false;
+    this._chunks = 0;
+    this._ended = false;
+    this._stalledAt = null;
     this._queue = [];
-    this._tail = new Uint8Array(0);
-    this._abort = new AbortController();
-    this._onWaiting = () => { if (this.started && !this.ended && !this.video.ended) this.stalls += 1; };
-    video.addEventListener("waiting", this._onWaiting);
+    this._listeners = new AbortController();
+    const on = (name, react) => video.addEventListener(name, react, { signal: this._listeners.signal });
+    on("waiting", () => this._stall());
+    on("playing", () => this._flow());
+    on("timeupdate", () => this._flow());
   }
 
   /** Seconds of media that are there but not played. */
@@ -26,84 +33,107 @@ export class Player {
     return buffered.length ? Math.max(0, buffered.end(buffered.length - 1) - currentTime) : 0;
   }
 
-  async open(url, mime) {
-    if (!("MediaSource" in window) || !MediaSource.isTypeSupported(mime)) {
-      throw new Error(`this browser cannot play ${mime} while it arrives`);
-    }
-    this._source = new MediaSource();
+  get waiting() {
+    return this._stalledAt !== null;
+  }
+
+  /** Milliseconds of all stalls, one that goes on included. */
+  get stalledMs() {
+    return this.stallMs + (this.waiting ? performance.now() - this._stalledAt : 0);
+  }
+
+  async open(mime) {
+    if (!Source?.isTypeSupported(mime)) throw new Error(`this browser cannot play ${mime} while it arrives`);
+    this._source = new Source();
     this._address = URL.createObjectURL(this._source);
+    this.video.disableRemotePlayback = true; // a managed source opens only then
     this.video.src = this._address;
     await new Promise((done) => this._source.addEventListener("sourceopen", done, { once: true }));
+    if (this._listeners.signal.aborted) return;
     this._buffer = this._source.addSourceBuffer(mime);
     this._buffer.addEventListener("updateend", () => this._next());
-    const response = await fetch(url, { signal: this._abort.signal });
-    if (!response.ok) throw new Error((await response.json()).detail);
-    this._read(response.body.getReader()); // goes on by itself
+    this._next();
+  }
+
+  append(data) {
+    this._queue.push(data);
+    this._chunks += 1;
+    this._next();
+  }
+
+  /** There will be no more pieces. */
+  end() {
+    this._ended = true;
+    this._next();
+  }
+
+  pause() {
+    this.paused = true;
+    this._flow();
+    this.video.pause();
+  }
+
+  resume() {
+    this.paused = false;
+    if (this.started) this._play();
+    else this._next();
   }
 
   close() {
-    this.ended = true;
-    this._abort.abort();
-    this.video.removeEventListener("waiting", this._onWaiting);
+    this._listeners.abort();
+    this._flow();
     this.video.removeAttribute("src");
     this.video.load();
     if (this._address) URL.revokeObjectURL(this._address);
   }
 
-  async _read(reader) {
-    try {
-      for (;;) {
-        const { done, value } = await reader.read();
-        if (done) break;
-        this._count(value);
-        this._queue.push(value);
-        this._next();
-      }
-      this.ended = true;
-      this._next();
-    } catch (error) {
-      if (!this._abort.signal.aborted) this.onError(error);
-    }
+  _play() {
+    this.video.play().catch((error) => {
+      if (error.name !== "AbortError") this.onError(error); // it was paused again at once
+    });
   }
 
-  /** Counts whole top-level boxes: each `mdat` ends a chunk. */
-  _count(part) {
-    let data = new Uint8Array(this._tail.length + part.length);
-    data.set(this._tail);
-    data.set(part, this._tail.length);
-    for (;;) {
-      if (data.length < 8) break;
-      const size = new DataView(data.buffer, data.byteOffset).getUint32(0);
-      if (data.length < size || size < 8) break;
-      if (String.fromCharCode(...data.subarray(4, 8)) === "mdat") this.chunks += 1;
-      data = data.subarray(size);
-    }
-    this._tail = data.slice();
+  _stall() {
+    if (!this.started || this.paused || this._ended || this.waiting || this.video.ended) return;
+    this.stalls += 1;
+    this._stalledAt = performance.now();
+  }
+
+  _flow() {
+    if (!this.waiting) return;
+    this.stallMs += performance.now() - this._stalledAt;
+    this._stalledAt = null;
   }
 
   _next() {
     if (!this._buffer || this._buffer.updating || this._source.readyState !== "open") return;
     this._startWhenReady();
-    if (this._queue.length) {
-      this._buffer.appendBuffer(this._queue.shift());
-    } else if (this.ended) {
-      this._source.endOfStream();
-    } else {
-      this._dropPlayed();
+    if (this._queue.length) this._take();
+    else if (this._ended) this._source.endOfStream();
+    else this._drop(2 * KEEP_PLAYED_S, KEEP_PLAYED_S);
+  }
+
+  _take() {
+    try {
+      this._buffer.appendBuffer(this._queue[0]);
+      this._queue.shift();
+    } catch (error) {
+      if (error.name !== "QuotaExceededError" || !this._drop(LEAST_PLAYED_S, LEAST_PLAYED_S)) this.onError(error);
     }
+  }
+
+  /** Removes what was played more than `keepS` ago, when that is more than `overS` long; says whether it did. */
+  _drop(overS, keepS) {
+    const { buffered, currentTime } = this.video;
+    if (!buffered.length || currentTime - buffered.start(0) <= overS) return false;
+    this._buffer.remove(buffered.start(0), currentTime - keepS);
+    return true;
   }
 
   _startWhenReady() {
-    if (this.started || !(this.chunks >= START_CHUNKS || this.aheadS >= START_S || this.ended)) return;
-    if (!this.video.buffered.length) return;
+    if (this.started || this.paused || !this.video.buffered.length) return;
+    if (!(this._chunks >= START_CHUNKS || this.aheadS >= START_S || this._ended)) return;
     this.started = true;
-    this.video.play().catch((error) => this.onError(error));
-  }
-
-  _dropPlayed() {
-    const { buffered, currentTime } = this.video;
-    if (buffered.length && currentTime - buffered.start(0) > 2 * KEEP_PLAYED_S) {
-      this._buffer.remove(buffered.start(0), currentTime - KEEP_PLAYED_S);
-    }
+    this._play();
   }
 }

@@ -1,39 +1,110 @@
-// The page: starts a video, shows it, changes its prompt, and says how long each took.
+// The page: starts a stream, shows it, changes its prompt, and says how long each took.
 import { Player } from "./player.js";
+import { Recording, save } from "./recording.js";
+import { connect, finishedFile, key, models } from "./service.js";
+import { Session } from "./session.js";
 
 const EXAMPLES = [
   "a red circle moving right slowly",
   "a blue square moving up quickly",
   "a green triangle moving left slowly",
 ];
-const LOOK_EVERY_MS = 150;
+const READOUTS = ["first-frame", "fps", "ahead", "delay", "shown", "stalls"];
+const LOOK_EVERY_MS = 100;
+const ASK_AGAIN_MS = 1000;
 const get = (id) => document.getElementById(id);
 const video = get("video");
 
-/** What runs now; null when nothing does. */
+/** What runs now, null when nothing does; and what was seen last, which may be saved. */
 let run = null;
+let seen = null;
 let model = null;
+let known = [];
 
-async function call(method, path, body) {
-  let response;
-  try {
-    response = await fetch(path, {
-      method,
-      headers: body ? { "Content-Type": "application/json" } : {},
-      body: body && JSON.stringify(body),
+/** One stream, from the click to its end. */
+class Run {
+  constructor(prompt) {
+    this.clickedAt = performance.now();
+    this.firstFrameMs = null;
+    this.shownAt = []; // when the frames of the last second reached the screen
+    this.changes = new Map(); // by event id: row, when it was asked for, first pixel frame
+    this.framesReceived = 0;
+    this.firstRow = addToTimeline(prompt, "drawing", 0);
+    this.recording = new Recording();
+    this.player = new Player(video, (error) => fail(this, error));
+    this.session = new Session(connect, {
+      started: (answer) => this.begin(answer),
+      chunk: (about, data) => this.take(about, data),
+      told: (eventId, error) => this.told(eventId, error),
+      link: (up) => this.link(up),
+      done: () => this.player.end(),
+      failed: (error) => fail(this, error),
     });
-  } catch {
-    throw new Error("the server does not answer");
   }
-  const answer = await response.json().catch(() => ({}));
-  if (response.ok) return answer;
-  const wait = response.headers.get("Retry-After");
-  throw new Error((answer.detail ?? `the server answered ${response.status}`) + (wait ? ` (again in ${wait} s)` : ""));
+
+  begin({ request_id: id, mime, config }) {
+    Object.assign(this, { id, fps: config.fps, frameCount: config.num_frames });
+    this.player.open(mime).catch((error) => fail(this, error));
+    watchFrames(this);
+    showControls();
+  }
+
+  take(about, data) {
+    this.recording.add(data);
+    this.player.append(data);
+    for (const eventId of about.started_event_ids) {
+      const change = this.changes.get(eventId);
+      if (!change) continue;
+      change.frame = this.framesReceived;
+      note(change.row, "drawn", change.frame / this.fps);
+    }
+    this.framesReceived += about.num_frames;
+    get("save").disabled = false;
+  }
+
+  change(prompt) {
+    const row = addToTimeline(prompt, "sent", null);
+    const askedAt = performance.now();
+    const eventId = this.session.change(prompt, Number(get("transition").value));
+    this.changes.set(eventId, { row, askedAt, frame: null, onScreen: false });
+  }
+
+  told(eventId, error) {
+    const change = this.changes.get(eventId);
+    if (change && change.frame === null) note(change.row, error ? "refused" : "queued");
+    if (error && (change || error.code !== "video_over")) showError(error); // a pause after the last chunk is no error
+  }
+
+  link(up) {
+    this.linkLost = !up;
+    showState(this);
+  }
+
+  pause(wanted) {
+    this.paused = wanted;
+    this.session.pause(wanted);
+    if (wanted) this.player.pause();
+    else this.player.resume();
+  }
+
+  close() {
+    this.player.close();
+    this.session.stop();
+  }
 }
 
 function show(state, text = state) {
+  if (get("state").textContent === text) return; // who listens to the page is told once
   get("state").dataset.state = state;
   get("state").textContent = text;
+}
+
+function showState(mine) {
+  if (run !== mine) return;
+  if (mine.linkLost) show("waiting", "reconnecting…");
+  else if (mine.paused) show("paused");
+  else if (!mine.player.started) show("starting", "starting…");
+  else show(mine.player.waiting ? "waiting" : "playing");
 }
 
 function showError(error) {
@@ -46,135 +117,126 @@ function showControls() {
   get("start").textContent = busy ? "Change prompt" : "Start";
   get("start").disabled = model === null || (busy && !run.id);
   get("stop").disabled = !busy;
+  get("pause").disabled = !run?.id;
+  get("pause").textContent = run?.paused ? "Resume" : "Pause";
+  get("pause").setAttribute("aria-pressed", String(Boolean(run?.paused)));
   get("prompt-label").textContent = busy ? "What shall it show next?" : "What shall it show?";
-  for (const id of ["seconds", "seed"]) get(id).disabled = busy;
+  for (const id of ["seed", "endless", "model-choice"]) get(id).disabled = busy;
+  get("seconds").disabled = busy || get("endless").checked;
   if (!busy) get("lead-bar").style.width = "0";
 }
 
+function wish(prompt) {
+  const length = get("endless").checked ? { extra: { endless: true } }
+    : { seconds: Number(get("seconds").value), extra: { pacing: "realtime" } };
+  const seed = get("seed").value === "" ? {} : { seed: Number(get("seed").value) };
+  return { prompt, model: model.id, ...length, ...seed };
+}
+
 async function start(prompt) {
-  const seed = get("seed").value;
-  const mine = { id: null, clickedAt: performance.now(), firstFrameMs: null, changes: [], frames: [] };
-  run = mine;
   showError(null);
-  get("download").hidden = true;
-  get("hint").hidden = true;
   get("timeline").replaceChildren();
-  for (const id of ["first-frame", "fps", "ahead", "delay", "shown", "stalls"]) get(id).textContent = "–";
+  for (const id of READOUTS) get(id).textContent = "–";
+  get("hint").hidden = true;
+  get("save").disabled = true;
+  const mine = new Run(prompt);
+  run = seen = mine;
   show("starting", "starting…");
   showControls();
   try {
-    const body = { prompt, seconds: Number(get("seconds").value), extra: { pacing: "realtime" } };
-    const made = await call("POST", "v1/videos", seed === "" ? body : { ...body, seed: Number(seed) });
-    if (run !== mine) return void call("DELETE", `v1/videos/${made.id}`);
-    Object.assign(mine, { id: made.id, fps: made.fps, frameCount: made.num_frames });
-    addToTimeline(prompt, "on screen", 0);
-    mine.player = new Player(video, (error) => fail(mine, error));
-    watchFrames(mine);
-    await mine.player.open(`v1/videos/${made.id}/stream`, made.mime);
+    await mine.session.start(wish(prompt));
   } catch (error) {
     fail(mine, error);
   }
+}
+
+function togglePause() {
+  if (!run?.id) return;
+  run.pause(!run.paused);
+  showState(run);
   showControls();
 }
 
-async function change(prompt) {
+/** Nothing runs any more; the picture that was last on screen stays where it can. */
+function end(state, text) {
   const mine = run;
-  const askedAt = performance.now();
-  const row = addToTimeline(prompt, "sent", null);
-  showError(null);
-  try {
-    const interaction = { event: { prompt }, transition_chunks: Number(get("transition").value) };
-    const { event_id: id } = await call("POST", `v1/videos/${mine.id}/interactions`, { interaction });
-    note(row, "queued");
-    mine.changes.push({ id, row, askedAt, frame: null, seen: false });
-    look(mine);
-  } catch (error) {
-    note(row, "refused");
-    showError(error);
-  }
-}
-
-/** Asks where queued prompt changes took effect, until all are known. */
-async function look(mine) {
-  if (mine.looking) return;
-  mine.looking = true;
-  while (run === mine && mine.changes.some((one) => one.frame === null)) {
-    await new Promise((done) => setTimeout(done, LOOK_EVERY_MS));
-    const told = await call("GET", `v1/videos/${mine.id}`).catch(() => null);
-    if (!told) break;
-    for (const one of mine.changes) {
-      const known = told.interactions.find((other) => other.event_id === one.id);
-      if (one.frame !== null || !known || known.status !== "applied") continue;
-      one.frame = known.pixel_frame;
-      note(one.row, "drawn", one.frame / mine.fps);
-    }
-    if (told.status !== "in_progress") break;
-  }
-  mine.looking = false;
-}
-
-async function stop() {
-  const mine = run;
-  if (!mine) return;
   run = null;
-  mine.player?.close();
-  show("idle", "stopped");
-  get("hint").hidden = false;
+  mine.close();
+  show(state, text);
   showControls();
+}
+
+function stop() {
+  if (!run) return;
+  end("idle", "stopped");
+  get("hint").hidden = false;
   get("prompt").focus();
-  if (mine.id) await call("DELETE", `v1/videos/${mine.id}`).catch(showError);
 }
 
 function fail(mine, error) {
   if (run !== mine) return;
+  end("failed", "failed");
+  showError(error);
+  if (error.code === "invalid_api_key") askForKey();
+}
+
+function finish() {
+  if (!run) return;
+  run.finished = run.frameCount !== null;
+  const mine = run;
   run = null;
-  show("failed", "failed");
-  showError(mine.id && error instanceof TypeError ? new Error("the stream broke off") : error);
+  mine.session.stop();
+  show("idle", "finished");
   showControls();
 }
 
-function finish(mine) {
-  if (run !== mine) return;
-  run = null;
-  show("idle", "finished");
-  get("download").href = `v1/videos/${mine.id}/content`;
-  get("download").download = "diagonal.mp4";
-  get("download").hidden = false;
-  showControls();
+async function saveVideo() {
+  const mine = seen;
+  get("save").disabled = true;
+  try {
+    save(mine.finished ? await finishedFile(mine.id) : mine.recording.blob(), `diagonal-${mine.id.slice(-8)}.mp4`);
+  } catch (error) {
+    showError(error);
+  }
+  get("save").disabled = mine.recording.empty;
 }
 
 /** Notes each frame that reaches the screen: the first one, the rate, and the first one of a new prompt. */
 function watchFrames(mine) {
   video.requestVideoFrameCallback((now, frame) => {
     if (run !== mine) return;
+    if (mine.firstFrameMs === null) note(mine.firstRow, "on screen");
     mine.firstFrameMs ??= now - mine.clickedAt;
-    mine.frames.push(now);
-    mine.frames = mine.frames.filter((at) => now - at < 1000);
-    for (const one of mine.changes) {
-      if (one.seen || one.frame === null || frame.mediaTime * mine.fps < one.frame - 0.5) continue;
-      one.seen = true;
-      note(one.row, "on screen");
-      get("delay").textContent = `${((now - one.askedAt) / 1000).toFixed(2)} s`;
+    mine.shownAt.push(now);
+    for (const change of mine.changes.values()) {
+      if (change.onScreen || change.frame === null || frame.mediaTime * mine.fps < change.frame - 0.5) continue;
+      change.onScreen = true;
+      note(change.row, "on screen");
+      get("delay").textContent = `${((now - change.askedAt) / 1000).toFixed(2)} s`;
     }
     watchFrames(mine);
   });
 }
 
-function showReadouts() {
+function look() {
   const mine = run;
-  if (!mine?.player) return;
-  const { aheadS, stalls, started } = mine.player;
-  const waiting = started && video.readyState < HTMLMediaElement.HAVE_FUTURE_DATA && !video.ended;
-  if (started) show(waiting ? "waiting" : "playing");
+  if (!mine?.id) return;
+  mine.session.tellPosition(video.currentTime);
+  showState(mine);
+  const { aheadS, stalls, stalledMs } = mine.player;
   get("lead-bar").style.width = `${Math.min(100, (100 * aheadS) / 2)}%`;
   get("ahead").textContent = `${aheadS.toFixed(2)} s`;
-  get("stalls").textContent = String(stalls);
-  get("shown").textContent = `${video.currentTime.toFixed(1)} of ${(mine.frameCount / mine.fps).toFixed(1)} s`;
+  get("stalls").textContent = stalls ? `${stalls} · ${(stalledMs / 1000).toFixed(1)} s` : "0";
+  get("shown").textContent = clock(video.currentTime) + (mine.frameCount ? ` of ${clock(mine.frameCount / mine.fps)}` : "");
   if (mine.firstFrameMs !== null) get("first-frame").textContent = `${Math.round(mine.firstFrameMs)} ms`;
-  if (mine.frames.length > 1) {
-    const spanMs = mine.frames.at(-1) - mine.frames[0];
-    get("fps").textContent = `${((1000 * (mine.frames.length - 1)) / spanMs).toFixed(1)} fps`;
-  }
+  mine.shownAt = mine.shownAt.filter((at) => performance.now() - at < 1000);
+  if (mine.firstFrameMs !== null) get("fps").textContent = `${mine.shownAt.length} fps`;
+}
+
+function clock(seconds) {
+  const whole = Math.floor(seconds);
+  const parts = whole < 3600 ? [Math.floor(whole / 60), whole % 60] : [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  return parts.map((part, index) => (index ? String(part).padStart(2, "0") : part)).join(":");
 }
 
 function addToTimeline(text, state, atS) {
@@ -182,6 +244,7 @@ function addToTimeline(text, state, atS) {
   for (const name of ["at", "text", "note"]) row.append(Object.assign(document.createElement("span"), { className: name }));
   row.querySelector(".text").textContent = text;
   get("timeline").prepend(row);
+  get("prompts-title").hidden = false;
   note(row, state, atS);
   return row;
 }
@@ -196,23 +259,49 @@ function submit() {
   const prompt = get("prompt").value.trim();
   if (get("start").disabled || !get("form").reportValidity()) return;
   if (!prompt) return showError("the prompt is empty: say what it shall show");
-  if (run) change(prompt);
+  showError(null);
+  if (run) run.change(prompt);
   else start(prompt);
 }
 
-async function connect() {
+function askForKey() {
+  model = null;
+  get("model").textContent = "needs a key";
+  get("key-form").hidden = false;
+  get("forget-key").hidden = true;
+  get("key").focus();
+  showControls();
+}
+
+async function load() {
   try {
-    model = (await call("GET", "v1/models")).data[0];
+    known = await models();
   } catch (error) {
+    if (["missing_api_key", "invalid_api_key"].includes(error.code)) {
+      showError(key.value ? error : null);
+      key.forget();
+      return askForKey();
+    }
     get("model").textContent = `${error.message}; trying again…`;
-    setTimeout(connect, 1000);
+    setTimeout(load, ASK_AGAIN_MS);
     return;
   }
+  get("key-form").hidden = true;
+  get("forget-key").hidden = !key.value;
+  get("model-choice").replaceChildren(...known.map(({ id }) => new Option(id, id)));
+  get("model-field").hidden = known.length < 2;
+  chooseModel();
+  get("prompt").focus();
+}
+
+function chooseModel() {
+  model = known.find(({ id }) => id === get("model-choice").value) ?? known[0];
   const [width, height] = model.sizes[0].split("x");
+  const longestS = model.limits.max_seconds;
   document.documentElement.style.setProperty("--shape", `${width} / ${height}`);
   get("model").textContent = `${model.id} · ${model.sizes[0]} · ${model.fps} fps`;
-  get("seconds").max = model.limits.max_seconds;
-  get("seconds").value = Math.min(get("seconds").value, model.limits.max_seconds);
+  get("seconds").max = longestS;
+  get("seconds").value = Math.min(get("seconds").value, longestS);
   get("prompt").maxLength = model.limits.max_prompt_characters;
   showControls();
 }
@@ -226,14 +315,25 @@ get("form").addEventListener("submit", (event) => { event.preventDefault(); subm
 get("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submit(); }
 });
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
-get("stop").addEventListener("click", stop);
-video.addEventListener("ended", () => { if (run) finish(run); });
-// A page that is left may be kept by the browser with its stream open: say that nobody watches any more.
-addEventListener("pagehide", () => {
-  if (run?.id) fetch(`v1/videos/${run.id}`, { method: "DELETE", keepalive: true });
-  run?.player?.close();
-  run = null;
+get("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  key.keep(get("key").value.trim());
+  get("key").value = "";
+  showError(null);
+  load();
 });
-setInterval(showReadouts, 200);
-connect();
+get("forget-key").addEventListener("click", () => { key.forget(); stop(); load(); });
+get("model-choice").addEventListener("change", chooseModel);
+get("endless").addEventListener("change", showControls);
+get("pause").addEventListener("click", togglePause);
+get("stop").addEventListener("click", stop);
+get("save").addEventListener("click", saveVideo);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") stop();
+  if (event.altKey && event.code === "KeyP") { event.preventDefault(); togglePause(); }
+});
+video.addEventListener("ended", finish);
+video.addEventListener("timeupdate", look); // comes in a hidden tab, too, where timers are slow
+addEventListener("pagehide", () => { if (run) end("idle", "stopped"); }); // the browser may keep the page: nobody watches
+setInterval(look, LOOK_EVERY_MS);
+load();

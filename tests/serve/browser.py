@@ -13,6 +13,10 @@ from typing import Any
 import httpx
 from websockets.sync.client import ClientConnection, connect
 
+_KEYS = {
+    "Enter": (13, "Enter", "\r"), "Escape": (27, "Escape", ""), "Tab": (9, "Tab", ""), " ": (32, "Space", " "),
+    "p": (80, "KeyP", "p"),
+}  # fmt: skip
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --mute-audio --window-size=1200,800 --remote-debugging-port=0"
@@ -68,18 +72,34 @@ class Browser:
     def text(self, element_id: str) -> str:
         return str(self.run(f"document.getElementById('{element_id}')?.textContent ?? ''"))
 
-    def press(self, key: str) -> None:
+    def press(self, key: str, alt: bool = False) -> None:
         """Press and release one key, as a person does."""
-        code = {"Enter": 13, "Escape": 27, "Tab": 9}[key]
-        text = {"text": "\r"} if key == "Enter" else {}
-        for kind in ("keyDown", "keyUp"):
-            extra = text if kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **extra)
+        code, name, text = _KEYS[key]
+        pressed = {"key": key, "code": name, "windowsVirtualKeyCode": code, "modifiers": int(alt)}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **pressed, **({"text": text} if text and not alt else {}))
+        self.call("Input.dispatchKeyEvent", type="keyUp", **pressed)
+
+    def tab_to(self, element_id: str) -> None:
+        """Move the focus by the keyboard alone."""
+        for _ in range(60):
+            if self.run("document.activeElement.id") == element_id:
+                return
+            self.press("Tab")
+        raise AssertionError(f"#{element_id} is not reached by Tab")
 
     def type(self, text: str) -> None:
         """Replace what is in the focused field."""
         self.run("document.activeElement.select()")
         self.call("Input.insertText", text=text)
+
+    def look(self, width: int, height: int, scheme: str) -> None:
+        """Be a window of that size, for somebody who wants that colour scheme."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def save_into(self, folder: Path) -> None:
+        """Let downloads go there without asking."""
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))

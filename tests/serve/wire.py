@@ -32,9 +32,18 @@ class Wire:
     passed_bytes: int = 0
     """Towards the client."""
     _random: random.Random = field(default_factory=lambda: random.Random(5))
+    _carried: dict[asyncio.Task[None], asyncio.AbstractEventLoop] = field(default_factory=dict)
+
+    def cut(self) -> None:
+        """Break every connection that there is; new ones pass."""
+        for task, loop in list(self._carried.items()):
+            loop.call_soon_threadsafe(task.cancel)
 
     async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, until either end closes it."""
+        task: asyncio.Task[None] = asyncio.current_task()  # type: ignore[assignment]
+        self._carried[task] = asyncio.get_running_loop()
+        task.add_done_callback(self._carried.pop)
         there = urlsplit(self.upstream)
         try:
             far_reader, far_writer = await asyncio.open_connection(there.hostname, there.port, limit=_PART_BYTES)
