@@ -308,6 +308,9 @@ class ServeConfig:
     `decoder` fast is the release's small one, if it has one. `linear_dtype` fp8 computes the blocks' linear layers and
     `cache_dtype` fp8 keeps keys and values in 8 bits (see model/fp8.py). `decoder_layout` is how the decoder's
     convolutions hold their weights, `overlap_decode` lets a GPU decode one chunk while it makes another one.
+
+    `compile` compiles the generator's blocks, and on a GPU captures its forwards as CUDA graphs; what was compiled is
+    kept in the folder `compile_cache` for the next start. `attention` auto measures the GPU's kernels at start.
     """
 
     max_sessions: int = 4
@@ -326,6 +329,9 @@ class ServeConfig:
     decoder: Literal["full", "fast"] = "full"
     decoder_layout: Literal["contiguous", "channels_last"] = "contiguous"
     overlap_decode: bool = False
+    compile: bool = False
+    compile_cache: str = ""
+    attention: Literal["default", "auto", "flash", "cudnn", "efficient"] = "default"
     linear_dtype: Literal["model", "fp8"] = "model"
     cache_dtype: Literal["model", "fp8"] = "model"
 

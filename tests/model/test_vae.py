@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diagonal.config import Config
 from diagonal.errors import FieldError
-from diagonal.model.vae import Decoder, LinearCodec, decoder_of, to_uint8
+from diagonal.model.vae import Decoder, DecoderState, LinearCodec, WanDecoder, decoder_of, to_uint8
 from tests.networks import CHANNELS, draw, small_codec, small_config, small_vae
 
 KINDS = ["wan", "wan in patches", "linear"]
@@ -144,3 +144,30 @@ def test_a_linear_codec_keeps_through_its_folder(tmp_path: object) -> None:
 def test_a_clip_that_does_not_begin_with_one_frame_is_refused() -> None:
     with pytest.raises(FieldError, match="pixel_frames = 8: allowed is 1 more than a multiple of 4"):
         small_codec(small_config()).encode(torch.zeros(1, 8, 32, 48, 3, dtype=torch.uint8))
+
+
+def test_streams_decoded_as_one_batch_are_within_rounding_of_one_after_the_other_and_keep_their_own_state() -> None:
+    decoder = decoder_of(small_vae())
+    assert isinstance(decoder, WanDecoder)
+    latents = draw(3, CHANNELS, 9, 4, 6, seed=5)
+    alone, together = [decoder.start() for _ in latents], [decoder.start() for _ in latents]
+    for start in range(0, 9, 3):
+        chunk = latents[:, :, start : start + 3]
+        assert decoder.can_join(together) and not decoder.can_join(together[:1])
+        found = decoder.decode_together(chunk, together)
+        for part, state, pixels in zip(chunk, alone, found, strict=True):
+            assert (decoder.decode(part[None], state)[0].int() - pixels.int()).abs().max() <= 1
+    for mine, theirs in zip(alone, together, strict=True):
+        assert mine.frames == theirs.frames == 9 and bool(theirs.finite)
+        for one, other in zip(mine.features, theirs.features, strict=True):
+            assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+            torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
+            assert other.untyped_storage().nbytes() == other.nbytes, "no memory shared with another stream"
+
+
+def test_streams_at_unlike_places_are_not_joined() -> None:
+    decoder = decoder_of(small_vae())
+    begun, fresh = decoder.start(), decoder.start()
+    decoder.decode(draw(1, CHANNELS, 3, 4, 6), begun)
+    assert not decoder.can_join([begun, fresh]) and decoder.can_join([fresh, decoder.start()])
+    assert not decoder_of(small_codec(small_config())).can_join([DecoderState(), DecoderState()])

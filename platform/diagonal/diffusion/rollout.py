@@ -18,6 +18,7 @@ from diagonal.geometry import ChunkGeometry
 from diagonal.model.cache import CacheBatch, KVCache, KVPool
 from diagonal.model.dit import TextContext
 from diagonal.model.fp8 import FORMAT
+from diagonal.model.static import StaticGenerator
 from diagonal.schedule import StepSchedule
 
 StepNoise = Callable[[int], Tensor]
@@ -101,7 +102,7 @@ def chunk_noise_of(
     return lambda step: batch_noise(seeds, chunks, step, shape).to(device)
 
 
-def new_pool(config: Config, network: torch.nn.Module, pages: int) -> KVPool:
+def new_pool(config: Config, network: torch.nn.Module | StaticGenerator, pages: int) -> KVPool:
     """A pool of pages that fit the network's layers and the geometry's chunks, on the network's device."""
     layout: Any = network.config
     return KVPool(

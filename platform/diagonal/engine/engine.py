@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from diagonal.engine.script import PromptChange, SessionSpec
 from diagonal.engine.session import ChunkResult, Session, SessionState
 from diagonal.engine.sessions import EngineStats, Sessions
 from diagonal.metrics import MetricSink, NullSink
+from diagonal.model.static import load_compiled, save_compiled
 
 __all__ = ["BudgetError", "CapacityError", "Engine", "EngineStats", "Health"]
 
@@ -96,13 +98,20 @@ class Engine(Sessions):
     def warm_up(self) -> None:
         """Measure what chunks and re-caches cost, by kind and batch size, before the first session comes.
 
-        The first round of each size is not counted: it compiles kernels and fills allocators.
+        The first round of each size is not counted: it compiles kernels, captures graphs and fills allocators. Where
+        there are such, every size that may come is made, or its first batch would wait for them.
         """
-        largest = min(self.config.serve.batch_sessions, self._slots)
-        sizes = [size for size in (1, 2, 4, 8, 16, 32) if size < largest]
+        serve = self.config.serve
+        largest = min(serve.batch_sessions, self._slots)
+        sizes = range(1, largest) if serve.compile else [size for size in (1, 2, 4, 8, 16, 32) if size < largest]
+        kept = Path(serve.compile_cache) if serve.compile and serve.compile_cache else None
+        if kept is not None:
+            load_compiled(kept, self.identity.config)
         for size in [*sizes, largest]:
             for counted in (False, True):
                 self._rehearse(size, counted)
+        if kept is not None:
+            save_compiled(kept, self.identity.config)
 
     @torch.no_grad()
     def exercise(self) -> bool:
@@ -229,11 +238,12 @@ class Engine(Sessions):
             wanted = [n for n, session in enumerate(batch) if session.spec.session_id not in self._closing]
         results: list[ChunkResult] = []
         decoded: dict[int, Tensor] = {}
-        for number in wanted:
-            try:
-                decoded[number] = self._maker.decode(batch[number], done.clean[number])
-            except SessionError as error:
-                results.append(self._fail(batch[number], error))
+        pixels = self._maker.decode([batch[number] for number in wanted], [done.clean[number] for number in wanted])
+        for number, found in zip(wanted, pixels, strict=True):
+            if isinstance(found, SessionError):
+                results.append(self._fail(batch[number], found))
+            else:
+                decoded[number] = found
         for number, shown in zip(decoded, self._emit(batch, done, decoded), strict=True):
             if isinstance(shown, SessionError):
                 results.append(self._fail(batch[number], shown))
@@ -336,11 +346,15 @@ class Engine(Sessions):
     def _rehearse_chunk(self, sessions: Sequence[Session]) -> None:
         """One chunk of sessions that nobody opened; `SessionError` when it fails."""
         done = self._maker.denoise(sessions)
-        pixels = {n: self._maker.decode(session, done.clean[n]) for n, session in enumerate(sessions)}
-        for session, shown in zip(sessions, self._emit(sessions, done, pixels), strict=True):
+        pixels: dict[int, Tensor] = {}
+        for number, shown in enumerate(self._maker.decode(sessions, list(done.clean))):
             if isinstance(shown, SessionError):
                 raise shown
-            session.remember(KeptChunk(session.next_chunk, shown.written, done.written_level), shown.clean)
+            pixels[number] = shown
+        for session, made in zip(sessions, self._emit(sessions, done, pixels), strict=True):
+            if isinstance(made, SessionError):
+                raise made
+            session.remember(KeptChunk(session.next_chunk, made.written, done.written_level), made.clean)
             session.next_chunk += 1
 
 
@@ -352,7 +366,7 @@ def _kind(session: Session) -> ChunkKind:
 def _finite(session: Session, denoised: Tensor) -> Tensor:
     """Whether the session's newest chunk is finite, in the cache and on the screen: on the device, not waited for."""
     shown = session.decoder_state.finite
-    return denoised if shown is None else denoised & shown
+    return denoised if shown is None else denoised & shown.all()
 
 
 def _batch_key(session: Session) -> Hashable:

@@ -25,7 +25,8 @@ from diagonal.engine.session import Session, SessionState
 from diagonal.engine.snapshot import Identity, ReleaseLike
 from diagonal.model.cache import CacheBatch, PoolExhaustedError
 from diagonal.model.dit import TextContext
-from diagonal.model.vae import Decoder
+from diagonal.model.static import for_serving
+from diagonal.model.vae import Decoder, DecoderState
 from diagonal.schedule import StepSchedule
 
 # What a session's own step may fail with; anything else is a fault of the engine, and ends its thread.
@@ -72,8 +73,7 @@ class ChunkMaker:
         self.geometry = release.config.geometry
         self.identity = Identity.of(release)
         self.window_chunks = self.config.cache.window_frames // self.geometry.chunk_frames
-        self._network = release.generator(device)
-        self._network.fuse()
+        self._network = for_serving(release.generator(device), self.config)
         text = release.text(device)
         self.prompts = Prompts(lambda prompt: text.encode([prompt]), torch.device(device))
         self._decoder = release.decoder(device)
@@ -164,10 +164,24 @@ class ChunkMaker:
             caches = CacheBatch([session.cache for session in batch])
             return denoise_chunk(self._network, batch[0].schedule, chunks[0], text, caches, noise)
 
-    def decode(self, session: Session, clean: Tensor) -> Tensor:
-        """Pixels `[f, h, w, 3]` uint8 on the device, of the session's next latents `[c, f, h, w]`."""
-        with stage("decode_failed"):
-            return self._decoder.decode(clean.unsqueeze(0), session.decoder_state)[0]
+    def decode(self, batch: Sequence[Session], clean: Sequence[Tensor]) -> list[Tensor | SessionError]:
+        """Pixels `[f, h, w, 3]` uint8 on the device, of each session's next latents `[c, f, h, w]`, or what it failed
+        with: where all together fail, each is decoded alone."""
+        states = [session.decoder_state for session in batch]
+        if self._decoder.can_join(states):
+            try:
+                with stage("decode_failed"):
+                    return list(self._decoder.decode_together(torch.stack(list(clean)), states))
+            except SessionError:
+                pass  # one by one shows whose latents it was
+        return [self._decode_alone(state, part) for state, part in zip(states, clean, strict=True)]
+
+    def _decode_alone(self, state: DecoderState, clean: Tensor) -> Tensor | SessionError:
+        try:
+            with stage("decode_failed"):
+                return self._decoder.decode(clean.unsqueeze(0), state)[0]
+        except SessionError as error:
+            return error
 
     def evict(self, session: Session) -> None:
         """Leave nothing of the session on the device; its latents are on the CPU anyway."""

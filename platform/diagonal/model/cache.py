@@ -161,9 +161,11 @@ class CacheBatch:
         device = self._pool.keys.device
         table = torch.tensor([cache.pages for cache in caches], dtype=torch.long)
         self.context_chunks = table.shape[1] - 1
-        self._context = table[:, :-1].to(device)
-        self._current = table[:, -1].to(device)
+        if device.type == "cuda":  # without it the copy would wait for the device
+            table = table.pin_memory().to(device, non_blocking=True)
+        self._context, self._current = table[:, :-1], table[:, -1]
         self._turned: dict[int, tuple[Tensor, Tensor]] = {}
+        self._how: tuple[Rotary, torch.dtype]
 
     def context(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (before rotary) and values `[b, context_tokens, heads, head_dim]` of that layer, copied out."""
@@ -174,10 +176,31 @@ class CacheBatch:
         """The same in that type, keys after rotary by the window's table: copied out once for all forwards of a chunk,
         during which nothing in the context changes."""
         if layer not in self._turned:
-            keys, values = self.context(layer)
-            places = (rotary[0][:, : keys.shape[1]], rotary[1][:, : keys.shape[1]])
-            self._turned[layer] = rotate(keys.to(dtype), places), values.to(dtype)
+            self._how = rotary, dtype
+            self._turned[layer] = self._turn(layer)
         return self._turned[layer]
+
+    def _turn(self, layer: int) -> tuple[Tensor, Tensor]:
+        (cosine, sine), dtype = self._how
+        keys, values = self.context(layer)
+        places = (cosine[:, : keys.shape[1]], sine[:, : keys.shape[1]])
+        return rotate(keys.to(dtype), places), values.to(dtype)
+
+    def clone(self) -> CacheBatch:
+        """The same pages, in tables of its own, which `copy_` changes."""
+        copy = CacheBatch.__new__(CacheBatch)
+        copy._pool, copy.context_chunks = self._pool, self.context_chunks
+        copy._context, copy._current, copy._turned = self._context.clone(), self._current.clone(), {}
+        return copy
+
+    def copy_(self, other: CacheBatch) -> None:
+        """See the other's pages from now on, in the same memory: for graphs that were captured over it."""
+        self._context.copy_(other._context)
+        self._current.copy_(other._current)
+        for layer, (keys, values) in self._turned.items():
+            turned = self._turn(layer)
+            keys.copy_(turned[0])
+            values.copy_(turned[1])
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the current chunk's keys (before rotary) and values `[b, chunk_tokens, heads, head_dim]`, detached."""

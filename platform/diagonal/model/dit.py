@@ -42,6 +42,14 @@ class TextContext:
                         for sides in ([part.keys for part in parts], [part.values for part in parts]))
         return cls(tuple(keys), tuple(values))
 
+    def clone(self) -> TextContext:
+        return TextContext(tuple(key.clone() for key in self.keys), tuple(value.clone() for value in self.values))
+
+    def copy_(self, other: TextContext) -> None:
+        """Take over another's numbers in place."""
+        for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            mine.copy_(theirs)
+
     @property
     def bytes(self) -> int:
         return sum(part.numel() * part.element_size() for part in (*self.keys, *self.values))
@@ -86,7 +94,7 @@ class CausalBlock(WanTransformerBlock):
         """One product instead of three for self-attention's inputs, one instead of two for the text's; inference only,
         as parameters change their names."""
         for attention, parts in ((self.attn1, ("to_q", "to_k", "to_v")), (self.attn2, ("to_k", "to_v"))):
-            if not fused(attention):
+            if not fused(attention) and isinstance(attention.to_k, torch.nn.Linear):  # 8-bit layers stay as they are
                 attention.fuse_projections()
                 for part in parts:
                     delattr(attention, part)

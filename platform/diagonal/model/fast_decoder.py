@@ -133,6 +133,8 @@ class StreamingFastDecoder(Decoder):
     """Decode by a `FastDecoder`, one latent frame after another: a convolution over more at once may round otherwise,
     and then a stream's pixels would depend on how it was cut."""
 
+    joins = True
+
     def __init__(self, network: FastDecoder) -> None:
         self._network = network
 
@@ -145,10 +147,12 @@ class StreamingFastDecoder(Decoder):
         parts = []
         for frame in latents.to(parameter.device, parameter.dtype).split(1, dim=2):
             memory: Memory = [part if isinstance(part, Tensor) else None for part in state.features]
-            parts.append(to_uint8(self._network(frame, memory, state.frames == 0)))
+            parts.append(self._network(frame, memory, state.frames == 0))
             state.features = [None if part is None else part.clone() for part in memory]
             state.frames += 1
-        return torch.cat(parts, dim=1).permute(0, 1, 3, 4, 2)
+        pixels = torch.cat(parts, dim=1)
+        state.finite = torch.isfinite(pixels).flatten(1).all(1)
+        return to_uint8(pixels).permute(0, 1, 3, 4, 2)
 
 
 def frame_flops(network: FastDecoder, height: int, width: int) -> int:

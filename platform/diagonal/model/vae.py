@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -17,12 +18,14 @@ from diagonal.errors import require
 
 Network = TypeVar("Network", bound=nn.Module)
 
+JOINED_BYTES = 2**26  # of features that are copied together for one batch
+
 
 @dataclass
 class DecoderState:
     """What one stream's decoder remembers: latent frames decoded so far, and the features its convolutions keep.
 
-    `finite` is a truth value on the device: whether the newest pixels were finite, which uint8 no longer tells.
+    `finite`, `[b]` on the device, says whether the newest pixels were finite, which uint8 no longer tells.
     """
 
     frames: int = 0
@@ -31,7 +34,12 @@ class DecoderState:
 
 
 class Decoder(ABC):
-    """Turns normalised latents into pixels; equal whether a clip comes whole or chunk by chunk."""
+    """Turns normalised latents into pixels; equal whether a clip comes whole or chunk by chunk.
+
+    `joins` says that streams gain from being decoded as one batch.
+    """
+
+    joins = False
 
     @abstractmethod
     def start(self) -> DecoderState:
@@ -44,9 +52,40 @@ class Decoder(ABC):
         The stream's first latent frame gives one pixel frame, each later one gives the temporal stride.
         """
 
+    def can_join(self, states: Sequence[DecoderState]) -> bool:
+        """Whether streams gain from one batch: they are at like places, and their features are few. Copying a large
+        video codec's takes as long as a batch would save, as one stream keeps a GPU busy."""
+        return self.joins and len(states) > 1 and _alike(states)
+
+    def decode_together(self, latents: Tensor, states: Sequence[DecoderState]) -> list[Tensor]:
+        """Pixels `[pixel_frames, height, width, 3]` uint8 of each stream's next latents, of `[b, c, f, h, w]`, for
+        streams that `can_join`: within rounding of one after the other. When it raises, no state has changed."""
+        features = [_joined(parts) for parts in zip(*(state.features for state in states), strict=True)]
+        joined = DecoderState(states[0].frames, features)
+        pixels = self.decode(latents, joined)
+        for number, state in enumerate(states):
+            state.frames = joined.frames
+            state.features = [p[number : number + 1].clone() if isinstance(p, Tensor) else p for p in joined.features]
+            state.finite = None if joined.finite is None else joined.finite[number : number + 1]
+        return list(pixels)
+
     def decode_clip(self, latents: Tensor) -> Tensor:
         """Pixels `[b, pixel_frames, height, width, 3]` uint8 of a whole clip."""
         return self.decode(latents, self.start())
+
+
+def _alike(states: Sequence[DecoderState]) -> bool:
+    """Whether all have begun or none has, with features of one shape, of few bytes in all."""
+    kinds = {tuple(part.shape if isinstance(part, Tensor) else part for part in state.features) for state in states}
+    held = [part for part in states[0].features if isinstance(part, Tensor)]
+    few = sum(part.numel() * part.element_size() for part in held) * len(states) <= JOINED_BYTES
+    return len(kinds) == 1 and len({state.frames > 0 for state in states}) == 1 and few
+
+
+def _joined(parts: Sequence[Tensor | str | None]) -> Tensor | str | None:
+    """Features of several streams as one batch."""
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return torch.cat(tensors) if tensors else parts[0]
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -56,6 +95,8 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 class WanDecoder(Decoder):
     """Streaming decode by diffusers' `AutoencoderKLWan`, whose own `decode` forgets its features between calls."""
+
+    joins = True
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self._vae = vae
@@ -79,7 +120,7 @@ class WanDecoder(Decoder):
         pixels = torch.cat(parts, dim=2)
         if self._vae.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=self._vae.config.patch_size)
-        state.finite = torch.isfinite(pixels).all()
+        state.finite = torch.isfinite(pixels).flatten(1).all(1)
         return to_uint8(pixels.permute(0, 2, 3, 4, 1))
 
 
@@ -180,7 +221,7 @@ class LinearDecoder(Decoder):
         if first:
             latents = torch.cat((latents[:, :, :1] - self._codec.mark[:, None], latents[:, :, 1:]), dim=2)
         pixels = self._codec.decode_blocks(latents)
-        state.finite = torch.isfinite(pixels).all()
+        state.finite = torch.isfinite(pixels).flatten(1).all(1)
         state.frames += frames
         return to_uint8(pixels[:, self._codec.config.temporal_stride - 1 :] if first else pixels)
 
