@@ -197,6 +197,33 @@ def test_a_database_of_the_first_version_is_brought_up_with_what_it_holds(databa
     tables.close()
 
 
+def test_a_database_of_the_second_version_goes_on_with_a_chain_from_its_next_chunk(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from serve import tables as module
+
+    engine = sql.create_engine(database_url)
+    kinds = {"sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT", "postgresql": "SERIAL PRIMARY KEY"}
+    with engine.begin() as connection:
+        for statement in VERSION_1:
+            connection.execute(sql.text(statement.format(serial=kinds[engine.dialect.name])))
+    with monkeypatch.context() as patch:  # columns of later versions stay out: each step names its own
+        patch.setattr(module, "VERSION", 2)
+        patch.setattr(module, "_STEPS", (module._to_2,))
+        Tables(database_url).close()
+    assert "signature" not in {column["name"] for column in sql.inspect(engine).get_columns("chunks")}
+    engine.dispose()
+    for _ in range(2):
+        tables = Tables(database_url)
+        database, link = Database(tables), Link(1, "hash", "", True, "5" * 128, "6" * 64)
+        video = database.get("video_1")
+        assert video is not None and (video.prompt_salt, video.release_sha256) == ("", "")
+        assert database.add_chunk("video_1", 3, SECOND, "1-3", "hash", 1.0, link=link)
+        assert database.links("video_1", 0, 10) == [Link(0, "", "", False), link]
+        assert database.links("video_1", 1, 1) == [link] and database.links("video_1", 0, 1)[0].chunk == 0
+        tables.close()
+
+
 def test_a_migration_that_fails_changes_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = sql.create_engine(database_url)
     kinds = {"sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT", "postgresql": "SERIAL PRIMARY KEY"}
