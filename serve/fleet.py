@@ -7,15 +7,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from ray.serve.exceptions import RayServeException
-
 from serve.calls import answer
 from serve.problems import SILENCES, unavailable, wrong_value
-from serve.records import ModelInfo, VideoRecord
+from serve.records import ModelInfo, Refused, VideoRecord
 from serve.releases import Shares
 
 _LOG = logging.getLogger("ray.serve")
 _READY_TIMEOUT_S = 5.0
+_NOT_SERVED = Refused("release_gone", "the video's release is no longer served")
 
 
 class Fleet:
@@ -98,14 +97,14 @@ class Fleet:
 
 
 class _Absent:
-    """Stands for the replicas of a release that is no longer served: none answers."""
+    """Stands for the replicas of a release that is no longer served: whatever is asked is refused, and why."""
 
     def options(self, **_: Any) -> _Absent:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        async def call() -> None:
-            raise RayServeException(f"{name}: the video's release is no longer served")
+        async def call() -> Refused:
+            return _NOT_SERVED
 
         class Method:
             @staticmethod

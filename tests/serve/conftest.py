@@ -229,6 +229,9 @@ class Service:
         ranked = sorted(self.replicas, key=lambda name: (f"!{name}" == holder, len(self.replicas[name]._slots)))
         return self.replicas.get(holder) or next((self.replicas[name] for name in ranked), None)
 
+    def make_fleet(self) -> Fleet:
+        return Fleet({self.settings.model: LocalHandle(self.find_replica)})
+
     async def kill_replica(self, name: str) -> None:
         """A replica's process is gone, with all that it holds."""
         replica = self.replicas.pop(name)
@@ -269,8 +272,8 @@ class Service:
                 await part.shut()
 
     def _server(self) -> uvicorn.Server:
-        store, replica = LocalHandle(lambda _: self.store), LocalHandle(self.find_replica)
-        gateway = Gateway(self.settings, store, Fleet({self.settings.model: replica}), self.metrics)
+        store = LocalHandle(lambda _: self.store)
+        gateway = Gateway(self.settings, store, self.make_fleet(), self.metrics)
         self.gateways.append(gateway)
         app = create_app(gateway, self.metrics, limits=self._limits)
         options: dict[str, Any] = {"log_level": "critical", "timeout_graceful_shutdown": 1}
