@@ -69,7 +69,8 @@ def _train(run: Run, release: Release) -> None:
         say(f"decoder: going on behind update {training.update}")
     report = Progress("decoder", config.decoder.updates, training.update)
     train_fast_decoder(config, training, clips, report, lambda: _save(run, training))
-    unseen = config.with_settings([f"seed={config.seed + 1}", f"decoder.clips={UNSEEN_CLIPS}", "decoder.crop=0"])
+    count = min(UNSEEN_CLIPS, config.decoder.clips)
+    unseen = config.with_settings([f"seed={config.seed + 1}", f"decoder.clips={count}", "decoder.crop=0"])
     _write(run, release, training.network, made(unseen, prompts))
 
 
