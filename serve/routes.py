@@ -45,6 +45,10 @@ VIEWER = Path(__file__).parent / "viewer"
 MAX_CHUNK = 2**31 - 1
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _PAGE_POLICY = "default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}  # fmt: skip
 
 
 def create_app(
@@ -238,8 +242,7 @@ def _add_service(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        headers = {"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"}
-        return FileResponse(VIEWER / "index.html", headers=headers)
+        return FileResponse(VIEWER / "index.html", headers=_PAGE_HEADERS)
 
 
 def _idempotency(key: str | None, asked: VideoRequest) -> Idempotency | None:

@@ -107,9 +107,9 @@ function showState(mine) {
   else show(mine.player.waiting ? "waiting" : "playing");
 }
 
-function showError(error) {
-  get("error").textContent = error ? String(error.message ?? error) : "";
-  get("error").hidden = !error;
+function showError(error, where = "error") {
+  get(where).textContent = error ? String(error.message ?? error) : "";
+  get(where).hidden = !error;
 }
 
 function showControls() {
@@ -176,8 +176,8 @@ function stop() {
 function fail(mine, error) {
   if (run !== mine) return;
   end("failed", "failed");
-  showError(error);
-  if (error.code === "invalid_api_key") askForKey();
+  if (error.code === "invalid_api_key") askForKey(error);
+  else showError(error);
 }
 
 function finish() {
@@ -264,8 +264,11 @@ function submit() {
   else start(prompt);
 }
 
-function askForKey() {
+function askForKey(error) {
+  key.forget();
   model = null;
+  showError(error, "key-error");
+  get("main").hidden = true;
   get("model").textContent = "needs a key";
   get("key-form").hidden = false;
   get("forget-key").hidden = true;
@@ -278,15 +281,14 @@ async function load() {
     known = await models();
   } catch (error) {
     if (["missing_api_key", "invalid_api_key"].includes(error.code)) {
-      showError(key.value ? error : null);
-      key.forget();
-      return askForKey();
+      return askForKey(key.value ? error : null);
     }
     get("model").textContent = `${error.message}; trying again…`;
     setTimeout(load, ASK_AGAIN_MS);
     return;
   }
   get("key-form").hidden = true;
+  get("main").hidden = false;
   get("forget-key").hidden = !key.value;
   get("model-choice").replaceChildren(...known.map(({ id }) => new Option(id, id)));
   get("model-field").hidden = known.length < 2;
@@ -299,7 +301,8 @@ function chooseModel() {
   const [width, height] = model.sizes[0].split("x");
   const longestS = model.limits.max_seconds;
   document.documentElement.style.setProperty("--shape", `${width} / ${height}`);
-  get("model").textContent = `${model.id} · ${model.sizes[0]} · ${model.fps} fps`;
+  video.classList.toggle("enlarged", model.sizes.length > 1);
+  get("model").textContent = `${model.id} · ${width}×${height} · ${model.fps} fps`;
   get("seconds").max = longestS;
   get("seconds").value = Math.min(get("seconds").value, longestS);
   get("prompt").maxLength = model.limits.max_prompt_characters;
@@ -319,10 +322,9 @@ get("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   key.keep(get("key").value.trim());
   get("key").value = "";
-  showError(null);
   load();
 });
-get("forget-key").addEventListener("click", () => { key.forget(); stop(); load(); });
+get("forget-key").addEventListener("click", () => { stop(); askForKey(null); });
 get("model-choice").addEventListener("change", chooseModel);
 get("endless").addEventListener("change", showControls);
 get("pause").addEventListener("click", togglePause);

@@ -11,9 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.settings import ServeSettings
 from tests.serve.browser import Browser
 from tests.serve.conftest import FakeEngine, Service, shade
 from tests.serve.test_failover import Cluster, make_cluster
+from tests.serve.test_releases import SideBySide
 from tests.serve.test_threats import Keyed, guarded, key
 from tests.serve.wire import wire
 
@@ -293,7 +295,7 @@ def test_with_keys_it_asks_for_one_says_when_it_is_wrong_and_keeps_it_in_the_tab
     until(lambda: page.run("document.activeElement?.id") == "key", "it asks for a key", seconds=30)
     page.type("dk_wrong")
     page.press("Enter")
-    until(lambda: "not known" in page.text("error"), "a wrong key is told", seconds=30)
+    until(lambda: "not known" in page.text("key-error"), "a wrong key is told", seconds=30)
     assert page.run("sessionStorage.length") == 0
     text = key()["Authorization"].removeprefix("Bearer ")
     page.type(text)
@@ -310,6 +312,27 @@ def test_with_keys_it_asks_for_one_says_when_it_is_wrong_and_keeps_it_in_the_tab
     click(page, "forget-key")
     until(lambda: page.run("document.activeElement?.id") == "key", "it asks again", seconds=30)
     assert page.run("sessionStorage.length") == 0
+
+
+def test_of_several_models_the_one_that_is_chosen_makes_the_stream(
+    open_page: Open, tmp_path: Path, until: Until
+) -> None:
+    service = SideBySide(ServeSettings(data=str(tmp_path / "data")), FakeEngine())
+    service.start()
+    try:
+        page = open_page(service.urls[0])
+        ready(page, until)
+        assert page.run("[...document.querySelectorAll('#model-choice option')].map(one => one.value)") == [
+            "stable", "next",
+        ]
+        page.run("{ const c = document.getElementById('model-choice'); c.value = 'next'; "
+                 "c.dispatchEvent(new Event('change')); }")
+        started(page, until, "a red circle moves left")
+        playing(page, until)
+        with httpx.Client(base_url=service.urls[0]) as http:
+            assert http.get("/v1/videos").json()["data"][0]["model"] == "next"
+    finally:
+        service.stop()
 
 
 def test_everything_is_done_by_the_keyboard_alone_and_every_control_has_a_name(
