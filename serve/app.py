@@ -22,6 +22,7 @@ _CALLS = 10_000  # most of them wait for a chunk; sessions are bounded by the en
 _STREAMS = 1_000
 _DRAIN_S = 20.0  # of parts whose calls are all short: what they hold is elsewhere by then
 _DRAIN_LOOK_S = 0.5
+_HEALTH_S = 5.0  # a process that hangs is found three times in a row before Serve ends it
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
@@ -30,6 +31,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     if settings.auth == "local" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") not in ("", "0"):
         raise FieldError("auth", settings.auth, "keys, behind HAProxy: every caller then seems to be on this machine")
     store = _deployment(Store, "Store", _CALLS, num_cpus=settings.store_cpus)
+    store = store.options(max_surge_percent=100)  # for seconds two share the database: nobody waits for the next one
     gateway = _deployment(GatewayDeployment, "Gateway", _STREAMS, num_cpus=settings.gateway_cpus)
     # Of gateways the next ones are there before the old ones drain: viewers go on through them at once.
     gateway = gateway.options(
@@ -47,6 +49,7 @@ def _replica(name: str, settings: ServeSettings) -> Any:
         **_replicas(settings),
         max_surge_percent=settings.surge_percent,
         health_check_period_s=1.0,
+        health_check_timeout_s=_HEALTH_S,
         request_router_config={"request_router_class": SessionRouter, "request_routing_stats_period_s": 1.0},
     ).bind(settings)
 

@@ -20,7 +20,7 @@ from serve.records import EncodedChunk, Pacing, Refused, Status, Verdict, VideoR
 _LOG = logging.getLogger("ray.serve")
 _LOOK_EVERY_S = 0.25  # how soon a driver that waits sees that its last reader left
 _LOOK_AT_HOLDER_S = 0.5  # and that its replica drains or is gone, while its viewer still has something to play
-_BEAT_S = 1.0  # how often the store hears of a driver at least, whatever it waits for
+_BEAT_S = 0.5  # how often the store hears of a driver at least, whatever it waits for
 _WHOLE_SNAPSHOT_EVERY = 8  # between them only what a chunk adds is kept
 _AWAY_S = 0.5  # a store that needs longer for an answer was away
 _RELEASE_S = 2.0
@@ -37,7 +37,8 @@ class Driver:
     ) -> None:
         self._store, self._metrics, self._replicas = store, metrics, replica
         self._clock = PlaybackClock(lead_s, time.monotonic)
-        self._start_timeout_s, self._unwatched_s = start_timeout_s, time.monotonic()
+        self._start_timeout_s = start_timeout_s
+        self._unwatched_s = self._checked_s = time.monotonic()
         self._paced = video.pacing is Pacing.REALTIME
         self._ahead = 0 if self._paced else 1
         self._chunk, self._media_s = video.chunks_done, video.frames_done / video.fps
@@ -187,12 +188,13 @@ class Driver:
     async def _beat(self) -> None:
         """Let the store hear of this driver while a call takes long."""
         while True:
-            await asyncio.sleep(_BEAT_S)
+            await asyncio.sleep(max(0.0, self._checked_s + _BEAT_S - time.monotonic()))
+            self._checked_s = time.monotonic()
             with contextlib.suppress(*SILENCES):
                 await answer(self._store.check.remote(self._video.id, self._video.epoch))
 
     async def _check(self) -> Verdict:
-        asked_s = time.monotonic()
+        self._checked_s = asked_s = time.monotonic()
         verdict: Verdict = await patient(lambda: self._store.check.remote(self._video.id, self._video.epoch))
         if verdict.readers or time.monotonic() - asked_s > _AWAY_S:
             self._unwatched_s = time.monotonic()

@@ -15,7 +15,7 @@ from serve.problems import SILENCES
 from serve.records import VideoRecord
 
 _LOG = logging.getLogger("ray.serve")
-_LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.5
 
 
 class Drivers:

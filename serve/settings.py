@@ -72,7 +72,7 @@ class ServeSettings:
     auth: str = "local"
     origins: str = ""
     expire_s: float = 24 * 3600.0
-    resume_window_s: float = 10.0
+    resume_window_s: float = 30.0
     max_stream_s: float = 3600.0
     c2pa_certificate: str = ""
     c2pa_key: str = ""

@@ -67,7 +67,7 @@ class Store:
         self,
         settings: ServeSettings,
         *,
-        driver_silence_s: float = 4.0,  # four of a driver's beats: one that was only slow is superseded, no harm
+        driver_silence_s: float = 2.5,  # five of a driver's beats: one that was only slow is superseded, no harm
         reader_silence_s: float = 15.0,
         sweep_s: float = 5.0,
     ) -> None:

@@ -16,8 +16,8 @@ DEADLINE_S = 20.0
 class Viewer:
     """One connection. Checks of every chunk that its frame follows its metadata, whole."""
 
-    def __init__(self, socket: ClientConnection) -> None:
-        self.socket = socket
+    def __init__(self, socket: ClientConnection, deadline_s: float = DEADLINE_S) -> None:
+        self.socket, self.deadline_s = socket, deadline_s
         self.video = bytearray()
         self.chunks: list[dict[str, Any]] = []
         self.others: list[dict[str, Any]] = []
@@ -36,11 +36,11 @@ class Viewer:
 
     def next(self) -> dict[str, Any]:
         """The next message; a chunk's frame is taken with it."""
-        message: dict[str, Any] = json.loads(self.socket.recv(DEADLINE_S))
+        message: dict[str, Any] = json.loads(self.socket.recv(self.deadline_s))
         if message["type"] != "video.chunk_metadata":
             self.others.append(message)
             return message
-        data = self.socket.recv(DEADLINE_S)
+        data = self.socket.recv(self.deadline_s)
         assert isinstance(data, bytes) and len(data) == message["byte_length"]
         media = data[data.index(b"moof") - 4 :]
         assert hashlib.sha256(media).hexdigest() == message["chunk_sha256"]
@@ -67,11 +67,13 @@ class Viewer:
 
 
 @contextmanager
-def viewer(url: str, headers: Mapping[str, str] | None = None, **options: Any) -> Iterator[Viewer]:
+def viewer(
+    url: str, headers: Mapping[str, str] | None = None, deadline_s: float = DEADLINE_S, **options: Any
+) -> Iterator[Viewer]:
     """A connection to a service by its HTTP address; closed properly at the end."""
     address = f"{url.replace('http', 'ws', 1)}/v1/realtime/video"
     with connect(address, additional_headers=headers, open_timeout=10, max_size=1 << 24, **options) as socket:
-        yield Viewer(socket)
+        yield Viewer(socket, deadline_s)
 
 
 def cut(one: Viewer) -> None:
