@@ -267,7 +267,6 @@ class Release:
         network = load_causal(self.folder, self.config, dtype).to(device).requires_grad_(False)
         network.fuse()
         if self.config.serve.linear_dtype == "fp8":
-            network.fuse()  # first, as it reads the weights
             use_fp8_linears(network, network.blocks)
         return network
 
