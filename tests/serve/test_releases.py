@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,10 +19,13 @@ from hypothesis import strategies as st
 
 from diagonal.engine.engine import Engine
 from diagonal.errors import FieldError
+from diagonal.model.weights import Release, ReleaseError, embedded
+from diagonal.storage import Folder
 from serve.fleet import Fleet
+from serve.loading import Loaded, load_engine
 from serve.records import EncodedChunk, Refused
 from serve.releases import NAME, ReleaseSettings, Shares, parse_releases
-from serve.replica import Loaded, Replica
+from serve.replica import Replica
 from serve.settings import ServeSettings
 from tests.networks import small_release
 from tests.serve.conftest import FakeEngine, LocalHandle, RecordingSink, Service
@@ -316,3 +321,70 @@ def test_a_snapshot_of_another_release_is_refused(tmp_path: Path) -> None:
                 await replica.shut()
 
     asyncio.run(asyncio.wait_for(work(), 60))
+
+
+# Loading.
+
+
+class WarmEngine:
+    """Stands for an engine: says when it was warmed up."""
+
+    def __init__(self, release: Any, **_: Any) -> None:
+        self.release, self.warm = release, False
+
+    def warm_up(self) -> None:
+        self.warm = True
+
+
+def judged(folder: Path, **manifest: Any) -> str:
+    """A copy of the embedded release whose manifest says something else."""
+    shutil.copytree(embedded("release"), folder)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "name": folder.name, **manifest}))
+    return str(folder)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loaded]:
+    """What a replica loads, by these settings."""
+    monkeypatch.setattr("serve.loading.Engine", WarmEngine)
+    return lambda **settings: load_engine(ServeSettings(**settings), RecordingSink())
+
+
+def test_the_embedded_release_is_served_and_warm_before_anybody_is_told(load: Callable[..., Loaded]) -> None:
+    loaded = load()
+    assert loaded.promoted and loaded.model == Release.load().name
+    assert isinstance(loaded.engine, WarmEngine) and loaded.engine.warm
+    assert load(model="stable").model == "stable"
+
+
+@pytest.mark.parametrize("promoted", [False, None, "true", 1])
+def test_a_release_that_was_not_promoted_is_served_only_when_asked(
+    promoted: object, load: Callable[..., Loaded], tmp_path: Path
+) -> None:
+    uri = judged(tmp_path / "r1", promoted=promoted, promotion_reasons=["colours fade"])
+    with pytest.raises(ReleaseError, match="release r1 in .*/r1 is not promoted: colours fade.*allow_unpromoted: true"):
+        load(release=uri)
+    loaded = load(release=uri, allow_unpromoted=True)
+    assert loaded.model == "r1" and not loaded.promoted
+
+
+def test_a_release_on_s3_is_checked_like_one_on_disk(
+    load: Callable[..., Loaded], bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIAGONAL_CACHE", str(tmp_path / "cache"))
+    folder = Path(judged(tmp_path / "r1"))
+    network = next(folder.glob("transformer/*.safetensors"))
+    flipped = bytes([network.read_bytes()[0] ^ 1]) + network.read_bytes()[1:]
+    for name, changed in (("good", ""), ("flipped", f"transformer/{network.name}"), ("pickled", "vae/x.bin")):
+        for path in folder.rglob("*.*"):
+            Folder(f"s3://{bucket}/{name}").put(path, str(path.relative_to(folder)))
+        if changed:
+            Folder(f"s3://{bucket}/{name}").write(changed, flipped)
+    assert load(release=f"s3://{bucket}/good").promoted
+    with pytest.raises(ReleaseError, match="safetensors is missing or differs from its sha256"):
+        load(release=f"s3://{bucket}/flipped")
+    with pytest.raises(ReleaseError, match="'vae/x.bin' could run code"):
+        load(release=f"s3://{bucket}/pickled")
+    with pytest.raises(FieldError, match="an s3:// folder that exists"):
+        load(release=f"s3://{bucket}/../{bucket}/nothing")
