@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from diagonal.chain import public_key_of
+from diagonal.client.cli import main
 from diagonal.client.verify import Chain, verify
 from diagonal.errors import FieldError
 from diagonal.mp4 import PartReader
@@ -54,6 +55,25 @@ def test_a_viewer_on_the_socket_is_told_each_link_with_its_chunk(service: Servic
     chain = Chain.from_answer({"video_id": one.request_id, "links": [told["chunk_link"] for told in one.chunks]})
     report = verify(bytes(one.video), chain, public_keys(http))
     assert report.ok and report.complete and chain == chain_of(http, one.request_id)
+
+
+def test_the_command_line_proves_a_recording(
+    service: Service, http: httpx.Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, path, chain = service.urls[0], tmp_path / "stream.mp4", tmp_path / "chain.json"
+    video = http.post("/v1/videos", json={"prompt": "a red circle", "num_frames": 45}).json()["id"]
+    init, *parts = PartReader().feed(http.get(f"/v1/videos/{video}/stream").content)
+    path.write_bytes(b"".join([init, *parts]))
+    chain.write_bytes(http.get(f"/v1/videos/{video}/chain").content)
+    for source in (video, f"{url}/v1/videos/{video}/chain", str(chain)):
+        assert main(["verify", str(path), "--chain", source, "--url", url]) == 0
+        assert "4 chunks" in capsys.readouterr().err
+    assert main(["verify", str(path), "--chain", str(chain), "--url", url, "--public-key", "00" * 32]) == 5
+    path.write_bytes(b"".join([init, parts[0], parts[2], parts[3]]))
+    assert main(["verify", str(path), "--chain", str(chain), "--url", url]) == 5
+    assert "chunk 1 is missing" in capsys.readouterr().err
+    for nothing in ("../secrets", str(path), f"http://127.0.0.2:1/v1/videos/{video}/chain"):
+        assert main(["verify", str(path), "--chain", nothing, "--url", url]) == 2
 
 
 def test_another_keys_chain_is_not_there(http: httpx.Client) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `diagonal generate`, `stream`, `watch`, `steer`, `pause`, `resume`; what they say goes to stderr.
+"""The command line: `diagonal generate`, `stream`, `watch`, `steer`, `pause`, `resume`, `verify`; they speak on stderr.
 
 Exit codes: 0 done, 2 the request was refused, 3 no answer from the server, 4 the server is full, 5 the video failed,
 130 interrupted.
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from diagonal.client import commands
+from diagonal.client import commands, verify
 from diagonal.client.client import API_KEY_VARIABLE, DEFAULT_URL, URL_VARIABLE, DiagonalClient
 from diagonal.client.errors import (
     BrokenStreamError,
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _transition_option(steer)
     _of_video(_command(adding, "pause", commands.pause))
     _of_video(_command(adding, "resume", commands.resume))
+    _verify_options(_command(adding, "verify", verify.run))
     return parser
 
 
@@ -85,6 +86,13 @@ def _command(
     parser.add_argument("--key", help=f"the API key; no list of processes shows it in ${API_KEY_VARIABLE}")
     parser.set_defaults(run=run)
     return parser
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a recorded stream (`stream --out`, `watch --out`)")
+    parser.add_argument("--chain", required=True, metavar="FILE|URL|ID", help="its chain, or the video's id")
+    parser.add_argument("--public-key", metavar="HEX", help="the signer's (default: the one that the server names now)")
+    parser.add_argument("--part", action="store_true", help="the recording may begin late and end early")
 
 
 def _of_video(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

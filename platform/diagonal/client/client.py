@@ -94,6 +94,11 @@ class DiagonalClient:
     ) -> None:
         self.shut()
 
+    @property
+    def url(self) -> str:
+        """The server's address, with a slash at its end."""
+        return str(self._http.base_url).rstrip("/") + "/"
+
     def shut(self) -> None:
         """Close the connections; videos go on."""
         self._http.close()
@@ -127,6 +132,17 @@ class DiagonalClient:
         """The newest videos first."""
         answer = self._call("GET", "/v1/videos", params={"limit": limit})
         return tuple(Video.from_answer(item) for item in answer["data"])
+
+    def chain(self, video_id: str) -> dict[str, Any]:
+        """The signed chain of a stream's chunks, whole, as `diagonal.client.verify` reads it."""
+        path = f"/v1/videos/{video_id}/chain"
+        links: list[dict[str, Any]] = []
+        while True:
+            start_chunk = links[-1]["chunk"] + 1 if links else 0
+            answer = self._call("GET", path, params={"start_chunk": start_chunk})
+            links += answer["links"]
+            if not answer["has_more"]:
+                return answer | {"links": links}
 
     def models(self) -> dict[str, Any]:
         """Models with their sizes, rate and limits."""

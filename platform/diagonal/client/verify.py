@@ -6,17 +6,26 @@ are its content credentials.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
+import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from diagonal.chain import Link, is_genuine, read_links
+from diagonal.client.client import DiagonalClient
+from diagonal.client.errors import BrokenStreamError
 from diagonal.errors import FieldError, require
 from diagonal.mp4 import PartReader, box_at, read_fragment
 
 Fault = Literal["altered", "missing", "moved", "repeated", "cut off", "not signed", "signed by another key", "unlinked"]
+_VIDEO = re.compile(r"([A-Za-z0-9_-]+)(?:/chain)?")
+_PIECE_BYTES = 1 << 20
 INIT = -1  # the initialisation segment, where a finding names a chunk
 
 
@@ -64,6 +73,37 @@ class Report:
     @property
     def ok(self) -> bool:
         return not self.findings
+
+
+def run(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """Check a recorded stream against its signed chain, and name every chunk that is not as it was."""
+    answer = _chain_answer(client, options.chain)
+    chain = Chain.from_answer(answer)
+    key = options.public_key or client.models()["provenance"]["chain_public_key"]
+    with Path(options.file).open("rb") as file:
+        report = verify(iter(lambda: file.read(_PIECE_BYTES), b""), chain, {key.lower()}, part=options.part)
+    for finding in report.findings:
+        print(finding, file=sys.stderr)
+    if not report.ok:
+        raise BrokenStreamError(f"{options.file} is not the stream {chain.session_id} as it was signed")
+    end = "to its end" if report.complete else "which do not reach the stream's end"
+    print(f"{options.file}: {report.chunks} chunks of {chain.session_id} as they were signed, {end}", file=sys.stderr)
+
+
+def _chain_answer(client: DiagonalClient, where: str) -> Mapping[str, Any]:
+    """From a file, or from the server by the video's id or the chain's address there; no other server is asked."""
+    if not Path(where).is_file():
+        video = _VIDEO.fullmatch(where.removeprefix(f"{client.url}v1/videos/"))
+        if video is None:
+            raise FieldError("--chain", where, f"a file, a video's id, or {client.url}v1/videos/ID/chain")
+        return client.chain(video[1])
+    try:
+        answer = json.loads(Path(where).read_bytes())
+    except ValueError as error:
+        raise FieldError("--chain", where, "a JSON file") from error
+    require(isinstance(answer, dict), "--chain", where, "a JSON file with one object")
+    found: Mapping[str, Any] = answer
+    return found
 
 
 def verify(
