@@ -10,7 +10,7 @@ import sqlalchemy as sql
 
 from diagonal.chain import Link
 from serve.records import ChunkEvents, EncodedChunk, Interaction, InteractionKind, Pacing, Status, VideoRecord
-from serve.tables import CHUNKS, IDEMPOTENCY, INTERACTIONS, USAGE, VIDEOS, Tables
+from serve.tables import CHUNKS, IDEMPOTENCY, INTERACTIONS, KEYS, USAGE, VIDEOS, Tables
 
 _RUNNING = (Status.QUEUED.value, Status.IN_PROGRESS.value)
 _FIRST_MINUTE_S = 60
@@ -208,6 +208,13 @@ class Database:
         with self._tables.reading() as connection:
             found = connection.execute(VIDEOS.select().where(VIDEOS.c.status.in_(_RUNNING))).mappings()
             return [read_video(row) for row in found]
+
+    def disowned(self) -> list[str]:
+        """Videos that are not over, of keys that were revoked."""
+        mine = (VIDEOS.c.owner == KEYS.c.id) & KEYS.c.revoked_at.is_not(None)
+        query = sql.select(VIDEOS.c.id).join(KEYS, mine).where(VIDEOS.c.status.in_(_RUNNING))
+        with self._tables.reading() as connection:
+            return list(connection.execute(query).scalars())
 
     def expired(self, now: float, limit: int = 100) -> list[str]:
         """Videos that are over and past their time."""

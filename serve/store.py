@@ -327,6 +327,8 @@ class Store:
                 await self.complete(video.id)
             elif self._is_lost(video):
                 await self.end(video.id, Status.FAILED, "session_lost", "the session was lost")
+        for video_id in await self._run(self._database.disowned):
+            await self.end(video_id, Status.CANCELLED, "key_revoked", "the key that it was made with was revoked")
         for video_id in await self._run(self._database.expired, self._now()):
             await self._run(self._database.remove, video_id)
             self._tell(video_id, over=True)
