@@ -18,15 +18,18 @@ import httpx
 import pytest
 
 from diagonal.errors import FieldError
+from diagonal.media.encode import Pixels, read_mp4
+from diagonal.media.watermark import Detection, SpreadSpectrum, payload_of
 from diagonal.mp4 import boxes
 from serve.auth import LOCAL_CALLER
 from serve.finishing import Finisher
+from serve.marks import Watermarks
 from serve.provenance import GENERATION, ContentCredentials, SigningError, prompt_hash, validation_state
 from serve.records import Status
 from serve.settings import ServeSettings
 from serve.store import Store
 from tests.serve.certificates import Signer, make_signer
-from tests.serve.conftest import Service
+from tests.serve.conftest import CONFIG, Service, shade
 from tests.serve.test_store import VIDEO, chunks, put_video
 
 Make = Callable[..., Service]
@@ -77,8 +80,8 @@ def test_a_finished_file_says_what_made_it_and_holds_no_prompt(signing: Service,
 def test_a_signed_file_plays_and_has_every_frame(signing: Service, until: Until, tmp_path: Path) -> None:
     with httpx.Client(base_url=signing.urls[0], timeout=20) as http:
         _, data = finished(http, until)
-    with av.open(io.BytesIO(data)) as container:
-        times = [frame.pts for frame in container.decode(video=0)]
+    with av.open(io.BytesIO(data), "r") as container:
+        times = [int(frame.pts or 0) for frame in container.decode(video=0)]
     assert len(times) == 33 and times == sorted(set(times))
     if shutil.which("ffprobe"):
         path = tmp_path / "video.mp4"
@@ -251,3 +254,56 @@ def test_the_reader_trusts_a_file_whose_root_it_knows(tmp_path: Path, signer: Si
     knows = {"version": 1, "trust": {"user_anchors": signer.root}, "verify": {"verify_trust": True}}
     context = c2pa.Context(c2pa.Settings.from_json(json.dumps(knows)))
     assert str(c2pa.Reader("video/mp4", io.BytesIO(data), context=context).get_validation_state()) == "Trusted"
+
+
+def test_a_watermark_of_the_videos_id_is_in_every_file_and_small_sizes_are_not_offered(
+    make_service: Make, until: Until, tmp_path: Path
+) -> None:
+    key = tmp_path / "watermark.key"
+    key.write_bytes(b"a secret of the operator's own")
+    marking = make_service(watermark="spread-spectrum", watermark_key=str(key))
+    with httpx.Client(base_url=marking.urls[0], timeout=20) as http:
+        told = http.get("/v1/models").json()
+        assert told["provenance"]["watermark"] == "spread-spectrum" and told["data"][0]["sizes"] == ["256x256"]
+        refused = http.post("/v1/videos", json={"prompt": PROMPT, "size": "32x32"})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "size"
+        video, data = finished(http, until)
+        stream = http.get(f"/v1/videos/{video}/stream").content
+    for file in (data, stream):
+        found = SpreadSpectrum(256, 256, key.read_bytes()).detect(read_mp4(file))
+        assert found.found and found.bits == payload_of(video)[:16]
+        assert not SpreadSpectrum(256, 256, b"another key, not the operator's").detect(read_mp4(file)).found
+
+
+class Inverted:
+    """A plug-in of the operator's."""
+
+    def __init__(self, session_id: str, height: int, width: int, scale: int, key: bytes) -> None:
+        assert (height, width, key) == (32, 32, b"key")
+
+    def embed(self, pixels: Pixels, first_pixel_frame: int) -> Pixels:
+        return 255 - pixels
+
+    def detect(self, pixels: Pixels) -> Detection:
+        raise NotImplementedError
+
+
+def test_another_watermark_may_be_plugged_in(make_service: Make, until: Until, tmp_path: Path) -> None:
+    key = tmp_path / "watermark.key"
+    key.write_bytes(b"key")
+    marking = make_service(watermark=f"{__name__}:Inverted", watermark_key=str(key))
+    with httpx.Client(base_url=marking.urls[0], timeout=20) as http:
+        _, data = finished(http, until)
+    assert abs(float(read_mp4(data).mean()) - (255 - shade(PROMPT))) < 2
+
+
+def test_a_watermark_whose_key_or_code_is_missing_keeps_the_replica_from_starting(tmp_path: Path) -> None:
+    key = tmp_path / "watermark.key"
+    for watermark in ("spread-spectrum", "no.such.module:mark"):
+        with pytest.raises(FieldError, match="watermark"):
+            Watermarks.from_settings(ServeSettings(watermark=watermark, watermark_key=str(key)), CONFIG.geometry)
+        key.write_bytes(b"short")
+    settings = ServeSettings(watermark="spread-spectrum", watermark_key=str(key))
+    short = Watermarks.from_settings(settings, CONFIG.geometry)
+    with pytest.raises(FieldError, match="watermark_key"):
+        short.scales((8, 1))
