@@ -41,7 +41,7 @@ class Fleet:
     async def info(self, name: str) -> ModelInfo:
         """What a release serves; asked for once."""
         if name not in self._infos:
-            self._infos[name] = await answer(self._handles[name].describe.remote())
+            self._infos[name] = await answer(self._handles[name].describe.remote(), _READY_TIMEOUT_S)
         return self._infos[name]
 
     async def info_of(self, video: VideoRecord) -> ModelInfo:
