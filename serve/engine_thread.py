@@ -18,6 +18,7 @@ from diagonal.metrics import MetricSink
 _LOG = logging.getLogger("ray.serve")
 _IDLE_S = 0.5  # an engine with nothing asked for is woken by a request; this bounds how late a closed session is freed
 _DEADLINES = 3  # so many chunk times without a result, and the engine counts as hung
+_PATIENCE = 4  # and so many times as long, and it is given up: its sessions have moved where they could
 _SMOOTHING = 0.1
 
 
@@ -81,8 +82,15 @@ class EngineThread:
     @property
     def healthy(self) -> bool:
         """Whether the thread lives, its step is not late by more than `deadline_s`, and chunks come out."""
-        hung = self._clock() - self._busy_since_s > self.deadline_s
-        return self.alive and not hung and self._engine.health().healthy
+        return self.alive and self._late_s() <= self.deadline_s and self._engine.health().healthy
+
+    @property
+    def lost(self) -> bool:
+        """Whether its process is to be replaced: a step that is late may still come on a machine that is busy."""
+        return not self.alive or self._late_s() > _PATIENCE * self.deadline_s or not self._engine.health().healthy
+
+    def _late_s(self) -> float:
+        return self._clock() - self._busy_since_s
 
     def proved_within(self, seconds: float) -> bool:
         """Whether the engine made a chunk, for a session or for nobody, in the last so many seconds."""

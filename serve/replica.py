@@ -285,7 +285,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Called by Serve: a replica whose engine ended, hangs or makes no chunks any more is replaced."""
-        if not self._thread.healthy:
+        if self._thread.lost:
             raise RuntimeError("the engine has ended, hangs, or failed three chunks in a row")
 
     def record_routing_stats(self) -> dict[str, Any]:

@@ -78,9 +78,12 @@ def test_an_engine_that_hangs_for_three_chunk_times_is_not_well_and_is_well_agai
     watch.s += 2.25
     assert thread.healthy
     watch.s += 0.01
-    assert not thread.healthy and thread.alive
+    assert not thread.healthy and thread.alive and not thread.lost
+    watch.s += 3 * 2.25
+    assert thread.lost
     engine.hang.clear()
     until(lambda: thread.healthy, "it goes on")
+    assert not thread.lost
 
 
 def test_a_slow_engine_has_three_of_its_own_steps(watch: Watch) -> None:
