@@ -1,6 +1,6 @@
 # The commands that a developer learns; .ci/run calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo stop test test-faults check lint clean
+.PHONY: help env env-dev demo stop test test-faults check lint lock lock-check clean
 
 VENV ?= .venv
 # The first interpreter that starts and has a supported version (a version manager's shim may exist and still refuse).
@@ -11,6 +11,7 @@ TORCH_INDEX_URL ?=
 KEEP ?= 1
 FROM_SCRATCH ?= 0
 PYTEST_ARGS ?=
+UV ?= uv
 
 HAS_GPU = $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # `===` compares the version letter by letter, so on a GPU machine a local CPU build can never stand in for the plain one.
@@ -28,6 +29,7 @@ help: ## show this list
 	@echo "                       $(TORCH) without CUDA and saves several GB. Default: your own pip settings"
 	@echo "  KEEP=0               demo: end everything at the end (default 1: the service stays up until make stop)"
 	@echo "  FROM_SCRATCH=1       demo: train every stage instead of starting from the embedded weights"
+	@echo "  UV=...               lock: the program that finds the hashes (pip install uv)"
 	@echo "  PYTEST_ARGS=...      tests: passed to pytest, for example '-k cache' or '-m \"not slow\"'"
 
 $(VENV)/bin/python:
@@ -66,6 +68,19 @@ check: lint ## ruff and mypy
 
 lint: env-dev ## ruff alone
 	$(VENV)/bin/python -m ruff check .
+
+requirements.lock: constraints.txt
+	@echo '# Every package of constraints.txt with the hashes of its files, but torch, whose build differs by machine.' > $@.new
+	@echo '# Made by `make lock`. Install torch first, then: pip install --require-hashes --no-deps -r requirements.lock' >> $@.new
+	@grep -v -e '^#' -e '^torch==' $< | $(UV) pip compile - --no-deps --generate-hashes --python-version 3.11 \
+		--no-annotate --no-header --quiet >> $@.new
+	@mv $@.new $@
+
+lock: requirements.lock ## renew requirements.lock from constraints.txt; needs uv
+
+lock-check: $(VENV)/bin/python ## resolve requirements.lock by its hashes alone; installs nothing, needs the network
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --require-hashes --no-deps --dry-run \
+		--ignore-installed --requirement requirements.lock
 
 clean: ## remove caches and build output (not the environment, not runs/)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis platform/*.egg-info

@@ -119,6 +119,34 @@ def test_pins_choose_neither_the_cpu_build_nor_the_cuda_one(pins: dict[str, Vers
     assert [name for name, version in pins.items() if version.local] == []
 
 
+def locked(repository: Path) -> dict[str, tuple[Version, list[str]]]:
+    """requirements.lock: version and hashes by name. A line that is neither a pin nor a hash of one is an error."""
+    found: dict[str, tuple[Version, list[str]]] = {}
+    name = ""
+    for line in (repository / "requirements.lock").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        if pin := re.fullmatch(r"([A-Za-z0-9._-]+)==([^;\s]+)( ; [^\\]+)? \\", line):
+            name = canonicalize_name(pin[1])
+            assert name not in found, name
+            found[name] = (Version(pin[2]), [])
+        else:
+            digest = re.fullmatch(r"    --hash=sha256:([0-9a-f]{64})(?: \\)?", line)
+            assert digest is not None and name, line
+            found[name][1].append(digest[1])
+    return found
+
+
+def test_the_lock_holds_every_pin_but_torch_with_hashes(repository: Path, pins: dict[str, Version]) -> None:
+    """What `make lock` writes: the same versions as the constraints, nothing that came from anywhere else."""
+    lock = locked(repository)
+    assert {name: version for name, (version, _) in lock.items()} == {
+        name: version for name, version in pins.items() if name != "torch"
+    }
+    hashes = [one for _, found in lock.values() for one in found]
+    assert all(found for _, found in lock.values()) and len(set(hashes)) == len(hashes)
+
+
 def test_the_tested_versions_are_allowed_and_the_others_are_not(project: dict[str, Any]) -> None:
     allowed = Requirement("python" + project["requires-python"]).specifier
     assert [minor for minor in range(9, 15) if allowed.contains(f"3.{minor}")] == [11, 12]
