@@ -72,7 +72,17 @@ def _gateways(settings: ServeSettings) -> dict[str, Any]:
     return {"autoscaling_config": scaling}
 
 
-def _deployment(kind: type, name: str, calls: int, **resources: float) -> Any:
+def _deployment(kind: type, name: str, calls: int, **resources: Any) -> Any:
+    """One part; calls between parts are many and short, so that Serve's threads and lines for each would cost most.
+
+    Only a replica's own code, which loads and warms up a model, runs apart from the loop that Serve answers on.
+    """
     decorate: Any = serve.deployment
+    on_one_loop = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+    if kind is not Replica:
+        on_one_loop["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
+    options = resources | {"runtime_env": {"env_vars": on_one_loop}}
     drain = {"graceful_shutdown_timeout_s": _DRAIN_S, "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S}
-    return decorate(kind, name=name, max_ongoing_requests=calls, ray_actor_options=resources, **drain)
+    quiet = {"enable_access_log": False}  # the gateway writes a line for each request itself
+    limits = drain | {"max_ongoing_requests": calls}
+    return decorate(kind, name=name, ray_actor_options=options, logging_config=quiet, **limits)

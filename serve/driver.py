@@ -21,6 +21,7 @@ _LOG = logging.getLogger("ray.serve")
 _LOOK_EVERY_S = 0.25  # how soon a driver that waits sees that its last reader left
 _LOOK_AT_HOLDER_S = 0.5  # and that its replica drains or is gone, while its viewer still has something to play
 _BEAT_S = 0.5  # how often the store hears of a driver at least, whatever it waits for
+_AHEAD = 2  # chunks that are begun behind the one that is waited for, where nobody paces them: the engine never idles
 _WHOLE_SNAPSHOT_EVERY = 8  # between them only what a chunk adds is kept
 _AWAY_S = 0.5  # a store that needs longer for an answer was away
 _RELEASE_S = 2.0
@@ -40,10 +41,11 @@ class Driver:
         self._start_timeout_s = start_timeout_s
         self._unwatched_s = self._checked_s = time.monotonic()
         self._paced = video.pacing is Pacing.REALTIME
-        self._ahead = 0 if self._paced else 1
+        self._ahead = 0 if self._paced else _AHEAD
         self._chunk, self._media_s = video.chunks_done, video.frames_done / video.fps
         self._from_s = self._media_s  # who watched before another gateway went has nothing left to play
         self._died_at, self._deaths = -1, 0
+        self._told: Verdict | None = None  # by the store, when it took the newest chunk
         self._held_by(video)
         self._held = video.epoch > 0  # the replica was told to pause, or another driver may have done so
 
@@ -136,7 +138,8 @@ class Driver:
         snapshot, chunk = made.snapshot, replace(made, snapshot=b"")
         whole = bool(snapshot) and (self._saved_chunk < 0 or made.chunk % _WHOLE_SNAPSHOT_EVERY == 0)
         about = (self._video.id, self._video.epoch, chunk, snapshot, whole)
-        if not await patient(lambda: self._store.put_chunk.remote(*about)):
+        self._told = await patient(lambda: self._store.put_chunk.remote(*about))
+        if self._told is None:
             return False
         self._saved_chunk = made.chunk if snapshot else -1
         self._chunk, self._media_s = made.chunk + 1, self._media_s + made.frames / self._video.fps
@@ -145,7 +148,7 @@ class Driver:
     async def _wait_for_turn(self) -> Verdict:
         """Wait until the next chunk may be made, or the video is no longer wanted."""
         while True:
-            verdict = await self._check()
+            verdict, self._told = self._told or await self._check(), None
             if not verdict.go:
                 return verdict
             if self._video.live and not verdict.readers and not verdict.returning and self._given_up(verdict):

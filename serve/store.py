@@ -172,22 +172,16 @@ class Store:
 
     async def put_chunk(
         self, video_id: str, epoch: int, chunk: EncodedChunk, snapshot: bytes = b"", whole_snapshot: bool = False
-    ) -> bool:
-        """Keep a chunk and hand it to whoever waits; with the last one the file is made. False: no longer wanted.
+    ) -> Verdict | None:
+        """Keep a chunk and hand it to whoever waits; with the last one the file is made. None: no longer wanted.
 
-        `snapshot` is what another replica needs to go on after it, or what that adds to the one before. The names of
-        files hold the epoch: a driver that was replaced can never change a chunk that was served.
+        Else it says what `check` would: a driver need not ask again. `snapshot` is what another replica needs to go on
+        after it, or what that adds to the one before. The names of files hold the epoch: a driver that was replaced
+        can never change a chunk that was served.
         """
-        if not (await self.check(video_id, epoch)).go:
-            return False
-        file, link = f"{chunk.chunk}-{epoch}", await self._run(self._signer.link, video_id, chunk)
-        await self._run(self._files.put, video_id, file, chunk.data)
-        state = f"snapshot-{file}" if snapshot else ""
-        if snapshot:
-            await self._run(self._files.put, video_id, state, snapshot)
-        about = (file, link.sha256, self._now(), state, whole_snapshot, link)
-        if not await self._run(self._database.add_chunk, video_id, epoch, chunk, *about):
-            return False
+        verdict = await self.check(video_id, epoch)
+        if not verdict.go or not await self._run(self._keep, video_id, epoch, chunk, snapshot, whole_snapshot):
+            return None
         self._tell(video_id)
         if chunk.chunk >= KEPT_CHUNKS and chunk.chunk % _TRIM_EVERY == 0:
             await self._trim_endless(video_id, chunk.chunk + 1 - KEPT_CHUNKS)
@@ -195,7 +189,7 @@ class Store:
             await self._drop_snapshots(video_id, chunk.chunk + chunk.last)
         if chunk.last:
             await self.complete(video_id)
-        return True
+        return verdict
 
     async def snapshots(self, video_id: str) -> list[bytes]:
         """What a replica needs to go on after the newest chunk that it can go on from, oldest part first."""
@@ -379,6 +373,16 @@ class Store:
     def _now(self) -> float:
         """Seconds since 1970, by the clock's reading when this process began."""
         return self._zero_s + time.monotonic()
+
+    def _keep(self, video_id: str, epoch: int, chunk: EncodedChunk, snapshot: bytes, whole: bool) -> bool:
+        """Put a chunk and its snapshot on the disk, then into the database; whether it was the next one."""
+        file, link = f"{chunk.chunk}-{epoch}", self._signer.link(video_id, chunk)
+        self._files.put(video_id, file, chunk.data)
+        state = f"snapshot-{file}" if snapshot else ""
+        if snapshot:
+            self._files.put(video_id, state, snapshot)
+        about = (file, link.sha256, self._now(), state, whole, link)
+        return self._database.add_chunk(video_id, epoch, chunk, *about)
 
     def _find(self, video_id: str, chunk: int, reader: str) -> Segment | None:
         video = self._database.get(video_id)
