@@ -54,6 +54,20 @@ def test_a_chunk_made_again_on_a_fresh_engine_is_bit_equal() -> None:
     assert not equal(stream(engine_of(), spec_of(prompt=OTHER)), first)
 
 
+def test_noise_that_was_drawn_ahead_is_the_same_noise() -> None:
+    engine, plain = engine_of(), stream(engine_of(), spec_of(), 3)
+    found = stream(engine, spec_of(), 1)
+    session, maker = engine._sessions["s"], engine._maker
+    session.next_chunk -= 1  # as it stands when the chunk before is emitted
+    maker.draw_ahead([session])
+    session.next_chunk += 1
+    assert set(maker._drawn) == {(3, 1)}
+    maker._drawn[3, 1] = maker._drawn[3, 1].clone()
+    assert equal([*found, pull(engine), pull(engine)], plain)
+    maker._drawn = {(3, 3): torch.zeros(engine.geometry.chunk_shape()[1:])}
+    assert not equal([pull(engine)], stream(engine_of(), spec_of(), 4)[3:]), "and it is what is taken"
+
+
 def test_an_endless_stream_goes_on_in_the_memory_of_its_window() -> None:
     engine = engine_of()
     results = stream(engine, spec_of(frames=None), 12)

@@ -15,7 +15,7 @@ from diagonal.diffusion.flow import blend, to_clean
 from diagonal.diffusion.noise import batch_noise, generator
 from diagonal.errors import require
 from diagonal.geometry import ChunkGeometry
-from diagonal.model.cache import CacheBatch, KVCache, KVPool
+from diagonal.model.cache import CacheBatch, KVCache, KVPool, on_device
 from diagonal.model.dit import TextContext
 from diagonal.model.fp8 import FORMAT
 from diagonal.model.static import StaticGenerator
@@ -99,7 +99,7 @@ def chunk_noise_of(
 ) -> StepNoise:
     """Noise by step for one chunk of several samples, a function of (seed, chunk, step) alone."""
     shape = geometry.chunk_shape()[1:]
-    return lambda step: batch_noise(seeds, chunks, step, shape).to(device)
+    return lambda step: on_device(batch_noise(seeds, chunks, step, shape), device)
 
 
 def new_pool(config: Config, network: torch.nn.Module | StaticGenerator, pages: int) -> KVPool:

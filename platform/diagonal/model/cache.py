@@ -16,6 +16,13 @@ class PoolExhaustedError(RuntimeError):
     """No free page is left: the caller must refuse or end a session."""
 
 
+def on_device(host: Tensor, device: torch.device | str) -> Tensor:
+    """A copy of numbers drawn or written on the host that never waits for what the device still has to do."""
+    if torch.device(device).type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
 class KVPool:
     """All K/V memory of one device, allocated once: `[layers, pages, page_tokens, heads, head_dim]`, twice.
 
@@ -161,8 +168,7 @@ class CacheBatch:
         device = self._pool.keys.device
         table = torch.tensor([cache.pages for cache in caches], dtype=torch.long)
         self.context_chunks = table.shape[1] - 1
-        if device.type == "cuda":  # without it the copy would wait for the device
-            table = table.pin_memory().to(device, non_blocking=True)
+        table = on_device(table, device)
         self._context, self._current = table[:, :-1], table[:, -1]
         self._turned: dict[int, tuple[Tensor, Tensor]] = {}
         self._how: tuple[Rotary, torch.dtype]

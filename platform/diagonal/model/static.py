@@ -123,7 +123,7 @@ def compile_blocks(network: CausalWan, backend: str = "inductor") -> None:
     from torch import _dynamo as dynamo  # seconds to import, and not every engine compiles
 
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, GRAPHS_AT_MOST)
-    for block in network.blocks:
+    for block in (block for block in network.blocks if "forward" not in vars(block)):  # once
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
 
 
