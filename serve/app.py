@@ -9,8 +9,9 @@ import os
 from typing import Any
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
-from diagonal.errors import FieldError
+from diagonal.errors import FieldError, require
 from serve.ingress import GatewayDeployment
 from serve.replica import Replica
 from serve.router import SessionRouter
@@ -39,6 +40,24 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     )
     replicas = {name: _replica(name, one) for name, one in settings.served().items()}
     return gateway.bind(settings, store.bind(settings), replicas)
+
+
+def build_release(arguments: dict[str, Any]) -> serve.Application:
+    """The replicas of one more release, `model`, as an application of its own: it comes and goes while others run.
+
+    The service's gateways reach it when their `user_config` names it (`GatewayDeployment.reconfigure`).
+    """
+    settings = ServeSettings.from_arguments(arguments)
+    require(bool(settings.model), "model", settings.model, "the name by which callers ask for the release")
+    entry = _deployment(Entry, "Entry", 1, num_cpus=0.0)
+    return entry.bind(_replica(settings.model, settings))
+
+
+class Entry:
+    """Where Serve enters an application that only gateways call: it leads nowhere."""
+
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._replicas = replicas
 
 
 def _replica(name: str, settings: ServeSettings) -> Any:

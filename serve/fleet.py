@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from diagonal.errors import require
 from serve.calls import answer
 from serve.problems import SILENCES, unavailable, wrong_value
 from serve.records import ModelInfo, Refused, VideoRecord
@@ -21,13 +22,20 @@ class Fleet:
     """The releases of one service by name; of a single one whose name only its replicas know, by ''."""
 
     def __init__(self, handles: Mapping[str, Any]) -> None:
-        self._handles = dict(handles)
+        self._own, self._handles = dict(handles), dict(handles)
         self._shares = Shares.parse(list(handles))
         self._infos: dict[str, ModelInfo] = {}
 
-    def share(self, weights: object) -> None:
-        """From now on new videos are shared by these weights; `FieldError`, and nothing changes, when they are none."""
-        self._shares = Shares.parse(list(self._handles), weights)
+    def share(self, weights: object, others: Mapping[str, Any] | None = None) -> None:
+        """From now on new videos are shared by these weights, among these other releases too.
+
+        `FieldError`, and nothing changes, when the weights or a name are none.
+        """
+        handles = self._own | dict(others or {})
+        require(len(handles) == len(self._own) + len(others or {}), "applications", sorted(others or {}), "other names")
+        self._shares = Shares.parse(list(handles), weights)
+        self._handles = handles
+        self._infos = {name: info for name, info in self._infos.items() if name in handles}
         _LOG.info("new videos are shared by %s", dict(self._shares.weights))
 
     def handle(self, video: VideoRecord) -> Any:
@@ -77,10 +85,10 @@ class Fleet:
         raise unavailable()
 
     async def _named(self, asked: str) -> ModelInfo:
-        key = "" if "" in self._handles else asked
+        key = asked if asked in self._handles else ""
         info = await self.info(key) if key in self._handles else None
         if info is None or info.name != asked:
-            names = [info.name] if info else sorted(self._handles)
+            names = sorted({*self._handles, info.name if info else ""} - {""})
             raise wrong_value(404, "model_not_found", "model", asked, " or ".join(map(repr, names)))
         return info
 

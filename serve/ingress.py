@@ -10,11 +10,12 @@ from ray import serve
 from ray.serve import metrics as serve_metrics
 from ray.serve.handle import DeploymentHandle
 
-from diagonal.errors import FieldError, require
+from diagonal.errors import FieldError
 from diagonal.metrics import FactorySink
 from serve.fleet import Fleet
 from serve.gateway import Gateway
 from serve.leaving import is_stopping
+from serve.releases import Canaries
 from serve.routes import create_app
 from serve.settings import ServeSettings
 
@@ -32,22 +33,31 @@ class GatewayDeployment:
         if settings.auth == "local":
             _LOG.warning("auth=local: callers on this machine need NO API KEY; everybody else is refused")
         self._fleet, self._configured = Fleet(replicas), False
+        self._others: dict[tuple[str, str], DeploymentHandle] = {}
         self._gateway = Gateway(settings, store, self._fleet, self._metrics, is_stopping)
 
     def reconfigure(self, user_config: Mapping[str, object]) -> None:
-        """Called by Serve with the deployment's `user_config`: `weights` share new videos among the releases.
+        """Called by Serve with the deployment's `user_config`: `weights` share new videos among the releases, and
+        `applications` names those that other Serve applications hold (`serve.app:build_release`).
 
-        Serve replaces no replica for it. Wrong weights are refused by a gateway that starts; one that runs keeps its
-        own, as Serve would replace it.
+        Serve replaces no replica for it. What is wrong is refused by a gateway that starts; one that runs stays as it
+        is, as Serve would replace it.
         """
         try:
-            require(set(user_config) <= {"weights"}, "user_config", dict(user_config), "weights by release")
-            self._fleet.share(user_config.get("weights"))
+            wanted = Canaries.parse(user_config)
+            self._fleet.share(wanted.weights, {name: self._other(name, at) for name, at in wanted.applications.items()})
         except FieldError as error:
             if not self._configured:
                 raise
-            _LOG.error("the weights stay as they were: %s", error)
+            _LOG.error("the releases and their weights stay as they were: %s", error)
         self._configured = True
+
+    def _other(self, name: str, application: str) -> DeploymentHandle:
+        """The replicas of a release in another application, which need not be there yet."""
+        at = (name, application)
+        if at not in self._others:
+            self._others[at] = serve.get_deployment_handle(f"Replica-{name}", application, _check_exists=False)
+        return self._others[at]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._gateway, self._metrics, names_answers=False)

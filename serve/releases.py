@@ -91,6 +91,27 @@ def parsed(field: str, value: Any, kind: type) -> Any:
 
 
 @dataclass(frozen=True)
+class Canaries:
+    """The `user_config` of the deployment `Gateway`: `weights` by release, and the `applications` of those that the
+    service's own application does not hold."""
+
+    weights: object
+    applications: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, user_config: Mapping[str, Any]) -> Canaries:
+        """`FieldError` when it says something else."""
+        known = {"weights", "applications"}
+        require(set(user_config) <= known, "user_config", dict(user_config), f"a mapping of {sorted(known)}")
+        applications = user_config.get("applications") or {}
+        right = isinstance(applications, Mapping) and all(isinstance(one, str) and one for one in applications.values())
+        require(right, "applications", applications, "a mapping of releases to names of Serve applications")
+        for name in applications:
+            check_name("applications", name)
+        return cls(user_config.get("weights"), applications)
+
+
+@dataclass(frozen=True)
 class Shares:
     """How new videos that name no model are shared among releases; weight 0 is made on request only."""
 

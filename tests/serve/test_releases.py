@@ -24,7 +24,7 @@ from diagonal.storage import Folder
 from serve.fleet import Fleet
 from serve.loading import Loaded, load_engine
 from serve.records import EncodedChunk, Refused
-from serve.releases import NAME, ReleaseSettings, Shares, parse_releases
+from serve.releases import NAME, Canaries, ReleaseSettings, Shares, parse_releases
 from serve.replica import Replica
 from serve.settings import ServeSettings
 from tests.networks import small_release
@@ -118,12 +118,21 @@ def test_the_configuration_file_says_how() -> None:
     arguments = yaml.safe_load(text)["applications"][0]["args"]
     ServeSettings.from_arguments(arguments)
     start = text.index("# Several releases")
-    shown = "\n".join(line.removeprefix("# ") for line in text[start:].splitlines()[1:] if line.startswith("# "))
-    example = yaml.safe_load(shown)
+    end, after = text.index("#\n", start), text.index("#   - name: canary")
+    example, canary = (
+        yaml.safe_load("\n".join(line.removeprefix("# ") for line in part.splitlines() if line.startswith("# ")))
+        for part in (text[text.index("\n", start) : end], text[after : text.index("#\n", after)])
+    )
     settings = ServeSettings.from_arguments(example["args"])
     (gateway,) = example["deployments"]
     assert gateway["name"] == "Gateway"
     Shares.parse(list(settings.served()), gateway["user_config"]["weights"])
+    assert canary[0]["import_path"] == "serve.app:build_release"
+    assert list(ServeSettings.from_arguments(canary[0]["args"]).served()) == ["next"]
+    told = yaml.safe_load(text[text.index("{name: Gateway,") :])
+    wanted = Canaries.parse(told["user_config"])
+    assert wanted.applications == {"next": canary[0]["name"]}
+    Shares.parse(["stable", *wanted.applications], wanted.weights)
 
 
 # Shares.
@@ -161,6 +170,27 @@ def test_weights_that_are_none_are_refused_and_change_nothing(weights: object) -
     with pytest.raises(FieldError, match="weights"):
         fleet.share(weights)
     assert fleet._shares.ranked("video_1") == ["next"]
+
+
+@pytest.mark.parametrize(
+    "told", [{"weight": {}}, {"applications": ["a"]}, {"applications": {"a": 1}}, {"applications": {"../a": "x"}},
+             {"applications": {"a": ""}}],
+)  # fmt: skip
+def test_a_configuration_of_gateways_that_is_none_is_refused(told: dict[str, Any]) -> None:
+    with pytest.raises(FieldError, match="applications|user_config"):
+        Canaries.parse(told)
+
+
+def test_a_release_of_another_application_comes_and_goes() -> None:
+    fleet = Fleet({"stable": object()})
+    fleet.share({"stable": 0, "next": 1}, {"next": object()})
+    assert fleet._shares.ranked("video_1") == ["next"]
+    for weights, others in (({"next": 1}, {}), ({"stable": 1}, {"stable": object()})):
+        with pytest.raises(FieldError):
+            fleet.share(weights, others)
+        assert fleet._shares.ranked("video_1") == ["next"] and set(fleet._handles) == set(NAMES)
+    fleet.share(None)
+    assert fleet._shares.ranked("video_1") == ["stable"] and set(fleet._handles) == {"stable"}
 
 
 # A running service.
