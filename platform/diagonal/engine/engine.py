@@ -15,6 +15,7 @@ from diagonal.diffusion.rollout import DenoisedChunk, KeptChunk, latents_dtype
 from diagonal.engine.admission import BudgetError, CapacityError, ChunkKind, settled_chunk
 from diagonal.engine.drift import ReanchorPolicy
 from diagonal.engine.generation import ChunkMaker, Emitted, Servable, SessionError, emit
+from diagonal.engine.lanes import Lane, lanes
 from diagonal.engine.scheduler import Candidate, choose
 from diagonal.engine.script import PromptChange, SessionSpec
 from diagonal.engine.session import ChunkResult, Session, SessionState
@@ -46,6 +47,19 @@ class _Stopwatch:
     rebuilt: bool = False
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A batch that was denoised, and whose decoding its lane was given: pixels by number, or what that failed with."""
+
+    batch: Sequence[Session]
+    done: DenoisedChunk
+    pixels: Mapping[int, Tensor | SessionError]
+    lane: Lane
+    kind: ChunkKind
+    started_s: float
+    watch: _Stopwatch | None
+
+
 class Engine(Sessions):
     """Owns the pool and the sessions of one device.
 
@@ -70,12 +84,43 @@ class Engine(Sessions):
         self._reanchor = reanchor or ReanchorPolicy.of(self.config.serve, maker.window_chunks)
         self._failures_in_row = 0
         self._reading = False
+        self._overlaps = self.config.serve.overlap_decode
+        self._lanes = lanes(self._pool.keys.device, self._overlaps)
+        self._flights: list[_Flight] = []
+        self._landed_s = -inf
 
     @torch.no_grad()
     def step(self) -> list[ChunkResult]:
-        """Generate the next chunk of the sessions with least slack among those that asked; [] when none did."""
+        """Generate the next chunk of the sessions with least slack among those that asked; [] when none did.
+
+        With `serve.overlap_decode` a batch comes out of the step after its own while there are others to make: one is
+        decoded beside the other's forwards. Its sessions are chosen, paused and closed again when it is out.
+        """
         self._settle()
-        chosen = self._next_batch() or self._after_reading()
+        flown = len(self._flights)
+        results = self._launch(self._next_batch() or ([] if flown else self._after_reading()))
+        if self._overlaps and not flown and self._waiting():
+            flown = len(self._flights)
+            results += self._launch(self._next_batch())
+        if not self._overlaps or not self._waiting():
+            flown = len(self._flights)
+        for _ in range(flown):
+            results += self._land(self._flights.pop(0))
+        if results or flown:
+            self._settle()
+            self._report_occupancy()
+        return results
+
+    def _waiting(self) -> bool:
+        """Whether anybody asks for a chunk who has none under way."""
+        with self._lock:
+            return any(s.asked and s.live and not s.ended for s in self._sessions.values() if not self._flies(s))
+
+    def _flies(self, session: Session) -> bool:
+        return any(session is other for flight in self._flights for other in flight.batch)
+
+    def _launch(self, chosen: Sequence[tuple[Session, list[PromptChange]]]) -> list[ChunkResult]:
+        """Prepare and denoise these sessions' chunks; returns those that failed."""
         if not chosen:
             return []
         watch = _Stopwatch(self._clock())
@@ -88,11 +133,7 @@ class Engine(Sessions):
                 ready.append(session)
             except SessionError as error:
                 results.append(self._fail(session, error))
-        if ready:
-            results += self._make(ready, watch)
-        self._settle()
-        self._report_occupancy()
-        return results
+        return results + (self._make(ready, watch) if ready else [])
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -142,9 +183,11 @@ class Engine(Sessions):
         """At a chunk boundary: free what was closed, and leave of paused sessions their snapshots."""
         now_s = self._clock()
         with self._lock:
-            closing, self._closing = self._closing, set()
+            flying = {other.spec.session_id for flight in self._flights for other in flight.batch}
+            closing, self._closing = self._closing - flying, self._closing & flying
             gone = [self._sessions.pop(session_id) for session_id in closing if session_id in self._sessions]
-            pausing = [session for session in self._sessions.values() if session.pausing and not session.ended]
+            pausing = [session for session_id, session in self._sessions.items()
+                       if session.pausing and not session.ended and session_id not in flying]
             for session in pausing:
                 session.pausing = False
                 session.ahead_s = None if session.started_s is None else session.slack_s(self.geometry, now_s)
@@ -166,7 +209,8 @@ class Engine(Sessions):
         now_s = self._clock()
         with self._lock:
             self._reading = False
-            asking = {i: s for i, s in self._sessions.items() if s.asked and s.live and not s.ended}
+            asking = {i: s for i, s in self._sessions.items()
+                      if s.asked and s.live and not s.ended and not self._flies(s)}
             for session in asking.values():
                 self._maker.ask_texts(session)
                 self._reading = self._reading or session.reading
@@ -218,7 +262,7 @@ class Engine(Sessions):
         return recached
 
     def _make(self, batch: Sequence[Session], watch: _Stopwatch | None) -> list[ChunkResult]:
-        """A chunk for each; when the shared forward fails, one by one, so that only the culprit ends."""
+        """Send off a chunk for each; when the shared forward fails, one by one, so that only the culprit ends."""
         started_s, kind = self._clock(), _kind(batch[0])
         try:
             done = self._maker.denoise(batch)
@@ -227,28 +271,39 @@ class Engine(Sessions):
                 return [self._fail(batch[0], error)]
             return [result for session in batch for result in self._make([session], None)]
         self._metrics.inc("diagonal_model_forward_calls_total", done.forwards)
-        results = self._show(batch, done, watch.started_s if watch else started_s)
-        if watch is not None:
-            self._measure(watch, kind, len(batch))
-        return results
+        wanted, lane = self._wanted(batch), next(self._lanes)
+        with lane.after([done.clean, done.written, done.finite, *_features(batch)]):
+            pixels = self._maker.decode([batch[number] for number in wanted], [done.clean[number] for number in wanted])
+        begun_s = watch.started_s if watch else started_s
+        self._flights.append(_Flight(batch, done, dict(zip(wanted, pixels, strict=True)), lane, kind, begun_s, watch))
+        return []
 
-    def _show(self, batch: Sequence[Session], done: DenoisedChunk, started_s: float) -> list[ChunkResult]:
-        """Decode, bring over and note a batch's chunks; those of sessions closed meanwhile are dropped."""
+    def _wanted(self, batch: Sequence[Session]) -> list[int]:
+        """Numbers of the batch's sessions that were not closed meanwhile."""
         with self._lock:
-            wanted = [n for n, session in enumerate(batch) if session.spec.session_id not in self._closing]
+            return [number for number, session in enumerate(batch) if session.spec.session_id not in self._closing]
+
+    def _land(self, flight: _Flight) -> list[ChunkResult]:
+        """Bring over and note a batch's chunks; those of sessions closed meanwhile are dropped."""
         results: list[ChunkResult] = []
         decoded: dict[int, Tensor] = {}
-        pixels = self._maker.decode([batch[number] for number in wanted], [done.clean[number] for number in wanted])
-        for number, found in zip(wanted, pixels, strict=True):
+        wanted = set(self._wanted(flight.batch))
+        for number, found in flight.pixels.items():
+            if number not in wanted:
+                continue
             if isinstance(found, SessionError):
-                results.append(self._fail(batch[number], found))
+                results.append(self._fail(flight.batch[number], found))
             else:
                 decoded[number] = found
-        for number, shown in zip(decoded, self._emit(batch, done, decoded), strict=True):
+        with flight.lane.inside():
+            brought = self._emit(flight.batch, flight.done, decoded)
+        for number, shown in zip(decoded, brought, strict=True):
             if isinstance(shown, SessionError):
-                results.append(self._fail(batch[number], shown))
+                results.append(self._fail(flight.batch[number], shown))
             else:
-                results.append(self._finish(batch[number], done, shown, started_s))
+                results.append(self._finish(flight.batch[number], flight.done, shown, flight.started_s))
+        if flight.watch is not None:
+            self._measure(flight.watch, flight.kind, len(flight.batch))
         return results
 
     def _emit(
@@ -300,7 +355,8 @@ class Engine(Sessions):
 
         One that also built a decoder's state, after a pause or a move, tells of neither.
         """
-        elapsed_s = self._clock() - watch.started_s
+        now_s = self._clock()
+        elapsed_s, self._landed_s = now_s - max(watch.started_s, self._landed_s), now_s  # what ran beside counts once
         with self._lock:
             if watch.recached == 0:
                 self._cost.observe(kind, sessions, elapsed_s)
@@ -361,6 +417,11 @@ class Engine(Sessions):
 def _kind(session: Session) -> ChunkKind:
     """What the session's next chunk costs depends on this, and on the size of its batch."""
     return ChunkKind(session.schedule.forwards(session.next_chunk), len(session.kept))
+
+
+def _features(batch: Sequence[Session]) -> list[Tensor]:
+    """What the sessions' decoders remember on the device."""
+    return [part for session in batch for part in session.decoder_state.features if isinstance(part, Tensor)]
 
 
 def _finite(session: Session, denoised: Tensor) -> Tensor:
