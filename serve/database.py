@@ -129,12 +129,13 @@ class Database:
     def forget_chunks(self, video_id: str, before: int) -> list[str]:
         """An endless stream's chunks before that one are kept no longer: names of their files.
 
-        With them go the prompt changes that are long done.
+        Their links stay, so that a recording can be proved; prompt changes that are long done go with them.
         """
-        old = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk < before)
+        old = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk < before) & (CHUNKS.c.file != "")
         done = (INTERACTIONS.c.video_id == video_id) & (INTERACTIONS.c.chunk < before - _LONGEST_TRANSITION_CHUNKS)
         with self._tables.writing() as connection:
-            gone = connection.execute(CHUNKS.delete().where(old).returning(CHUNKS.c.file, CHUNKS.c.snapshot)).all()
+            gone = connection.execute(sql.select(CHUNKS.c.file, CHUNKS.c.snapshot).where(old)).all()
+            connection.execute(CHUNKS.update().where(old).values(file="", snapshot="", whole_snapshot=False))
             connection.execute(INTERACTIONS.delete().where(done))
         return [name for row in gone for name in row if name]
 

@@ -192,7 +192,6 @@ def _add_streams(app: FastAPI) -> None:
         segments = await gateway.stream(video_id, start_chunk, caller)
         return StreamingResponse(segments, media_type="video/mp4", headers={"Cache-Control": "no-store"})
 
-
     @app.get("/v1/videos/{video_id}/chain", responses=errors(404, 422))
     async def chain(
         video_id: str, gateway: Via, caller: By,

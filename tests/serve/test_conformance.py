@@ -27,7 +27,7 @@ CHECKS: list[Any] = [
 TAKES_PARAMETERS = [
     ("POST", "/v1/videos"), ("GET", "/v1/videos"), ("POST", "/v1/videos/{video_id}/interactions"),
     ("GET", "/v1/videos/{video_id}/content"), ("GET", "/v1/videos/{video_id}/stream"),
-    ("POST", "/v1/realtime/client_secrets"),
+    ("POST", "/v1/realtime/client_secrets"), ("GET", "/v1/videos/{video_id}/chain"),
 ]  # fmt: skip
 TAKES_NONE = [
     ("GET", "/v1/videos/{video_id}"), ("DELETE", "/v1/videos/{video_id}"), ("GET", "/v1/models"),

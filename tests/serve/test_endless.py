@@ -71,6 +71,8 @@ def test_of_its_chunks_the_newest_alone_are_kept(
         two.say("session.playback", position_seconds=FAR_S)
         two.read(1)
         assert two.indices == [2 * KEPT_CHUNKS]
+    links = http.get(f"/v1/videos/{one.request_id}/chain").json()["links"]
+    assert [link["chunk"] for link in links[: 2 * KEPT_CHUNKS]] == list(range(2 * KEPT_CHUNKS))  # proofs stay
 
 
 def test_a_resume_token_of_a_chunk_that_is_gone_is_told_so(service: Service) -> None:
