@@ -199,10 +199,14 @@ _STEPS: tuple[Callable[[sql.Connection], None], ...] = (_to_2, _to_3)
 
 
 def _tune_sqlite(connection: Any, _: Any) -> None:
-    """Readers do not wait for the writer, a commit is on the disk, and a second process waits its turn."""
+    """Readers do not wait for the writer, a commit is on the disk, a second process waits its turn.
+
+    What is deleted is overwritten: a prompt is gone with its video, not only out of sight.
+    """
     connection.isolation_level = None  # transactions begin where `_begin_sqlite` says, tables included
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={_BUSY_TIMEOUT_MS}"):
+    settings = ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={_BUSY_TIMEOUT_MS}", "secure_delete=ON")
+    for pragma in settings:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
