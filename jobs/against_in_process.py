@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from diagonal.evaluate.load_figures import percentiles
 from diagonal.evaluate.serving_report import against_text
 from diagonal.media.encode import ChunkEncoder
 from diagonal.model.weights import Release
-from diagonal.mp4 import split
+from diagonal.mp4 import read_fragment, split
 from diagonal.tree import write_json
 
 PROMPT = "a red circle moving right quickly"
@@ -42,14 +43,21 @@ REPLICA = "ray::ServeReplica"
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: when its first media was there, and when all of it, in seconds from the request."""
+    """One clip of which `first_frames` came first: when they were there, and when all was, in s from the request."""
 
     frames: int
+    first_frames: int
     first_frame_s: float
     took_s: float
 
     @property
     def fps(self) -> float:
+        """Frames a second from the first chunk on, without it: what comes before is the time to first frame."""
+        return (self.frames - self.first_frames) / (self.took_s - self.first_frame_s)
+
+    @property
+    def clip_fps(self) -> float:
+        """Frames a second of the whole clip, from the request on."""
         return self.frames / self.took_s
 
 
@@ -97,7 +105,7 @@ class InProcess:
         encoder = ChunkEncoder(geometry.pixel_height, geometry.pixel_width, geometry.pixel_fps,
                                scale=self._config.serve.pixel_scale)  # fmt: skip
         done: list[Future[float]] = []
-        last = False
+        last, first_frames = False, geometry.chunk_pixel_frames(0)
         while not last:
             self._engine.request(name)
             for result in self._engine.step():
@@ -105,7 +113,7 @@ class InProcess:
                 last = result.last
         self._engine.close(name)
         ends_s = [one.result(60) for one in done]
-        return Clip(frames, ends_s[0] - began_s, ends_s[-1] - began_s)
+        return Clip(frames, first_frames, ends_s[0] - began_s, ends_s[-1] - began_s)
 
 
 def _encode(encoder: ChunkEncoder, pixels: Any) -> float:
@@ -116,19 +124,19 @@ def _encode(encoder: ChunkEncoder, pixels: Any) -> float:
 
 def received(client: DiagonalClient, frames: int, seed: int) -> Clip:
     """A clip of the service."""
-    began_s, first_s, seen = time.monotonic(), 0.0, 0
+    began_s, first_s, first_frames = time.monotonic(), 0.0, 0
     video = client.create(PROMPT, frames=frames, seed=seed, pacing="none")
     for part in client.stream(video.id):
-        if split(part)[1]:
-            first_s = first_s or time.monotonic()
-            seen += 1
+        if not first_frames and (media := split(part)[1]):
+            first_s, first_frames = time.monotonic(), read_fragment(media).frames
     took_s = time.monotonic() - began_s
     client.delete(video.id)
-    require(seen > 0, "--url", str(video.id), "a service whose streams have chunks")
-    return Clip(frames, first_s - began_s, took_s)
+    require(0 < first_frames < frames, "--frames", frames, "more than one chunk holds")
+    return Clip(frames, first_frames, first_s - began_s, took_s)
 
 
-def pin_service(client: DiagonalClient, frames: int, engine_cpu: int, other_cpus: set[int]) -> None:
+@contextmanager
+def pinned_service(client: DiagonalClient, frames: int, engine_cpu: int, other_cpus: set[int]) -> Iterator[None]:
     """Pin the service's engine thread, the one that a clip keeps busiest, to its CPU, and all around it elsewhere."""
     replicas = [process for process in psutil.process_iter(["cmdline"]) if _is_replica(process)]
     before = _cpu_s(replicas)
@@ -138,9 +146,20 @@ def pin_service(client: DiagonalClient, frames: int, engine_cpu: int, other_cpus
     process_id, engine = max(used, key=lambda thread: used[thread])
     raylet = psutil.Process(process_id).parent()
     assert raylet is not None  # it starts its workers
+    try:
+        _pin(raylet, engine, {engine_cpu}, other_cpus)
+        yield
+    finally:
+        everywhere = {engine_cpu} | other_cpus
+        _pin(raylet, engine, everywhere, everywhere)
+
+
+def _pin(raylet: psutil.Process, engine: int, engine_cpus: set[int], other_cpus: set[int]) -> None:
+    """Tell every thread of a Ray node's processes where it may run."""
     for process in (raylet, *raylet.children(recursive=True)):
-        for thread in process.threads():
-            os.sched_setaffinity(thread.id, {engine_cpu} if thread.id == engine else other_cpus)
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):  # Ray's idle workers come and go
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, engine_cpus if thread.id == engine else other_cpus)
 
 
 def _is_replica(process: psutil.Process) -> bool:
@@ -161,8 +180,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     os.sched_setaffinity(0, others)
     here = InProcess(Release.load(options.release or None), options.engine_cpu, others)
     clips: dict[str, list[list[Clip]]] = {"in_process": [], "service": []}
-    with DiagonalClient(options.url) as client:
-        pin_service(client, options.frames, options.engine_cpu, others)
+    with (
+        DiagonalClient(options.url) as client,
+        pinned_service(client, options.frames, options.engine_cpu, others),
+    ):
         ways = {"in_process": here.clip, "service": lambda frames, seed: received(client, frames, seed)}
         for way in ways.values():
             way(options.frames, 1)  # not counted
@@ -178,11 +199,15 @@ def figures(clips: dict[str, list[list[Clip]]]) -> dict[str, Any]:
     rounds = list(zip(clips["in_process"], clips["service"], strict=True))
     found: dict[str, Any] = {
         name: {"fps": percentiles(clip.fps for clip in _all(of)),
+               "clip_fps": percentiles(clip.clip_fps for clip in _all(of)),
                "first_frame_s": percentiles(clip.first_frame_s for clip in _all(of))}
         for name, of in clips.items()
     }  # fmt: skip
     return found | {
         "fps_ratio": statistics.median(_median(there, "fps") / _median(here, "fps") for here, there in rounds),
+        "clip_fps_ratio": statistics.median(
+            _median(there, "clip_fps") / _median(here, "clip_fps") for here, there in rounds
+        ),
         "first_frame_later_s": statistics.median(
             _median(there, "first_frame_s") - _median(here, "first_frame_s") for here, there in rounds
         ),

@@ -33,11 +33,11 @@ class LiveService:
         }  # fmt: skip
         self._number = 0
 
-    def start(self) -> None:
+    def start(self, replicas: int = 2, gateways: int = 2) -> None:
         from ray import serve
 
         serve.start(http_options={"host": "127.0.0.1", "port": self._port, "request_timeout_s": None})
-        self.deploy()
+        self.deploy(replicas, gateways)
 
     def close(self) -> None:
         from ray import serve
