@@ -5,6 +5,7 @@ The service is the real one over real sockets, around an engine of a few lines.
 
 from __future__ import annotations
 
+import os
 import socket
 import statistics
 import struct
@@ -71,7 +72,7 @@ def narrow_socket(service: Service) -> socket.socket:
 @pytest.fixture
 def heavy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks as large as those of a large picture: what MP4 calls free space is added to each."""
-    encode, space = replica._encode_chunk, struct.pack(">I4s", CHUNK_BYTES, b"free") + bytes(CHUNK_BYTES - 8)
+    encode, space = replica._encode_chunk, struct.pack(">I4s", CHUNK_BYTES, b"free") + os.urandom(CHUNK_BYTES - 8)
     monkeypatch.setattr(replica, "_encode_chunk", lambda *arguments: encode(*arguments) + space)
 
 
@@ -104,7 +105,7 @@ def test_6_five_hundred_connections_that_say_nothing_whole_delay_nobody(tmp_path
 
 
 def test_7_and_s2_eight_readers_that_stop_reading_cost_little_and_delay_nobody(tmp_path: Path, heavy: None) -> None:
-    limits = RealtimeLimits(stall_timeout_s=4.0)
+    limits = RealtimeLimits(stall_timeout_s=10.0)
     with crowded(tmp_path, limits, resume_window_s=0.5) as service, ExitStack() as stack:
         headers = new_key(service)
         for _ in range(8):
@@ -120,7 +121,7 @@ def test_7_and_s2_eight_readers_that_stop_reading_cost_little_and_delay_nobody(t
             came.append(time.monotonic())
         assert max(later - earlier for earlier, later in zip(came, came[1:], strict=False)) < 0.75 + 1.0
         assert memory_bytes() - before < 50e6 + 17 * CHUNK_BYTES, "what this test itself has read besides"
-        freed(service, 60)
+        freed(service, 75)
 
 
 def test_s3_a_pulled_cable_is_noticed_without_credits_too(tmp_path: Path) -> None:

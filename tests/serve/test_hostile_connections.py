@@ -5,6 +5,7 @@ Crowds of them are in tests/faults/test_crowds.py.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import time
@@ -42,7 +43,7 @@ def http(guarded: Service) -> Iterator[httpx.Client]:
 @pytest.fixture
 def heavy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks as large as those of a large picture: what MP4 calls free space is added to each."""
-    encode, space = replica._encode_chunk, struct.pack(">I4s", CHUNK_BYTES, b"free") + bytes(CHUNK_BYTES - 8)
+    encode, space = replica._encode_chunk, struct.pack(">I4s", CHUNK_BYTES, b"free") + os.urandom(CHUNK_BYTES - 8)
     monkeypatch.setattr(replica, "_encode_chunk", lambda *arguments: encode(*arguments) + space)
 
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-_PART_BYTES = 2048
-_QUEUED_PARTS = 8  # what lies in the network itself; behind it, the sender's own buffers fill
+_PART_BYTES = 8192
+_QUEUED_PARTS = 32  # what lies in the network itself; behind it, the sender's own buffers fill
 
 
 @dataclass
