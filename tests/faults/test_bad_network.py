@@ -30,8 +30,8 @@ def heavy(monkeypatch: pytest.MonkeyPatch) -> None:
 class Player:
     """Plays what came, tells its position five times a second, and waits when there is nothing left to play."""
 
-    def __init__(self, one: Viewer, engine: FakeEngine) -> None:
-        self._one, self._engine = one, engine
+    def __init__(self, one: Viewer, made_by: FakeEngine) -> None:
+        self._one, self._engine = one, made_by
         self._over = threading.Event()
         self.leads: list[float] = []
         self.stalled_s = 0.0
