@@ -1,8 +1,8 @@
 """Messages of `WS /v1/realtime/video`: vLLM-Omni's streaming dialect, with optional fields of ours.
 
 JSON text frames both ways; each `video.chunk_metadata` is followed at once by the binary frame that it describes.
-Ours: `resume_token`, `chunk_sha256` and where a chunk stands in the stream; `streaming_buffer_seconds` opts in to
-credits, told by `session.playback`.
+Ours: `resume_token`, `chunk_sha256`, `chunk_link` (the chunk's link of the signed chain) and where a chunk stands in
+the stream; `streaming_buffer_seconds` opts in to credits, told by `session.playback`.
 """
 
 from __future__ import annotations
