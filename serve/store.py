@@ -167,7 +167,7 @@ class Store:
             return Verdict(go=False)
         watch = self._watches[video_id]
         watch.driven_at = time.monotonic()
-        watch.forget_silent(self._reader_silence_s)
+        watch.forget_silent(self._reader_silence_s, self._settings.resume_window_s)
         return watch.verdict(video.paused)
 
     async def put_chunk(

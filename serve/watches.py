@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from serve.records import Verdict
+from serve.records import LIVE, Verdict
 
 
 @dataclass
@@ -39,9 +39,14 @@ class Watch:
         reader = self.readers[name]
         reader.position_s, reader.window_s = max(position_s, reader.position_s or 0.0), window_s
 
-    def forget_silent(self, silence_s: float) -> None:
+    def forget_silent(self, silence_s: float, return_s: float = 0.0) -> None:
+        """Forget readers whose gateway died without a word; the owner of a session may come back within `return_s`."""
         now = time.monotonic()
-        self.readers = {name: reader for name, reader in self.readers.items() if now - reader.asked_at < silence_s}
+        silent = [name for name, reader in self.readers.items() if now - reader.asked_at >= silence_s]
+        for name in silent:
+            del self.readers[name]
+        if any(name.startswith(LIVE) for name in silent):
+            self.return_by = now + return_s
 
     def tell(self) -> None:
         """Wake everybody who waits."""

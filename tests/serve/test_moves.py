@@ -18,7 +18,7 @@ from serve.driver import Driver
 from serve.records import Pacing, Verdict, VideoRecord
 from serve.replica import Replica
 from tests.serve.conftest import LocalHandle, RecordingSink
-from tests.serve.sockets import Viewer, viewer
+from tests.serve.sockets import Viewer, cut, viewer
 from tests.serve.test_failover import PROMPT, Cluster, assert_same_video, expected, make_cluster, start
 
 __all__ = ["expected", "make_cluster"]  # fixtures
@@ -207,6 +207,25 @@ def test_a_gateway_that_drains_alone_still_brings_its_streams_to_their_end(
         until(lambda: cluster.run(cluster.store.get(video)).chunks_done >= 3, "three chunks")
         cluster.run(cluster.gateways[0].drain())
         assert_same_video(stream.result(60), expected)
+
+
+def test_a_viewer_may_come_back_long_after_his_gateway_died_without_a_word(
+    make_cluster: Make, expected: bytes
+) -> None:
+    cluster = make_cluster(replicas=1, resume_window_s=20.0)
+    cluster.store._reader_silence_s = 0.5
+    with viewer(cluster.urls[0]) as one:
+        one.start(prompt=PROMPT, num_frames=105, seed=3)
+        one.read(3)
+        kill_gateway(cluster, 0)
+        cut(one)
+    time.sleep(4.0)
+    assert not cluster.run(cluster.store.get(one.request_id)).status.over
+    with viewer(cluster.urls[1]) as two:
+        two.start(resume_token=one.resume_token)
+        assert two.until("session.done")["stopped"] is False
+    assert one.indices + two.indices == list(range(CHUNKS))
+    assert_same_video(one.video + two.video, expected)
 
 
 def test_a_video_that_nobody_watches_outlives_its_gateway(make_cluster: Make, until: Until) -> None:
