@@ -200,6 +200,25 @@ def test_what_was_played_long_ago_leaves_the_browsers_memory(page: Browser, unti
     assert page.text("error") == ""
 
 
+def test_a_browser_that_has_the_managed_source_alone_plays_too(page: Browser, until: Until) -> None:
+    ready(page, until)
+    only = "window.ManagedMediaSource = window.MediaSource; delete window.MediaSource; window.renamed = true"
+    page.call("Page.enable")
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=only)
+    page.call("Page.reload")
+    until(lambda: page.run("Boolean(window.renamed && !window.MediaSource)"), "the page is loaded again", seconds=30)
+    started(page, until)
+    playing(page, until)
+    plays_on(page, until)
+
+
+def test_a_browser_that_can_play_none_of_it_says_so(page: Browser, until: Until, engine: FakeEngine) -> None:
+    page.run("MediaSource.isTypeSupported = () => false")
+    started(page, until)
+    until(lambda: "this browser cannot play video/mp4" in page.text("error"), "the reason is told", seconds=30)
+    until(lambda: not engine.sessions, "the place is free", seconds=30)
+
+
 def test_a_connection_that_is_cut_goes_on_by_its_token(
     open_page: Open, service: Service, until: Until, engine: FakeEngine
 ) -> None:
