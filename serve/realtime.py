@@ -68,6 +68,9 @@ class RealtimeSession:
             await self._refuse(error if isinstance(error, Problem) else unavailable())
         except WebSocketDisconnect:
             return
+        except Exception as error:  # edge: no socket ends without a word, and no text of an error in a log
+            _LOG.error("session.start: %s", type(error).__name__)
+            await self._refuse(_INTERNAL)
         else:
             await self._stream(video, reader, chunk)
 
