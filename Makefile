@@ -11,6 +11,9 @@ TORCH_INDEX_URL ?=
 KEEP ?= 1
 FROM_SCRATCH ?= 0
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+# Needs torch, diffusers, transformers and PyAV of the machine's own; the bounds are 8.8 minutes together.
+BENCH = PYTHONPATH=platform timeout 264 $(or $(BENCH_PYTHON),python3) -m diagonal.evaluate.bench --preset wan-1.3b
 UV ?= uv
 
 HAS_GPU = $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -30,6 +33,7 @@ help: ## show this list
 	@echo "  KEEP=0               demo: end everything at the end (default 1: the service stays up until make stop)"
 	@echo "  FROM_SCRATCH=1       demo: train every stage instead of starting from the embedded weights"
 	@echo "  UV=...               lock: the program that finds the hashes (pip install uv)"
+	@echo "  BENCH_ARGS=...       bench, bench-gpu: further options, see python -m diagonal.evaluate.bench --help"
 	@echo "  PYTEST_ARGS=...      tests: passed to pytest, for example '-k cache' or '-m \"not slow\"'"
 
 $(VENV)/bin/python:
@@ -62,6 +66,16 @@ test: env-dev ## run the tests, but not those below
 
 test-faults: env-dev ## end workers and nodes, break files and storage on a local Ray cluster (about 25 minutes)
 	$(VENV)/bin/python -m pytest -m faults tests/faults $(PYTEST_ARGS)
+
+bench: env ## measure speed of the embedded model on this CPU (about 3 minutes): docs/results/speed.md
+	PYTHONPATH=platform $(VENV)/bin/python -m diagonal.evaluate.bench --preset tiny --no-compile \
+		--sessions 12 --out docs/results/speed-cpu.json $(BENCH_ARGS)
+
+bench-gpu: ## measure every GPU row of docs/results/speed.md on a bare GPU machine, in under 9 minutes
+	-$(BENCH) --decoder fast --minutes 4 --session-minutes 1 --sections rates client schedules sessions growth \
+		--out docs/results/speed-gpu-fast.json $(BENCH_ARGS)
+	-$(BENCH) --decoder full --minutes 3 --sections rates client --out docs/results/speed-gpu-full.json $(BENCH_ARGS)
+	PYTHONPATH=platform $(or $(BENCH_PYTHON),python3) -m diagonal.evaluate.bench_report docs/results
 
 check: lint ## ruff and mypy
 	$(VENV)/bin/python -m mypy platform/diagonal jobs serve infra tests

@@ -274,6 +274,8 @@ class Engine(Sessions):
         wanted, lane = self._wanted(batch), next(self._lanes)
         with lane.after([done.clean, done.written, done.finite, *_features(batch)]):
             pixels = self._maker.decode([batch[number] for number in wanted], [done.clean[number] for number in wanted])
+        if self._pool.keys.is_cuda:
+            self._maker.draw_ahead(batch)
         begun_s = watch.started_s if watch else started_s
         self._flights.append(_Flight(batch, done, dict(zip(wanted, pixels, strict=True)), lane, kind, begun_s, watch))
         return []

@@ -29,11 +29,12 @@ from diagonal.engine.generation import ChunkMaker
 from diagonal.errors import FieldError, require
 from diagonal.evaluate.bench_model import RandomRelease
 from diagonal.evaluate.bench_rates import Variant, ceiling_tflops, growth_row, rate_row, variants
-from diagonal.evaluate.bench_report import summary, write
+from diagonal.evaluate.bench_report import summary, write, write_page
 from diagonal.evaluate.speed_report import environment
 
 Row = dict[str, Any]
 SECTIONS = ("rates", "client", "schedules", "sessions", "batching", "growth")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _POOL_SESSIONS = 2  # of the hand-driven streams: a window of 21 frames fits
 
 
@@ -50,7 +51,8 @@ class Bench:
     def run(self) -> Row:
         """Every section that fits, each written as soon as it is there."""
         self.release = RandomRelease(self.config, self.device)
-        self.found["ceiling_tflops"] = ceiling_tflops(self.device)
+        self.clock = CLOCKS[self.options.clock]
+        self.found["ceiling_tflops"] = ceiling_tflops(self.device, self.clock)
         for name in SECTIONS:
             if name not in self.options.sections:
                 self._note(name, "not asked for")
@@ -59,6 +61,7 @@ class Bench:
             else:
                 self._section(name, getattr(self, f"_{name}"))
             write(self.options.out, self.found, self.config)
+        write_page(self.options.out.parent)
         return self.found
 
     def _section(self, name: str, measure: Callable[[], object]) -> None:
@@ -85,7 +88,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
         maker, variant = self._maker(), variants(self.config)[0]
         rows = [rate_row(maker, self.release, variant, self.found["ceiling_tflops"], decode=decode,
-                         steady_chunks=self.options.chunks) for decode in (False, True)]  # fmt: skip
+                         steady_chunks=self.options.chunks, clock=self.clock) for decode in (False, True)]  # fmt: skip
         window = self.config.cache.window_frames // self.config.geometry.chunk_frames
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         return {
@@ -101,7 +104,7 @@ class Bench:
                 rows.append({"name": variant.name, "not_measured": f"the {self.options.minutes:g} minutes were over"})
                 continue
             rows.append(rate_row(maker, self.release, variant, self.found["ceiling_tflops"], decode=False,
-                                 steady_chunks=max(2, self.options.chunks // 4)))  # fmt: skip
+                                 steady_chunks=max(2, self.options.chunks // 4), clock=self.clock))  # fmt: skip
         return rows
 
     def _client(self) -> Row:
@@ -124,13 +127,13 @@ class Bench:
         count, chunks = self.options.batching_sessions, max(2, self.options.chunks // 2)
         rates = {}
         for name, batch in (("one_by_one_fps", 1), ("together_fps", count)):
-            rates[name] = throughput(self._engine(count, batch), count, chunks)
+            rates[name] = throughput(self._engine(count, batch), count, chunks, self.clock)
         return {"sessions": count, **rates, "ratio": rates["together_fps"] / rates["one_by_one_fps"]}
 
     def _growth(self) -> Row:
         config = self.config
         variant = Variant(config.schedule.steps, config.schedule.steps, config.cache.window_frames)
-        return growth_row(self._maker(), variant, min(10, self.options.late // 2), self.options.late)
+        return growth_row(self._maker(), variant, min(10, self.options.late // 2), self.options.late, self.clock)
 
     def _engine(self, sessions: int, batch: int) -> Engine:
         """An engine of so many slots that makes batches of at most so many, warmed up until nothing is compiled."""
@@ -156,12 +159,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--media-s", type=float, default=8.0, help="what each viewer watches")
     parser.add_argument("--minutes", type=float, default=8.5)
     parser.add_argument("--session-minutes", type=float, default=2.0)
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall",
+                        help="cpu: the process's own time, on a CPU that others use too; not of client and sessions")
     parser.add_argument("--threads", type=int, default=0, help="of torch on a CPU; 0 is its default")
     return parser.parse_args(arguments)
 
 
 def config_of(options: argparse.Namespace) -> Config:
     """The preset with what the options ask for; `FieldError` on a wrong one."""
+    require(options.clock == "wall" or not torch.cuda.is_available(), "--clock", options.clock, "wall on a GPU")
     for name in ("chunks", "late", "sessions", "batching_sessions"):
         require(getattr(options, name) >= 2, f"--{name}", getattr(options, name), "a whole number of at least 2")
     settings = [f"serve.decoder={options.decoder}", f"serve.compile={str(options.compile).lower()}"]
@@ -189,10 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     bench = Bench(config, device, options, started_s + 60 * options.minutes)
     bench.found.update(environment(device))
-    bench.found["command"] = " ".join(["python -m diagonal.evaluate.bench", *(arguments or sys.argv[1:])])
-    bench.found |= {"preset": options.preset, "decoder": options.decoder, "fp8": options.fp8,
-                    "compile": options.compile, "attention": config.serve.attention, "cpus": os.cpu_count(),
-                    "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    given = [part.replace(str(options.out.parent), "docs/results") for part in arguments or sys.argv[1:]]
+    bench.found |= {
+        "command": " ".join(["python -m diagonal.evaluate.bench", *given]), "preset": options.preset,
+        "decoder": options.decoder, "fp8": options.fp8, "compile": options.compile, "clock": options.clock,
+        "attention": config.serve.attention, "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+    }
     print(summary(bench.run()))
     return 0
 

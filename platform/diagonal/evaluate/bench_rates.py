@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from diagonal.model.layout import TransformerLayout
 from diagonal.schedule import StepSchedule
 
 Row = dict[str, Any]
+Clock = Callable[[], float]
 PROMPT = "a lighthouse at night, its beam sweeping over a calm sea, slow aerial shot"
 _MATRIX = {"cuda": 8192, "cpu": 1024}  # sides of the product that is measured as the ceiling
 _ROUNDS = 5
@@ -54,25 +55,27 @@ def variants(config: Config) -> list[Variant]:
     ]
 
 
-def ceiling_tflops(device: torch.device) -> float:
+def ceiling_tflops(device: torch.device, clock: Clock = time.perf_counter) -> float:
     """TFLOP/s of one large matrix product: bfloat16 on a GPU, float32 on a CPU."""
     side = _MATRIX[device.type]
     matrix = torch.ones(side, side, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     seconds = []
     for _ in range(_ROUNDS + 1):
         synchronize(device)
-        started_s = time.perf_counter()
+        started_s = clock()
         matrix @ matrix
         synchronize(device)
-        seconds.append(time.perf_counter() - started_s)
+        seconds.append(clock() - started_s)
     return float(2 * side**3 / min(seconds[1:]) / 1e12)
 
 
 class Stream:
     """One session driven by hand over a `ChunkMaker`: no scheduler, no snapshots, a clock around each chunk."""
 
-    def __init__(self, maker: ChunkMaker, variant: Variant, *, decode: bool, seed: int = 0) -> None:
-        self._maker, self._decode = maker, decode
+    def __init__(
+        self, maker: ChunkMaker, variant: Variant, *, decode: bool, clock: Clock = time.perf_counter, seed: int = 0
+    ) -> None:
+        self._maker, self._decode, self._clock = maker, decode, clock
         spec = SessionSpec("bench", PROMPT, seed, None, paced=False)
         self.session: Session = maker.new_session(spec, variant.schedule(maker.config))
         self.session.cache.window_chunks = variant.window_frames // maker.geometry.chunk_frames
@@ -82,7 +85,7 @@ class Stream:
         """Seconds of the next chunk: its forwards; with `decode` its pixels too, on the host."""
         device = self._maker.pool.keys.device
         synchronize(device)
-        started_s = time.perf_counter()
+        started_s = self._clock()
         self._maker.prepare(self.session)
         done = self._maker.denoise([self.session])
         if self._decode:
@@ -93,7 +96,7 @@ class Stream:
             if not isinstance(shown, Emitted):
                 raise shown
         synchronize(device)
-        seconds = time.perf_counter() - started_s
+        seconds = self._clock() - started_s
         kept = KeptChunk(self.session.next_chunk, done.written[0].cpu(), done.written_level)
         self.session.remember(kept, done.clean[0].cpu())
         self.session.next_chunk += 1
@@ -104,13 +107,14 @@ class Stream:
 
 
 def rate_row(
-    maker: ChunkMaker, release: RandomRelease, variant: Variant, ceiling: float, *, decode: bool, steady_chunks: int
+    maker: ChunkMaker, release: RandomRelease, variant: Variant, ceiling: float, *, decode: bool, steady_chunks: int,
+    clock: Clock = time.perf_counter,
 ) -> Row:
     """A clip from its first chunk (one to warm up, then the best of two), then the steady state of a full window."""
     config, geometry = maker.config, maker.geometry
     clips = []
     for _ in range(3):
-        stream = Stream(maker, variant, decode=decode)
+        stream = Stream(maker, variant, decode=decode, clock=clock)
         clips.append([stream.chunk_s() for _ in range(geometry.clip_chunks)])
         if len(clips) < 3:
             stream.close()
@@ -144,9 +148,11 @@ def percentiles(seconds: Sequence[float]) -> Row:
     return {**at, "chunks": len(ordered)}
 
 
-def growth_row(maker: ChunkMaker, variant: Variant, early: int, late: int, around: int = 8) -> Row:
+def growth_row(
+    maker: ChunkMaker, variant: Variant, early: int, late: int, clock: Clock = time.perf_counter, around: int = 8
+) -> Row:
     """Time and memory of a stream's chunks about number `early` and about number `late`."""
-    stream = Stream(maker, variant, decode=True)
+    stream = Stream(maker, variant, decode=True, clock=clock)
     seconds, memory = [], {}
     for chunk in range(late + 1):
         seconds.append(stream.chunk_s())

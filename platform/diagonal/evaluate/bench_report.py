@@ -28,14 +28,14 @@ PREFIX, PAGE, NOTES = "speed-", "speed.md", "speed-notes.json"
 
 
 def write(out: Path, found: Found, config: Config) -> None:
-    """Write a run's JSON, its plot where matplotlib is there, and the folder's page; each whole or not at all."""
+    """Write a run's JSON, and its plot where matplotlib is there; each whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {**found, "config": config.to_dict()})
     _plot(out.with_suffix(".png"), found)
-    write_page(out.parent)
 
 
 def write_page(folder: Path) -> None:
+    """Write `speed.md` anew from the runs beside it."""
     part = folder / f"{PAGE}.part"
     part.write_text(page(runs_in(folder), _notes(folder)))
     os.replace(part, folder / PAGE)
@@ -68,9 +68,9 @@ def summary(found: Found) -> str:
 
 
 def _how(found: Found) -> str:
-    eight = ", 8-bit layers and cache" if found["fp8"] else ""
-    return (f"decoder {found['decoder']}, {'compiled' if found['compile'] else 'eager'}{eight}, ceiling "
-            f"{found['ceiling_tflops']:.4g} TFLOP/s")
+    how = ["compiled" if found["compile"] else "eager", *(["8-bit layers and cache"] if found["fp8"] else []),
+           f"{found['clock']} clock"]  # fmt: skip
+    return f"decoder {found['decoder']}, {', '.join(how)}, ceiling {found['ceiling_tflops']:.4g} TFLOP/s"
 
 
 def _rate_line(name: str, row: Found | None, rates: Found) -> str:

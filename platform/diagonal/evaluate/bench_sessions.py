@@ -10,7 +10,7 @@ from typing import Any
 
 from diagonal.engine.engine import Engine
 from diagonal.engine.session import ChunkResult, SessionSpec
-from diagonal.evaluate.bench_rates import PROMPT
+from diagonal.evaluate.bench_rates import PROMPT, Clock
 from diagonal.media.encode import ChunkEncoder
 
 Row = dict[str, Any]
@@ -109,7 +109,7 @@ def most_sessions(engine: Engine, limit: int, media_s: float, scale: int, ends_s
             "encoded": encode}  # fmt: skip
 
 
-def throughput(engine: Engine, sessions: int, chunks: int) -> float:
+def throughput(engine: Engine, sessions: int, chunks: int, clock: Clock = time.perf_counter) -> float:
     """Pixel frames a second that so many sessions get together, unpaced, after their windows are full."""
     geometry = engine.geometry
     names = [f"busy-{number}" for number in range(sessions)]
@@ -118,9 +118,9 @@ def throughput(engine: Engine, sessions: int, chunks: int) -> float:
     window = engine.config.cache.window_frames // geometry.chunk_frames
     try:
         _rounds(engine, names, window)
-        started_s = time.perf_counter()
+        started_s = clock()
         frames = _rounds(engine, names, chunks)
-        return frames / (time.perf_counter() - started_s)
+        return frames / (clock() - started_s)
     finally:
         close_all(engine, names)
 

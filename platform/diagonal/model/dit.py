@@ -95,9 +95,11 @@ class CausalBlock(WanTransformerBlock):
         as parameters change their names."""
         for attention, parts in ((self.attn1, ("to_q", "to_k", "to_v")), (self.attn2, ("to_k", "to_v"))):
             if not fused(attention) and isinstance(attention.to_k, torch.nn.Linear):  # 8-bit layers stay as they are
+                trainable = attention.to_k.weight.requires_grad
                 attention.fuse_projections()
                 for part in parts:
                     delattr(attention, part)
+                attention.requires_grad_(trainable)
 
     def _self_attention(
         self, x: Tensor, rotary: Rotary, context: tuple[Tensor, Tensor] | None, mask: BlockCausal | None
