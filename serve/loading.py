@@ -29,7 +29,7 @@ def load_engine(settings: ServeSettings, metrics: MetricSink) -> Loaded:
 
     `ReleaseError` when it is not whole, or was not promoted and nobody said that it may be served all the same.
     """
-    release = Release.load(settings.release or None)
+    release = Release.load(settings.release or None).with_settings(settings.release_settings)
     if not settings.allow_unpromoted:
         release.check_promoted()
     engine = Engine(release, device=settings.device, metrics=metrics, read_aside=True)

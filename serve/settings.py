@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.media.encode import CODECS
 from serve.releases import ReleaseSettings, check_name, parse_releases, parsed
@@ -25,7 +26,8 @@ class ServeSettings:
 
     `release`: a folder or s3:// URI, '' is the embedded one; `model` names it to callers, '' is its own name.
     `releases`: several side by side, instead of these two (`serve.releases`). `allow_unpromoted`: also serve a
-    release whose manifest does not say that it was promoted. `device`: of each replica, such as cpu or cuda.
+    release whose manifest does not say that it was promoted. `options`: other values of the release's own `serve`
+    settings, by commas, such as decoder=fast,cache_dtype=fp8. `device`: of each replica, such as cpu or cuda.
     `replicas`, `gateways`: how many of each. With `max_replicas`, `max_gateways` that is how many at least, and there
     are more while sessions (connections) need them: after `scale_up_delay_s`, until `scale_down_delay_s` without
     need; `spare_share` of the slots and of the time is kept free, and a gateway has about `gateway_connections`.
@@ -51,6 +53,7 @@ class ServeSettings:
     model: str = ""
     releases: tuple[ReleaseSettings, ...] = ()
     allow_unpromoted: bool = False
+    options: str = ""
     device: str = "cpu"
     replicas: int = 1
     max_replicas: int = 0
@@ -103,6 +106,7 @@ class ServeSettings:
         if self.releases:
             alone = not self.release and not self.model
             require(alone, "releases", self.releases, "no `release` and no `model` beside it")
+        Config().with_settings(self.release_settings)
         self.served()
         for name in ("reader_start_timeout_s", "session_idle_timeout_s", "expire_s", "resume_window_s", "max_stream_s",
                      "prompt_policy_timeout_s", "drain_s"):
@@ -134,6 +138,11 @@ class ServeSettings:
         if not self.releases:
             return {self.model: self}
         return {one.name: replace(self, releases=(), **one.changes()) for one in self.releases}
+
+    @property
+    def release_settings(self) -> tuple[str, ...]:
+        """`options` as settings of the release's configuration."""
+        return tuple(f"serve.{part.strip()}" for part in self.options.split(",") if part.strip())
 
     @property
     def allowed_origins(self) -> tuple[str, ...]:

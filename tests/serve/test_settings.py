@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 
 from diagonal.errors import FieldError
+from diagonal.metrics import NullSink
+from diagonal.model.weights import Release
+from serve import loading
 from serve.settings import ServeSettings
 
 
@@ -31,6 +36,8 @@ def test_arguments_come_back_as_they_went_in() -> None:
         ({"replica_gpus": -1}, "replica_gpus"),
         ({"session_idle_timeout_s": 0}, "session_idle_timeout_s"),
         ({"data": ""}, "data"),
+        ({"options": "decoder=small"}, "serve.decoder"),
+        ({"options": "decoder=fast,nothing=1"}, "setting"),
         ({"c2pa_certificate": "chain.pem"}, "c2pa_key"),
         ({"watermark": "spread-spectrum"}, "watermark_key"),
         ({"watermark": "something", "watermark_key": "key"}, "watermark"),
@@ -43,3 +50,16 @@ def test_a_wrong_argument_is_named(arguments: dict[str, object], field: str) -> 
     with pytest.raises(FieldError) as caught:
         ServeSettings.from_arguments(arguments)
     assert caught.value.field == field
+
+
+def test_options_are_settings_of_the_releases_own_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, taken = ServeSettings(options="decoder=full, cache_dtype=fp8"), list[Release]()
+    assert settings.release_settings == ("serve.decoder=full", "serve.cache_dtype=fp8")
+
+    def engine(release: Release, **parts: object) -> Mock:
+        taken.append(release)
+        return Mock()
+
+    monkeypatch.setattr(loading, "Engine", engine)
+    loaded = loading.load_engine(settings, NullSink())
+    assert loaded.config == taken[0].config == Release.load().config.with_settings(["serve.cache_dtype=fp8"])
