@@ -34,6 +34,7 @@ from serve.records import (
     Status,
     VideoRecord,
 )
+from serve.refusals import RecentRefusals
 from serve.router import address
 from serve.schemas import InteractionRequest, VideoRequest, asked_change, new_video, new_video_id
 from serve.settings import ServeSettings
@@ -56,6 +57,7 @@ class Gateway:
         self._drivers = Drivers(store, fleet, metrics, settings.reader_start_timeout_s)
         self._leaving: set[asyncio.Task[None]] = set()
         self._policy = PromptPolicy.from_settings(settings, metrics)
+        self._refusals = RecentRefusals()
         self._provenance: Provenance | None = None
         self._is_stopping, self._draining = is_stopping, asyncio.Event()
         self._upkeep: list[asyncio.Task[None]] = []
@@ -137,6 +139,9 @@ class Gateway:
         video = new_video(request, info, time.time(), video_id)
         await self._policy.check(video.prompt, caller.account)
         video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash)
+        if idempotency is None and (full := self._refusals.of(video)):  # a repeated request may be of a known video
+            self._metrics.inc("diagonal_rejected_total", reason="full_lately")
+            raise refused(full)
         # A caller who goes away leaves nothing half made.
         made = await asyncio.shield(apart(self._admit(video, caller, idempotency)))
         return replace(made, age_s=time.monotonic() - began_s)
@@ -172,6 +177,7 @@ class Gateway:
         replica = self._fleet.handle(video).options(session_id=address("", video.id))
         opened: Opened | Refused = await answer(replica.open.remote(*opening(video)))
         if isinstance(opened, Refused):
+            self._refusals.note(video, opened)
             raise refused(opened)
         return opened
 
