@@ -170,3 +170,16 @@ def test_8_sessions_beyond_the_last_slot_are_refused_and_what_they_held_is_given
             http.delete(f"/v1/videos/{answer.json()['id']}")
         until(lambda: engine.stats().cache_bytes == 0, "every byte is back")
         assert open_files() <= files + 4
+
+
+def test_4_an_encoder_keeps_nothing_of_the_stream_before(make_service: Callable[..., Service], until: Until) -> None:
+    """The same picture behind another session's is the same bytes as in a service that made nothing else."""
+
+    def stream(service: Service, *prompts: str) -> bytes:
+        with httpx.Client(base_url=service.urls[0], timeout=20) as http:
+            for prompt in prompts:
+                found = http.get(f"/v1/videos/{start(http, prompt=prompt, num_frames=45)}/stream").content
+                until(lambda: not service.engine.sessions, "the place is free")
+        return found
+
+    assert stream(make_service(), "a red circle", "a blue square") == stream(make_service(), "a blue square")

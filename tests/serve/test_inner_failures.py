@@ -21,7 +21,7 @@ from serve.failover import rehome
 from tests.engine.test_isolation import PoisonedText
 from tests.networks import small_release
 from tests.serve.conftest import FakeEngine, Service
-from tests.serve.hostile import start, told
+from tests.serve.hostile import closed, start, told
 from tests.serve.sockets import viewer
 from tests.serve.test_failover import Cluster, make_cluster  # noqa: F401
 from tests.serve.test_streaming import shades
@@ -111,6 +111,18 @@ def test_15_whatever_breaks_inside_is_neither_told_nor_logged_nor_waited_for(
                 answers.append(str(one.others))
     everything = "".join(answers).replace(CANARY, "") + caplog.text + "".join(capfd.readouterr())
     assert SECRET not in everything and "CANARY" not in caplog.text
+
+
+def test_15_a_start_that_breaks_in_the_gateway_ends_with_a_word(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(service.gateways[0], "create", raises_later(KeyError))
+    with viewer(service.urls[0]) as one:
+        one.say("session.start", prompt=CANARY)
+        code, error = closed(one)
+    assert (code, error["code"]) == (1011, "internal_error")
+    assert SECRET not in str(one.others) + caplog.text and "CANARY" not in caplog.text
 
 
 def test_s5_a_chunk_that_cannot_be_encoded_ends_its_session_at_once_and_no_other(
