@@ -31,19 +31,23 @@ class ConfiguredService(LiveService):
 
         serve.start(http_options={"host": "127.0.0.1", "port": self._port, "request_timeout_s": None})
 
-    def configure(self, weights: dict[str, float] | None = None, **arguments: Any) -> None:
-        """Deploy these arguments, or the same ones as before with other weights."""
+    def configure(self, weights: dict[str, float] | None = None, canary: str = "", **arguments: Any) -> None:
+        """Deploy these arguments, or those of before, with other weights; `canary` is the release of `next`."""
         from ray import serve
         from ray.serve.schema import ServeDeploySchema
 
         if arguments:
             base = {name: self._config["args"][name] for name in ("data", "replica_cpus")}
             self._config["args"] = base | {"drain_s": 30.0} | arguments
-        user_config = {} if weights is None else {"user_config": {"weights": weights}}
-        config = self._config | {"deployments": [{"name": "Gateway", **user_config}]}
-        schema = ServeDeploySchema.model_validate({"applications": [config]})
+        others = {"applications": {"next": "canary"}} if canary else {}
+        user_config = {} if weights is None else {"user_config": {"weights": weights, **others}}
+        applications = [self._config | {"deployments": [{"name": "Gateway", **user_config}]}]
+        if canary:
+            own = {"model": "next", "release": canary, "replica_cpus": 0.5}
+            about = {"name": "canary", "route_prefix": None, "import_path": "serve.app:build_release"}
+            applications.append(about | {"args": own})
         client: Any = serve.context._get_global_client()
-        client.deploy_apps(schema, _blocking=False)
+        client.deploy_apps(ServeDeploySchema.model_validate({"applications": applications}), _blocking=False)
 
     def all_parts(self) -> set[str]:
         """The ids of every replica of every deployment."""

@@ -61,6 +61,23 @@ def test_a_canary_and_its_rollback_replace_no_replica_and_disturb_no_stream(
     assert live.record(watcher.id).frames_done == 320 and watcher.longest_gap_s() < 5.0
 
 
+def test_a_canary_in_an_application_of_its_own_comes_and_goes_beside_the_others(
+    live: ConfiguredService, tmp_path: Path
+) -> None:
+    live.configure(model="stable", replica_cpus=0.5)
+    live.until("the service is ready", live.ready)
+    live.settle()
+    parts = live.all_parts()
+    live.configure({"stable": 0.0, "next": 1.0}, canary=variant(tmp_path / "r2"))
+    live.until("the canary makes videos", partial(makes, live, "next"))
+    models = httpx.get(f"{live.url}/v1/models", timeout=30).json()["data"]
+    assert [model["id"] for model in models] == ["stable", "next"] and live.all_parts() == parts
+    live.configure({"stable": 1.0})
+    live.until("the canary is gone", partial(makes, live, "stable"))
+    refused = httpx.post(f"{live.url}/v1/videos", json=BODY | {"model": "next"}, timeout=60)
+    assert refused.status_code == 404 and live.all_parts() == parts
+
+
 def test_a_release_that_nobody_promoted_is_not_served_unless_asked(live: ConfiguredService, tmp_path: Path) -> None:
     release = variant(tmp_path / "r3", promoted=False)
     live.configure(release=release)

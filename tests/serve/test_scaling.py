@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serve.scaling import Load, SessionScaling, connection_scaling, fewest, replicas_for, session_scaling
@@ -93,6 +93,7 @@ def test_at_a_constant_load_the_number_settles_at_once_and_stays(
 
 
 @given(st.integers(1, 40), st.floats(0.0, 0.4), SPARE, st.floats(-0.04, 0.04))
+@example(3, 0.4001, 0.4, -0.01)
 def test_a_measure_that_trembles_does_not_move_the_number_back(
     sessions: int, share: float, spare: float, noise: float
 ) -> None:
