@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def markdown(what: str, report: dict[str, Any]) -> str:
     """The report as a table, with what is needed to reproduce it."""
     columns = [("PSNR to the first row, dB", "psnr_db"), ("PSNR to the world's pixels, dB", "original_psnr_db"),
-               ("decoding a chunk, ms (median)", "chunk_ms"), ("K/V of a session, bytes", "kv_bytes_per_session")]
+               ("decoding a chunk, ms (median / least)", "chunk_ms"), ("K/V of a session, bytes", "kv_bytes_per_session")]
     shown = [(title, key) for title, key in columns if key in report["rows"][0]]
     heads = [title for title, _ in shown] + list(MEASURES)
     lines = [
@@ -74,7 +74,7 @@ def markdown(what: str, report: dict[str, Any]) -> str:
         "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|",
     ]
     for row in report["rows"]:
-        values = [row[key]["median"] if key == "chunk_ms" else row[key] for _, key in shown]
+        values = ["{median} / {least}".format(**row[key]) if key == "chunk_ms" else row[key] for _, key in shown]
         cells = ["same" if value is None else str(value) for value in values]
         cells += [f"{row['scores'][m]['mean']:.3f} ±{row['scores'][m]['half_width']:.3f}" for m in MEASURES]
         lines.append("| " + " | ".join([row["name"], *cells]) + " |")
