@@ -16,7 +16,7 @@ RANKS = {
     "": -1, "errors": -1,
     "geometry": 0, "schedule": 0, "metrics": 0, "storage": 0, "tree": 0, "mp4": 0, "chain": 0,
     "config": 1, "model": 2, "diffusion": 3, "data": 4, "media": 4, "training": 5, "engine": 5, "evaluate": 6,
-    "jobs": 7, "serve": 7, "client": 7,
+    "client": 6, "jobs": 7, "serve": 7,
 }  # fmt: skip
 EDGE_LIBRARIES = {"ray", "fastapi", "pydantic", "starlette", "uvicorn"}
 NO_PACKAGE = ("platform", "jobs", "serve")
