@@ -15,7 +15,7 @@ import torch
 
 from diagonal.config import Config
 from diagonal.evaluate import bench_report
-from diagonal.evaluate.bench import SECTIONS, main
+from diagonal.evaluate.bench import SECTIONS, main, parse
 from diagonal.evaluate.bench_client import samples, whole_boxes
 from diagonal.evaluate.bench_model import RandomRelease
 from diagonal.evaluate.bench_rates import percentiles, variants
@@ -24,6 +24,7 @@ from diagonal.media.encode import ChunkEncoder
 from diagonal.model.flops import rollout_flops
 from diagonal.model.layout import TransformerLayout
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 QUICK = ["--preset", "tiny", "--chunks", "2", "--late", "6", "--clock", "cpu", "--sessions", "2", "--media-s", "1.2",
          "--batching-sessions", "2", "--threads", "1"]  # fmt: skip
@@ -122,6 +123,13 @@ def test_a_row_shows_the_newest_run_that_has_it_and_never_one_in_8_bits() -> Non
     assert bench_report._newest(line, {}) == ("", None)
 
 
+def test_a_short_stream_does_not_stand_for_chunk_700() -> None:
+    measured = bench_report._grown("time_ratio")
+    assert measured({"growth": {"name": "chunk 700 against chunk 10", "time_ratio": 1.01}}) == 1.01
+    with pytest.raises(KeyError):
+        measured({"growth": {"name": "chunk 6 against chunk 3", "time_ratio": 1.0}})
+
+
 def test_a_page_without_runs_has_every_row_and_measures_nothing(tmp_path: Path) -> None:
     rows = [row for row in page(runs_in(tmp_path), {}).splitlines() if re.match(r"\| (?!figure|-)", row)]
     assert len(rows) == 18 and all("not measured" in row for row in rows)
@@ -148,6 +156,18 @@ def test_percentiles_are_in_milliseconds_and_of_the_sorted_times() -> None:
 def test_every_schedule_is_one_of_the_table_or_a_baseline() -> None:
     named = [variant.name for variant in variants(Config.from_preset("tiny", ["schedule.steps=3"]))]
     assert named[0] == "3" and "4322222" in named and len(named) == len(set(named)) == 9
+
+
+def test_make_bench_gpu_asks_for_every_row_within_nine_minutes() -> None:
+    """Its commands as make would run them: options that the bench takes, and time limits that add up."""
+    done = subprocess.run(["make", "-n", "bench-gpu"], cwd=ROOT, timeout=60, check=True, capture_output=True, text=True)
+    commands = [line for line in done.stdout.replace("\\\n", " ").splitlines() if "diagonal.evaluate.bench " in line]
+    runs = [parse(line.partition("diagonal.evaluate.bench ")[2].split()) for line in commands]
+    assert [run.decoder for run in runs] == ["fast", "full"] and all(run.preset == "wan-1.3b" for run in runs)
+    assert {section for run in runs for section in run.sections} == set(SECTIONS) - {"batching"}
+    assert runs[0].late == 700 and {"client", "sessions", "growth"} <= set(runs[0].sections)
+    limits = [int(line.split()[1]) for line in commands]
+    assert sum(limits) < 9 * 60 and all(60 * run.minutes < limit for run, limit in zip(runs, limits, strict=True))
 
 
 HIDDEN = """

@@ -167,8 +167,8 @@ def _gpu_lines(ceiling: float) -> list[Line]:
              _of("sessions", "sessions"), ".1f", "fast"),
         Line("K/V of one session at window 12, GB", "3.4505", full.cache_bytes / 1e9,
              lambda run: run["rates"]["cache_bytes"] / 1e9, ".4f"),
-        Line("chunk 700 over chunk 10, time", "<= 1.03", 1.0, _of("growth", "time_ratio"), ".3f"),
-        Line("chunk 700 over chunk 10, memory", "<= 1.03", 1.0, _of("growth", "memory_ratio"), ".3f"),
+        Line("chunk 700 over chunk 10, time", "<= 1.03", 1.0, _grown("time_ratio"), ".3f"),
+        Line("chunk 700 over chunk 10, memory", "<= 1.03", 1.0, _grown("memory_ratio"), ".3f"),
         Line("share of the measured matmul ceiling, DiT, steady", "", 1.0,
              lambda run: run["rates"]["dit"]["ceiling_share"], ".2f"),
     ]  # fmt: skip
@@ -181,17 +181,27 @@ def _cpu_lines() -> list[Line]:
         Line("5-second clip through DiT and decoder, times real time", ">= 10", None,
              lambda run: media_s / run["rates"]["decoded"]["clip_s"], decoder="full"),
         Line("client-received over in-process FPS of the same clip", ">= 0.9", 1.0,
-             lambda run: run["client"]["fps"] / run["rates"]["decoded"]["clip_fps"], ".2f", "full"),
+             _received_share, ".2f", "full"),
         Line("real-time sessions without a stall, in process with encoding", ">= 8", None,
              _of("sessions", "sessions"), ".0f", "full"),
         Line("sharing forwards over time slicing, 8 sessions", ">= 1.5", None, _of("batching", "ratio"), ".2f", "full"),
-        Line("chunk 700 over chunk 10, time", "<= 1.03", 1.0, _of("growth", "time_ratio"), ".3f"),
-        Line("chunk 700 over chunk 10, memory", "<= 1.03", 1.0, _of("growth", "memory_ratio"), ".3f"),
+        Line("chunk 700 over chunk 10, time", "<= 1.03", 1.0, _grown("time_ratio"), ".3f"),
+        Line("chunk 700 over chunk 10, memory", "<= 1.03", 1.0, _grown("memory_ratio"), ".3f"),
     ]  # fmt: skip
 
 
 def _of(section: str, name: str) -> Callable[[Found], float]:
     return lambda run: run[section][name]
+
+
+def _grown(name: str) -> Callable[[Found], float]:
+    """Of the comparison that the row names: a shorter run does not stand for it."""
+    return lambda run: {run["growth"]["name"]: run["growth"][name]}["chunk 700 against chunk 10"]
+
+
+def _received_share(run: Found) -> float:
+    """Only where both were taken by the same clock: a client knows that on the wall alone."""
+    return float({run["clock"]: run["client"]["fps"] / run["rates"]["decoded"]["clip_fps"]}["wall"])
 
 
 class _Floors:
@@ -257,7 +267,7 @@ def _run_lines(name: str, run: Found) -> list[str]:
     lines += [_rate_row(row) for row in found if row is not None]
     client = run.get("client", {})
     if "fps" in client:
-        lines.append(f"| received by a client | | | | {client['fps']:.1f} | | {client['p50_ms']:.1f} / "
+        lines.append(f"| received by a client (wall clock) | | | | {client['fps']:.1f} | | {client['p50_ms']:.1f} / "
                      f"{client['p95_ms']:.1f} / {client['p99_ms']:.1f} | |")
     parts = {part: of for part, of in run.items() if isinstance(of, dict)}
     left = [f"{part}: {of['not_measured']}" for part, of in parts.items() if "not_measured" in of]
