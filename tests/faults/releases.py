@@ -26,7 +26,8 @@ def variant(folder: Path, *settings: str, promoted: bool = True) -> str:
 class ConfiguredService(LiveService):
     """A service of any arguments, deployed as `serve deploy` does."""
 
-    def start(self) -> None:
+    def open(self) -> None:
+        """Start Serve, with nothing on it yet."""
         from ray import serve
 
         serve.start(http_options={"host": "127.0.0.1", "port": self._port, "request_timeout_s": None})

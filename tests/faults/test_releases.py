@@ -19,7 +19,7 @@ BODY = {"prompt": "a red circle moving right slowly", "num_frames": 9}
 @pytest.fixture
 def live(ray_cluster: str, tmp_path: Path) -> Iterator[ConfiguredService]:
     service = ConfiguredService(str(tmp_path / "data"))
-    service.start()
+    service.open()
     yield service
     service.close()
 
