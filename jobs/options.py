@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def markdown(what: str, report: dict[str, Any]) -> str:
     """The report as a table, with what is needed to reproduce it."""
     columns = [("PSNR to the first row, dB", "psnr_db"), ("PSNR to the world's pixels, dB", "original_psnr_db"),
-               ("decoding a chunk, ms (median / least)", "chunk_ms"), ("K/V of a session, bytes", "kv_bytes_per_session")]
+               ("a chunk, ms (median / least)", "chunk_ms"), ("K/V of a session, bytes", "kv_bytes_per_session")]
     shown = [(title, key) for title, key in columns if key in report["rows"][0]]
     heads = [title for title, _ in shown] + list(MEASURES)
     lines = [
