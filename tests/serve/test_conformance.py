@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.serve.conftest import Service
+from tests.serve.conftest import FakeEngine, Service
 
 CHECKS: list[Any] = [
     not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance,
@@ -122,16 +122,17 @@ def interaction(**fields: Any) -> bytes:
     return json.dumps({"interaction": {"event": {"prompt": "x"}} | fields}).encode()
 
 
-def test_an_interaction_is_checked_to_the_edges_before_its_video_is_looked_for(idle_http: httpx.Client) -> None:
-    path = "/v1/videos/video_none/interactions"
+def test_an_interaction_is_taken_to_its_edges_and_refused_behind_them(http: httpx.Client, engine: FakeEngine) -> None:
+    engine.allow(0)
+    path = f"/v1/videos/{http.post('/v1/videos', json={'prompt': 'a red circle'}).json()['id']}/interactions"
     for fields in ({"transition_chunks": 0}, {"transition_chunks": 64}, {"event_id": "e"}, {"event_id": "e" * 128}):
-        assert asked(idle_http, path, interaction(**fields))[0] == 404, fields
+        assert asked(http, path, interaction(**fields))[0] == 202, fields
     wrong = [{"transition_chunks": value} for value in (-1, 65, *HUGE, *NO_NUMBER)]
     wrong += [{"event_id": value} for value in ("", "e" * 129, "a b", "\x00", "é", *NO_TEXT)]
     wrong += [{"event": {"prompt": value}} for value in ("", "\x00", "x" * 201, *NO_TEXT, None)]
     wrong += [{"event": {"action": value}} for value in ("", "stop", *NO_TEXT)]
     for fields in wrong:
-        assert asked(idle_http, path, interaction(**fields))[0] in (400, 404, 422), fields
+        assert asked(http, path, interaction(**fields))[0] in (400, 422), fields
 
 
 @pytest.mark.parametrize(

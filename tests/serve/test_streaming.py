@@ -165,9 +165,10 @@ def test_a_finished_video_takes_no_prompt_change(http: httpx.Client, until: Unti
     ],
 )
 def test_a_wrong_prompt_change_is_told_its_field(
-    idle_http: httpx.Client, interaction: dict[str, Any], param: str
+    http: httpx.Client, engine: FakeEngine, interaction: dict[str, Any], param: str
 ) -> None:
-    answer = idle_http.post("/v1/videos/video_none/interactions", json={"interaction": interaction})
+    engine.allow(0)
+    answer = http.post(f"/v1/videos/{start(http)}/interactions", json={"interaction": interaction})
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
 
 
