@@ -126,6 +126,7 @@ class Driver:
             self._held = False
             return True
         if moved is not None:
+            _LOG.error("video %s finds no other replica: %s", self._video.id, moved.code)
             await self._fail(GONE.code, GONE.message)
         return False
 

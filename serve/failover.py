@@ -14,6 +14,7 @@ from serve.router import address, elsewhere
 
 _LOG = logging.getLogger("ray.serve")
 PATIENCE_S = 10.0  # of a viewer before a stream that stands still counts as ended
+_FULL_PATIENCE_S = 60.0  # of who knows that there are replicas, but none has room just now: some session ends by then
 UNWATCHED_PATIENCE_S = 120.0  # of a video that nobody watches: Serve has put a replica up again by then
 _CALL_TIMEOUT_S = 4.0
 _WAIT_S = 0.2
@@ -28,14 +29,15 @@ async def rehome(
     `ahead_s` is the media that the viewer has left. What is tried again is harmless: a replica that was asked twice
     lets the first session go, and only the newest epoch may add chunks.
     """
-    give_up_s = time.monotonic() + patience_s
+    began_s = time.monotonic()
     anywhere = replica.options(session_id=elsewhere(video.replica, video.id))
     while True:
         opened = await _take_up(video, store, anywhere, ahead_s)
         if isinstance(opened, Opened):
             return await _claim(video, opened, store, replica)
         final = opened.retry_after_s is None and opened is not _LOST and opened.param != "session_id"
-        if final or time.monotonic() + _WAIT_S > give_up_s:
+        left_s = max(patience_s, _FULL_PATIENCE_S) if opened.retry_after_s is not None else patience_s
+        if final or time.monotonic() + _WAIT_S > began_s + left_s:
             return opened
         await asyncio.sleep(_WAIT_S)
 

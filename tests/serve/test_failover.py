@@ -152,7 +152,7 @@ def test_a_prompt_change_that_no_chunk_had_shown_is_not_lost_with_the_replica(
 def test_without_another_replica_the_stream_breaks_off_and_says_so(
     make_cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.failover.PATIENCE_S", 0.5)
+    monkeypatch.setattr("serve.driver.PATIENCE_S", 0.5)
     cluster = make_cluster(replicas=1)
     with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
         video = start(http, frames=900, pacing="realtime")
@@ -247,6 +247,6 @@ def test_a_gateway_that_dies_costs_its_viewer_a_reconnect(
         ({}, "interaction.event.prompt"),
     ],
 )
-def test_an_interaction_says_one_thing(idle_http: httpx.Client, event: dict[str, Any], param: str) -> None:
-    answer = steer(idle_http, "video_none", **event)
+def test_an_interaction_says_one_thing(http: httpx.Client, event: dict[str, Any], param: str) -> None:
+    answer = steer(http, start(http), **event)
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)

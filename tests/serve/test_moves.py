@@ -100,6 +100,22 @@ def test_the_session_of_a_replica_that_drains_moves_before_its_viewer_has_played
     assert one.indices == list(range(27))
 
 
+def test_a_session_that_moves_where_all_is_full_waits_until_there_is_room(
+    make_cluster: Make, expected: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.driver.PATIENCE_S", 0.5)
+    cluster = make_cluster()
+    for replica in cluster.replicas.values():
+        engine: Any = replica._engine
+        engine._slots = 1
+    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http, ThreadPoolExecutor(2) as readers:
+        other, video = start(http, frames=57, pacing="realtime"), start(http, pacing="realtime")
+        streams = [readers.submit(http.get, f"/v1/videos/{one}/stream") for one in (other, video)]
+        killed = cluster.kill_holder(video)
+        assert_same_video(streams[1].result(60).content, expected)
+        assert streams[0].result(1).content and cluster.holder(video) == cluster.holder(other) != killed
+
+
 def test_calls_for_a_replica_that_is_gone_end_no_session_that_moved(make_cluster: Make) -> None:
     cluster = make_cluster(replicas=1)
     with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
