@@ -65,11 +65,12 @@ def test_a_canary_in_an_application_of_its_own_comes_and_goes_beside_the_others(
     live: ConfiguredService, tmp_path: Path
 ) -> None:
     live.configure(model="stable", replica_cpus=0.5)
-    live.until("the service is ready", live.ready)
+    live.until("the service is ready", live.ready, 180)
     live.settle()
     parts = live.all_parts()
-    live.configure({"stable": 0.0, "next": 1.0}, canary=variant(tmp_path / "r2"))
-    live.until("the canary makes videos", partial(makes, live, "next"))
+    live.configure({"stable": 1.0, "next": 1e6}, canary=variant(tmp_path / "r2"))
+    # While it loads, the other one makes them.
+    live.until("the canary makes videos", partial(makes, live, "next"), 180)
     models = httpx.get(f"{live.url}/v1/models", timeout=30).json()["data"]
     assert [model["id"] for model in models] == ["stable", "next"] and live.all_parts() == parts
     live.configure({"stable": 1.0})
