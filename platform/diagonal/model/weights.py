@@ -265,8 +265,8 @@ class Release:
         """The causal generator in the configured compute type, its blocks' linear layers in `serve.linear_dtype`."""
         dtype = getattr(torch, self.config.model.compute_dtype)
         network = load_causal(self.folder, self.config, dtype).to(device).requires_grad_(False)
-        network.fuse()
         if self.config.serve.linear_dtype == "fp8":
+            network.fuse()  # before they are 8 bits, which are joined no more
             use_fp8_linears(network, network.blocks)
         return network
 
