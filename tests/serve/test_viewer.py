@@ -100,7 +100,8 @@ def saved(folder: Path, until: Until) -> Path:
 
 def frames_of(ffprobe: str, file: Path) -> int:
     """As ffprobe counts them; their times rise evenly."""
-    command = [ffprobe, "-v", "error", "-select_streams", "v", "-show_entries", "frame=pts_time", "-of", "json", file]
+    asked = ["-v", "error", "-select_streams", "v", "-show_entries", "frame=pts_time", "-of", "json"]
+    command = [ffprobe, *asked, str(file)]
     told = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
     times = [float(frame["pts_time"]) for frame in told["frames"]]
     assert all(abs(b - a - 1 / 16) < 0.002 for a, b in zip(times, times[1:], strict=False))
