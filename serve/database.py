@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sql
 
 from diagonal.chain import Link
-from serve.records import ChunkEvents, EncodedChunk, Interaction, InteractionKind, Pacing, Status, VideoRecord
+from serve.records import ChunkEvents, Interaction, InteractionKind, KeptChunk, Pacing, Status, VideoRecord
 from serve.tables import CHUNKS, IDEMPOTENCY, INTERACTIONS, KEYS, USAGE, VIDEOS, Tables
 
 _RUNNING = (Status.QUEUED.value, Status.IN_PROGRESS.value)
@@ -48,40 +48,38 @@ class Database:
         """Become the driver, of a session that `replica` holds: the epoch moves on from `epoch`, for one caller."""
         return self._update(video_id, VIDEOS.c.epoch == epoch, epoch=epoch + 1, replica=replica)
 
-    def add_chunk(
-        self, video_id: str, epoch: int, chunk: EncodedChunk, file: str, sha256: str, now: float,
-        snapshot: str = "", whole_snapshot: bool = False, link: Link | None = None,
-    ) -> bool:
-        """Note a chunk whose files are there, if it is the next one and comes from the newest driver.
+    def add_chunks(self, video_id: str, epoch: int, kept: Sequence[KeptChunk], now: float) -> bool:
+        """Note chunks whose files are there, if they are the next ones, in order, and come from the newest driver.
 
-        The same chunk again, from who gave it before, is no harm: the answer may have been lost.
+        The same chunks again, from who gave them before, are no harm: the answer may have been lost.
         """
+        first, newest = kept[0].chunk, kept[-1].chunk
+        next_one = (VIDEOS.c.epoch == epoch) & (VIDEOS.c.chunks_done == first.chunk)
+        done = {"chunks_done": newest.chunk + 1, "frames_done": newest.first_pixel_frame + newest.frames}
+        changed = running(video_id, next_one).values(**done)
         with self._tables.writing() as connection:
-            next_one = (VIDEOS.c.epoch == epoch) & (VIDEOS.c.chunks_done == chunk.chunk)
-            done = {"chunks_done": chunk.chunk + 1, "frames_done": chunk.first_pixel_frame + chunk.frames}
-            changed = running(video_id, next_one).values(**done).returning(VIDEOS.c.account, VIDEOS.c.fps)
-            video = connection.execute(changed).first()
+            video = connection.execute(changed.returning(VIDEOS.c.account, VIDEOS.c.fps, VIDEOS.c.pacing)).first()
             if video is None:
-                same = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk == chunk.chunk) & (CHUNKS.c.file == file)
-                return connection.execute(CHUNKS.select().where(same)).first() is not None
-            place = {"chunk": chunk.chunk, "first_pixel_frame": chunk.first_pixel_frame, "file": file}
-            about = {"frames": chunk.frames, "sha256": sha256, "snapshot": snapshot, "whole_snapshot": whole_snapshot}
-            if link is not None:
-                about |= {name: getattr(link, name) for name in ("last", "previous", "signature", "public_key")}
-            connection.execute(CHUNKS.insert().values(video_id=video_id, **place, **about))
-            if chunk.applied_event_ids:
+                mine = CHUNKS.c.file.in_([one.file for one in kept])
+                same = sql.select(CHUNKS.c.chunk).where(CHUNKS.c.video_id == video_id, mine)
+                return len(connection.execute(same).all()) == len(kept)
+            connection.execute(CHUNKS.insert(), [_chunk_row(video_id, one) for one in kept])
+            for chunk in (one.chunk for one in kept if one.chunk.applied_event_ids):
                 applied = INTERACTIONS.c.event_id.in_(chunk.applied_event_ids)
                 query = INTERACTIONS.update().where(INTERACTIONS.c.video_id == video_id, applied)
                 connection.execute(query.values(chunk=chunk.chunk, pixel_frame=chunk.first_pixel_frame))
-            _charge_long_stream(connection, video_id, chunk, video.account, video.fps, now)
+            # A stream was charged its first minute when it was admitted; what it makes after that, as it comes.
+            beyond = done["frames_done"] - max(first.first_pixel_frame, _FIRST_MINUTE_S * video.fps)
+            if video.pacing == Pacing.REALTIME.value and beyond > 0:
+                connection.execute(USAGE.insert().values(account=video.account, at=now, frames=beyond))
             return True
 
-    def chunk(self, video_id: str, chunk: int) -> tuple[int, str, Link] | None:
-        """Pixel frames, file and link of a chunk that is there."""
-        query = CHUNKS.select().where(CHUNKS.c.video_id == video_id, CHUNKS.c.chunk == chunk)
+    def chunks(self, video_id: str, chunk: int, limit: int) -> list[tuple[int, str, Link]]:
+        """Pixel frames, file and link of that chunk and of those behind it that are there; none without it."""
+        mine = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk >= chunk) & (CHUNKS.c.chunk < chunk + limit)
         with self._tables.reading() as connection:
-            row = connection.execute(query).mappings().first()
-            return None if row is None else (row["frames"], row["file"] or str(chunk), _link(row))
+            rows = connection.execute(CHUNKS.select().where(mine).order_by(CHUNKS.c.chunk)).mappings().all()
+        return [(row["frames"], row["file"] or str(row["chunk"]), _link(row)) for row in rows]
 
     def links(self, video_id: str, start_chunk: int, limit: int) -> list[Link]:
         """The chain's links of the chunks that are there, from `start_chunk` on, at most `limit`."""
@@ -105,18 +103,20 @@ class Database:
             return [row.file or str(row.chunk) for row in connection.execute(query)]
 
     def snapshots(self, video_id: str) -> list[str]:
-        """Files of what a session goes on from: the newest whole snapshot, then the parts that follow without a gap."""
+        """Files of what a session goes on from: the newest whole snapshot, then what each later one adds to it.
+
+        The chunks between two of them came with the second one.
+        """
         columns = (CHUNKS.c.chunk, CHUNKS.c.snapshot, CHUNKS.c.whole_snapshot)
         mine = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.snapshot != "")
-        chain: list[tuple[int, str]] = []
+        chain: list[str] = []
         with self._tables.reading() as connection:
             for row in connection.execute(sql.select(*columns).where(mine).order_by(CHUNKS.c.chunk)):
                 if row.whole_snapshot:
-                    chain = []
-                elif not chain or row.chunk != chain[-1][0] + 1:
-                    continue
-                chain.append((row.chunk, row.snapshot))
-        return [file for _, file in chain]
+                    chain = [row.snapshot]
+                elif chain:
+                    chain.append(row.snapshot)
+        return chain
 
     def forget_snapshots(self, video_id: str, before: int) -> list[str]:
         """Snapshots of chunks before that one are needed no more: names of their files."""
@@ -266,14 +266,11 @@ def video_row(video: VideoRecord) -> dict[str, Any]:
     return {name: value for name, value in vars(video).items() if name in columns}
 
 
-def _charge_long_stream(
-    connection: sql.Connection, video_id: str, chunk: EncodedChunk, account: str, fps: int, now: float
-) -> None:
-    """A stream was charged its first minute when it was admitted; what it makes after that is charged as it comes."""
-    kind = connection.execute(sql.select(VIDEOS.c.pacing).where(VIDEOS.c.id == video_id)).scalar_one()
-    beyond = min(chunk.frames, chunk.first_pixel_frame + chunk.frames - _FIRST_MINUTE_S * fps)
-    if kind == Pacing.REALTIME.value and beyond > 0:
-        connection.execute(USAGE.insert().values(account=account, at=now, frames=beyond))
+def _chunk_row(video_id: str, kept: KeptChunk) -> dict[str, Any]:
+    of_chunk = {name: getattr(kept.chunk, name) for name in ("chunk", "frames", "first_pixel_frame")}
+    of_link = {name: getattr(kept.link, name) for name in ("sha256", "last", "previous", "signature", "public_key")}
+    state = {"snapshot": kept.snapshot, "whole_snapshot": kept.whole_snapshot}
+    return {"video_id": video_id, "file": kept.file} | of_chunk | of_link | state
 
 
 def _link(row: sql.RowMapping) -> Link:

@@ -1,4 +1,8 @@
-"""Brings one video from its replica to the store: one unary pull a chunk, paced by who watches."""
+"""Brings one video from its replica to the store: one unary pull a chunk, paced by who watches.
+
+Where nobody paces it a pull brings every chunk that is there: when the others are slower than the engine, that is
+several, and what a call costs is shared among them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ _LOG = logging.getLogger("ray.serve")
 _LOOK_EVERY_S = 0.25  # how soon a driver that waits sees that its last reader left
 _LOOK_AT_HOLDER_S = 0.5  # and that its replica drains or is gone, while its viewer still has something to play
 _BEAT_S = 0.5  # how often the store hears of a driver at least, whatever it waits for
-_AHEAD = 2  # chunks that are begun behind the one that is waited for, where nobody paces them: the engine never idles
+_AHEAD = 8  # chunks that are begun behind the one that is waited for, where nobody paces them: the engine never idles
 _WHOLE_SNAPSHOT_EVERY = 8  # between them only what a chunk adds is kept
 _AWAY_S = 0.5  # a store that needs longer for an answer was away
 _RELEASE_S = 2.0
@@ -41,7 +45,6 @@ class Driver:
         self._start_timeout_s = start_timeout_s
         self._unwatched_s = self._checked_s = time.monotonic()
         self._paced = video.pacing is Pacing.REALTIME
-        self._ahead = 0 if self._paced else _AHEAD
         self._chunk, self._media_s = video.chunks_done, video.frames_done / video.fps
         self._from_s = self._media_s  # who watched before another gateway went has nothing left to play
         self._died_at, self._deaths = -1, 0
@@ -52,7 +55,7 @@ class Driver:
     def _held_by(self, video: VideoRecord) -> None:
         """The session is at the video's replica now."""
         self._video, self._holder = video, Holder(self._replicas, video)
-        self._saved_chunk = -1  # the newest one whose snapshot the store has from this replica
+        self._saved_chunk = self._whole_chunk = -1  # the newest ones with a (whole) snapshot in the store, from here
         self._lost, self._looked_s = False, time.monotonic()
 
     async def run(self) -> None:
@@ -81,7 +84,7 @@ class Driver:
             verdict = await self._wait_for_turn()
             if not verdict.go:
                 return None if verdict.superseded else "cancelled"
-            made = await self._pull()
+            made = await self._pull(verdict)
             if isinstance(made, Refused):
                 if made.code not in _MOVES:
                     return await self._fail(made.code, made.message)
@@ -92,7 +95,7 @@ class Driver:
             elif made is not None:
                 if not await self._keep(made):
                     return None if (await self._check()).superseded else "cancelled"
-                if made.last:
+                if made[-1].last:
                     return "completed"
         await patient(lambda: self._store.complete.remote(self._video.id))
         return "completed"
@@ -104,12 +107,16 @@ class Driver:
             self._died_at = self._chunk
         return self._died_at == self._chunk and self._deaths >= _DEATHS
 
-    async def _pull(self) -> EncodedChunk | Refused | None:
-        """The next chunk, with what another replica needs to go on after it; None when it is not there yet."""
+    async def _pull(self, verdict: Verdict) -> tuple[EncodedChunk, ...] | Refused | None:
+        """The next chunks, with what another replica needs to go on after them; None when none is there yet."""
         if self._lost:
             return GONE
-        whole = self._saved_chunk < 0 or self._chunk % _WHOLE_SNAPSHOT_EVERY == 0
-        return await self._holder.pull(self._chunk, self._ahead, -1 if whole else self._saved_chunk)
+        ahead = 0 if self._paced or verdict.position_s is not None else _AHEAD
+        return await self._holder.pull(self._chunk, ahead, -1 if self._wants_whole() else self._saved_chunk)
+
+    def _wants_whole(self) -> bool:
+        """Whether the next snapshot is to be a whole one."""
+        return self._saved_chunk < 0 or self._chunk - self._whole_chunk >= _WHOLE_SNAPSHOT_EVERY
 
     async def _move(self, why: Refused, verdict: Verdict) -> bool:
         """Take the session up on another replica; False when it is over, lost, or somebody else's."""
@@ -130,20 +137,22 @@ class Driver:
             await self._fail(GONE.code, GONE.message)
         return False
 
-    async def _keep(self, made: EncodedChunk) -> bool:
-        """Whether the store has the chunk, and with it what another replica needs to go on after it."""
+    async def _keep(self, made: tuple[EncodedChunk, ...]) -> bool:
+        """Whether the store has the chunks, and with them what another replica needs to go on after the newest."""
         stalled_s = self._clock.arrived(self._media_s)
         if stalled_s:
             self._metrics.inc("diagonal_stream_stalls_total")
             self._metrics.inc("diagonal_stream_stall_seconds_total", stalled_s)
-        snapshot, chunk = made.snapshot, replace(made, snapshot=b"")
-        whole = bool(snapshot) and (self._saved_chunk < 0 or made.chunk % _WHOLE_SNAPSHOT_EVERY == 0)
-        about = (self._video.id, self._video.epoch, chunk, snapshot, whole)
-        self._told = await patient(lambda: self._store.put_chunk.remote(*about))
+        newest, snapshot = made[-1], made[-1].snapshot
+        whole = bool(snapshot) and self._wants_whole()
+        about = (self._video.id, self._video.epoch, (*made[:-1], replace(newest, snapshot=b"")), snapshot, whole)
+        self._told = await patient(lambda: self._store.put_chunks.remote(*about))
         if self._told is None:
             return False
-        self._saved_chunk = made.chunk if snapshot else -1
-        self._chunk, self._media_s = made.chunk + 1, self._media_s + made.frames / self._video.fps
+        self._saved_chunk = newest.chunk if snapshot else -1
+        self._whole_chunk = newest.chunk if whole else self._whole_chunk
+        self._chunk = newest.chunk + 1
+        self._media_s += sum(chunk.frames for chunk in made) / self._video.fps
         return True
 
     async def _wait_for_turn(self) -> Verdict:

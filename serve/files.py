@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,9 @@ class MediaFiles:
     def __init__(self, root: Path, durable: Folder | None = None) -> None:
         self._root, self._durable = root, durable
 
-    def put(self, video_id: str, name: str, data: bytes) -> None:
-        Disk(self._root / video_id).write(name, data)
+    def put(self, video_id: str, files: Mapping[str, bytes]) -> None:
+        """Some files at once; they are on the disk when this ends."""
+        Disk(self._root / video_id).write_all(files)
 
     def read(self, video_id: str, name: str) -> bytes:
         return (self._root / video_id / name).read_bytes()

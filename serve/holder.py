@@ -1,4 +1,4 @@
-"""One session at the replica that holds it: its chunks pulled one by one, and whether it is still there."""
+"""One session at the replica that holds it: its chunks pulled as they come, and whether it is still there."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Holder:
         self._video_id, self._name = video.id, video.replica
         self._replica = replicas.options(session_id=address(video.replica, video.id))
 
-    async def pull(self, chunk: int, ahead: int, since_chunk: int) -> EncodedChunk | Refused | None:
-        """The chunk with its snapshot (`Replica.pull`); None when it is still being made."""
+    async def pull(self, chunk: int, ahead: int, since_chunk: int) -> tuple[EncodedChunk, ...] | Refused | None:
+        """The chunk and those behind it that are there (`Replica.pull`); None when it is still being made."""
         try:
             call = self._replica.pull.remote(self._video_id, chunk, ahead, since_chunk, _SLICE_S)
-            made: EncodedChunk | Refused | None = await answer(call, _SLICE_S + _SILENCE_S)
+            made: tuple[EncodedChunk, ...] | Refused | None = await answer(call, _SLICE_S + _SILENCE_S)
             return made
         except SILENCES:
             return GONE

@@ -31,6 +31,7 @@ class ChunkReader:
         self.name = name or secrets.token_hex(8)
         self._from_s = time.monotonic() - (0.0 if video.chunks_done else video.age_s)
         self._sent_s: float | None = None
+        self._ready: dict[int, Segment] = {}  # that came along with the one before
 
     async def segments(self, chunk: int) -> AsyncIterator[bytes]:
         """The stream from `chunk` on; `BrokenStreamError` when the video fails."""
@@ -53,9 +54,12 @@ class ChunkReader:
         def ask() -> Any:
             return self._store.segment.remote(self._video.id, self.name, chunk, _SEGMENT_WAIT_S)
 
+        if chunk in self._ready:
+            return self._ready.pop(chunk)
         while True:
             segment: Segment | None = await patient(ask, _SEGMENT_WAIT_S + CALL_TIMEOUT_S)
             if segment is None or segment.final:
+                self._ready = {} if segment is None else dict(enumerate(segment.following, chunk + 1))
                 return segment
             if segment.orphan:
                 await self._adopt()

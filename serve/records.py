@@ -214,6 +214,17 @@ class EncodedChunk:
 
 
 @dataclass(frozen=True)
+class KeptChunk:
+    """A chunk whose file is on the disk, with its link in the chain; `snapshot` is a file, too, '' where none is."""
+
+    chunk: EncodedChunk
+    file: str
+    link: Link
+    snapshot: str = ""
+    whole_snapshot: bool = False
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the store tells a driver: whether to go on, whether another one drives now, and who watches.
 
@@ -253,6 +264,7 @@ class Segment:
     superseded: bool = False
     error_code: str | None = None
     gone: bool = False  # an endless stream keeps its newest chunks alone
+    following: tuple[Segment, ...] = ()  # the chunks behind it that came along
 
     @property
     def final(self) -> bool:

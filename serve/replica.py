@@ -1,7 +1,7 @@
 """The engine replica: one device, one engine, the sessions that live there, and an encoder for each.
 
-The engine runs on its own thread and encoding on others; the event loop only waits. Gateways pull one chunk a call.
-A chunk that was made is kept until the next one is asked for, so that a call can be repeated.
+The engine runs on its own thread and encoding on others; the event loop only waits. Gateways pull what is there,
+chunk after chunk. A chunk that was made is kept until the next one is asked for, so that a call can be repeated.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _LOOK_EVERY_S = 0.02
 _LATELY_S = 10.0  # so long a refused session counts as one that more replicas would take
 _LOOK_AT_HEALTH_S = 0.25  # how soon who waits for a chunk is told that the engine hangs
 _PULL_WAIT_S = 60.0
+_PULL_BYTES = 1 << 20  # with so many no further chunk comes along
 UNKNOWN = Refused("session_lost", "this replica does not hold the session")
 UNWELL = Refused("replica_unwell", "a part of the service makes no chunks now; try again", retry_after_s=2.0)
 
@@ -64,6 +65,17 @@ class _Slot:
         if index not in self.chunks:
             self.chunks[index] = asyncio.get_running_loop().create_future()
         return self.chunks[index]
+
+    def ready(self, chunk: int, ahead: int) -> tuple[EncodedChunk, ...]:
+        """That chunk, which is there, and of the `ahead` behind it those that are there too."""
+        found: list[EncodedChunk] = []
+        for index in range(chunk, chunk + ahead + 1):
+            future = self.chunks.get(index)
+            made = future.result() if future is not None and future.done() else None
+            if not isinstance(made, EncodedChunk) or sum(len(one.data) for one in found) >= _PULL_BYTES:
+                break
+            found.append(made)
+        return tuple(found)
 
     def give_up_before(self, chunk: int) -> None:
         """Forget chunks before that one; of the snapshots the newest before it stays, to go on from."""
@@ -168,10 +180,11 @@ class Replica:
         ahead: int = 0,
         since_chunk: int | None = None,
         wait_s: float = _PULL_WAIT_S,
-    ) -> EncodedChunk | Refused | None:
-        """One chunk, made if it is not there; `ahead` more are begun. Chunks before it are given up.
+    ) -> tuple[EncodedChunk, ...] | Refused | None:
+        """A chunk, made if it is not there. `ahead` more are begun; those that are there come along, in order.
 
-        With `since_chunk` it brings what `restore` needs to go on after it: all (-1), or what came after that chunk.
+        Chunks before it are given up. With `since_chunk` the newest of them brings what `restore` needs to go on after
+        it: all (-1), or what came after that chunk.
         None: it is not made within `wait_s`, and the engine is well. An engine that hangs is told at once.
         """
         slot = self._slots.get(session_id)
@@ -185,11 +198,14 @@ class Replica:
         self._want(session_id, slot, chunk + ahead)
         made = await self._made(future, wait_s)
         slot.asked_at = time.monotonic()
-        if since_chunk is None or not isinstance(made, EncodedChunk) or chunk not in slot.snapshots:
+        if not isinstance(made, EncodedChunk):
             return made
-        whole = slot.snapshots[chunk]
-        snapshot = await self._loop.run_in_executor(self._pool, whole.to_bytes, since_chunk)
-        return replace(made, snapshot=snapshot)
+        found = slot.ready(chunk, ahead)
+        state = slot.snapshots.get(found[-1].chunk)
+        if since_chunk is None or state is None:
+            return found
+        snapshot = await self._loop.run_in_executor(self._pool, state.to_bytes, since_chunk)
+        return (*found[:-1], replace(found[-1], snapshot=snapshot))
 
     async def _made(
         self, future: asyncio.Future[EncodedChunk | Refused], wait_s: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -33,15 +34,20 @@ class ChunkSigner:
         self._key, self._database, self._files = key, database, files
         self.public_key = public_key_of(key)
 
-    def link(self, video_id: str, chunk: EncodedChunk) -> Link:
-        """The link of a video's next chunk."""
-        if chunk.chunk == 0:
-            previous = hashlib.sha256(self._files.read(video_id, INIT)).hexdigest()
-        else:
-            before = self._database.links(video_id, chunk.chunk - 1, 1)
-            previous = before[0].signature if before and before[0].chunk == chunk.chunk - 1 else ""
-        sha256 = hashlib.sha256(chunk.data).hexdigest()
-        return signed_link(self._key, video_id, chunk.chunk, sha256, previous, chunk.last)
+    def links(self, video_id: str, chunks: Sequence[EncodedChunk]) -> list[Link]:
+        """The links of a video's next chunks, in order."""
+        previous, made = self._previous(video_id, chunks[0].chunk), list[Link]()
+        for chunk in chunks:
+            sha256 = hashlib.sha256(chunk.data).hexdigest()
+            made.append(signed_link(self._key, video_id, chunk.chunk, sha256, previous, chunk.last))
+            previous = made[-1].signature
+        return made
+
+    def _previous(self, video_id: str, chunk: int) -> str:
+        if chunk == 0:
+            return hashlib.sha256(self._files.read(video_id, INIT)).hexdigest()
+        before = self._database.links(video_id, chunk - 1, 1)
+        return before[0].signature if before and before[0].chunk == chunk - 1 else ""
 
 
 def signing_key(path: str, data: Path) -> Ed25519PrivateKey:

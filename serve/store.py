@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from serve.records import (
     EncodedChunk,
     Idempotency,
     Interaction,
+    KeptChunk,
     Provenance,
     Refused,
     Segment,
@@ -57,6 +58,7 @@ _STRAY_S = 3600.0
 _LOOK_AGAIN_S = 0.5  # while one store follows another, the chunk may come to that one
 _SALT_BYTES = 16
 _TRIM_EVERY = 8
+_CHUNKS_A_READ, _BYTES_A_READ = 8, 1 << 20
 _MAX_PENDING = 64  # as `serve.schemas` publishes it
 
 
@@ -105,7 +107,7 @@ class Store:
     async def opened(self, video_id: str, replica: str, mime: str, init: bytes) -> bool:
         """A replica holds the session, whose stream begins with `init`; the caller drives it. False: it is gone."""
         self._watches[video_id].driven_at = time.monotonic()
-        await self._run(self._files.put, video_id, INIT, init)
+        await self._run(self._files.put, video_id, {INIT: init})
         return await self._run(self._database.opened, video_id, replica, mime)
 
     async def usage(self, caller: Caller) -> Usage:
@@ -170,24 +172,26 @@ class Store:
         watch.forget_silent(self._reader_silence_s, self._settings.resume_window_s)
         return watch.verdict(video.paused)
 
-    async def put_chunk(
-        self, video_id: str, epoch: int, chunk: EncodedChunk, snapshot: bytes = b"", whole_snapshot: bool = False
+    async def put_chunks(
+        self, video_id: str, epoch: int, chunks: Sequence[EncodedChunk], snapshot: bytes = b"",
+        whole_snapshot: bool = False,
     ) -> Verdict | None:
-        """Keep a chunk and hand it to whoever waits; with the last one the file is made. None: no longer wanted.
+        """Keep the next chunks and hand them to whoever waits; with the last the file is made. None: not wanted.
 
         Else it says what `check` would: a driver need not ask again. `snapshot` is what another replica needs to go on
-        after it, or what that adds to the one before. The names of files hold the epoch: a driver that was replaced
-        can never change a chunk that was served.
+        after the newest, or what that adds to the one kept before. The names of files hold the epoch: a driver that
+        was replaced can never change a chunk that was served.
         """
         verdict = await self.check(video_id, epoch)
-        if not verdict.go or not await self._run(self._keep, video_id, epoch, chunk, snapshot, whole_snapshot):
+        if not verdict.go or not await self._run(self._keep, video_id, epoch, chunks, snapshot, whole_snapshot):
             return None
         self._tell(video_id)
-        if chunk.chunk >= KEPT_CHUNKS and chunk.chunk % _TRIM_EVERY == 0:
-            await self._trim_endless(video_id, chunk.chunk + 1 - KEPT_CHUNKS)
-        if whole_snapshot or chunk.last:
-            await self._drop_snapshots(video_id, chunk.chunk + chunk.last)
-        if chunk.last:
+        newest = chunks[-1]
+        if newest.chunk >= KEPT_CHUNKS and any(chunk.chunk % _TRIM_EVERY == 0 for chunk in chunks):
+            await self._trim_endless(video_id, newest.chunk + 1 - KEPT_CHUNKS)
+        if whole_snapshot or newest.last:
+            await self._drop_snapshots(video_id, newest.chunk + newest.last)
+        if newest.last:
             await self.complete(video_id)
         return verdict
 
@@ -224,7 +228,10 @@ class Store:
     # Reading
 
     async def segment(self, video_id: str, reader: str, chunk: int, wait_s: float) -> Segment | None:
-        """The bytes of a chunk (-1 is the initialisation segment), waiting for it a while; None: no such video."""
+        """The bytes of a chunk (-1 is the initialisation segment), waiting for it a while; None: no such video.
+
+        Of a video that nobody paces, the chunks behind it that are there come along.
+        """
         deadline = time.monotonic() + wait_s
         while True:
             watch = self._watches[video_id]
@@ -374,15 +381,18 @@ class Store:
         """Seconds since 1970, by the clock's reading when this process began."""
         return self._zero_s + time.monotonic()
 
-    def _keep(self, video_id: str, epoch: int, chunk: EncodedChunk, snapshot: bytes, whole: bool) -> bool:
-        """Put a chunk and its snapshot on the disk, then into the database; whether it was the next one."""
-        file, link = f"{chunk.chunk}-{epoch}", self._signer.link(video_id, chunk)
-        self._files.put(video_id, file, chunk.data)
-        state = f"snapshot-{file}" if snapshot else ""
+    def _keep(
+        self, video_id: str, epoch: int, chunks: Sequence[EncodedChunk], snapshot: bytes, whole: bool
+    ) -> bool:
+        """Put chunks and the newest's snapshot on the disk, then into the database; whether they were the next ones."""
+        links = self._signer.links(video_id, chunks)
+        kept = [KeptChunk(chunk, f"{chunk.chunk}-{epoch}", link) for chunk, link in zip(chunks, links, strict=True)]
+        files = {one.file: one.chunk.data for one in kept}
         if snapshot:
-            self._files.put(video_id, state, snapshot)
-        about = (file, link.sha256, self._now(), state, whole, link)
-        return self._database.add_chunk(video_id, epoch, chunk, *about)
+            kept[-1] = replace(kept[-1], snapshot=f"snapshot-{kept[-1].file}", whole_snapshot=whole)
+            files[kept[-1].snapshot] = snapshot
+        self._files.put(video_id, files)
+        return self._database.add_chunks(video_id, epoch, kept, self._now())
 
     def _find(self, video_id: str, chunk: int, reader: str) -> Segment | None:
         video = self._database.get(video_id)
@@ -392,15 +402,20 @@ class Store:
         news = Segment(
             video.status, orphan=self._is_orphan(video), superseded=superseded, error_code=video.error_code
         )
-        init = (0, INIT, None) if video.status is not Status.QUEUED else None
-        made = init if chunk < 0 else self._database.chunk(video_id, chunk)
-        if superseded or made is None:
+        if chunk < 0 and video.status is not Status.QUEUED:
+            return replace(news, data=self._files.read(video_id, INIT))
+        made = [] if chunk < 0 else self._database.chunks(video_id, chunk, 1 if video.live else _CHUNKS_A_READ)
+        if superseded or not made:
             return replace(news, gone=0 <= chunk < video.chunks_done)
-        frames, file, link = made
         events = self._database.events_at(video_id, chunk) if reader.startswith(LIVE) else ChunkEvents()
         try:
-            data = self._files.read(video_id, file)
-            return replace(news, data=data, frames=frames, link=link, events=events)
+            parts, size = list[Segment](), 0
+            while len(parts) < len(made) and size < _BYTES_A_READ:
+                frames, file, link = made[len(parts)]
+                data = self._files.read(video_id, file)
+                parts.append(replace(news, data=data, frames=frames, link=link, events=events))
+                size += len(data)
+            return replace(parts[0], following=tuple(parts[1:]))
         except FileNotFoundError:
             if self._database.get(video_id) is None:
                 return None  # deleted in between

@@ -17,7 +17,17 @@ from diagonal.chain import Link
 from serve.admission import Admission
 from serve.credentials import Credentials, parse_secret
 from serve.database import Database, chunk_events
-from serve.records import Caller, EncodedChunk, Idempotency, Interaction, Pacing, Refused, Status, VideoRecord
+from serve.records import (
+    Caller,
+    EncodedChunk,
+    Idempotency,
+    Interaction,
+    KeptChunk,
+    Pacing,
+    Refused,
+    Status,
+    VideoRecord,
+)
 from serve.tables import VERSION, Tables
 
 VIDEO = VideoRecord(
@@ -63,7 +73,11 @@ def database(tables: Tables) -> Database:
 
 
 def add(database: Database, epoch: int, chunk: EncodedChunk, now: float = 1.0) -> bool:
-    return database.add_chunk("video_1", epoch, chunk, f"{chunk.chunk}-{epoch}", "hash", now)
+    return database.add_chunks("video_1", epoch, [kept(chunk, epoch)], now)
+
+
+def kept(chunk: EncodedChunk, epoch: int = 0, **state: Any) -> KeptChunk:
+    return KeptChunk(chunk, f"{chunk.chunk}-{epoch}", Link(chunk.chunk, "hash", "", chunk.last), **state)
 
 
 def test_a_video_comes_back_as_it_was_put_in(database: Database) -> None:
@@ -188,7 +202,7 @@ def test_a_database_of_the_first_version_is_brought_up_with_what_it_holds(databa
         video = database.get("video_1")
         assert video is not None and (video.owner, video.epoch, video.expires_at) == ("local", 3, None)
         assert video.interactions == (Interaction("e1", "x"),)
-        assert database.chunk("video_1", 0) == (9, "0", Link(0, "", "", False))
+        assert database.chunks("video_1", 0, 1) == [(9, "0", Link(0, "", "", False))]
         with tables.reading() as connection:
             assert connection.execute(sql.text("SELECT version FROM schema")).scalar() == VERSION
         tables.close()
@@ -218,7 +232,7 @@ def test_a_database_of_the_second_version_goes_on_with_a_chain_from_its_next_chu
         database, link = Database(tables), Link(1, "hash", "", True, "5" * 128, "6" * 64)
         video = database.get("video_1")
         assert video is not None and (video.prompt_salt, video.release_sha256) == ("", "")
-        assert database.add_chunk("video_1", 3, SECOND, "1-3", "hash", 1.0, link=link)
+        assert database.add_chunks("video_1", 3, [KeptChunk(SECOND, "1-3", link)], 1.0)
         assert database.links("video_1", 0, 10) == [Link(0, "", "", False), link]
         assert database.links("video_1", 1, 1) == [link] and database.links("video_1", 0, 1)[0].chunk == 0
         tables.close()
@@ -253,11 +267,11 @@ def test_a_database_of_a_later_version_is_left_alone(database_url: str, tables: 
 
 WRITER = """
 import sys
-from tests.serve.test_database import SECOND, FIRST, Database, Tables, replace
+from tests.serve.test_database import FIRST, Database, Tables, kept, replace
 database = Database(Tables(sys.argv[1]))
 for number in range(10_000):
     chunk = replace(FIRST, chunk=number, first_pixel_frame=9 * number)
-    assert database.add_chunk("video_1", 0, chunk, f"{number}-0", "hash", 1.0)
+    assert database.add_chunks("video_1", 0, [kept(chunk)], 1.0)
     print(number, flush=True)
 """
 

@@ -73,7 +73,7 @@ SEAMS: dict[str, Callable[[Service, pytest.MonkeyPatch], None]] = {
     "replica is pulled": lambda s, m: m.setattr(s.replica, "pull", raises_later()),
     "store admits": lambda s, m: m.setattr(s.store, "admit", raises_later()),
     "store opens": lambda s, m: m.setattr(s.store, "opened", raises_later()),
-    "store keeps a chunk": lambda s, m: m.setattr(s.store, "put_chunk", raises_later()),
+    "store keeps a chunk": lambda s, m: m.setattr(s.store, "put_chunks", raises_later()),
     "store gives a chunk": lambda s, m: m.setattr(s.store, "segment", raises_later()),
     "store is asked": lambda s, m: m.setattr(s.store, "get", raises_later()),
     "disk is full": lambda s, m: m.setattr(s.store._files, "put", raises(OSError)),

@@ -23,7 +23,7 @@ from diagonal.model.weights import Release, ReleaseError, embedded
 from diagonal.storage import Folder
 from serve.fleet import Fleet
 from serve.loading import Loaded, load_engine
-from serve.records import EncodedChunk, Refused
+from serve.records import Refused
 from serve.releases import NAME, Canaries, ReleaseSettings, Shares, parse_releases
 from serve.replica import Replica
 from serve.settings import ServeSettings
@@ -341,9 +341,9 @@ def test_a_snapshot_of_another_release_is_refused(tmp_path: Path) -> None:
         try:
             await made[0].open("v", PROMPT, 3, 81, 1)
             first = await made[0].pull("v", 0, 0, -1)
-            assert isinstance(first, EncodedChunk) and first.snapshot
+            assert isinstance(first, tuple) and first[0].snapshot
             for other, part in ((made[1], "release"), (made[2], "content")):
-                refused = await other.restore([first.snapshot], 1)
+                refused = await other.restore([first[0].snapshot], 1)
                 assert isinstance(refused, Refused) and refused.code == "snapshot_refused"
                 assert f"snapshot.identity.{part}" in refused.message
         finally:

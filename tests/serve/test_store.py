@@ -65,7 +65,7 @@ def test_the_last_chunk_makes_the_file(tmp_path: Path) -> None:
         await put_video(store, init)
         assert await store.content("video_1", 0, 10) is None
         for chunk in made:
-            assert await store.put_chunk("video_1", 0, chunk)
+            assert await store.put_chunks("video_1", 0, [chunk])
         video = await store.get("video_1")
         assert video is not None and video.status is Status.COMPLETED
         found = await store.content("video_1", 0, 1 << 20)
@@ -83,7 +83,7 @@ def test_who_waits_for_a_chunk_is_told_when_it_comes(tmp_path: Path) -> None:
         waiting = asyncio.create_task(store.segment("video_1", "reader", 0, 10.0))
         await asyncio.sleep(0.05)
         began = time.monotonic()
-        await store.put_chunk("video_1", 0, made[0])
+        await store.put_chunks("video_1", 0, [made[0]])
         segment = await waiting
         assert segment is not None and segment.data == made[0].data and time.monotonic() - began < 5
 
@@ -169,5 +169,5 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("os.replace", broken)
     with pytest.raises(OSError):
-        files.put("video_1", "0", b"data")
+        files.put("video_1", {"0": b"data"})
     assert not (tmp_path / "video_1" / "0").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,14 @@ class Disk:
         with whole_file(self.root / name) as file:
             file.write(data)
 
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        """Several files, each whole or not there; their names are synced together."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            with _renamed_file(self.root / name) as file:
+                file.write(data)
+        sync(self.root)
+
     def put(self, source: Path, name: str) -> None:
         with source.open("rb") as file, whole_file(self.root / name) as target:
             shutil.copyfileobj(file, target, PART_BYTES)
@@ -65,6 +73,14 @@ class Disk:
 def whole_file(target: Path) -> Iterator[BinaryIO]:
     """A file that takes its name, synced to disk, when the block ends well, and else leaves nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    with _renamed_file(target) as file:
+        yield file
+    sync(target.parent)
+
+
+@contextmanager
+def _renamed_file(target: Path) -> Iterator[BinaryIO]:
+    """A synced file that takes its name when the block ends well; the name is on disk once its folder is synced."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -72,7 +88,6 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
