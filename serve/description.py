@@ -38,6 +38,7 @@ FILE: Responses = {
     206: {**_MP4, "description": "The bytes that were asked for", "headers": _FILE | _RANGE},
     304: {"description": "It is the file that If-None-Match names", "headers": {"ETag": _FILE["ETag"]}},
 }
+RECORDING: Responses = {200: {"content": {"application/json": {}}, "description": "The log"}}
 CREATED: Responses = {200: {"headers": _QUOTAS}}
 
 

@@ -76,7 +76,15 @@ class Driver:
         finally:
             beat.cancel()
         if outcome is not None:
+            if outcome != "completed":
+                await self._save_recording()
             await self._holder.close(outcome)
+
+    async def _save_recording(self) -> None:
+        """Keep the log of a session that is recorded, as far as it went, before its replica forgets it."""
+        if self._video.record and (text := await self._holder.recording()):
+            with contextlib.suppress(*SILENCES):
+                await answer(self._store.put_recording.remote(self._video.id, text))
 
     async def _drive(self) -> str | None:
         """How the session ended; None when another driver has it."""
@@ -144,6 +152,8 @@ class Driver:
             self._metrics.inc("diagonal_stream_stalls_total")
             self._metrics.inc("diagonal_stream_stall_seconds_total", stalled_s)
         newest, snapshot = made[-1], made[-1].snapshot
+        if newest.last:
+            await self._save_recording()
         whole = bool(snapshot) and self._wants_whole()
         about = (self._video.id, self._video.epoch, (*made[:-1], replace(newest, snapshot=b"")), snapshot, whole)
         self._told = await patient(lambda: self._store.put_chunks.remote(*about))

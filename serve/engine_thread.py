@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from diagonal.engine.engine import EngineStats, Health
+from diagonal.engine.recording import Recording
 from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
 from diagonal.engine.snapshot import Snapshot
 from diagonal.metrics import MetricSink
@@ -36,6 +37,8 @@ class EngineLike(Protocol):
     def pause(self, session_id: str) -> None: ...
 
     def resume(self, session_id: str) -> None: ...
+
+    def recording(self, session_id: str) -> Recording: ...
 
     def close(self, session_id: str) -> None: ...
 

@@ -74,6 +74,6 @@ async def _claim(video: VideoRecord, opened: Opened, store: Any, replica: Any) -
     return mine
 
 
-def opening(video: VideoRecord) -> tuple[str, str, int, int | None, int, bool]:
+def opening(video: VideoRecord) -> tuple[str, str, int, int | None, int, bool, bool]:
     """Arguments with which a replica opens a video's session."""
-    return (video.id, video.prompt, video.seed, video.frames or None, video.scale, video.live)
+    return (video.id, video.prompt, video.seed, video.frames or None, video.scale, video.live, video.record)

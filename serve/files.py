@@ -15,6 +15,7 @@ from diagonal.storage.disk import Disk, sync
 
 INIT = "init"
 FINISHED = "video.mp4"
+RECORDING = "recording.json"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from serve.drivers import Drivers
 from serve.failover import opening
 from serve.fleet import Fleet
 from serve.headers import rate_limits
+from serve.holder import Holder
 from serve.policy import PromptPolicy
 from serve.problems import SILENCES, Problem, not_found, refused, wrong_value
 from serve.reader import BrokenStreamError, ChunkReader
@@ -96,6 +97,17 @@ class Gateway:
         """The caller's video, and its chain from chunk `start` on, at most `limit` links."""
         video = await self.get(video_id, caller)
         return video, list(await answer(self._store.links.remote(video_id, start, limit)))
+
+    async def recording(self, video_id: str, caller: Caller) -> str:
+        """The log of the caller's video, as far as it is made, from which it can be made again."""
+        video = await self.get(video_id, caller)
+        if not video.record:
+            raise Problem(404, "no_recording", "the video was not asked for with extra.record", param="video_id")
+        running = None if video.status.over else await Holder(self._fleet.handle(video), video).recording()
+        text = running or await answer(self._store.recording.remote(video_id))
+        if text is None:
+            raise Problem(404, "recording_gone", "the part of the service that kept the log is gone", param="video_id")
+        return str(text)
 
     def count_error(self, code: str) -> None:
         """Count an error that was told, by its code."""
@@ -288,6 +300,8 @@ class Gateway:
     async def cancel(self, video: VideoRecord, code: str, message: str) -> None:
         """End the video where it is, and free its session within a chunk."""
         if await patient(lambda: self._store.end.remote(video.id, Status.CANCELLED, code, message)):
+            if video.record and (text := await Holder(self._fleet.handle(video), video).recording()):
+                await answer(self._store.put_recording.remote(video.id, text))
             await answer(self._at(video).close.remote(video.id, "cancelled"))
 
     async def close(self) -> None:

@@ -54,6 +54,13 @@ class Holder:
             return not (isinstance(refused, Refused) and refused.retry_after_s is not None)
         return True
 
+    async def recording(self) -> str | None:
+        """The log of a recorded session, if it is still there."""
+        with contextlib.suppress(*SILENCES):
+            told = await answer(self._replica.recording.remote(self._video_id), _SILENCE_S)
+            return None if isinstance(told, Refused) else str(told)
+        return None
+
     async def close(self, outcome: str) -> None:
         """Free the session's slot, if that replica is still there."""
         with contextlib.suppress(*SILENCES):

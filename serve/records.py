@@ -117,6 +117,7 @@ class VideoRecord:
     `replica` is the one that holds its session. `epoch` counts its drivers: only the newest may add chunks.
     `frames` is 0 for a stream without an end.
     `release_sha256` is that of its release's manifest; `prompt_salt` keeps the prompt's hash from being guessed.
+    `record`: a log is kept, from which its owner may make it again.
     `owner` is the key that made it, `account` pays for it; `resume_hash` is that of the only resume token that counts.
     `age_s` is told with every answer: how long ago it was asked for, by a clock that never jumps. So is `orphan`:
     nobody drives it, so whoever asks should.
@@ -148,6 +149,7 @@ class VideoRecord:
     paused: bool = False
     release_sha256: str = ""
     prompt_salt: str = ""
+    record: bool = False
     age_s: float = 0.0
     orphan: bool = False
     interactions: tuple[Interaction, ...] = ()

@@ -118,13 +118,14 @@ class Replica:
         return self._info
 
     async def open(
-        self, session_id: str, prompt: str, seed: int, frames: int | None, scale: int, paced: bool = False
+        self, session_id: str, prompt: str, seed: int, frames: int | None, scale: int, paced: bool = False,
+        record: bool = False,
     ) -> Opened | Refused:
         """Hold a session, without an end where `frames` is None, and begin its first chunk.
 
-        `paced` when somebody watches while it is made.
+        `paced` when somebody watches while it is made; `record` keeps the log that `recording` gives.
         """
-        spec = SessionSpec(session_id, prompt, seed, frames, paced=paced)
+        spec = SessionSpec(session_id, prompt, seed, frames, paced=paced, record=record)
         refused = self._admit(lambda: self._engine.open(spec))
         return refused or self._hold(session_id, _Slot(self._encoder(scale)), 0)
 
@@ -241,6 +242,15 @@ class Replica:
             return Refused("invalid_value", f"{error.field}: allowed is {error.allowed}", error.field)
         slot.changed_at[event_id] = time.monotonic()
         return None
+
+    async def recording(self, session_id: str) -> str | Refused:
+        """The log of a recorded session up to its newest chunk, for `jobs/replay.py`."""
+        try:
+            return self._engine.recording(session_id).to_json()
+        except KeyError:
+            return UNKNOWN
+        except FieldError as error:
+            return Refused("no_recording", f"{error.field}: allowed is {error.allowed}")
 
     async def pause(self, session_id: str) -> Refused | None:
         """Free the session's cache at the next chunk boundary; chunks asked for come once it is resumed."""

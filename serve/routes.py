@@ -19,7 +19,7 @@ from serve import problems
 from serve.auth import Door
 from serve.bodies import read_body
 from serve.chains import MAX_LINKS, ChainAnswer, ProvenanceAnswer
-from serve.description import CREATED, FILE, STREAM, body_of, describe, errors
+from serve.description import CREATED, FILE, RECORDING, STREAM, body_of, describe, errors
 from serve.edge import Edge
 from serve.gateway import Gateway
 from serve.headers import select
@@ -201,6 +201,13 @@ def _add_streams(app: FastAPI) -> None:
         """The signed chain of the stream's chunks; `diagonal verify` checks a recording against it."""
         video, links = await gateway.chain(video_id, caller, start_chunk, limit + 1)
         return ChainAnswer.of(video, links[:limit], len(links) > limit)
+
+
+    @app.get("/v1/videos/{video_id}/recording", response_class=Response, responses=RECORDING | errors(404))
+    async def recording(video_id: str, gateway: Via, caller: By) -> Response:
+        """The log of a video that was asked for with `extra.record`: `jobs/replay.py` makes it again from there."""
+        text = await gateway.recording(video_id, caller)
+        return Response(text, media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 def _add_realtime(app: FastAPI, limits: RealtimeLimits) -> None:

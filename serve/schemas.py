@@ -32,11 +32,13 @@ class VideoExtra(WireRequest):
     """What OpenAI's shape has no place for. With `realtime` chunks are made just ahead of who watches.
 
     `endless` streams have no length and no finished file: they go on until they are stopped, nobody watches, or the
-    model's `max_stream_seconds` are over. They are paced in real time.
+    model's `max_stream_seconds` are over. They are paced in real time. `record` keeps a log, prompts included, from
+    which the video can be made again (`/recording`), until the video is removed.
     """
 
     pacing: Literal["none", "realtime"] = "none"
     endless: bool = False
+    record: bool = False
 
     @model_validator(mode="after")
     def _endless_is_watched(self) -> Self:
@@ -345,6 +347,7 @@ def new_video(request: VideoRequest, info: ModelInfo, created_at: float, video_i
         pacing=Pacing(request.extra.pacing),
         created_at=created_at,
         release_sha256=info.release_sha256,
+        record=request.extra.record,
     )
 
 

@@ -26,17 +26,14 @@ from diagonal.storage import Folder, StorageError
 from serve.admission import Admission
 from serve.credentials import Credentials, Secret
 from serve.database import Database
-from serve.files import INIT, MediaFiles, read_part
+from serve.files import INIT, RECORDING, MediaFiles, read_part
 from serve.finishing import Finisher
 from serve.records import (
     KEPT_CHUNKS,
-    LIVE,
     Caller,
-    ChunkEvents,
     EncodedChunk,
     Idempotency,
     Interaction,
-    KeptChunk,
     Provenance,
     Refused,
     Segment,
@@ -46,6 +43,7 @@ from serve.records import (
     VideoRecord,
 )
 from serve.settings import ServeSettings
+from serve.shelf import Shelf
 from serve.signing import ChunkSigner, signing_key
 from serve.tables import Tables
 from serve.watches import Watch
@@ -58,7 +56,6 @@ _STRAY_S = 3600.0
 _LOOK_AGAIN_S = 0.5  # while one store follows another, the chunk may come to that one
 _SALT_BYTES = 16
 _TRIM_EVERY = 8
-_CHUNKS_A_READ, _BYTES_A_READ = 8, 1 << 20
 _MAX_PENDING = 64  # as `serve.schemas` publishes it
 
 
@@ -82,6 +79,7 @@ class Store:
         durable = Folder(settings.files, _STORAGE_PATIENCE_S) if settings.files else None
         self._files = MediaFiles(root / "videos", durable)
         self._signer = ChunkSigner(signing_key(settings.signing_key, root), self._database, self._files)
+        self._shelf = Shelf(self._database, self._files, self._signer)
         self._driver_silence_s, self._reader_silence_s = driver_silence_s, reader_silence_s
         self._watches: defaultdict[str, Watch] = defaultdict(Watch)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")  # one writer, and the loop stays free
@@ -275,6 +273,17 @@ class Store:
         path = await self._apart(self._files.find, video_id)
         return None if path is None else await self._run(read_part, path, start, stop)
 
+    async def put_recording(self, video_id: str, text: str) -> None:
+        """Keep the log of a session until its video is removed; it holds prompts."""
+        if await self._run(self._database.get, video_id) is not None:
+            await self._run(self._files.put, video_id, {RECORDING: text.encode()})
+
+    async def recording(self, video_id: str) -> str | None:
+        """The log of a session, None when none was kept."""
+        with contextlib.suppress(FileNotFoundError):
+            return (await self._run(self._files.read, video_id, RECORDING)).decode()
+        return None
+
     # Interactions
 
     async def add_interaction(self, video_id: str, change: Interaction) -> Interaction | bool:
@@ -384,44 +393,11 @@ class Store:
     def _keep(
         self, video_id: str, epoch: int, chunks: Sequence[EncodedChunk], snapshot: bytes, whole: bool
     ) -> bool:
-        """Put chunks and the newest's snapshot on the disk, then into the database; whether they were the next ones."""
-        links = self._signer.links(video_id, chunks)
-        kept = [KeptChunk(chunk, f"{chunk.chunk}-{epoch}", link) for chunk, link in zip(chunks, links, strict=True)]
-        files = {one.file: one.chunk.data for one in kept}
-        if snapshot:
-            kept[-1] = replace(kept[-1], snapshot=f"snapshot-{kept[-1].file}", whole_snapshot=whole)
-            files[kept[-1].snapshot] = snapshot
-        self._files.put(video_id, files)
-        return self._database.add_chunks(video_id, epoch, kept, self._now())
+        return self._shelf.keep(video_id, epoch, chunks, snapshot, whole, self._now())
 
     def _find(self, video_id: str, chunk: int, reader: str) -> Segment | None:
         video = self._database.get(video_id)
-        if video is None:
-            return None
-        superseded = reader.startswith(LIVE) and reader != LIVE + video.resume_hash
-        news = Segment(
-            video.status, orphan=self._is_orphan(video), superseded=superseded, error_code=video.error_code
-        )
-        if chunk < 0 and video.status is not Status.QUEUED:
-            return replace(news, data=self._files.read(video_id, INIT))
-        made = [] if chunk < 0 else self._database.chunks(video_id, chunk, 1 if video.live else _CHUNKS_A_READ)
-        if superseded or not made:
-            return replace(news, gone=0 <= chunk < video.chunks_done)
-        events = self._database.events_at(video_id, chunk) if reader.startswith(LIVE) else ChunkEvents()
-        try:
-            parts, size = list[Segment](), 0
-            while len(parts) < len(made) and size < _BYTES_A_READ:
-                frames, file, link = made[len(parts)]
-                data = self._files.read(video_id, file)
-                parts.append(replace(news, data=data, frames=frames, link=link, events=events))
-                size += len(data)
-            return replace(parts[0], following=tuple(parts[1:]))
-        except FileNotFoundError:
-            if self._database.get(video_id) is None:
-                return None  # deleted in between
-            if video.endless:
-                return replace(news, gone=True)
-            raise
+        return None if video is None else self._shelf.find(video, chunk, reader, self._is_orphan(video))
 
     def _silence_s(self, video: VideoRecord) -> float:
         """How long nobody has driven the video; after a restart, since that."""

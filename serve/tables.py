@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy import Column, Float, Index, Integer, MetaData, String, Table, Text
 
-VERSION = 3
+VERSION = 4
 LOCAL = "local"  # who a video belongs to when callers of this machine need no key
 _BUSY_TIMEOUT_MS = 15_000
 _MIGRATION_LOCK = 7_046_029_254_386_353_131  # an advisory lock's number, the same in every process
@@ -49,6 +49,7 @@ VIDEOS = Table(
     Column("paused", sql.Boolean, nullable=False, server_default=sql.false()),
     Column("release_sha256", String(64), nullable=False, server_default=""),
     Column("prompt_salt", String(64), nullable=False, server_default=""),
+    Column("record", sql.Boolean, nullable=False, server_default=sql.false()),
     Index("videos_by_resume_hash", "resume_hash"),
 )
 CHUNKS = Table(
@@ -188,6 +189,11 @@ def _to_3(connection: sql.Connection) -> None:
     _add_columns(connection, {VIDEOS: ("release_sha256", "prompt_salt"), CHUNKS: chain})
 
 
+def _to_4(connection: sql.Connection) -> None:
+    """Whether a log for a replay is kept."""
+    _add_columns(connection, {VIDEOS: ("record",)})
+
+
 def _add_columns(connection: sql.Connection, added: Mapping[Table, tuple[str, ...]]) -> None:
     for table, names in added.items():
         for name in names:
@@ -195,7 +201,7 @@ def _add_columns(connection: sql.Connection, added: Mapping[Table, tuple[str, ..
             connection.execute(sql.text(f"ALTER TABLE {table.name} ADD COLUMN {column}"))
 
 
-_STEPS: tuple[Callable[[sql.Connection], None], ...] = (_to_2, _to_3)
+_STEPS: tuple[Callable[[sql.Connection], None], ...] = (_to_2, _to_3, _to_4)
 
 
 def _tune_sqlite(connection: Any, _: Any) -> None:

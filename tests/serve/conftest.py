@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from diagonal.config import Config
 from diagonal.engine.engine import CapacityError, EngineStats, Health
+from diagonal.engine.recording import Recording
 from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
 from diagonal.engine.snapshot import Snapshot
 from diagonal.errors import require
@@ -104,6 +105,9 @@ class FakeEngine:
             self.sessions[session_id].paused = False
 
     def restore(self, snapshot: Snapshot, ahead_s: float | None = None) -> None:
+        raise NotImplementedError
+
+    def recording(self, session_id: str) -> Recording:
         raise NotImplementedError
 
     def health(self) -> Health:
