@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, TypeVar
 
 import httpx
 import psutil
+
+from tests.faults.nodes import until
 
 T = TypeVar("T")
 APPLICATION = "diagonal"
@@ -122,12 +123,7 @@ class LiveService:
 
     def until(self, what: str, found: Callable[[], T], deadline_s: float = PATIENCE_S, every_s: float = 0.2) -> T:
         """The first true answer; `TimeoutError` names what did not come."""
-        end_s = time.monotonic() + deadline_s
-        while not (answer := found()):
-            if time.monotonic() > end_s:
-                raise TimeoutError(f"{what}: not within {deadline_s:.0f} s")
-            time.sleep(every_s)
-        return answer
+        return until(what, found, deadline_s, every_s)
 
 
 def is_called(process: psutil.Process, title: str) -> bool:
