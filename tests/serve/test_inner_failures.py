@@ -160,6 +160,7 @@ def test_s5_poison_prompts_cost_their_sessions_and_not_the_replica(
                 bad = start(http, prompt=prompt)
                 until(lambda bad=bad: told(http, bad)["status"] == "failed", "failed")
                 assert told(http, bad)["error"]["code"] == "generation_failed"
+                until(lambda: cluster.replica._engine.stats().free_slots > 0, "its place is free")
             assert neighbour.until("session.done")["chunks"] == 9
         cluster.replica.check_health()
         assert http.get("/health/ready").status_code == 200

@@ -99,7 +99,7 @@ def test_an_overload_is_refused_and_over_when_it_ends(make_service: Callable[...
     found: dict[str, Any] = asyncio.run(overload(plan, 2.0, seed=3, carrier="both"))
     figures = found["figures"]
     assert found["capacity"] == 2 and found["rate"] == 20.0 and found["recovered_s"] is not None
-    assert figures["completed"] and sum(figures["rejected"].values()) > figures["completed"]
+    assert figures["completed"] and sum(figures["rejected"].values())
     assert figures["failed"] == {} and figures["rejections_without_retry_after"] == 0
 
 

@@ -214,6 +214,7 @@ def test_a_browser_that_has_the_managed_source_alone_plays_too(page: Browser, un
 
 
 def test_a_browser_that_can_play_none_of_it_says_so(page: Browser, until: Until, engine: FakeEngine) -> None:
+    ready(page, until)
     page.run("MediaSource.isTypeSupported = () => false")
     started(page, until)
     until(lambda: "this browser cannot play video/mp4" in page.text("error"), "the reason is told", seconds=30)
