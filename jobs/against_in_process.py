@@ -124,12 +124,12 @@ def _encode(encoder: ChunkEncoder, pixels: Any) -> float:
 
 def received(client: DiagonalClient, frames: int, seed: int) -> Clip:
     """A clip of the service."""
-    began_s, first_s, first_frames = time.monotonic(), 0.0, 0
+    began_s, first_s, first_frames, took_s = time.monotonic(), 0.0, 0, 0.0
     video = client.create(PROMPT, frames=frames, seed=seed, pacing="none")
     for part in client.stream(video.id):
         if not first_frames and (media := split(part)[1]):
             first_s, first_frames = time.monotonic(), read_fragment(media).frames
-    took_s = time.monotonic() - began_s
+        took_s = time.monotonic() - began_s  # of the newest part: the stream ends when the file is made, too
     client.delete(video.id)
     require(0 < first_frames < frames, "--frames", frames, "more than one chunk holds")
     return Clip(frames, first_frames, first_s - began_s, took_s)

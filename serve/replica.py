@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -20,10 +20,9 @@ from ray.serve import metrics as serve_metrics
 
 from diagonal.engine.engine import CapacityError
 from diagonal.engine.session import ChunkResult, IllegalMoveError, PromptChange, SessionSpec
-from diagonal.engine.snapshot import Snapshot, SnapshotError, merged
+from diagonal.engine.snapshot import SnapshotError, merged
 from diagonal.errors import FieldError
 from diagonal.media.encode import ChunkEncoder, Pixels
-from diagonal.media.watermark import Watermark
 from diagonal.metrics import FactorySink, MetricSink
 from serve.engine_thread import EngineThread
 from serve.loading import Loaded, describe, load_engine
@@ -31,6 +30,7 @@ from serve.marks import Watermarks
 from serve.records import EncodedChunk, ModelInfo, Opened, Refused
 from serve.scaling import BUSY, REFUSED, SESSIONS, SLOTS
 from serve.settings import ServeSettings
+from serve.slots import Slot
 
 _LOG = logging.getLogger("ray.serve")
 _REAP_EVERY_S = 1.0
@@ -39,50 +39,9 @@ _LOOK_EVERY_S = 0.02
 _LATELY_S = 10.0  # so long a refused session counts as one that more replicas would take
 _LOOK_AT_HEALTH_S = 0.25  # how soon who waits for a chunk is told that the engine hangs
 _PULL_WAIT_S = 60.0
-_PULL_BYTES = 1 << 20  # with so many no further chunk comes along
+_TOGETHER, _LINGER_S = 3, 0.15  # a pull of several waits so long for so many: fewer calls cost all parts less
 UNKNOWN = Refused("session_lost", "this replica does not hold the session")
 UNWELL = Refused("replica_unwell", "a part of the service makes no chunks now; try again", retry_after_s=2.0)
-
-
-@dataclass
-class _Slot:
-    """One session: how far it was asked for, and what is made but not yet given up."""
-
-    encoder: ChunkEncoder
-    chunks: dict[int, asyncio.Future[EncodedChunk | Refused]] = field(default_factory=dict)
-    results: asyncio.Queue[ChunkResult] = field(default_factory=asyncio.Queue)
-    changed_at: dict[str, float] = field(default_factory=dict)
-    wanted: int = -1
-    made: int = -1
-    over: bool = False
-    asked_at: float = field(default_factory=time.monotonic)
-    paused_at: float | None = None
-    snapshots: dict[int, Snapshot] = field(default_factory=dict)
-    task: asyncio.Task[None] | None = None
-    mark: Watermark | None = None
-
-    def chunk(self, index: int) -> asyncio.Future[EncodedChunk | Refused]:
-        if index not in self.chunks:
-            self.chunks[index] = asyncio.get_running_loop().create_future()
-        return self.chunks[index]
-
-    def ready(self, chunk: int, ahead: int) -> tuple[EncodedChunk, ...]:
-        """That chunk, which is there, and of the `ahead` behind it those that are there too."""
-        found: list[EncodedChunk] = []
-        for index in range(chunk, chunk + ahead + 1):
-            future = self.chunks.get(index)
-            made = future.result() if future is not None and future.done() else None
-            if not isinstance(made, EncodedChunk) or sum(len(one.data) for one in found) >= _PULL_BYTES:
-                break
-            found.append(made)
-        return tuple(found)
-
-    def give_up_before(self, chunk: int) -> None:
-        """Forget chunks before that one; of the snapshots the newest before it stays, to go on from."""
-        for index in [index for index in self.chunks if index < chunk]:
-            del self.chunks[index]
-        for index in [index for index in self.snapshots if index < chunk - 1]:
-            del self.snapshots[index]
 
 
 class Replica:
@@ -103,7 +62,7 @@ class Replica:
         self._marks = Watermarks.from_settings(settings, self._config.geometry)
         self._info = describe(loaded, self._marks)
         self._loop = asyncio.get_running_loop()
-        self._slots: dict[str, _Slot] = {}
+        self._slots: dict[str, Slot] = {}
         self._refused_at: deque[float] = deque(maxlen=1000)
         self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
         geometry = self._config.geometry
@@ -127,7 +86,7 @@ class Replica:
         """
         spec = SessionSpec(session_id, prompt, seed, frames, paced=paced, record=record)
         refused = self._admit(lambda: self._engine.open(spec))
-        return refused or self._hold(session_id, _Slot(self._encoder(scale)), 0)
+        return refused or self._hold(session_id, Slot(self._encoder(scale)), 0)
 
     async def restore(self, parts: Sequence[bytes], scale: int, ahead_s: float | None = None) -> Opened | Refused:
         """Go on with a session of another replica after the newest of its snapshots (`snapshot`), oldest part first.
@@ -142,7 +101,7 @@ class Replica:
         if refused is not None:
             return refused
         media = snapshot.media
-        slot = _Slot(self._encoder(scale, media.pixel_frames, media.chunks + 1))
+        slot = Slot(self._encoder(scale, media.pixel_frames, media.chunks + 1))
         slot.wanted = slot.made = snapshot.next_chunk - 1
         slot.snapshots[slot.made] = snapshot
         return self._hold(snapshot.spec.session_id, slot, snapshot.next_chunk)
@@ -166,7 +125,7 @@ class Replica:
             return Refused("invalid_value", f"{error.field}: allowed is {error.allowed}", error.field)
         return None
 
-    def _hold(self, session_id: str, slot: _Slot, chunk: int) -> Opened:
+    def _hold(self, session_id: str, slot: Slot, chunk: int) -> Opened:
         self._slots[session_id] = slot
         slot.mark = self._marks.of(session_id, slot.encoder.scale)
         slot.task = self._loop.create_task(self._encode(session_id, slot))
@@ -182,7 +141,7 @@ class Replica:
         since_chunk: int | None = None,
         wait_s: float = _PULL_WAIT_S,
     ) -> tuple[EncodedChunk, ...] | Refused | None:
-        """A chunk, made if it is not there. `ahead` more are begun; those that are there come along, in order.
+        """A chunk, made if it is not there. `ahead` more are begun; those that are there soon come along, in order.
 
         Chunks before it are given up. With `since_chunk` the newest of them brings what `restore` needs to go on after
         it: all (-1), or what came after that chunk.
@@ -201,12 +160,24 @@ class Replica:
         slot.asked_at = time.monotonic()
         if not isinstance(made, EncodedChunk):
             return made
+        if chunk > 0 and ahead > 0:  # the first one is waited for
+            await self._linger(slot, made)
         found = slot.ready(chunk, ahead)
         state = slot.snapshots.get(found[-1].chunk)
         if since_chunk is None or state is None:
             return found
         snapshot = await self._loop.run_in_executor(self._pool, state.to_bytes, since_chunk)
         return (*found[:-1], replace(found[-1], snapshot=snapshot))
+
+    async def _linger(self, slot: Slot, first: EncodedChunk) -> None:
+        """Wait a little for the chunks behind that one."""
+        late_s, made = time.monotonic() + _LINGER_S, first
+        while not made.last and made.chunk < first.chunk + _TOGETHER - 1:
+            done, _ = await asyncio.wait({slot.chunk(made.chunk + 1)}, timeout=max(0.0, late_s - time.monotonic()))
+            following = done.pop().result() if done else None
+            if not isinstance(following, EncodedChunk):
+                return
+            made = following
 
     async def _made(
         self, future: asyncio.Future[EncodedChunk | Refused], wait_s: float
@@ -344,7 +315,7 @@ class Replica:
             scale=scale, first_pixel_frame=first_pixel_frame, sequence=sequence,
         )
 
-    def _want(self, session_id: str, slot: _Slot, chunk: int) -> None:
+    def _want(self, session_id: str, slot: Slot, chunk: int) -> None:
         """Ask the engine for chunks up to `chunk`; it is asked for one at a time."""
         idle = slot.wanted <= slot.made
         slot.wanted = max(slot.wanted, chunk)
@@ -371,7 +342,7 @@ class Replica:
             self._request(result.session_id)
         slot.results.put_nowait(result)
 
-    async def _encode(self, session_id: str, slot: _Slot) -> None:
+    async def _encode(self, session_id: str, slot: Slot) -> None:
         """Encode one session's chunks in order."""
         over = False
         while not over:
@@ -392,19 +363,19 @@ class Replica:
             self._note_applied(slot, result)
             self._give(slot, result, data)
 
-    def _give(self, slot: _Slot, result: ChunkResult, data: bytes) -> None:
+    def _give(self, slot: Slot, result: ChunkResult, data: bytes) -> None:
         place = (result.first_pixel_frame, result.applied_event_ids, result.last)
         future = slot.chunk(result.chunk)
         if not future.done():
             future.set_result(EncodedChunk(result.chunk, data, len(result.pixels), *place))
 
-    def _fail(self, slot: _Slot, chunk: int) -> None:
+    def _fail(self, slot: Slot, chunk: int) -> None:
         failure = Refused("generation_failed", f"generation failed in chunk {chunk}")
         for future in (slot.chunk(chunk), *slot.chunks.values()):
             if not future.done():
                 future.set_result(failure)
 
-    def _note_applied(self, slot: _Slot, result: ChunkResult) -> None:
+    def _note_applied(self, slot: Slot, result: ChunkResult) -> None:
         for event_id in result.applied_event_ids:
             received_s = slot.changed_at.pop(event_id, None)
             if received_s is not None:
@@ -420,7 +391,7 @@ class Replica:
                 await self.close(session_id, "abandoned")
             self._report_slots()
 
-    def _left_behind(self, slot: _Slot, now_s: float) -> bool:
+    def _left_behind(self, slot: Slot, now_s: float) -> bool:
         if slot.paused_at is not None:
             return now_s - slot.paused_at > self._config.serve.max_paused_s
         return now_s - slot.asked_at > self._settings.session_idle_timeout_s
@@ -431,7 +402,7 @@ class Replica:
         self._metrics.set("diagonal_sessions_waiting", waiting)
 
 
-def _encode_chunk(slot: _Slot, result: ChunkResult) -> bytes:
+def _encode_chunk(slot: Slot, result: ChunkResult) -> bytes:
     pixels: Pixels = result.pixels.numpy()
     if slot.mark is not None:
         pixels = slot.mark.embed(pixels, result.first_pixel_frame)

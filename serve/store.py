@@ -187,10 +187,10 @@ class Store:
         newest = chunks[-1]
         if newest.chunk >= KEPT_CHUNKS and any(chunk.chunk % _TRIM_EVERY == 0 for chunk in chunks):
             await self._trim_endless(video_id, newest.chunk + 1 - KEPT_CHUNKS)
-        if whole_snapshot or newest.last:
-            await self._drop_snapshots(video_id, newest.chunk + newest.last)
         if newest.last:
-            await self.complete(video_id)
+            await self.complete(video_id)  # at its end all snapshots go: not before, who waits for the chunk is first
+        elif whole_snapshot:
+            await self._drop_snapshots(video_id, newest.chunk)
         return verdict
 
     async def snapshots(self, video_id: str) -> list[bytes]:

@@ -129,6 +129,27 @@ def test_increments_of_each_chunk_are_enough_to_go_on(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
+def test_a_pull_brings_what_is_there_and_a_session_goes_on_from_the_newest_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.replica._LINGER_S", DEADLINE_S)
+
+    async def work(make: Callable[..., Replica]) -> None:
+        first, second = make(), make()
+        await first.open("v", PROMPT, 3, 81, 1)
+        whole = await pull(first, 0, since=-1)
+        made = await first.pull("v", 1, 2, 0)
+        assert isinstance(made, tuple) and [one.chunk for one in made] == [1, 2, 3]
+        assert [bool(one.snapshot) for one in made] == [False, False, True]
+        assert (await pull(first, 1)).data == made[0].data, "the answer was lost"
+        assert isinstance(await second.restore([whole.snapshot, made[-1].snapshot], 1), Opened)
+        assert (await pull(second, 4)).first_pixel_frame == 45
+        ended = await first.pull("v", 4, 8)
+        assert isinstance(ended, tuple) and [one.chunk for one in ended] == [4, 5, 6] and ended[-1].last
+
+    run(tmp_path, work)
+
+
 def test_a_snapshot_that_does_not_fit_is_refused_and_takes_no_slot(tmp_path: Path) -> None:
     async def work(make: Callable[..., Replica]) -> None:
         first, other = make(), make(small_release("schedule.shift=3"))

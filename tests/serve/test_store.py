@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,44 @@ def test_the_last_chunk_makes_the_file(tmp_path: Path) -> None:
         found = await store.content("video_1", 0, 1 << 20)
         assert found is not None and found[0] == len(found[1]) and read_mp4(found[1]).shape == (21, 32, 32, 3)
         assert (await store.content("video_1", 4, 8)) == (found[0], b"ftyp")
+
+    in_store(tmp_path, work)
+
+
+@pytest.mark.parametrize("pacing", list(Pacing))
+def test_chunks_that_came_together_are_read_together_unless_a_viewer_paces_them(
+    tmp_path: Path, pacing: Pacing
+) -> None:
+    init, made = chunks()
+
+    async def work(store: Store) -> None:
+        await put_video(store, init, replace(VIDEO, pacing=pacing))
+        assert not await store.put_chunks("video_1", 0, made[1:]), "the first one is missing"
+        for _ in range(2):  # the answer was lost
+            assert await store.put_chunks("video_1", 0, made[:1], b"whole", True)
+        assert await store.put_chunks("video_1", 0, made[1:], b"more")
+        assert await store.put_chunks("video_1", 0, made) is None, "it is over"
+        segment = await store.segment("video_1", "reader", 0, 0)
+        assert segment is not None and segment.data == made[0].data
+        together = [made[1].data] if pacing is Pacing.NONE else []
+        assert [one.data for one in segment.following] == together
+        links = await store.links("video_1", 0, 9)
+        assert [one.chunk for one in links] == [0, 1] and links[1].previous == links[0].signature
+
+    in_store(tmp_path, work)
+
+
+def test_a_session_goes_on_from_the_newest_of_chunks_that_came_together(tmp_path: Path) -> None:
+    _, made = chunks()
+    parts = [replace(made[0], chunk=number, first_pixel_frame=9 * number) for number in range(6)]
+
+    async def work(store: Store) -> None:
+        await put_video(store, video=replace(VIDEO, frames=99))
+        for first, last, state in ((0, 1, b"a"), (1, 4, b"b"), (4, 6, b"c")):
+            assert await store.put_chunks("video_1", 0, parts[first:last], state, first == 0)
+        assert await store.snapshots("video_1") == [b"a", b"b", b"c"]
+        video = await store.get("video_1")
+        assert video is not None and (video.chunks_done, video.frames_done) == (6, 54)
 
     in_store(tmp_path, work)
 

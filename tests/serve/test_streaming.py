@@ -299,7 +299,7 @@ def test_deleting_a_video_ends_its_streams(
 def test_a_video_of_a_gateway_that_died_is_taken_over_by_whoever_is_asked(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
-    service = make_service(store={"driver_silence_s": 0.2})
+    service = make_service(store={"driver_silence_s": 0.6})
     with httpx.Client(base_url=service.urls[0]) as first, httpx.Client(base_url=service.urls[1]) as second:
         engine.allow(2)
         video = start(first)
