@@ -39,7 +39,7 @@ _LOOK_EVERY_S = 0.02
 _LATELY_S = 10.0  # so long a refused session counts as one that more replicas would take
 _LOOK_AT_HEALTH_S = 0.25  # how soon who waits for a chunk is told that the engine hangs
 _PULL_WAIT_S = 60.0
-_TOGETHER, _LINGER_S = 3, 0.15  # a pull of several waits so long for so many: fewer calls cost all parts less
+_TOGETHER, _LINGER_S = 3, 0.25  # a pull of several waits so long for so many: fewer calls cost all parts less
 UNKNOWN = Refused("session_lost", "this replica does not hold the session")
 UNWELL = Refused("replica_unwell", "a part of the service makes no chunks now; try again", retry_after_s=2.0)
 
