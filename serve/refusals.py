@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from serve.records import Pacing, Refused, VideoRecord
 
-_HOLD_S = 0.25  # a place that is free again is offered so much later at most
+_HOLD_S = 1.0  # no longer than the shortest Retry-After; a place that is free again is offered so much later at most
 _MANY, _WITHIN_S = 8, 1.0  # so many refusals in a second are an overload
 
 

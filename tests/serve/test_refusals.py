@@ -51,12 +51,12 @@ def test_a_few_refusals_are_no_overload(refusals: RecentRefusals) -> None:
     assert refusals.of(asked(pacing=Pacing.NONE)) is None and refusals.of(asked(model="other")) is None
 
 
-def test_a_replica_is_asked_four_times_a_second_however_many_come(
+def test_a_replica_is_asked_once_a_second_however_many_come(
     refusals: RecentRefusals, clock: list[float]
 ) -> None:
     refuse(refusals, 8)
     questions = 0
-    for _ in range(200):
+    for _ in range(800):
         clock[0] += 0.01
         if refusals.of(asked()) is None:
             questions += 1
@@ -66,7 +66,7 @@ def test_a_replica_is_asked_four_times_a_second_however_many_come(
 
 def test_an_overload_that_is_over_is_forgotten(refusals: RecentRefusals, clock: list[float]) -> None:
     refuse(refusals, 8)
-    clock[0] += 0.3
+    clock[0] += 1.1
     assert refusals.of(asked()) is None
     clock[0] += 1.0
     refuse(refusals, 3)
