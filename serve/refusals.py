@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from serve.records import Pacing, Refused, VideoRecord
 
-_HOLD_S = 1.0  # no longer than the shortest Retry-After; a place that is free again is offered so much later at most
+_HOLD_S = 2.0  # at most, and no longer than whoever was refused was told to wait
 _MANY, _WITHIN_S = 8, 1.0  # so many refusals in a second are an overload
 
 
@@ -41,7 +41,7 @@ class RecentRefusals:
     def of(self, video: VideoRecord) -> Refused | None:
         """The refusal of one like it, if that is fresh and one of many."""
         known, now_s = self._known.get((video.model, video.pacing)), self._now()
-        if known is None or now_s - known.asked_s >= _HOLD_S:
+        if known is None or now_s - known.asked_s >= min(_HOLD_S, known.refusal.retry_after_s or 0.0):
             return None
         if len(known.told_s) < _MANY or now_s - known.told_s[0] >= _WITHIN_S:
             return None

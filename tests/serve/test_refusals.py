@@ -14,7 +14,8 @@ from tests.serve.conftest import FakeEngine, Service
 
 Until = Callable[..., Any]
 REALTIME: dict[str, Any] = {"prompt": "a red circle", "num_frames": 81, "extra": {"pacing": "realtime"}}
-FULL = Refused("server_full", "no room", retry_after_s=2.0)
+FULL = Refused("server_full", "no room", retry_after_s=60.0)
+SOON = Refused("server_full", "no room", retry_after_s=1.0)
 
 
 class Asked:
@@ -51,7 +52,7 @@ def test_a_few_refusals_are_no_overload(refusals: RecentRefusals) -> None:
     assert refusals.of(asked(pacing=Pacing.NONE)) is None and refusals.of(asked(model="other")) is None
 
 
-def test_a_replica_is_asked_once_a_second_however_many_come(
+def test_a_replica_is_asked_as_often_as_who_was_refused_was_told_to_come_again(
     refusals: RecentRefusals, clock: list[float]
 ) -> None:
     refuse(refusals, 8)
@@ -60,13 +61,13 @@ def test_a_replica_is_asked_once_a_second_however_many_come(
         clock[0] += 0.01
         if refusals.of(asked()) is None:
             questions += 1
-            refusals.note(asked(), FULL)
+            refusals.note(asked(), SOON)
     assert 7 <= questions <= 9
 
 
 def test_an_overload_that_is_over_is_forgotten(refusals: RecentRefusals, clock: list[float]) -> None:
     refuse(refusals, 8)
-    clock[0] += 1.1
+    clock[0] += 2.1
     assert refusals.of(asked()) is None
     clock[0] += 1.0
     refuse(refusals, 3)
