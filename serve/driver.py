@@ -22,7 +22,7 @@ from serve.problems import SILENCES
 from serve.records import EncodedChunk, Pacing, Refused, Status, Verdict, VideoRecord
 
 _LOG = logging.getLogger("ray.serve")
-_LOOK_EVERY_S = 0.25  # how soon a driver that waits sees that its last reader left
+_LOOK_EVERY_S = 0.5  # how soon a driver that waits sees that its last reader left
 _LOOK_AT_HOLDER_S = 0.5  # and that its replica drains or is gone, while its viewer still has something to play
 _BEAT_S = 0.5  # how often the store hears of a driver at least, whatever it waits for
 _AHEAD = 8  # chunks that are begun behind the one that is waited for, where nobody paces them: the engine never idles
@@ -31,7 +31,7 @@ _AWAY_S = 0.5  # a store that needs longer for an answer was away
 _RELEASE_S = 2.0
 _DEATHS = 3
 _MOVES = ("session_lost", "chunk_gone", "replica_unwell")  # another replica can go on from there
-_LOOK_AT_POSITION_S = 0.05  # the same for one that follows a viewer's own player
+_LOOK_AT_POSITION_S = 0.05  # how soon it sees that a viewer's own player has come as far as is waited for
 
 
 class Driver:
@@ -227,7 +227,8 @@ class Driver:
         """How long until the next chunk may be made, by the viewer's own player or by a clock that stands for it."""
         if verdict.position_s is not None:
             ahead_s = self._media_s - verdict.position_s
-            wait_s = 0.0 if ahead_s < (verdict.window_s or 0.0) else _LOOK_AT_POSITION_S
+            beyond_s = ahead_s - (verdict.window_s or 0.0)
+            wait_s = 0.0 if beyond_s < 0 else max(_LOOK_AT_POSITION_S, beyond_s)  # nobody plays faster than time goes
         elif self._paced:
             wait_s, ahead_s = self._clock.wait_s(self._media_s), self._media_s - self._clock.position_s()
         else:
