@@ -97,7 +97,7 @@ def test_replicas_are_replaced_under_their_sessions(live: LiveService, ffprobe: 
 
 
 def test_gateways_are_stopped_under_their_viewers(live: LiveService, ffprobe: str) -> None:
-    watchers = watching(live, 12, (OverHttp, OverSocket, OverHttp, OverSocket, OverSocket))
+    watchers = watching(live, 12, (OverHttp, OverSocket, OverHttp, OverSocket))
     live.deploy(gateways=1, wait=False)
     assert_undisturbed(watchers, ffprobe)
     live.settle()

@@ -44,8 +44,16 @@ class Watcher:
         self._thread.join(deadline_s)
         assert not self._thread.is_alive(), "it did not end"
         if self.error is not None:
+            self.error.add_note(f"after {len(self.came_s)} parts of {self.id}: {self._state()}")
             raise self.error
         return self
+
+    def _state(self) -> str:
+        """What the service says of the video."""
+        try:
+            return httpx.get(f"{self.url}/v1/videos/{self.id}", timeout=10).text
+        except httpx.HTTPError as error:
+            return repr(error)
 
     def longest_gap_s(self) -> float:
         """Between two parts."""
