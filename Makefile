@@ -66,7 +66,7 @@ stop: ## end the local Ray and the service, by process id
 test: env-dev ## run the tests, but not those below
 	$(VENV)/bin/python -m pytest --ignore=tests/faults $(PYTEST_ARGS)
 
-test-faults: env-dev ## end workers and nodes, break files and storage on a local Ray cluster (about 25 minutes)
+test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, storage, networks (about 40 minutes)
 	$(VENV)/bin/python -m pytest -m faults tests/faults $(PYTEST_ARGS)
 
 bench: env ## measure speed of the embedded model on this CPU (about 3 minutes): docs/results/speed.md
