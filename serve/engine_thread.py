@@ -69,7 +69,7 @@ class EngineThread:
         self._engine, self._deliver, self._metrics, self._fps = engine, deliver, metrics, fps
         self._chunk_s, self._clock = chunk_s, clock
         self._wake, self._stop, self._exercise = threading.Event(), threading.Event(), threading.Event()
-        self._step_s, self._busy_since_s, self._proved_s = 0.0, float("inf"), clock()
+        self._step_s, self._busy_since_s, self._proved_s, self._well = 0.0, float("inf"), clock(), True
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -84,13 +84,16 @@ class EngineThread:
 
     @property
     def healthy(self) -> bool:
-        """Whether the thread lives, its step is not late by more than `deadline_s`, and chunks come out."""
-        return self.alive and self._late_s() <= self.deadline_s and self._engine.health().healthy
+        """Whether the thread lives, its step is not late by more than `deadline_s`, and chunks come out.
+
+        Chunks that failed in a row may be their prompts' fault: the engine has the time of one exercise to show it.
+        """
+        return self.alive and self._late_s() <= self.deadline_s and self._well
 
     @property
     def lost(self) -> bool:
         """Whether its process is to be replaced: a step that is late may still come on a machine that is busy."""
-        return not self.alive or self._late_s() > _PATIENCE * self.deadline_s or not self._engine.health().healthy
+        return not self.alive or self._late_s() > _PATIENCE * self.deadline_s or not self._well
 
     def _late_s(self) -> float:
         return self._clock() - self._busy_since_s
@@ -141,6 +144,7 @@ class EngineThread:
             self._busy_since_s = self._clock()
             if self._engine.exercise():
                 self._proved_s = self._clock()
+        self._well = self._engine.health().healthy
         self._busy_since_s = float("inf")
         return bool(results)
 

@@ -31,6 +31,7 @@ class HardToDrive(FakeEngine):
     def __init__(self) -> None:
         super().__init__()
         self.hang, self.hanging, self.broken, self.failures, self.exercises = threading.Event(), False, False, 0, 0
+        self.during: Callable[[], Any] = lambda: None
 
     def step(self) -> Any:
         if self.hang.is_set():
@@ -44,6 +45,7 @@ class HardToDrive(FakeEngine):
         return Health(self.failures < 3, self.failures)
 
     def exercise(self) -> bool:
+        self.during()
         self.exercises += 1
         self.failures = self.failures + 1 if self.broken else 0
         return not self.broken
@@ -117,11 +119,23 @@ def test_after_failures_in_a_row_the_engine_must_show_that_it_still_can(
 ) -> None:
     engine.failures = 3
     thread.wake()
-    until(lambda: thread.healthy, "it could")
+    until(lambda: engine.exercises == 1 and thread.healthy, "it could")
     engine.broken, engine.failures = True, 3
     thread.wake()
     until(lambda: engine.exercises >= 3, "tried again and again")
     assert not thread.healthy and thread.alive
+
+
+def test_until_it_has_tried_the_engine_is_well_because_the_failures_may_be_their_prompts_fault(
+    engine: HardToDrive, thread: EngineThread, until: Until
+) -> None:
+    """Else three bad prompts would keep a good one out, and have the replica replaced."""
+    seen = []
+    engine.during = lambda: seen.append((thread.healthy, thread.lost))
+    engine.failures = 3
+    thread.wake()
+    until(lambda: engine.exercises == 1, "it tried")
+    assert seen == [(True, False)]
 
 
 def test_a_thread_that_ended_is_not_well(engine: HardToDrive, until: Until) -> None:

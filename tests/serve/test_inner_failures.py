@@ -21,8 +21,8 @@ from serve.failover import rehome
 from tests.engine.test_isolation import PoisonedText
 from tests.networks import small_release
 from tests.serve.conftest import FakeEngine, Service
-from tests.serve.hostile import closed, start, told
-from tests.serve.sockets import viewer
+from tests.serve.hostile import start, told
+from tests.serve.sockets import closed, viewer
 from tests.serve.test_failover import Cluster, make_cluster  # noqa: F401
 from tests.serve.test_streaming import shades
 
@@ -176,6 +176,7 @@ def test_s5_a_replica_whose_chunks_all_fail_says_that_it_is_to_be_replaced(
         for _ in range(3):
             bad = start(http)
             until(lambda bad=bad: told(http, bad)["status"] == "failed", "failed")
+        until(lambda: not cluster.replica._thread.healthy, "an exercise failed too")
         with pytest.raises(RuntimeError, match="three chunks in a row"):
             cluster.replica.check_health()
         answer = http.get("/health/ready")
