@@ -28,8 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = ServeSettings(data=options.data, database=options.database)
     if not options.database:
         Path(settings.data).expanduser().mkdir(parents=True, exist_ok=True)
-    os.umask(0o077)  # a database made here is its owner's alone
-    tables = Tables(settings.database_url)
+    mask = os.umask(0o077)  # a database made here is its owner's alone
+    try:
+        tables = Tables(settings.database_url)
+    finally:
+        os.umask(mask)
     try:
         return int(options.run(Credentials(tables), options))
     except FieldError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -35,5 +36,10 @@ def test_a_wrong_limit_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_the_database_is_its_owners_alone(tmp_path: Path) -> None:
-    main(["create", "--name", "x", "--data", str(tmp_path)])
+    before = os.umask(0o022)
+    try:
+        main(["create", "--name", "x", "--data", str(tmp_path)])
+    finally:
+        after = os.umask(before)
     assert (tmp_path / "store.sqlite").stat().st_mode & 0o077 == 0
+    assert after == 0o022, "the process that called it makes its other files as before"
