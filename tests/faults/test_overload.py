@@ -15,7 +15,6 @@ from jobs.load_sessions import Plan
 from tests.faults.serving import LiveService
 
 LAST_S = 15.0  # a minute by `python -m jobs.load --overload`
-FIRST_FRAME_S, SLOWEST_REFUSAL_S = 1.0, 0.3  # the viewers' own processes share the two cores; docs/results has figures
 
 
 @pytest.fixture
@@ -40,6 +39,6 @@ def test_an_overload_is_refused_at_once_and_those_who_are_in_play_on(
     assert sum(figures["rejected"].values()) > 4 * figures["completed"]
     assert set(figures["rejected"]) == {"server_full"} and figures["rejections_without_retry_after"] == 0
     assert figures["session_fps"]["least"] >= 16
-    assert figures["first_frame_s"]["p95"] <= max(2 * found["calm_first_frame_s"]["greatest"] + 0.1, FIRST_FRAME_S)
-    assert figures["rejection_s"]["p50"] <= 0.1 and figures["rejection_s"]["p95"] <= SLOWEST_REFUSAL_S
+    assert figures["first_frame_s"]["p95"] <= 2 * found["calm_first_frame_s"]["greatest"] + 0.1
+    assert figures["rejection_s"]["p95"] <= 0.1
     assert found["recovered_s"] is not None and found["recovered_s"] < 10

@@ -95,11 +95,11 @@ def test_the_capacity_is_what_the_service_admits_at_once(service: Service) -> No
 
 def test_an_overload_is_refused_and_over_when_it_ends(make_service: Callable[..., Service]) -> None:
     service = make_service(limits=RealtimeLimits())
-    plan = Plan(service.urls[0], seconds=1.0)
+    plan = Plan(service.urls[0], seconds=2.5)  # longer than the lead, so that a session lasts
     found: dict[str, Any] = asyncio.run(overload(plan, 2.0, seed=3, carrier="both"))
     figures = found["figures"]
-    assert found["capacity"] == 2 and found["rate"] == 20.0 and found["recovered_s"] is not None
-    assert figures["completed"] and sum(figures["rejected"].values())
+    assert found["capacity"] == 2 and found["rate"] == 8.0 and found["recovered_s"] is not None
+    assert figures["completed"] and sum(figures["rejected"].values()) > figures["completed"]
     assert figures["failed"] == {} and figures["rejections_without_retry_after"] == 0
 
 
