@@ -1,4 +1,4 @@
-"""What tests of threats share: keys, waiting for the end of a socket, and what this process holds."""
+"""What tests of threats share: keys, videos, and what this process holds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
-from websockets.exceptions import ConnectionClosed
 
 from tests.serve.conftest import Service
-from tests.serve.sockets import Viewer
 
 
 def new_key(
@@ -31,16 +28,6 @@ def start(http: httpx.Client, headers: dict[str, str] | None = None, pacing: str
 
 def told(http: httpx.Client, video: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
     return dict(http.get(f"/v1/videos/{video}", headers=headers).json())
-
-
-def closed(one: Viewer) -> tuple[int, dict[str, Any]]:
-    """Read to the end of a socket: its close code (1006 when it just broke), and the error that came before it."""
-    with pytest.raises(ConnectionClosed) as end:
-        while True:
-            one.next()
-    errors = [message for message in one.others if message["type"] == "error"]
-    received = end.value.rcvd
-    return (received.code if received else 1006), (errors[-1] if errors else {})
 
 
 def memory_bytes() -> int:

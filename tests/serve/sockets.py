@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 DEADLINE_S = 20.0
@@ -79,3 +81,13 @@ def viewer(
 def cut(one: Viewer) -> None:
     """Break the connection without a word, as a lost network does."""
     one.socket.socket.shutdown(2)
+
+
+def closed(one: Viewer) -> tuple[int, dict[str, Any]]:
+    """Read to the end of a socket: its close code (1006 when it just broke), and the error that came before it."""
+    with pytest.raises(ConnectionClosed) as end:
+        while True:
+            one.next()
+    errors = [message for message in one.others if message["type"] == "error"]
+    received = end.value.rcvd
+    return (received.code if received else 1006), (errors[-1] if errors else {})

@@ -21,8 +21,8 @@ from websockets.exceptions import InvalidStatus
 from serve import replica
 from serve.realtime import RealtimeLimits
 from tests.serve.conftest import FakeEngine, Service
-from tests.serve.hostile import closed, new_key, open_files, start, told
-from tests.serve.sockets import viewer
+from tests.serve.hostile import new_key, open_files, start, told
+from tests.serve.sockets import closed, viewer
 from tests.serve.wire import wire
 
 Until = Callable[..., Any]

@@ -18,8 +18,8 @@ from serve.auth import PUBLIC, PUBLIC_FOLDER
 from serve.routes import create_app
 from serve.settings import ServeSettings
 from tests.serve.conftest import FakeEngine, Service
-from tests.serve.hostile import closed, memory_bytes, new_key, start
-from tests.serve.sockets import viewer
+from tests.serve.hostile import memory_bytes, new_key, start
+from tests.serve.sockets import closed, viewer
 
 Until = Callable[..., Any]
 JSON = {"Content-Type": "application/json"}

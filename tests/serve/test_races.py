@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from tests.serve.conftest import FakeEngine, Service
-from tests.serve.hostile import closed, new_key, start, told
-from tests.serve.sockets import Viewer, cut, viewer
+from tests.serve.hostile import new_key, start, told
+from tests.serve.sockets import Viewer, closed, cut, viewer
 
 Until = Callable[..., Any]
 

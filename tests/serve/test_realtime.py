@@ -11,12 +11,11 @@ from typing import Any
 import av
 import httpx
 import pytest
-from websockets.exceptions import ConnectionClosed
 
 from diagonal.mp4 import boxes
 from serve.realtime import RealtimeLimits
 from tests.serve.conftest import FakeEngine, Service, shade
-from tests.serve.sockets import cut, viewer
+from tests.serve.sockets import closed, cut, viewer
 
 Until = Callable[..., Any]
 FAST: dict[str, Any] = {"extra_params": {"pacing": "none"}}
@@ -29,16 +28,6 @@ def shades(stream: bytes | bytearray) -> list[int]:
 
 def interaction(prompt: str, event_id: str = "e1", chunks: int = 0) -> dict[str, Any]:
     return {"interaction": {"event_id": event_id, "event": {"prompt": prompt}, "transition_chunks": chunks}}
-
-
-def closed(one: Any) -> tuple[int, dict[str, Any]]:
-    """The close code, and the error that came before it."""
-    with pytest.raises(ConnectionClosed) as end:
-        while True:
-            one.next()
-    errors = [message for message in one.others if message["type"] == "error"]
-    received = end.value.rcvd
-    return (received.code if received else 1006), (errors[-1] if errors else {})
 
 
 def test_a_session_is_a_start_then_each_chunk_behind_its_metadata_then_its_end(service: Service) -> None:
