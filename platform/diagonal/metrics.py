@@ -1,4 +1,8 @@
-"""The project's metrics: names, units, labels and buckets; where the numbers go is passed in as a sink."""
+"""The project's metrics: names, units, labels and buckets; where the numbers go is passed in as a sink.
+
+Inside Ray each name is exposed with `ray_` in front. What a dashboard divides is counted, not divided here: frames a
+second are the rate of frames, and the real-time factor is generated media over busy time.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,12 @@ ENCODE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0)
 PROMPT_BUCKETS_S = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 WINDOW_BUCKETS_S = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0, 30.0)
 DRIFT_BUCKETS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
+SLACK_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+STORE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
 UPDATE_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-_UNIT_ENDINGS = {"seconds": "_seconds", "bytes": "_bytes"}
+CHECKPOINT_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 180.0, 600.0, 1800.0)
+SHARD_BUCKETS_S = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 180.0, 600.0, 1800.0, 7200.0)
+_UNIT_ENDINGS = {"seconds": "_seconds", "bytes": "_bytes", "ratio": "_ratio"}
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,10 @@ def _gauge(name: str, unit: str, description: str, *labels: str) -> MetricSpec:
     return MetricSpec(name, "gauge", unit, description, labels)
 
 
-def _histogram(name: str, description: str, buckets: tuple[float, ...], *labels: str) -> MetricSpec:
-    return MetricSpec(name, "histogram", "seconds", description, labels, buckets)
+def _histogram(
+    name: str, description: str, buckets: tuple[float, ...], *labels: str, unit: str = "seconds"
+) -> MetricSpec:
+    return MetricSpec(name, "histogram", unit, description, labels, buckets)
 
 
 # Frames are pixel frames, as everywhere in the API and in metrics.
@@ -96,26 +106,52 @@ SERVING = (
     _counter("diagonal_recaches_total", "recaches", "Times that a session's cache was written anew", "reason"),
     _counter("diagonal_session_failures_total", "sessions", "Sessions that failed, by where", "code"),
     _counter("diagonal_schedules_shortened_total", "sessions", "Sessions admitted under the overload schedule"),
-    MetricSpec(
-        "diagonal_stream_drift_ratio", "histogram", "ratio", "A chunk's measure over that of the stream's first chunks",
-        ("measure",), DRIFT_BUCKETS,
+    _histogram(
+        "diagonal_stream_drift_ratio", "A chunk's measure over that of the stream's first chunks", DRIFT_BUCKETS,
+        "measure", unit="ratio",
     ),
+    _histogram(
+        "diagonal_playout_slack_seconds", "Media that a viewer has left when his next chunk is made; 0: it is late",
+        SLACK_BUCKETS_S,
+    ),
+    _gauge("diagonal_budget_limit_ratio", "ratio", "What diagonal_budget_used_ratio may be for one more session"),
+    _counter(
+        "diagonal_session_migrations_total", "sessions", "Sessions taken from a replica, by why and what came of it",
+        "cause", "outcome",
+    ),
+    _histogram("diagonal_store_write_seconds", "A chunk handed to the store until it is kept", STORE_BUCKETS_S),
 )
 
 TRAINING = (
     _counter("diagonal_updates_total", "updates", "Optimizer updates", "stage", "network"),
     _histogram("diagonal_update_seconds", "One update", UPDATE_BUCKETS_S, "stage"),
-    _gauge("diagonal_updates_per_second", "updates/s", "Updates a second", "stage"),
+    _gauge("diagonal_updates_per_second", "updates/s", "Updates a second, since the workers started", "stage"),
+    _gauge("diagonal_training_update", "updates", "Number of the newest update of the stage", "stage"),
+    _gauge("diagonal_training_updates_planned", "updates", "Number of the stage's last update", "stage"),
+    _gauge("diagonal_training_stage", "stage", "What is trained: 0 pairs, 1 uniform steps, 2 the diagonal", "stage"),
+    _gauge("diagonal_training_workers", "workers", "Workers that train the stage now", "stage"),
     _gauge("diagonal_loss", "loss", "Newest value of a loss term", "stage", "loss"),
     _gauge("diagonal_gradient_norm", "norm", "Gradient norm before clipping", "stage", "network"),
     _counter("diagonal_nonfinite_updates_total", "updates", "Updates skipped for a NaN or an infinity", "stage"),
     _counter("diagonal_samples_total", "samples", "Samples trained on", "stage"),
+    _counter("diagonal_tokens_total", "tokens", "Latent tokens of the clips trained on", "stage"),
+    _counter("diagonal_model_flops_total", "operations", "Floating-point operations that updates need", "stage"),
+    _gauge(
+        "diagonal_model_flops_utilisation_ratio", "ratio", "Operations of an update over what its time allows", "stage"
+    ),
     _gauge("diagonal_checkpoint_age_seconds", "seconds", "Age of the newest whole checkpoint", "stage"),
+    _gauge("diagonal_checkpoint_interval_seconds", "seconds", "Between two checkpoints, at the present rate", "stage"),
+    _histogram("diagonal_checkpoint_save_seconds", "Writing one checkpoint, beside training", CHECKPOINT_BUCKETS_S,
+               "stage"),
+    _histogram("diagonal_checkpoint_wait_seconds", "Training waited for one checkpoint", CHECKPOINT_BUCKETS_S, "stage"),
+    _counter("diagonal_checkpoints_skipped_total", "checkpoints", "Left out: one was still being written", "stage"),
     _counter("diagonal_checkpoints_refused_total", "checkpoints", "Incomplete or altered ones, passed over", "stage"),
     _counter("diagonal_restarts_total", "restarts", "Times that workers were started again", "stage"),
     _counter("diagonal_data_wait_seconds_total", "seconds", "Time that training waited for data", "stage"),
     _counter("diagonal_pairs_total", "pairs", "Trajectories written"),
     _gauge("diagonal_pairs_per_second", "pairs/s", "Trajectories written a second, of this job"),
+    _gauge("diagonal_pairs_missing", "pairs", "Trajectories of this job still to be written"),
+    _histogram("diagonal_pairs_shard_seconds", "One shard in a step of the job", SHARD_BUCKETS_S, "step"),
     _counter("diagonal_data_quarantined_total", "samples", "Samples set aside, by reason", "stage", "reason"),
 )
 
