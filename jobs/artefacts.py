@@ -17,6 +17,8 @@ from diagonal.model.weights import LINEAGE, MANIFEST, embedded, fetch, save_stud
 from diagonal.storage import Folder
 from jobs.run import Run
 
+STATEMENT = "statement.md"
+
 
 def lineage_of(uri: str) -> str:
     """How lineage names a folder: by its parent and itself (`tiny/base`, `RUN/stage1`), wherever it lies."""
@@ -38,10 +40,16 @@ def write_student(
 
 
 def publish_release(run: Run, student: Path, lineage: Mapping[str, Any]) -> None:
-    """Write `release/` from a local student folder, whole or not at all; the manifest comes last."""
+    """Write `release/` from a local student folder, whole or not at all; the manifest comes last.
+
+    What its maker states in the run's `statement.md`, if there is one, goes into its card.
+    """
+    statement = run.folder.read(STATEMENT).decode() if run.folder.has(STATEMENT) else ""
     with (run.folder / "release").replaced(last=MANIFEST) as folder:
         folder.rmdir()  # `write_release` makes it
-        write_release(folder, name=run.name, student=student, base=run.base, lineage=lineage, scores={})
+        write_release(
+            folder, name=run.name, student=student, base=run.base, lineage=lineage, scores={}, statement=statement
+        )
 
 
 def initial_student(run: Run) -> Path:

@@ -37,7 +37,8 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def release(base: Path, tmp_path: Path) -> Release:
     return write_release(
-        tmp_path / "release", name="r1", student=base, base=base, lineage={"parent": "base"}, scores={"colour": 0.5}
+        tmp_path / "release", name="r1", student=base, base=base, lineage={"stage2": {"parent": "base"}},
+        scores={"colour": 0.5},
     )
 
 

@@ -21,7 +21,9 @@ from tests.s3 import FaultyProxy
 def test_a_release_holds_what_it_was_made_from(release: Release, base: Path) -> None:
     loaded = Release.load(release.folder)
     assert (loaded.name, loaded.config) == ("r1", small_config())
-    assert loaded.manifest["scores"] == {"colour": 0.5} and loaded.manifest["lineage"] == {"parent": "base"}
+    assert loaded.manifest["scores"] == {"colour": 0.5} and loaded.manifest["lineage"] == {
+        "stage2": {"parent": "base"}
+    }
     generator = loaded.generator()
     assert not any(parameter.requires_grad for parameter in generator.parameters())
     expected = load_causal(base, small_config()).state_dict()

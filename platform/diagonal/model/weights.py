@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 import diagonal
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
+from diagonal.model.card import CARD, statement_of, write_card
 from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
 from diagonal.model.fp8 import use_fp8_linears
@@ -295,11 +296,12 @@ class Release:
 
 
 def write_release(
-    target: Path, *, name: str, student: Path, base: Path, lineage: Mapping[str, Any], scores: Mapping[str, Any]
+    target: Path, *, name: str, student: Path, base: Path, lineage: Mapping[str, Any], scores: Mapping[str, Any],
+    statement: str = "",
 ) -> Release:
     """Write a release from a student folder and its base model's codec and text; whole or not at all.
 
-    Raises `FieldError` when `target` already exists.
+    `statement` goes into its card (`diagonal.model.card`). Raises `FieldError` when `target` already exists.
     """
     if target.exists():
         raise FieldError("release folder", str(target), "a folder that does not exist yet")
@@ -309,6 +311,7 @@ def write_release(
             if (base / folder).is_dir():
                 shutil.copytree(base / folder, temporary / folder)
         shutil.copyfile(student / CONFIG, temporary / CONFIG)
+        write_card(temporary, name, Config.load(student / CONFIG), lineage, statement)
         _write_manifest(temporary, {"name": name, "lineage": dict(lineage), "scores": dict(scores)})
     return Release.load(target)
 
@@ -327,8 +330,9 @@ def write_release_with_decoder(target: Path, release: Release, decoder: Path, co
         shutil.copytree(decoder, temporary / FAST_DECODER)
         config.save(temporary / CONFIG)
         lineage = {**release.manifest["lineage"], FAST_DECODER: read_json(decoder / LINEAGE)}
-        _write_manifest(temporary, {"name": f"{release.name}-fast", "lineage": lineage,
-                                    "scores": release.manifest["scores"]})
+        name, card = f"{release.name}-fast", release.folder / CARD
+        write_card(temporary, name, config, lineage, statement_of(card.read_text()) if card.is_file() else "")
+        _write_manifest(temporary, {"name": name, "lineage": lineage, "scores": release.manifest["scores"]})
     return Release.load(target)
 
 
