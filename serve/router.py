@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -27,11 +28,46 @@ def elsewhere(replica: str, session_id: str) -> str:
     return f"{_NOT}{replica}{_SEPARATOR}{session_id}"
 
 
+class Standing(NamedTuple):
+    """What a replica told last: the sessions that it holds, and whether it is well."""
+
+    name: str
+    sessions: int
+    well: bool
+
+
+class Ranking:
+    """The order in which one router tries replicas; `now` gives seconds on a clock that never jumps. No Ray in it."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._assigned: dict[str, list[float]] = {}
+
+    def order(self, told: Iterable[Standing], session: str, avoided: str = "") -> Iterator[str]:
+        """Names, best first: not the avoided one, well, the least loaded; ties broken by rendezvous hashing."""
+        now_s, groups = self._now(), dict[tuple[bool, bool, int], list[str]]()
+        for name, sessions, well in told:
+            load = sessions + self._recent(name, now_s) if name in self._assigned else sessions
+            groups.setdefault((name == avoided, not well, load), []).append(name)
+        for key in sorted(groups):
+            yield from sorted(groups[key], key=lambda name: _weight(name, session))
+
+    def assign(self, name: str) -> None:
+        """A new session was sent there: it counts until the replica tells of it itself."""
+        self._assigned.setdefault(name, []).append(self._now())
+
+    def _recent(self, name: str, now_s: float) -> int:
+        recent = [at for at in self._assigned.pop(name) if now_s - at < _STATISTICS_AGE_S]
+        if recent:
+            self._assigned[name] = recent
+        return len(recent)
+
+
 class SessionRouter(RequestRouter):
-    """Chooses the named replica, else the least loaded one that is well, ties broken by rendezvous hashing."""
+    """Chooses the named replica, else the least loaded one that is well (`Ranking`)."""
 
     def initialize_state(self, **_: Any) -> None:
-        self._assigned: dict[str, list[float]] = {}
+        self._ranking = Ranking()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -40,28 +76,25 @@ class SessionRouter(RequestRouter):
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
         holder, _, session = pending_request.metadata.session_id.rpartition(_SEPARATOR)
-        named = [replica for replica in candidate_replicas if holder and _name(replica) == holder]
-        if named:
-            return [named]
+        by_name = {_name(replica): replica for replica in candidate_replicas}
+        if holder in by_name:
+            return [[by_name[holder]]]
         # Of a replica that is gone: any other one answers that it does not know the session.
         avoided = holder.removeprefix(_NOT) if holder.startswith(_NOT) else ""
-        ranked = sorted(candidate_replicas, key=lambda replica: (
-            _name(replica) == avoided, not replica.routing_stats.get("well", True),
-            self._load(replica), _weight(replica, session),
-        ))  # fmt: skip
+        ranked = list(self._ranking.order(map(_standing, candidate_replicas), session, avoided))
         if session and (avoided or not holder):
-            self._assigned.setdefault(_name(ranked[0]), []).append(time.monotonic())
-        return [[replica] for replica in ranked]
+            self._ranking.assign(ranked[0])
+        return [[by_name[name]] for name in ranked]
 
-    def _load(self, replica: RunningReplica) -> int:
-        recent = [at for at in self._assigned.get(_name(replica), []) if time.monotonic() - at < _STATISTICS_AGE_S]
-        self._assigned[_name(replica)] = recent
-        return int(replica.routing_stats.get("sessions", 0)) + len(recent)
+
+def _standing(replica: RunningReplica) -> Standing:
+    stats = replica.routing_stats
+    return Standing(_name(replica), int(stats.get("sessions", 0)), bool(stats.get("well", True)))
 
 
 def _name(replica: RunningReplica) -> str:
     return str(replica.replica_id.unique_id)
 
 
-def _weight(replica: RunningReplica, session: str) -> bytes:
-    return hashlib.blake2b(f"{_name(replica)}{_SEPARATOR}{session}".encode(), digest_size=8).digest()
+def _weight(name: str, session: str) -> bytes:
+    return hashlib.blake2b(f"{name}{_SEPARATOR}{session}".encode(), digest_size=8).digest()

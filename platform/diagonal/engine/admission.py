@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -174,6 +174,17 @@ class Budget:
         if not self.fits(playing, wanted):
             busy = busy_share(self.model, [*playing, wanted], self.batch_limit)
             raise BudgetError(busy, self.share, self.retry_after_s(playing, wanted))
+
+    def schedule_of(
+        self, playing: Sequence[Demand], demand: Callable[[StepSchedule], Demand], own: StepSchedule,
+        shorter: StepSchedule | None = None,
+    ) -> StepSchedule:
+        """What a new session is to run: its own schedule, or the shorter one where only that fits; `BudgetError`."""
+        wanted = demand(own)
+        if shorter is not None and not self.fits(playing, wanted) and self.fits(playing, demand(shorter)):
+            return shorter
+        self.admit(playing, wanted)
+        return own
 
     def retry_after_s(self, playing: Sequence[Demand], wanted: Demand) -> float:
         """When enough playing sessions are expected to have ended, in 1 to 60 s; 60 when none is expected to."""
