@@ -7,17 +7,16 @@ from collections.abc import Mapping
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve import metrics as serve_metrics
 from ray.serve.handle import DeploymentHandle
 
 from diagonal.errors import FieldError
-from diagonal.metrics import FactorySink
 from serve.fleet import Fleet
 from serve.gateway import Gateway
 from serve.leaving import is_stopping
 from serve.releases import Canaries
 from serve.routes import create_app
 from serve.settings import ServeSettings
+from serve.sink import serve_sink
 
 _LOG = logging.getLogger("ray.serve")
 
@@ -29,7 +28,7 @@ class GatewayDeployment:
     def __init__(
         self, settings: ServeSettings, store: DeploymentHandle, replicas: Mapping[str, DeploymentHandle]
     ) -> None:
-        self._metrics = FactorySink(serve_metrics.Counter, serve_metrics.Gauge, serve_metrics.Histogram)
+        self._metrics = serve_sink()
         if settings.auth == "local":
             _LOG.warning("auth=local: callers on this machine need NO API KEY; everybody else is refused")
         self._fleet, self._configured = Fleet(replicas), False

@@ -7,7 +7,8 @@ second are the rate of frames, and the real-time factor is generated media over 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal, Protocol
@@ -187,13 +188,16 @@ class FactorySink:
 
     `counter(name, description, tag_keys)`, `gauge(...)` the same, `histogram(name, description, boundaries, tag_keys)`:
     the shape of `ray.util.metrics` and `ray.serve.metrics`. Their objects take `inc | set | observe(value, tags)`.
-    What they raise is counted in `lost`, logged once, and goes no further.
+    What a back end that is down raises (OSError, RuntimeError, ValueError, and `failures` of its own) is counted in
+    `lost`, logged once, and goes no further.
     """
 
     def __init__(
-        self, counter: Callable[..., Any], gauge: Callable[..., Any], histogram: Callable[..., Any]
+        self, counter: Callable[..., Any], gauge: Callable[..., Any], histogram: Callable[..., Any],
+        failures: tuple[type[Exception], ...] = (),
     ) -> None:
         self._factories = {"counter": counter, "gauge": gauge, "histogram": histogram}
+        self._failures: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, *failures)
         self._made: dict[str, Any] = {}
         self._lock = Lock()
         self.lost = 0
@@ -213,7 +217,7 @@ class FactorySink:
         """A back end that is down costs its numbers, and neither a chunk nor an update."""
         try:
             getattr(self._metric(spec), method)(value, labels)
-        except Exception as error:  # edge: a back end may raise anything
+        except self._failures as error:
             if not self.lost:
                 _LOG.warning("metrics are lost from %s on: %s", spec.name, type(error).__name__)
             self.lost += 1
@@ -227,6 +231,52 @@ class FactorySink:
     def _make(self, spec: MetricSpec) -> Any:
         bounds = [list(spec.buckets)] if spec.buckets else []
         return self._factories[spec.kind](spec.name, spec.description, *bounds, spec.labels)
+
+
+class _Labelled:
+    """One metric of prometheus-client behind the calls that `FactorySink` makes."""
+
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+
+    def _child(self, labels: Mapping[str, str]) -> Any:
+        return self._metric.labels(**labels) if labels else self._metric
+
+    def inc(self, value: float, labels: Mapping[str, str]) -> None:
+        self._child(labels).inc(value)
+
+    def set(self, value: float, labels: Mapping[str, str]) -> None:
+        self._child(labels).set(value)
+
+    def observe(self, value: float, labels: Mapping[str, str]) -> None:
+        self._child(labels).observe(value)
+
+
+@contextmanager
+def exporter(port: int) -> Iterator[FactorySink]:
+    """A sink whose numbers prometheus-client shows at 127.0.0.1:`port`/metrics meanwhile: for processes without Ray.
+
+    `FieldError` where prometheus-client is not installed; `OSError` where the port is taken.
+    """
+    try:
+        import prometheus_client as prometheus
+    except ImportError as error:
+        raise FieldError("metrics", port, "used with prometheus-client (pip install 'diagonal[serve]')") from error
+    registry = prometheus.CollectorRegistry()
+
+    def made(kind: Any) -> Callable[..., _Labelled]:
+        return lambda name, description, labels: _Labelled(kind(name, description, labels, registry=registry))
+
+    def histogram(name: str, description: str, buckets: list[float], labels: tuple[str, ...]) -> _Labelled:
+        return _Labelled(prometheus.Histogram(name, description, labels, registry=registry, buckets=buckets))
+
+    server, thread = prometheus.start_http_server(port, "127.0.0.1", registry)
+    try:
+        yield FactorySink(made(prometheus.Counter), made(prometheus.Gauge), histogram)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def _checked(name: str, kind: Kind, labels: Mapping[str, str]) -> MetricSpec:

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from diagonal.evaluate.bench_model import RandomRelease
 from diagonal.evaluate.bench_rates import Variant, ceiling_tflops, growth_row, rate_row, variants
 from diagonal.evaluate.bench_report import summary, write, write_page
 from diagonal.evaluate.speed_report import environment
+from diagonal.metrics import MetricSink, NullSink, exporter
 
 Row = dict[str, Any]
 SECTIONS = ("rates", "client", "schedules", "sessions", "batching", "growth")
@@ -47,6 +49,7 @@ class Bench:
     options: argparse.Namespace
     ends_s: float
     found: Row = field(default_factory=dict)
+    metrics: MetricSink = field(default_factory=NullSink)
 
     def run(self) -> Row:
         """Every section that fits, each written as soon as it is there."""
@@ -138,7 +141,7 @@ class Bench:
     def _engine(self, sessions: int, batch: int) -> Engine:
         """An engine of so many slots that makes batches of at most so many, warmed up until nothing is compiled."""
         release = self.release.under([f"serve.max_sessions={sessions}", f"serve.batch_sessions={batch}"])
-        engine = Engine(release, device=self.device, read_aside=True)
+        engine = Engine(release, device=self.device, metrics=self.metrics, read_aside=True)
         engine.warm_up()
         return engine
 
@@ -161,6 +164,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--session-minutes", type=float, default=2.0)
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall",
                         help="cpu: the process's own time, on a CPU that others use too; not of client and sessions")
+    parser.add_argument("--metrics-port", type=int, default=0,
+                        help="show the engine's metrics to Prometheus at 127.0.0.1 meanwhile; 0 does not")
     parser.add_argument("--threads", type=int, default=0, help="of torch on a CPU; 0 is its default")
     return parser.parse_args(arguments)
 
@@ -202,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "attention": config.serve.attention, "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
     }
-    print(summary(bench.run()))
+    with exporter(options.metrics_port) if options.metrics_port else nullcontext(NullSink()) as bench.metrics:
+        print(summary(bench.run()))
     return 0
 
 

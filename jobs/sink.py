@@ -1,0 +1,13 @@
+"""Where the jobs' numbers go: Ray's metrics, on the node of whoever tells them."""
+
+from __future__ import annotations
+
+from ray.exceptions import RayError
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from diagonal.metrics import FactorySink
+
+
+def ray_sink() -> FactorySink:
+    """Of this process, which is to be one of Ray's by the time that it tells something."""
+    return FactorySink(Counter, Gauge, Histogram, failures=(RayError,))

@@ -1,0 +1,13 @@
+"""Where the service's numbers go: Ray's metrics, with the deployment and replica they come from."""
+
+from __future__ import annotations
+
+from ray.exceptions import RayError
+from ray.serve import metrics
+
+from diagonal.metrics import FactorySink
+
+
+def serve_sink() -> FactorySink:
+    """Of this process; to be called where Serve has said which replica it is."""
+    return FactorySink(metrics.Counter, metrics.Gauge, metrics.Histogram, failures=(RayError,))
