@@ -11,6 +11,9 @@ TORCH_INDEX_URL ?=
 KEEP ?= 1
 FROM_SCRATCH ?= 0
 PYTEST_ARGS ?=
+PYTEST = $(VENV)/bin/python -m pytest
+# A folder for JUnit reports, one for each run of pytest.
+REPORTS ?=
 BENCH_ARGS ?=
 # Needs torch, diffusers, transformers and PyAV of the machine's own.
 BENCH_PRESET ?= wan-1.3b
@@ -63,11 +66,15 @@ demo: env ## distil on Ray, export, serve, stream demo.mp4; leaves the service u
 stop: ## end the local Ray and the service, by process id
 	@$(VENV)/bin/python -m infra.local.cluster stop
 
-test: env-dev ## run the tests, but not those below
-	$(VENV)/bin/python -m pytest --ignore=tests/faults $(PYTEST_ARGS)
+# pytest ends with 5 where a choice (-k) left nothing of a part; that is no failure while the other part has some.
+test: env-dev ## run the tests, but not those below: side by side, then those that start Ray or a browser
+	@part() { $(PYTEST) --ignore=tests/faults $(if $(REPORTS),--junitxml=$(REPORTS)/$$1.xml) --part="$$@" $(PYTEST_ARGS); }; \
+	part together -n logical --maxprocesses=4 --dist=loadscope; first=$$?; part alone; second=$$?; \
+	if [ $$first = 5 ]; then first=$$second; elif [ $$second = 5 ]; then second=$$first; fi; \
+	[ $$first = 0 ] && [ $$second = 0 ]
 
-test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, storage, networks (about 40 minutes)
-	$(VENV)/bin/python -m pytest -m faults tests/faults $(PYTEST_ARGS)
+test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, storage, networks (about 28 minutes)
+	$(PYTEST) -m faults tests/faults $(PYTEST_ARGS) $(if $(REPORTS),--junitxml=$(REPORTS)/faults.xml)
 
 bench: env ## measure speed of the embedded model on this CPU (about 3 minutes): docs/results/speed.md
 	PYTHONPATH=platform $(VENV)/bin/python -m diagonal.evaluate.bench --preset tiny --no-compile \

@@ -31,6 +31,29 @@ STALE = (
     "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_SESSION_TOKEN",
 )  # fmt: skip
 
+BUSY = {"ray_cluster", "chromium"}  # fixtures that take both cores of a small machine
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part", choices=("together", "alone"),
+        help="only the tests that may run beside each other, or only those that need the machine for themselves",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of the other part (see `make test`)."""
+    part = config.getoption("--part")
+    if part is not None:
+        chosen = [item for item in items if is_alone(item) == (part == "alone")]
+        config.hook.pytest_deselected(items=[item for item in items if is_alone(item) != (part == "alone")])
+        items[:] = chosen
+
+
+def is_alone(item: pytest.Item) -> bool:
+    """Whether a test needs the machine for itself: it is marked so, or starts Ray or a browser."""
+    return item.get_closest_marker("alone") is not None or not BUSY.isdisjoint(getattr(item, "fixturenames", ()))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before any test module is imported: Ray and OpenMP read it once, at import."""

@@ -24,6 +24,8 @@ ray.init(logging_level="ERROR")
 print("job in", os.getcwd(), "cpus", int(ray.cluster_resources()["CPU"]))
 '''
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
