@@ -71,6 +71,7 @@ def _trainer(run: Run, stage: str, settings: dict[str, Any], scratch: str) -> To
             num_workers=(config.fewest_workers, config.workers) if elastic else config.workers,  # type: ignore[arg-type]
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker={"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker},
+            label_selector={"pool": config.pool} if config.pool else None,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # at import Ray swaps in the class of Train V2
             name=f"{run.name}-{stage}", storage_path=scratch,  # checkpoints are our own: Ray keeps a marker there

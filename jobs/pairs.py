@@ -113,7 +113,10 @@ def solve_shards(run: Run, folder: Folder, plan: PairPlan, missing: Sequence[int
     dataset = _mapped(dataset, run, EncodeText, arguments, config.pairs.text_workers)
     arguments = {"plan": plan, "folder": folder, "device": "cuda" if gpus else "cpu"}
     workers = config.pairs.solver_workers or config.train.workers
-    dataset = _mapped(dataset, run, SolveShard, arguments, workers, **({"num_gpus": gpus} if gpus else {}))
+    place: dict[str, Any] = {"num_gpus": gpus} if gpus else {}
+    if config.train.pool:
+        place["label_selector"] = {"pool": config.train.pool}
+    dataset = _mapped(dataset, run, SolveShard, arguments, workers, **place)
     progress = _Progress(len(missing))
     try:
         for row in dataset.iter_rows():

@@ -31,9 +31,10 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     settings = ServeSettings.from_arguments(arguments)
     if settings.auth == "local" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") not in ("", "0"):
         raise FieldError("auth", settings.auth, "keys, behind HAProxy: every caller then seems to be on this machine")
-    store = _deployment(Store, "Store", _CALLS, num_cpus=settings.store_cpus)
+    front = _in_pool(settings.gateway_pool)
+    store = _deployment(Store, "Store", _CALLS, num_cpus=settings.store_cpus, **front)
     store = store.options(max_surge_percent=100)  # for seconds two share the database: nobody waits for the next one
-    gateway = _deployment(GatewayDeployment, "Gateway", _STREAMS, num_cpus=settings.gateway_cpus)
+    gateway = _deployment(GatewayDeployment, "Gateway", _STREAMS, num_cpus=settings.gateway_cpus, **front)
     # Of gateways the next ones are there before the old ones drain: viewers go on through them at once.
     gateway = gateway.options(
         **_gateways(settings), max_surge_percent=100, graceful_shutdown_timeout_s=settings.drain_s
@@ -63,7 +64,8 @@ class Entry:
 def _replica(name: str, settings: ServeSettings) -> Any:
     """The replicas of one release, as many and as large as its settings say."""
     title = f"Replica-{name}" if name else "Replica"
-    replica = _deployment(Replica, title, _CALLS, num_cpus=settings.replica_cpus, num_gpus=settings.replica_gpus)
+    resources = {"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus}
+    replica = _deployment(Replica, title, _CALLS, **resources, **_in_pool(settings.replica_pool))
     return replica.options(
         **_replicas(settings),
         max_surge_percent=settings.surge_percent,
@@ -71,6 +73,11 @@ def _replica(name: str, settings: ServeSettings) -> Any:
         health_check_timeout_s=_HEALTH_S,
         request_router_config={"request_router_class": SessionRouter, "request_routing_stats_period_s": 1.0},
     ).bind(settings)
+
+
+def _in_pool(name: str) -> dict[str, Any]:
+    """On nodes of that pool alone; '' is any."""
+    return {"label_selector": {"pool": name}} if name else {}
 
 
 def _replicas(settings: ServeSettings) -> dict[str, Any]:

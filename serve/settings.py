@@ -31,7 +31,8 @@ class ServeSettings:
     `replicas`, `gateways`: how many of each. With `max_replicas`, `max_gateways` that is how many at least, and there
     are more while sessions (connections) need them: after `scale_up_delay_s`, until `scale_down_delay_s` without
     need; `spare_share` of the slots and of the time is kept free, and a gateway has about `gateway_connections`.
-    `encode_threads`: chunks of different sessions encoded at once.
+    `replica_pool`, `gateway_pool`: replicas, and gateways with the store, run on nodes whose Ray label `pool` is this
+    one; '' is any. `encode_threads`: chunks of different sessions encoded at once.
     `data`: folder of the store on a durable volume, with its database, chunks and finished files.
     `database`: SQLAlchemy URL such as postgresql://user@host/name, '' is a SQLite file in `data`.
     `files`: where finished files go besides, a folder or an s3:// URI; '' is `data` alone.
@@ -67,6 +68,8 @@ class ServeSettings:
     replica_gpus: float = 0.0
     gateway_cpus: float = 0.1
     store_cpus: float = 0.1
+    replica_pool: str = ""
+    gateway_pool: str = ""
     encode_threads: int = 2
     codec: str = "h264"
     data: str = ".diagonal/serve"

@@ -261,7 +261,8 @@ class TrainConfig:
     """How training runs: workers, sharding, where runs are kept, and what is done when something breaks.
 
     `workers` run at most and `min_workers` at least (0: as many as `workers`), so a run goes on with fewer when nodes
-    are lost and grows again. `storage` is a folder that every node sees, or s3://. A worker that makes no progress for
+    are lost and grows again. `pool`: only nodes whose Ray label `pool` is this one train, and solve pairs ('': any).
+    `storage` is a folder that every node sees, or s3://. A worker that makes no progress for
     `stall_timeout_s` is replaced; a storage that fails is asked again for `storage_patience_s`. Every `sample_every`
     updates `sample_clips` videos are written (0: never).
     """
@@ -270,6 +271,7 @@ class TrainConfig:
     min_workers: int = 0
     gpus_per_worker: float = 1.0
     cpus_per_worker: float = 1.0
+    pool: str = ""
     shard_group: int = 0
     checkpoint_activations: bool = True
     compile: bool = False
