@@ -136,6 +136,7 @@ class Driver:
         ahead_s = self._media_s - self._clock.position_s()
         patience_s = PATIENCE_S if watched else UNWATCHED_PATIENCE_S
         moved = await rehome(self._video, self._store, self._replicas, ahead_s, patience_s)
+        self._count_move("replica_silent" if why is GONE and not self._lost else why.code, moved)
         if isinstance(moved, VideoRecord):
             self._held_by(moved)
             self._held = False
@@ -144,6 +145,10 @@ class Driver:
             _LOG.error("video %s finds no other replica: %s", self._video.id, moved.code)
             await self._fail(GONE.code, GONE.message)
         return False
+
+    def _count_move(self, cause: str, moved: VideoRecord | Refused | None) -> None:
+        outcome = "moved" if isinstance(moved, VideoRecord) else "superseded" if moved is None else "failed"
+        self._metrics.inc("diagonal_session_migrations_total", cause=cause, outcome=outcome)
 
     async def _keep(self, made: tuple[EncodedChunk, ...]) -> bool:
         """Whether the store has the chunks, and with them what another replica needs to go on after the newest."""
@@ -156,7 +161,9 @@ class Driver:
             await self._save_recording()
         whole = bool(snapshot) and self._wants_whole()
         about = (self._video.id, self._video.epoch, (*made[:-1], replace(newest, snapshot=b"")), snapshot, whole)
+        began_s = time.monotonic()
         self._told = await patient(lambda: self._store.put_chunks.remote(*about))
+        self._metrics.observe("diagonal_store_write_seconds", time.monotonic() - began_s)
         if self._told is None:
             return False
         self._saved_chunk = newest.chunk if snapshot else -1

@@ -14,7 +14,6 @@ from diagonal.engine.engine import EngineStats, Health
 from diagonal.engine.recording import Recording
 from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
 from diagonal.engine.snapshot import Snapshot
-from diagonal.metrics import MetricSink
 
 _LOG = logging.getLogger("ray.serve")
 _IDLE_S = 0.5  # an engine with nothing asked for is woken by a request; this bounds how late a closed session is freed
@@ -61,12 +60,10 @@ class EngineThread:
         self,
         engine: EngineLike,
         deliver: Callable[[ChunkResult], None],
-        metrics: MetricSink,
-        fps: int,
         chunk_s: float = 0.75,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engine, self._deliver, self._metrics, self._fps = engine, deliver, metrics, fps
+        self._engine, self._deliver = engine, deliver
         self._chunk_s, self._clock = chunk_s, clock
         self._wake, self._stop, self._exercise = threading.Event(), threading.Event(), threading.Event()
         self._step_s, self._busy_since_s, self._proved_s, self._well = 0.0, float("inf"), clock(), True
@@ -135,8 +132,9 @@ class EngineThread:
         started_s = self._busy_since_s = self._clock()
         results = self._engine.step()
         busy_s = self._clock() - started_s
-        if results:
-            self._report(results, busy_s)
+        if any(len(result.pixels) for result in results):
+            self._proved_s = self._clock()
+            self._step_s = busy_s if self._step_s == 0.0 else self._step_s + _SMOOTHING * (busy_s - self._step_s)
         for result in results:
             self._deliver(result)
         if self._exercise.is_set() or not self._engine.health().healthy:
@@ -147,15 +145,6 @@ class EngineThread:
         self._well = self._engine.health().healthy
         self._busy_since_s = float("inf")
         return bool(results)
-
-    def _report(self, results: Sequence[ChunkResult], busy_s: float) -> None:
-        frames = sum(len(result.pixels) for result in results)
-        self._metrics.inc("diagonal_generation_busy_seconds_total", busy_s)
-        self._metrics.inc("diagonal_generated_media_seconds_total", frames / self._fps)
-        if frames:
-            self._metrics.set("diagonal_generation_frames_per_second", frames / busy_s)
-            self._proved_s = self._clock()
-            self._step_s = busy_s if self._step_s == 0.0 else self._step_s + _SMOOTHING * (busy_s - self._step_s)
 
 
 def _where(error: BaseException) -> str:

@@ -152,8 +152,7 @@ class Gateway:
         await self._policy.check(video.prompt, caller.account)
         video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash)
         if idempotency is None and (full := self._refusals.of(video)):  # a repeated request may be of a known video
-            self._metrics.inc("diagonal_rejected_total", reason="full_lately")
-            raise refused(full)
+            raise self._rejected(full, "full_lately")
         # A caller who goes away leaves nothing half made.
         made = await asyncio.shield(apart(self._admit(video, caller, idempotency)))
         return replace(made, age_s=time.monotonic() - began_s)
@@ -163,9 +162,7 @@ class Gateway:
         if isinstance(known, VideoRecord):
             return known
         if isinstance(known, Refused):
-            if known.retry_after_s is not None:
-                self._metrics.inc("diagonal_rejected_total", reason="quota")
-            raise refused(known)
+            raise self._rejected(known, "quota")
         try:
             opened = await self._open(video)
         except (Problem, *SILENCES):
@@ -190,8 +187,14 @@ class Gateway:
         opened: Opened | Refused = await answer(replica.open.remote(*opening(video)))
         if isinstance(opened, Refused):
             self._refusals.note(video, opened)
-            raise refused(opened)
+            raise self._rejected(opened, opened.reason or opened.code)
         return opened
+
+    def _rejected(self, refusal: Refused, reason: str) -> Problem:
+        """What the caller is told; counted here, once, if it is for lack of room: a driver's own tries are not."""
+        if refusal.retry_after_s is not None:
+            self._metrics.inc("diagonal_rejected_total", reason=reason)
+        return refused(refusal)
 
     async def get(self, video_id: str, caller: Caller) -> VideoRecord:
         """The caller's video; whoever asks for one that nobody drives drives it."""
@@ -280,9 +283,11 @@ class Gateway:
             raise wrong_value(422, "invalid_value", "start_chunk", chunk, f"0 to {max(0, end - 1)}: then it ends")
         return self._segments(self.reader(video), chunk)
 
-    def reader(self, video: VideoRecord, name: str = "") -> ChunkReader:
-        """A way through the video for one connection; `leave_later` ends it."""
-        return ChunkReader(video, self._store, lambda: self._drivers.adopt_if_orphan(video.id), self._metrics, name)
+    def reader(self, video: VideoRecord, name: str = "", resumed: bool = False) -> ChunkReader:
+        """A way through the video for one connection, or for one that goes on after a break; `leave_later` ends it."""
+        return ChunkReader(
+            video, self._store, lambda: self._drivers.adopt_if_orphan(video.id), self._metrics, name, resumed
+        )
 
     def leave_later(self, reader: ChunkReader, return_s: float = 0.0) -> None:
         """Say that the connection is gone, even though its task is being cancelled."""

@@ -21,16 +21,19 @@ class BrokenStreamError(Exception):
 
 
 class ChunkReader:
-    """Reads one video. `adopt` is called when nobody drives it; `name` tells the store which reader this is."""
+    """Reads one video. `adopt` is called when nobody drives it; `name` tells the store which reader this is.
+
+    One that is `resumed` shows no first frame: what it waits for counts as between two chunks.
+    """
 
     def __init__(
         self, video: VideoRecord, store: Any, adopt: Callable[[], Awaitable[object]], metrics: MetricSink,
-        name: str = "",
+        name: str = "", resumed: bool = False,
     ) -> None:
         self._video, self._store, self._adopt, self._metrics = video, store, adopt, metrics
         self.name = name or secrets.token_hex(8)
         self._from_s = time.monotonic() - (0.0 if video.chunks_done else video.age_s)
-        self._sent_s: float | None = None
+        self._sent_s = time.monotonic() if resumed else None
         self._ready: dict[int, Segment] = {}  # that came along with the one before
 
     async def segments(self, chunk: int) -> AsyncIterator[bytes]:

@@ -88,7 +88,7 @@ class RealtimeSession:
         else:
             video, chunk = await self._take_over(start.resume_token, secret.hash)
         self._next_chunk = chunk
-        reader = self._gateway.reader(video, LIVE + secret.hash)
+        reader = self._gateway.reader(video, LIVE + secret.hash, resumed=start.resume_token is not None)
         if self._window_s is not None:
             await reader.tell_position(0.0, self._window_s)
         await self._send(messages.started(video, chunk, self._window_s, self._resume_token(chunk)))

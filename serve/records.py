@@ -190,12 +190,16 @@ class Opened:
 
 @dataclass(frozen=True)
 class Refused:
-    """A replica did not do what it was asked; `code` is for programs, `retry_after_s` is set when it is full."""
+    """A replica did not do what it was asked; `code` is for programs, `retry_after_s` is set when it is full.
+
+    `reason` says for metrics alone what there was no room in.
+    """
 
     code: str
     message: str
     param: str | None = None
     retry_after_s: float | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)

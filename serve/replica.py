@@ -16,20 +16,20 @@ from dataclasses import replace
 from typing import Any
 
 from ray import serve
-from ray.serve import metrics as serve_metrics
 
 from diagonal.engine.engine import CapacityError
 from diagonal.engine.session import ChunkResult, IllegalMoveError, PromptChange, SessionSpec
 from diagonal.engine.snapshot import SnapshotError, merged
 from diagonal.errors import FieldError
 from diagonal.media.encode import ChunkEncoder, Pixels
-from diagonal.metrics import FactorySink, MetricSink
+from diagonal.metrics import MetricSink
 from serve.engine_thread import EngineThread
 from serve.loading import Loaded, describe, load_engine
 from serve.marks import Watermarks
 from serve.records import EncodedChunk, ModelInfo, Opened, Refused
 from serve.scaling import BUSY, REFUSED, SESSIONS, SLOTS
 from serve.settings import ServeSettings
+from serve.sink import serve_sink
 from serve.slots import Slot
 
 _LOG = logging.getLogger("ray.serve")
@@ -55,7 +55,7 @@ class Replica:
         name: str | None = None,
     ) -> None:
         self._settings = settings
-        self._metrics = metrics or FactorySink(serve_metrics.Counter, serve_metrics.Gauge, serve_metrics.Histogram)
+        self._metrics = metrics or serve_sink()
         self._name = name or str(serve.get_replica_context().replica_id.unique_id)
         loaded = Loaded(*load(settings, self._metrics))
         self._config, self._engine = loaded.config, loaded.engine
@@ -66,9 +66,7 @@ class Replica:
         self._refused_at: deque[float] = deque(maxlen=1000)
         self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
         geometry = self._config.geometry
-        self._thread = EngineThread(
-            self._engine, self._deliver, self._metrics, geometry.pixel_fps, geometry.chunk_media_s(1)
-        )
+        self._thread = EngineThread(self._engine, self._deliver, geometry.chunk_media_s(1))
         self._thread.start()
         self._reaper = self._loop.create_task(self._reap())
         self._report_slots()
@@ -113,12 +111,11 @@ class Replica:
         try:
             enter()
         except CapacityError as error:
-            self._metrics.inc("diagonal_rejected_total", reason=error.reason)
             self._refused_at.append(time.monotonic())
             message = "every session slot is in use; try again later"
             if error.reason == "budget":
                 message = "with one more session the others would no longer play smoothly; try again later"
-            return Refused("server_full", message, retry_after_s=error.retry_after_s)
+            return Refused("server_full", message, retry_after_s=error.retry_after_s, reason=error.reason)
         except SnapshotError as error:
             return Refused("snapshot_refused", str(error))
         except FieldError as error:

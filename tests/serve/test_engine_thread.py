@@ -10,7 +10,7 @@ import pytest
 
 from diagonal.engine.engine import Health
 from serve.engine_thread import EngineThread
-from tests.serve.conftest import FakeEngine, RecordingSink
+from tests.serve.conftest import FakeEngine
 
 Until = Callable[..., Any]
 
@@ -63,7 +63,7 @@ def watch() -> Watch:
 
 @pytest.fixture
 def thread(engine: HardToDrive, watch: Watch) -> Iterator[EngineThread]:
-    made = EngineThread(engine, lambda result: None, RecordingSink(), 16, 0.75, watch)
+    made = EngineThread(engine, lambda result: None, 0.75, watch)
     made.start()
     yield made
     engine.hang.clear()
@@ -89,7 +89,7 @@ def test_an_engine_that_hangs_for_three_chunk_times_is_not_well_and_is_well_agai
 
 
 def test_a_slow_engine_has_three_of_its_own_steps(watch: Watch) -> None:
-    thread = EngineThread(HardToDrive(), lambda result: None, RecordingSink(), 16, 0.75, watch)
+    thread = EngineThread(HardToDrive(), lambda result: None, 0.75, watch)
     thread._step_s = 2.0
     assert thread.deadline_s == 6.0
 
@@ -139,7 +139,7 @@ def test_until_it_has_tried_the_engine_is_well_because_the_failures_may_be_their
 
 
 def test_a_thread_that_ended_is_not_well(engine: HardToDrive, until: Until) -> None:
-    thread = EngineThread(engine, lambda result: None, RecordingSink(), 16)
+    thread = EngineThread(engine, lambda result: None)
     assert not thread.healthy, "nor one that has not begun"
     thread.start()
     thread.stop()
