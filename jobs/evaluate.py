@@ -1,134 +1,229 @@
-"""Evaluation on the embedded world: teacher, initialised and distilled student by the exact oracle, side by side."""
+"""Evaluation of a Release: clips and streams against teacher, self-forcing and codec; and figures of any videos.
+
+    python jobs/evaluate.py --clips 288                                    the embedded release
+    python jobs/evaluate.py --release s3://models/r1 --clips 2000 --streams 16 --turns 64 --gate
+    python jobs/evaluate.py --videos FOLDER --vbench                       model-free figures of files
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import diagonal
 from diagonal.config import Config
-from diagonal.data.world import Scene, held_out_scenes
+from diagonal.data.prompts import read_prompts
 from diagonal.errors import require
-from diagonal.evaluate.quality import ScoreTable, codec_clips, draw_scenes, judge, student_clips, teacher_clips
+from diagonal.evaluate import gate, report, vbench, videos
+from diagonal.evaluate.panel import Source, digest, run_panel
+from diagonal.evaluate.plots import save_curves
+from diagonal.evaluate.quality import Student, Teacher, clip_seeds, codec_maker, draw_captions
 from diagonal.evaluate.sheet import contact_sheet, save_png
-from diagonal.model.weights import Release, base_folder, embedded, load_causal, load_decoder, load_text
+from diagonal.evaluate.streams import STREAMS_PER_BATCH, drift_part, stream_seeds, turn_part
+from diagonal.evaluate.worlds import World, world_for
+from diagonal.model.weights import Release, base_folder, file_hash
 from diagonal.schedule import StepSchedule
+from diagonal.storage import Folder
 from diagonal.tree import write_json
+from jobs.promote import promote
 from jobs.run import main, say
 
-ROWS_ON_SHEET = 6
-MEASURES = ("colour", "shape", "direction", "speed", "steadiness", "smoothness", "saturation")
+ROWS_ON_SHEET, SHEET_SIDE_PX = 6, 128
+OURS, TEACHER, SELF_FORCING = "ours", "teacher", "self-forcing"
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--release", help="a release folder or s3:// URI (default: the embedded one)")
-    parser.add_argument("--init", help="the initialised student's folder (default: the embedded one)")
-    parser.add_argument("--clips", type=int, default=288, help="clips a row (default: 288, every scene twice)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--release", default="", help="a release folder or s3:// URI (default: the embedded one)")
+    parser.add_argument("--baseline", default="", help="a release that stands for self-forcing (default: the release "
+                        "itself, sampled by that schedule)")
+    parser.add_argument("--prompts", default="", help="a prompt file or folder, local or s3:// (default: the world's)")
+    parser.add_argument("--held-out", action="store_true", help="only captions that no training clip showed")
+    parser.add_argument("--clips", type=int, default=288, help="clips a row")
+    parser.add_argument("--streams", type=int, default=0, help="long streams (default: none)")
+    parser.add_argument("--seconds", type=float, default=180.0, help="seconds of each long stream")
+    parser.add_argument("--turns", type=int, default=0, help="streams whose prompt changes (default: none)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--held-out", action="store_true", help="only the scenes that no training clip showed")
-    parser.add_argument("--out", default="docs/results/tiny", help="writes OUT.json, OUT.md and OUT.png")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-teacher", action="store_true", help="leave the teacher out, as for a model of real size")
+    parser.add_argument("--parts", default="runs/evaluate", help="where finished batches are kept, local or s3://")
+    parser.add_argument("--gate", action="store_true", help="write promoted or not into the release, with reasons")
+    parser.add_argument("--videos", default="", help="a video, or a folder of them, to be measured instead")
+    parser.add_argument("--vbench", action="store_true", help="with --videos: VBench's dimensions too")
+    parser.add_argument("--out", default="docs/results/tiny", help="writes OUT.json, OUT.md and OUT-*.png")
     found = parser.parse_args(argv)
-    require(1 <= found.clips <= 100_000, "--clips", found.clips, "a whole number from 1 to 100000")
+    for name, low in (("clips", 2), ("streams", 0), ("turns", 0), ("seed", 0)):
+        value = getattr(found, name)
+        require(low <= value <= 1_000_000, f"--{name}", value, f"a whole number from {low} to 1000000")
+    require(6.0 <= found.seconds <= 3600.0, "--seconds", found.seconds, "seconds from 6 to 3600")
+    require(bool(found.release) or not found.gate, "--gate", True, "with --release: the embedded one is not changed")
+    require(bool(found.videos) or not found.vbench, "--vbench", True, "with --videos")
     return found
 
 
-def evaluate(options: argparse.Namespace) -> dict[str, object]:
-    """Every row's scores, forwards and seconds; the release's own clips make the picture."""
-    release = Release.load(options.release)
-    config, base = release.config, base_folder(release.config)
-    scenes = draw_scenes(options.clips, options.seed, held_out_scenes() if options.held_out else None)
-    init = Path(options.init) if options.init else embedded("ode_init")
-    sources = _sources(release, base, init, scenes, options.seed)
-    rows = []
-    for name, forwards, make in sources:
-        started_s = time.perf_counter()
-        clips = make()
-        seconds = (time.perf_counter() - started_s) / len(scenes)
-        scores = judge(clips, scenes, config)
-        rows.append({"name": name, "forwards": forwards, "seconds_per_clip": round(seconds, 4), "scores": scores})
-        say(f"{name}: " + _shown(scores))
-        if name == "distilled student, own schedule":
-            save_png(contact_sheet(clips[:ROWS_ON_SHEET]), Path(f"{options.out}.png"))
+def evaluate(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """The whole report of a release; finished batches of a former run are not made again."""
+    release = Release.load(options.release or None)
+    world, parts = world_for(release.config), Folder(options.parts)
+    known, label = known_prompts(options, world)
+    ours = Student.of(release, device=options.device)
+    sources = sources_of(options, release, ours, world)
+    captions, seeds = draw_captions(options.clips, options.seed, known), clip_seeds(options.clips, options.seed)
+    reference = "" if options.no_teacher else TEACHER
+    found = run_panel(sources, captions, seeds, parts, world=world, reference=reference, say=say,
+                      seen=partial(_keep_sheet, options.out))
+    baselines = [name for name in (TEACHER, SELF_FORCING) if name in found]
+    schedule, cache = release.config.schedule, release.config.cache
     return {
-        "date": datetime.now(UTC).date().isoformat(), "machine": f"{platform.machine()}, CPU, "
-        f"{torch.get_num_threads()} thread(s)", "torch": torch.__version__, "diagonal": diagonal.__version__,
-        "command": _command(options), "clips": options.clips, "seed": options.seed, "release": release.name,
-        "lineage": release.manifest["lineage"], "captions": [scene.caption for scene in scenes[:ROWS_ON_SHEET]],
-        "rows": rows,
+        **circumstances(command), "clips": options.clips, "seed": options.seed, "prompts": label,
+        "release": release.name, "lineage": release.manifest.get("lineage", {}),
+        "captions": captions[:ROWS_ON_SHEET], "rows": report.clip_rows(sources, found, world, reference),
+        "setting": f"Schedule {schedule.steps}, context {schedule.resolved_context}, window {cache.window_frames}, "
+        f"sink {cache.sink_frames} latent frames, decoder {release.config.serve.decoder}, {options.device}, eager.",
+        "differences": {name: report.score_differences(found[OURS], found[name], world) for name in baselines},
+        "motion_ratio": report.motion_ratio(found[OURS], found[TEACHER]) if reference else None,
+        "frechet_floor": report.frechet_floor(found[TEACHER]) if reference else None,
+        "drift": _drift(options, ours, release, world, known, parts),
+        "turns": _turns(options, ours, release, world, known, parts),
     }
 
 
-def _sources(
-    release: Release, base: Path, init: Path, scenes: Sequence[Scene], seed: int
-) -> list[tuple[str, int, Callable[[], Tensor]]]:
-    config = release.config
-    text, decoder = load_text(base, config), load_decoder(base, config)
-    steps, chunks = config.pairs.solver_steps, config.geometry.clip_chunks
-    found: list[tuple[str, int, Callable[[], Tensor]]] = [
-        ("codec alone (ceiling)", 0, lambda: codec_clips(base, config, scenes, seed)),
-        (f"teacher, {steps} steps, guided", 2 * steps, lambda: teacher_clips(base, config, scenes, seed)),
-    ]
-    students = {"initialised student": load_causal(init, config), "distilled student": release.generator()}
-    for name, network in students.items():
-        for schedule in (config.schedule, StepSchedule("self-forcing", config.schedule.shift)):
-            label = "own schedule" if schedule is config.schedule else "self-forcing"
-            found.append((
-                f"{name}, {label}", schedule.total_forwards(chunks),
-                lambda network=network, schedule=schedule: student_clips(  # type: ignore[misc]
-                    network, text, decoder, config, scenes, seed, schedule
-                ),
-            ))
+def known_prompts(options: argparse.Namespace, world: World | None) -> tuple[list[str], str]:
+    """The prompts to draw from, and how the report names them."""
+    if options.prompts:
+        given = list(read_prompts(options.prompts))
+        for prompt in given if world else ():
+            world.check(prompt)  # type: ignore[union-attr]
+        return given, f"prompts of {options.prompts.rstrip('/').rsplit('/', 1)[-1]}"
+    require(world is not None, "--prompts", "", "a prompt file: only an embedded world has prompts of its own")
+    assert world is not None
+    return list(world.captions(options.held_out)), "held-out captions" if options.held_out else "all captions"
+
+
+def sources_of(
+    options: argparse.Namespace, release: Release, ours: Student, world: World | None
+) -> list[Source]:
+    """What is compared: the codec alone, the teacher, the release by its schedule, and self-forcing."""
+    config, base = release.config, base_folder(release.config)
+    found = []
+    if world is not None:
+        ceiling = partial(codec_maker, base, config, world)
+        found.append(Source("codec alone (ceiling)", identity(base, config), 0, ceiling))
+    if not options.no_teacher:
+        teacher = Teacher(base, config, config.pairs.solver_steps, options.device)
+        key = identity(base, config, config.pairs.solver_steps, config.pairs.guidance)
+        found.append(Source(TEACHER, key, teacher.forwards, teacher.load))
+    found.append(Source(OURS, identity(release.folder, config), ours.forwards, lambda: ours))
+    plain = StepSchedule(SELF_FORCING, config.schedule.shift)
+    other = Release.load(options.baseline) if options.baseline else release
+    forwards = plain.total_forwards(config.geometry.clip_chunks)
+    key = identity(other.folder, other.config, SELF_FORCING)
+    found.append(Source(SELF_FORCING, key, forwards, lambda: Student.of(other, plain, options.device)))
     return found
 
 
-def _shown(scores: ScoreTable) -> str:
-    return ", ".join(f"{name} {scores[name]['mean']:.3f}" for name in MEASURES)
+def identity(folder: Path, config: Config, *more: object) -> str:
+    """What tells a source apart: its weights, and the settings that decide its clips."""
+    weights = {str(path.relative_to(folder)): file_hash(path) for path in sorted(folder.rglob("*.safetensors"))}
+    tree = config.to_dict()
+    return digest([weights, *(tree[name] for name in ("preset", "geometry", "schedule", "cache", "model")),
+                   tree["serve"]["decoder"], *more])
 
 
-def _command(options: argparse.Namespace) -> str:
-    parts = ["python jobs/evaluate.py", f"--clips {options.clips}", f"--seed {options.seed}"]
-    parts += [f"--release {options.release}"] if options.release else []
-    parts += ["--held-out"] if options.held_out else []
-    return " ".join([*parts, f"--out {options.out}"])
+def _drift(
+    options: argparse.Namespace, ours: Student, release: Release, world: World | None, known: Sequence[str],
+    parts: Folder,
+) -> dict[str, Any] | None:
+    def make(captions: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+        return drift_part(ours, world, captions, seeds, options.seconds)
+
+    key = ["drift", identity(release.folder, release.config), options.seconds]
+    found = _batches(make, options.streams, options.seed, known, parts, key)
+    if not found:
+        return None
+    drift = report.drift_report(found, options.seconds, world)
+    save_curves(Path(f"{options.out}-drift.png"), drift["times_s"], {OURS: drift["curves"]})
+    return drift
 
 
-def markdown(report: dict[str, object], config: Config) -> str:
-    """The report as a table, with what is needed to reproduce it."""
-    rows = report["rows"]
-    assert isinstance(rows, list)
-    lines = [
-        "# The embedded model, by its oracle", "",
-        f"{report['date']}, {report['machine']}, torch {report['torch']}; release `{report['release']}`, "
-        f"{report['clips']} clips a row, seed {report['seed']}. Reproduce: `{report['command']}`.", "",
-        f"Schedule {config.schedule.steps}, context {config.schedule.resolved_context}, window "
-        f"{config.cache.window_frames}, sink {config.cache.sink_frames} latent frames. Forwards are real network "
-        "calls a clip; the teacher's count both guidance branches. ± is the 95 % half-width.", "",
-        "| | forwards | s a clip (batched) | " + " | ".join(MEASURES) + " |",
-        "|---" * (len(MEASURES) + 3) + "|",
-    ]
-    for row in rows:
-        cells = [f"{row['scores'][m]['mean']:.3f} ±{row['scores'][m]['half_width']:.3f}" for m in MEASURES]
-        cost = [str(row["forwards"]), f"{row['seconds_per_clip']:.3f}"]
-        lines.append("| " + " | ".join([str(row["name"]), *cost, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+def _turns(
+    options: argparse.Namespace, ours: Student, release: Release, world: World | None, known: Sequence[str],
+    parts: Folder,
+) -> dict[str, Any] | None:
+    if world is None:
+        return None
+    key = ["turns", identity(release.folder, release.config)]
+    found = _batches(partial(turn_part, ours, world), options.turns, options.seed, known, parts, key)
+    return report.turns_report(found) if found else None
+
+
+def _batches(
+    make: Callable[[Sequence[str], Sequence[int]], dict[str, Any]], count: int, seed: int, known: Sequence[str],
+    parts: Folder, key: Sequence[object],
+) -> list[dict[str, Any]]:
+    """What `make` finds of each batch of streams; a batch that is kept already is not made again."""
+    captions, seeds, found = draw_captions(max(count, 1), seed, known), stream_seeds(count, seed), []
+    for first in range(0, count, STREAMS_PER_BATCH):
+        some, own = captions[:count][first : first + STREAMS_PER_BATCH], seeds[first : first + STREAMS_PER_BATCH]
+        name = f"{digest([*key, some, own])}.json"
+        if not parts.has(name):
+            parts.write_json(name, make(some, own))
+        found.append(parts.read_json(name))
+        say(f"{key[0]}: {min(first + STREAMS_PER_BATCH, count)} of {count} streams")
+    return found
+
+
+def _keep_sheet(out: str, name: str, first: int, pixels: Tensor) -> None:
+    if first == 0:
+        reduced = max(1, pixels.shape[3] // SHEET_SIDE_PX)
+        sheet = contact_sheet(pixels[:ROWS_ON_SHEET, :, ::reduced, ::reduced])
+        save_png(sheet, Path(f"{out}-{name.split()[0]}.png"))
+
+
+def circumstances(command: str) -> dict[str, Any]:
+    """When, where and by what command."""
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg()[:2])
+    return {
+        "date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "diagonal": diagonal.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)", "command": command,
+        "load": f"{load} of {os.cpu_count()} cores",
+    }
+
+
+def write_report(out: str, found: Mapping[str, Any], text: str) -> None:
+    """OUT.json and OUT.md, each whole or not at all."""
+    write_json(f"{out}.json", found)
+    Folder(str(Path(out).absolute().parent)).write(f"{Path(out).name}.md", text.encode())
+    say(f"report {out}.md")
 
 
 def work(argv: Sequence[str]) -> None:
     options = arguments(argv)
-    report = evaluate(options)
-    write_json(f"{options.out}.json", report)
-    text = markdown(json.loads(json.dumps(report)), Release.load(options.release).config)
-    Path(f"{options.out}.md").write_text(text)
-    say(f"report {options.out}.md")
+    command = " ".join(["python jobs/evaluate.py", *argv])
+    if options.videos:
+        found = {**circumstances(command), **videos.measure_all(options.videos, say)}
+        if options.vbench:
+            found["vbench"] = vbench.evaluate(options.videos, options.device, say)
+        write_report(options.out, found, videos.markdown(found))
+        return
+    found = json.loads(json.dumps(evaluate(options, command)))
+    if options.gate:
+        judged = gate.verdict(found)
+        found["verdict"] = {"promoted": judged.promoted, "reasons": list(judged.reasons)}
+        ours = next(row for row in found["rows"] if row["name"] == OURS)
+        promote(options.release, judged.reasons, judged.promoted, ours["figures"])
+        say(f"release {options.release} is {'' if judged.promoted else 'not '}promoted: {'; '.join(judged.reasons)}")
+    write_report(options.out, found, report.markdown(found))
 
 
 if __name__ == "__main__":

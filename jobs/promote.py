@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diagonal.model.weights import MANIFEST, Release
@@ -19,11 +19,15 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def promote(uri: str, reasons: Sequence[str], promoted: bool = True) -> dict[str, Any]:
-    """Write the judgement into the manifest of a whole release, and return it; nothing else changes."""
+def promote(
+    uri: str, reasons: Sequence[str], promoted: bool = True, scores: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the judgement into the manifest of a whole release, and return it; nothing else changes but its scores,
+    where new ones are given."""
     Release.load(uri)
     folder = Folder(uri)
     manifest = {**folder.read_json(MANIFEST), "promoted": promoted, "promotion_reasons": list(reasons)}
+    manifest = {**manifest, "scores": dict(scores)} if scores else manifest
     folder.write_json(MANIFEST, manifest)
     return manifest
 

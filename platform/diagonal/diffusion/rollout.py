@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -153,23 +153,51 @@ def rollout(
 
     `exits` gives the exit step of each chunk (training; see `draw_exits`); no page is then recycled.
     """
-    schedule = schedule or config.schedule
+    parts, forwards = [], 0
+    for done in roll(network, config, text, seeds, schedule=schedule, chunks=chunks, exits=exits):
+        parts.append(done.clean)
+        forwards += done.forwards
+    return Rollout(torch.cat(parts, dim=2), forwards)
+
+
+def roll(
+    network: torch.nn.Module,
+    config: Config,
+    text: Tensor,
+    seeds: Sequence[int],
+    *,
+    schedule: StepSchedule | None = None,
+    chunks: int | None = None,
+    exits: Sequence[int] | None = None,
+    turns: Mapping[int, Tensor] | None = None,
+) -> Iterator[DenoisedChunk]:
+    """The chunks of `rollout` one after another, so that a stream of any length needs no more memory than its window.
+
+    `turns` gives by chunk the text `[b, l, n]` from that chunk on: the kept chunks are then cached anew under it.
+    """
+    schedule, turns = schedule or config.schedule, turns or {}
     chunks = chunks or config.geometry.clip_chunks
     require(exits is None or len(exits) == chunks, "exits", exits, f"one exit step for each of {chunks} chunks")
     window = config.cache.window_frames // config.geometry.chunk_frames
     pool = new_pool(config, network, len(seeds) * (chunks if exits is not None else min(chunks, window)))
     caches = [new_cache(config, pool, recycle=exits is None) for _ in seeds]
-    device = pool.keys.device
-    parts, forwards = [], 0
+    device, kept = pool.keys.device, list[tuple[int, DenoisedChunk]]()
     for chunk in range(chunks):
+        if chunk in turns:
+            text = turns[chunk]
+            for sample, cache in enumerate(caches):
+                past = [KeptChunk(at, done.written[sample], done.written_level) for at, done in kept]
+                recache(network, cache, past, text[sample : sample + 1])
         for cache in caches:
             cache.begin(chunk)
         noise = chunk_noise_of(config.geometry, seeds, [chunk] * len(seeds), device)
         exit_step = None if exits is None else exits[chunk]
         done = denoise_chunk(network, schedule, chunk, text, CacheBatch(caches), noise, exit_step)
-        parts.append(done.clean)
-        forwards += done.forwards
-    return Rollout(torch.cat(parts, dim=2), forwards)
+        if turns:
+            kept.append((chunk, done))
+            if len(kept) >= window:
+                del kept[caches[0].sink_chunks]
+        yield done
 
 
 def draw_exits(schedule: StepSchedule, chunks: int, *key: int | str) -> list[int]:

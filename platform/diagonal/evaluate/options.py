@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from diagonal.config import Config
-from diagonal.data.world import render, world_of
 from diagonal.diffusion.noise import mixed_seed
 from diagonal.diffusion.rollout import new_pool
-from diagonal.evaluate.quality import draw_scenes, judge, student_clips
+from diagonal.evaluate.quality import Student, clip_seeds, draw_captions, in_batches, judge, own_world
 from diagonal.model.vae import Decoder, encode_clips
 from diagonal.model.weights import Release, load_codec
 
@@ -33,17 +32,16 @@ def compare_options(
 ) -> list[dict[str, Any]]:
     """For each row's settings: the oracle's scores, the PSNR to the first row's pixels from equal noise (None where
     they are the same), and what one session's K/V takes."""
-    scenes = draw_scenes(clips, seed)
+    world = own_world(release.config)
+    captions, seeds = draw_captions(clips, seed, world.captions()), clip_seeds(clips, seed)
     found: list[dict[str, Any]] = []
     reference: Tensor | None = None
     for name, settings in rows.items():
         varied = release.with_settings(settings)
-        pixels = student_clips(
-            varied.generator(), varied.text(), varied.decoder(), varied.config, scenes, seed
-        )
+        pixels = in_batches(Student.of(varied), captions, seeds)
         reference = pixels if reference is None else reference
         value = psnr_db(pixels, reference)
-        scores = judge(pixels, scenes, varied.config)
+        scores = judge(pixels, captions, world)
         found.append({
             "name": name, "settings": list(settings), "scores": scores,
             "psnr_db": None if math.isinf(value) else round(value, 2), "kv_bytes_per_session": kv_bytes(varied),
@@ -61,15 +59,11 @@ def kv_bytes(release: Release) -> int:
 
 def codec_psnr_db(release: Release, clips: int, seed: int) -> float:
     """PSNR to the world's own pixels of what the release's decoder makes of their latents."""
-    codec, decoder = load_codec(release.folder, release.config), release.decoder()
-    originals = [_original(release.config, scene, mixed_seed(seed, "codec", number))
-                 for number, scene in enumerate(draw_scenes(clips, seed))]
+    codec, decoder, world = load_codec(release.folder, release.config), release.decoder(), own_world(release.config)
+    originals = [torch.from_numpy(world.render(caption, mixed_seed(seed, "codec", number))).unsqueeze(0)
+                 for number, caption in enumerate(draw_captions(clips, seed, world.captions()))]
     shown = torch.cat([decoder.decode_clip(encode_clips(codec, clip)) for clip in originals])
     return psnr_db(shown, torch.cat(originals))
-
-
-def _original(config: Config, scene: Any, seed: int) -> Tensor:
-    return torch.from_numpy(render(scene, seed, world_of(config))).unsqueeze(0)
 
 
 def chunk_decode_ms(decoder: Decoder, config: Config) -> dict[str, float]:

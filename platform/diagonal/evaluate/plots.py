@@ -1,0 +1,66 @@
+"""Plots of evaluations, as PNG: figures over time, and quality against cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLUMNS = 3
+
+
+def save_curves(path: Path, times: Sequence[float], series: Mapping[str, Mapping[str, Any]], unit: str = "s") -> None:
+    """One panel a figure; in it one line a source with its 95 % band. `series` is by source, then figure, with lists
+    `mean`, `low` and `high`."""
+    names = list(dict.fromkeys(name for curves in series.values() for name in curves))
+
+    def draw(axes: Any, name: str) -> None:
+        for source, curves in series.items():
+            if name not in curves:
+                continue
+            band = [[mean if end is None else end for mean, end in zip(curves[name]["mean"], curves[name][key],
+                                                                       strict=True)] for key in ("low", "high")]
+            at = times[: len(curves[name]["mean"])]
+            axes.plot(at, curves[name]["mean"], linewidth=1.0, label=source)
+            axes.fill_between(at, *band, alpha=0.2)
+        axes.set_title(name.replace("_", " "), fontsize=9)
+        axes.set_xlabel(unit, fontsize=8)
+
+    _save(path, names, draw)
+
+
+def save_points(path: Path, points: Mapping[str, tuple[float, float]], best: Sequence[str], cost: str) -> None:
+    """Quality over cost, one named point a configuration; those in `best` (the Pareto set) are filled and joined."""
+
+    def draw(axes: Any, _: str) -> None:
+        for name, (x, y) in points.items():
+            axes.plot([x], [y], "o", color="C0", fillstyle="full" if name in best else "none")
+            axes.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        line = sorted(points[name] for name in best)
+        axes.plot([x for x, _ in line], [y for _, y in line], "-", color="C0", linewidth=0.8)
+        axes.set_xlabel(cost, fontsize=8)
+        axes.set_ylabel("quality", fontsize=8)
+
+    _save(path, ["quality over cost"], draw)
+
+
+def _save(path: Path, names: Sequence[str], draw: Callable[[Any, str], None]) -> None:
+    """Panels of a figure, written whole or not at all."""
+    columns = min(COLUMNS, len(names)) or 1
+    rows = -(-len(names) // columns) or 1
+    figure = Figure(figsize=(4.5 * columns + (2 if columns == 1 else 0), 2.8 * rows), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for index, name in enumerate(names, 1):
+        axes = figure.add_subplot(rows, columns, index)
+        draw(axes, name)
+        axes.tick_params(labelsize=8)
+    if len(names) > 1:
+        figure.axes[0].legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    canvas.print_png(str(temporary))
+    os.replace(temporary, path)

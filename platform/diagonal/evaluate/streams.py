@@ -1,0 +1,147 @@
+"""Long streams and streams whose prompt changes, chunk by chunk through the serving path's functions."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diagonal.diffusion.noise import mixed_seed
+from diagonal.diffusion.rollout import roll
+from diagonal.errors import require
+from diagonal.evaluate.options import psnr_db
+from diagonal.evaluate.panel import EQUAL_DB, figures
+from diagonal.evaluate.quality import Student
+from diagonal.evaluate.worlds import World
+
+DURATIONS_S = (5.0, 45.0, 180.0)
+REFERENCE_S = 180.0  # slopes are told for so long a stream
+WINDOW_CHUNKS = 3
+STREAMS_PER_BATCH = 8
+TURN_AT, TURN_CHUNKS = 10, 4  # behind the first evictions, and a decoder's whole history
+Table = dict[str, list[list[float]]]
+
+
+def stream_seeds(count: int, seed: int) -> list[int]:
+    """The seed of each stream."""
+    return [mixed_seed(seed, "streams", index) for index in range(count)]
+
+
+def chunks_for(student: Student, seconds: float) -> int:
+    """Chunks of a stream of at least so many seconds."""
+    geometry = student.config.geometry
+    require(0 < seconds <= 3600, "seconds", seconds, "a number of seconds above 0, at most 3600")
+    later = geometry.chunk_frames * geometry.temporal_stride
+    first = later - geometry.temporal_stride + 1
+    return 1 + max(0, -(-(int(seconds * geometry.pixel_fps) - first) // later))
+
+
+def stream(
+    student: Student, captions: Sequence[str], seeds: Sequence[int], chunks: int,
+    turns: Mapping[int, Sequence[str]] | None = None, recovered_at: int | None = None,
+) -> Iterator[Tensor]:
+    """Pixels `[b, f, h, w, 3]` uint8 of chunk after chunk. `turns` gives the captions from a chunk on; the same ones
+    again are a re-cache alone. Before chunk `recovered_at` the decoder's state is built anew from the newest latents,
+    as after a move to another replica."""
+    text = {chunk: student.text.encode(list(new)) for chunk, new in (turns or {}).items()}
+    state, past = student.decoder.start(), deque[Tensor](maxlen=_history_chunks(student))
+    rolled = roll(student.network, student.config, student.text.encode(list(captions)), seeds,
+                  schedule=student.schedule, chunks=chunks, turns=text)
+    for chunk, done in enumerate(rolled):
+        if chunk == recovered_at:
+            state = student.decoder.start()
+            student.decoder.decode(torch.cat(list(past), dim=2), state)
+        past.append(done.clean)
+        yield student.decoder.decode(done.clean, state).cpu()
+
+
+def _history_chunks(student: Student) -> int:
+    return max(1, student.config.serve.decoder_history_frames // student.config.geometry.chunk_frames)
+
+
+def drift_part(
+    student: Student, world: World | None, captions: Sequence[str], seeds: Sequence[int], seconds: float,
+    seen: Callable[[int, Tensor], None] | None = None,
+) -> dict[str, Any]:
+    """Figures of a batch of streams over time, in windows of `WINDOW_CHUNKS` chunks: `times_s` of their middles, and
+    `values` by figure, stream, window. In memory: one window of the batch."""
+    fps = student.config.geometry.pixel_fps
+    times: list[float] = []
+    values: Table = {}
+    window: list[Tensor] = []
+    done_frames = 0
+    for chunk, pixels in enumerate(stream(student, captions, seeds, chunks_for(student, seconds)), 1):
+        window.append(pixels)
+        if chunk % WINDOW_CHUNKS:
+            continue
+        piece, window = torch.cat(window, dim=1), []
+        times.append(round((done_frames + piece.shape[1] / 2) / fps, 4))
+        for number, (clip, caption) in enumerate(zip(piece, captions, strict=True)):
+            for name, value in figures(clip.numpy(), caption, world, done_frames).items():
+                rows = values.setdefault(name, [[] for _ in captions])
+                rows[number].append(round(value, 6))
+        if seen is not None:
+            seen(len(times) - 1, piece)
+        done_frames += piece.shape[1]
+    require(bool(times), "seconds", seconds, f"long enough for a window of {WINDOW_CHUNKS} chunks")
+    return {"times_s": times, "values": values}
+
+
+def slopes(times_s: Sequence[float], rows: Sequence[Sequence[float]], until_s: float) -> list[float]:
+    """Least-squares slope of each stream's figure over its first `until_s` seconds, times 180 s; none where fewer than
+    two windows lie in them."""
+    count = sum(time <= until_s for time in times_s)
+    if count < 2:
+        return []
+    times = np.asarray(times_s[:count])
+    return [round(float(np.polyfit(times, np.asarray(row[:count]), 1)[0]) * REFERENCE_S, 9) + 0.0 for row in rows]
+
+
+def turn_part(student: Student, world: World, captions: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """A batch of streams whose prompt changes at chunk `TURN_AT` to one that differs in everything.
+
+    `obeyed` and `forgotten` by stream and chunk from the change on: the share of the new (the old) caption's attributes
+    that the chunk shows. `step_ratio`: the change of the picture across the seam, over the usual one between frames.
+    `recache_db`, `recovery_db`: PSNR of the chunks behind a re-cache alone (and a decoder built anew) to the stream
+    without, from equal noise.
+    """
+    chunks, new = TURN_AT + TURN_CHUNKS, [world.changed(c, seed) for c, seed in zip(captions, seeds, strict=True)]
+    plain = list(stream(student, captions, seeds, chunks))
+    turned = list(stream(student, captions, seeds, chunks, {TURN_AT: new}))
+    start = sum(part.shape[1] for part in turned[:TURN_AT])
+    again = {TURN_AT: captions}
+    seams = {"recache_db": list(stream(student, captions, seeds, chunks, again)),
+             "recovery_db": list(stream(student, captions, seeds, chunks, again, TURN_AT))}
+    return {
+        "obeyed": _shares(turned[TURN_AT:], new, world, start),
+        "forgotten": _shares(turned[TURN_AT:], captions, world, start),
+        "step_ratio": _step_ratios(turned[TURN_AT - 1], turned[TURN_AT]),
+        **{name: [_psnr(plain[TURN_AT:], found[TURN_AT:], i) for i in range(len(seeds))]
+           for name, found in seams.items()},
+    }
+
+
+def _shares(parts: Sequence[Tensor], captions: Sequence[str], world: World, start: int) -> list[list[float]]:
+    """By stream and chunk: the share of the caption's attributes that the chunk shows."""
+    found: list[list[float]] = [[] for _ in captions]
+    for part in parts:
+        for number, (clip, caption) in enumerate(zip(part, captions, strict=True)):
+            scores = world.score(clip.numpy(), caption, start)
+            found[number].append(sum(scores[name] for name in world.rates) / len(world.rates))
+        start += part.shape[1]
+    return found
+
+
+def _step_ratios(before: Tensor, after: Tensor) -> list[float]:
+    frames = torch.cat((before, after[:, :1]), dim=1).float()
+    steps = (frames[:, 1:] - frames[:, :-1]).abs().mean((2, 3, 4))
+    return [round(float(ratio), 4) for ratio in steps[:, -1] / steps[:, :-1].mean(1).clamp_min(1e-3)]
+
+
+def _psnr(plain: Sequence[Tensor], found: Sequence[Tensor], stream_index: int) -> list[float]:
+    return [round(min(psnr_db(b[stream_index], a[stream_index]), EQUAL_DB), 4)
+            for a, b in zip(plain, found, strict=True)]

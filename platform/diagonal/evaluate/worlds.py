@@ -1,0 +1,97 @@
+"""The seam between evaluation and a world with an oracle: captions in, clips and named scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
+
+from diagonal.config import Config
+from diagonal.data.oracle import read_frames, score, summarise
+from diagonal.data.world import (
+    ATTRIBUTES,
+    Pixels,
+    Scene,
+    WorldConfig,
+    all_scenes,
+    held_out_scenes,
+    render,
+    world_of,
+)
+from diagonal.errors import FieldError, require
+
+
+class World(Protocol):
+    """What evaluation asks of a world. Scores are in [0, 1] and higher is better; those in `rates` are 0 or 1 a clip.
+
+    `shown` are further figures of the oracle that are shown and never judged.
+    """
+
+    @property
+    def rates(self) -> tuple[str, ...]: ...
+
+    @property
+    def scores(self) -> tuple[str, ...]: ...
+
+    @property
+    def shown(self) -> tuple[str, ...]: ...
+
+    def captions(self, held_out: bool = False) -> Sequence[str]:
+        """All captions, or those that no training clip shows."""
+        ...
+
+    def check(self, caption: str) -> None:
+        """`FieldError` for a caption that the oracle cannot read."""
+        ...
+
+    def changed(self, caption: str, number: int) -> str:
+        """Another caption that differs in everything; `number` chooses among them."""
+        ...
+
+    def render(self, caption: str, seed: int) -> Pixels:
+        """The world's own clip `[f, h, w, 3]`."""
+        ...
+
+    def score(self, pixels: Pixels, caption: str, first_pixel_frame: int = 0) -> Mapping[str, float]:
+        """Every score and shown figure of a piece `[f, h, w, 3]` of a clip that begins at `first_pixel_frame`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShapesWorld:
+    """The embedded moving-shapes world. `saturation` is how near the object is to the palette's colourfulness, which
+    itself is shown as `chroma` (1 is the palette's, more is oversaturated)."""
+
+    config: WorldConfig
+    rates: tuple[str, ...] = tuple(ATTRIBUTES)
+    scores: tuple[str, ...] = (*ATTRIBUTES, "smoothness", "steadiness", "saturation")
+    shown: tuple[str, ...] = ("chroma",)
+
+    def captions(self, held_out: bool = False) -> Sequence[str]:
+        return [scene.caption for scene in (held_out_scenes() if held_out else all_scenes())]
+
+    def check(self, caption: str) -> None:
+        try:
+            Scene.parse(caption)
+        except ValueError as error:
+            raise FieldError("prompt", caption, f"one that the world's oracle reads ({error})") from error
+
+    def changed(self, caption: str, number: int) -> str:
+        given = asdict(Scene.parse(caption))
+        others = [s.caption for s in all_scenes() if all(asdict(s)[key] != value for key, value in given.items())]
+        return others[number % len(others)]
+
+    def render(self, caption: str, seed: int) -> Pixels:
+        return render(Scene.parse(caption), seed, self.config)
+
+    def score(self, pixels: Pixels, caption: str, first_pixel_frame: int = 0) -> Mapping[str, float]:
+        side = self.config.size_px
+        require(pixels.shape[1:] == (side, side, 3), "pixels.shape", pixels.shape, f"[f, {side}, {side}, 3]")
+        frames = replace(read_frames(pixels, self.config), first_pixel_frame=first_pixel_frame)
+        found = asdict(score(summarise(frames), Scene.parse(caption)))
+        return {**found, "chroma": found["saturation"], "saturation": max(0.0, 1.0 - abs(1.0 - found["saturation"]))}
+
+
+def world_for(config: Config) -> World | None:
+    """The world whose oracle judges this configuration's clips; None for a model of real video."""
+    return ShapesWorld(world_of(config)) if config.preset == "tiny" else None
