@@ -16,8 +16,7 @@ from diagonal.model.text import TextEncoder
 from diagonal.model.weights import check_transformer, fetch, load_causal, load_teacher
 from diagonal.storage import Folder
 from diagonal.training.distill import Networks, PromptBatch
-from diagonal.training.ema import Ema
-from diagonal.training.loop import DistillStep, Learner, Plan, run_loop
+from diagonal.training.loop import Plan, distill_state, distill_step, run_loop
 from diagonal.training.parallel import full_state_dict, full_tensors, parallelize
 from diagonal.training.state import TrainState
 from jobs.artefacts import base_lineage, initial_student, lineage_of, local_copy, write_student
@@ -87,7 +86,7 @@ def train(worker: Worker, feed: Feed) -> None:
             networks = with_reference(worker, networks)
         state.stage = stage
         plan = Plan(last, options.checkpoint_every, options.batch_size, options.max_nonfinite,
-                    step_of(worker, stage, state, networks), geometry.clip_chunks * geometry.chunk_tokens)
+                    distill_step(worker.config, stage, state, networks), geometry.clip_chunks * geometry.chunk_tokens)
         run_loop(state, plan, batches, hooks)
     average = state.ema
     assert average is not None
@@ -100,34 +99,15 @@ def train(worker: Worker, feed: Feed) -> None:
 
 def build(worker: Worker, text: TextEncoder) -> tuple[TrainState, Networks]:
     """Generator, critic and frozen teacher, each prepared once, with both optimizers and the average."""
-    config, options, mesh = worker.config, worker.config.distill, worker.mesh()
+    config, mesh = worker.config, worker.mesh()
     generator = load_initial_student(initial_student(worker.run), worker.run.base, config).to(worker.device)
     critic = load_teacher(worker.run.base, config).to(worker.device)
     teacher = load_teacher(teacher_folder(worker.run), config).to(worker.device)
     for network in (generator, critic):
         parallelize(network, network.blocks, mesh, worker.plan, trainable=True)
     parallelize(teacher, teacher.blocks, mesh, worker.plan, trainable=False)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        name: torch.optim.AdamW(
-            network.parameters(), lr=lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay
-        )
-        for name, network, lr in (("generator", generator, options.lr), ("critic", critic, options.critic_lr))
-    }
-    ema = Ema(generator.named_parameters(), options.ema_decay, options.ema_start)
     negative = text.encode([config.model.negative_prompt])
-    state = TrainState(1, {"generator": generator, "critic": critic}, optimizers, ema)
-    return state, Networks(generator, critic, teacher, negative)
-
-
-def step_of(worker: Worker, stage: int, state: TrainState, networks: Networks) -> DistillStep:
-    """The update of a stage over the state's optimizers and average."""
-    norm = worker.config.distill.clip_norm
-    assert state.ema is not None
-    return DistillStep(
-        worker.config, stage, networks,
-        Learner(networks.generator, state.optimizers["generator"], norm),
-        Learner(networks.critic, state.optimizers["critic"], norm), state.ema,
-    )
+    return distill_state(config, generator, critic), Networks(generator, critic, teacher, negative)
 
 
 def keep_stage1(worker: Worker, generator: CausalWan) -> None:

@@ -25,11 +25,19 @@ from diagonal.config import Config
 from diagonal.data.prompts import read_prompts
 from diagonal.errors import require
 from diagonal.evaluate import gate, report, vbench, videos
-from diagonal.evaluate.panel import Source, digest, run_panel
+from diagonal.evaluate.panel import FORMAT, Source, digest, run_panel
 from diagonal.evaluate.plots import save_curves
 from diagonal.evaluate.quality import Student, Teacher, clip_seeds, codec_maker, draw_captions
 from diagonal.evaluate.sheet import contact_sheet, save_png
-from diagonal.evaluate.streams import STREAMS_PER_BATCH, drift_part, stream_seeds, turn_part
+from diagonal.evaluate.streams import (
+    STREAMS_PER_BATCH,
+    TURN_AT,
+    TURN_CHUNKS,
+    WINDOW_CHUNKS,
+    drift_part,
+    stream_seeds,
+    turn_part,
+)
 from diagonal.evaluate.worlds import World, world_for
 from diagonal.model.weights import Release, base_folder, file_hash
 from diagonal.schedule import StepSchedule
@@ -147,7 +155,7 @@ def _drift(
     def make(captions: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
         return drift_part(ours, world, captions, seeds, options.seconds)
 
-    key = ["drift", identity(release.folder, release.config), options.seconds]
+    key = ["drift", FORMAT, WINDOW_CHUNKS, identity(release.folder, release.config), options.seconds]
     found = _batches(make, options.streams, options.seed, known, parts, key)
     if not found:
         return None
@@ -162,7 +170,7 @@ def _turns(
 ) -> dict[str, Any] | None:
     if world is None:
         return None
-    key = ["turns", identity(release.folder, release.config)]
+    key = ["turns", FORMAT, TURN_AT, TURN_CHUNKS, identity(release.folder, release.config)]
     found = _batches(partial(turn_part, ours, world), options.turns, options.seed, known, parts, key)
     return report.turns_report(found) if found else None
 

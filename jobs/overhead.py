@@ -22,11 +22,11 @@ import torch.multiprocessing as processes
 from diagonal.config import Config
 from diagonal.errors import require
 from diagonal.storage import Folder
-from diagonal.training.loop import Hooks, Plan, run_loop
+from diagonal.training.loop import Hooks, Plan, distill_step, run_loop
 from diagonal.training.slices import own_samples
 from diagonal.training.state import TrainState
 from diagonal.tree import write_json
-from jobs.distill import build, distill_feed, prompt_batch, step_of
+from jobs.distill import build, distill_feed, prompt_batch
 from jobs.feed import Feed
 from jobs.fit import fit
 from jobs.progress import Place
@@ -83,7 +83,7 @@ def run_updates(worker: Worker, feed: Feed, plain: bool) -> None:
         rows, hooks = worker.begin(state, feed, networks.generator, text)
     stamps: list[tuple[float, float]] = []
     batches = stamped((prompt_batch(columns, text) for columns in rows), stamps)
-    step = step_of(worker, 1, state, networks)
+    step = distill_step(worker.config, 1, state, networks)
     run_loop(state, Plan(feed.updates, NEVER, feed.batch_size, NEVER, step), batches, hooks)
     if worker.place.rank == 0:
         worker.run.folder.write_json(STAMPS, stamps)

@@ -187,6 +187,31 @@ class DistillStep:
         )
 
 
+def distill_state(
+    config: Config, generator: nn.Module, critic: nn.Module
+) -> TrainState:
+    """The state that stage 1 begins with: both networks, already prepared, their optimizers and the average."""
+    settings = config.distill
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        name: torch.optim.AdamW(
+            network.parameters(), lr=lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
+        )
+        for name, network, lr in (("generator", generator, settings.lr), ("critic", critic, settings.critic_lr))
+    }
+    ema = Ema(generator.named_parameters(), settings.ema_decay, settings.ema_start)
+    return TrainState(1, {"generator": generator, "critic": critic}, optimizers, ema)
+
+
+def distill_step(config: Config, stage: int, state: TrainState, networks: Networks) -> DistillStep:
+    """The update of a stage over the state's optimizers and average."""
+    norm = config.distill.clip_norm
+    assert state.ema is not None
+    return DistillStep(
+        config, stage, networks, Learner(networks.generator, state.optimizers["generator"], norm),
+        Learner(networks.critic, state.optimizers["critic"], norm), state.ema,
+    )
+
+
 def accumulate(
     batch: Part, size: int, batch_size: int, loss_of: Callable[[Part], tuple[Tensor, Terms]]
 ) -> Terms:
