@@ -16,7 +16,6 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
-from ray.util.metrics import Counter, Gauge, Histogram
 
 from diagonal.data.pair_set import (
     MANIFEST,
@@ -32,12 +31,13 @@ from diagonal.data.pair_set import (
 )
 from diagonal.data.stages import EncodeText, SolveShard, teacher_id
 from diagonal.errors import require
-from diagonal.metrics import FactorySink
+from diagonal.metrics import MetricSink
 from diagonal.model.weights import check_transformer
 from diagonal.storage import Folder
 from jobs.plan import carry_out
 from jobs.prompts import pair_prompts, pair_prompts_folder, prompts_sha256
 from jobs.run import JobFailed, Run, connect, main, say
+from jobs.sink import ray_sink
 
 ERROR = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Exception): .*)$", re.MULTILINE)
 SEEN_WITHIN_S = 60.0  # network file systems show a new file late
@@ -82,13 +82,14 @@ def usable_pairs(run: Run) -> list[tuple[str, int]]:
         bad = verify(folder)
         for row in bad:
             say(f"pairs: {row['file']}, row {row['index']} (sample {row['sample']}) set aside: {row['reason']}")
-        _count_bad("ode_init", bad)
+        if bad:
+            connect()  # a number told before is told nobody
+            _count_bad(ray_sink(), "ode_init", bad)
         keep_usable(folder, plan_of(run), bad)
     return usable_places(folder)
 
 
-def _count_bad(stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    sink = FactorySink(Counter, Gauge, Histogram)
+def _count_bad(sink: MetricSink, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for reason, count in Tally(row["reason"] for row in rows).items():
         sink.inc("diagonal_data_quarantined_total", count, stage=stage, reason=reason)
 
@@ -117,13 +118,13 @@ def solve_shards(run: Run, folder: Folder, plan: PairPlan, missing: Sequence[int
     if config.train.pool:
         place["label_selector"] = {"pool": config.train.pool}
     dataset = _mapped(dataset, run, SolveShard, arguments, workers, **place)
-    progress = _Progress(len(missing))
+    progress = _Progress(ray_sink(), len(missing), sum(len(plan.samples(number)) for number in missing))
     try:
         for row in dataset.iter_rows():
             aside = json.loads(row["set_aside"])
             shard = Shard(row["shard"], row["rows"], row["bytes"], row["checksum"], tuple(aside))
             check_seen(folder, shard)
-            progress(shard)
+            progress(shard, row["encode_s"], row["solve_s"])
             yield shard
     except RayError as error:
         raise JobFailed(f"pairs failed: {_cause(str(error))}\nfinished shards are kept; {run.go_on}") from None
@@ -156,19 +157,24 @@ def check_seen(folder: Folder, shard: Shard, within_s: float = SEEN_WITHIN_S) ->
 
 
 class _Progress:
-    """Counts shards in Ray's metrics and says how far the job is."""
+    """Counts shards in the metrics and says how far the job is."""
 
-    def __init__(self, shards: int) -> None:
-        self._sink = FactorySink(Counter, Gauge, Histogram)
+    def __init__(self, sink: MetricSink, shards: int, rows: int) -> None:
+        self._sink, self._missing = sink, rows
         self._started_s, self._shards, self._done, self._rows = time.monotonic(), shards, 0, 0
+        sink.set("diagonal_pairs_missing", rows)
 
-    def __call__(self, shard: Shard) -> None:
+    def __call__(self, shard: Shard, encode_s: float, solve_s: float) -> None:
         self._done += 1
         self._rows += shard.rows
+        self._missing -= shard.rows + len(shard.set_aside)
         seconds = time.monotonic() - self._started_s
         self._sink.inc("diagonal_pairs_total", shard.rows)
         self._sink.set("diagonal_pairs_per_second", self._rows / seconds)
-        _count_bad("pairs", shard.set_aside)
+        self._sink.set("diagonal_pairs_missing", self._missing)
+        self._sink.observe("diagonal_pairs_shard_seconds", encode_s, step="encode")
+        self._sink.observe("diagonal_pairs_shard_seconds", solve_s, step="solve")
+        _count_bad(self._sink, "pairs", shard.set_aside)
         aside = f" ({len(shard.set_aside)} rows set aside)" if shard.set_aside else ""
         left_s = (self._shards - self._done) * seconds / self._done
         say(f"pairs: shard {shard.number} done{aside}, {self._done}/{self._shards}, "

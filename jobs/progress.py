@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from tensorboardX import SummaryWriter
 
-from diagonal.metrics import MetricSink
 from diagonal.training.checkpoint import Checkpointer, Restored
 from diagonal.training.ranks import Group
 from jobs.journal import Journal, Outbox
+from jobs.metrics import OWN, StageMetrics
 from jobs.run import say
 from jobs.samples import save_curves, sheet_pixels
 from jobs.timing import Clock, duration
@@ -27,7 +27,6 @@ PROGRESS_EVERY_S = 5.0
 REPORT_EVERY_S = 5.0
 PREEMPTION_EVERY_S = 5.0
 REPORT, PREEMPTION, STOP = 1, 2, 4  # what rank 0 decides for all in one reduction
-OWN = {"samples", "tokens", "data_wait_s", "update_s", "skipped"}  # the same on all ranks, or of rank 0
 
 
 @dataclass(frozen=True)
@@ -58,40 +57,14 @@ class Agreement:
         return {**figures, **dict(zip(names, values, strict=False))}, int(values[-1])
 
 
-class Metrics:
-    """The project's training metrics, through any sink."""
-
-    def __init__(self, sink: MetricSink, stage: str) -> None:
-        self._sink, self._stage = sink, stage
-
-    def started(self, restarted: bool, refused: int) -> None:
-        self._sink.inc("diagonal_restarts_total", int(restarted), stage=self._stage)
-        self._sink.inc("diagonal_checkpoints_refused_total", refused, stage=self._stage)
-
-    def update(self, figures: Mapping[str, float], samples: int, rate: float, checkpoint_age_s: float) -> None:
-        sink, stage = self._sink, self._stage
-        sink.inc("diagonal_updates_total", 1, stage=stage, network="all")
-        sink.inc("diagonal_samples_total", samples, stage=stage)
-        sink.inc("diagonal_data_wait_seconds_total", figures["data_wait_s"], stage=stage)
-        sink.observe("diagonal_update_seconds", figures["update_s"], stage=stage)
-        sink.set("diagonal_updates_per_second", rate, stage=stage)
-        sink.set("diagonal_checkpoint_age_seconds", checkpoint_age_s, stage=stage)
-        if figures.get("skipped"):
-            sink.inc("diagonal_nonfinite_updates_total", 1, stage=stage)
-        for name, value in figures.items():
-            if name.endswith("gradient_norm"):
-                network = name.removesuffix("gradient_norm").rstrip("_") or "generator"
-                sink.set("diagonal_gradient_norm", value, stage=stage, network=network)
-            elif name not in OWN:
-                sink.set("diagonal_loss", value, stage=stage, loss=name)
-
-
 class Reporter:
     """Rank 0's reports of a stage: metrics, the log, the journal, TensorBoard, curves and samples."""
 
-    def __init__(self, place: Place, outbox: Outbox, sink: MetricSink, last: int, batch_size: int) -> None:
+    def __init__(
+        self, place: Place, outbox: Outbox, metrics: StageMetrics, last: int, batch_size: int, checkpoint_every: int
+    ) -> None:
         self._place, self._outbox, self._last, self._batch_size = place, outbox, last, batch_size
-        self._metrics = Metrics(sink, place.stage)
+        self.metrics, self._checkpoint_every = metrics, checkpoint_every
         self._journal = Journal(outbox)
         self._printing, self._begun_s, self._first = Clock(PROGRESS_EVERY_S), time.monotonic(), 0
         self._board: SummaryWriter | None = None
@@ -105,7 +78,7 @@ class Reporter:
         """Note where this start goes on from, and what was refused, loudly."""
         refused = [str(error) for error in restored.refused] if restored else []
         restarted = bool(self._journal.known.starts)
-        self._metrics.started(restarted, len(refused))
+        self.metrics.started(update, self._place.world_size, restarted, len(refused))
         self._journal.start(update, time=time.time(), world_size=self._place.world_size, refused=refused)
         self._board = SummaryWriter(str(self._outbox.local / "tensorboard"), purge_step=update + 1)
         for reason in refused:
@@ -117,7 +90,8 @@ class Reporter:
     def update(self, update: int, stage: int, figures: Mapping[str, float], checkpoint_age_s: float) -> None:
         self._first = self._first or update
         rate = (update - self._first + 1) / max(time.monotonic() - self._begun_s, 1e-9)
-        self._metrics.update(figures, self._batch_size, rate, checkpoint_age_s)
+        self.metrics.update(update, stage, figures, self._batch_size, rate)
+        self.metrics.checkpoints(checkpoint_age_s, self._checkpoint_every / rate)
         first = (update - 1) * self._batch_size
         entry = {**figures, "stage": stage, "samples": [first, update * self._batch_size - 1]}
         self._journal.write(update, entry)
@@ -187,10 +161,16 @@ class Progress:
     def save(self, state: TrainState, *, wait: bool = False) -> None:
         if self.reporter is not None:
             self.reporter.send()
+        self._checkpoint_age_s()  # an earlier save may have become whole
         skipped = self._checkpointer.skipped
         self._checkpointer.save(state, wait=wait)
-        if self._checkpointer.skipped == skipped:
+        begun = self._checkpointer.skipped == skipped
+        if begun:
             self._saved_s = time.monotonic()
+        if self.reporter is not None:
+            self.reporter.metrics.saved(self._checkpointer.waited_s if begun else None)
+        if wait:
+            self._checkpoint_age_s()
         self._beat()
 
     def stop(self) -> bool:
@@ -206,4 +186,6 @@ class Progress:
         """Since the newest checkpoint that is whole was begun; since the start while there is none."""
         if self._checkpointer.wrote_s != self._wrote_s:
             self._wrote_s, self._whole_s = self._checkpointer.wrote_s, self._saved_s
+            if self.reporter is not None:
+                self.reporter.metrics.whole(self._wrote_s)
         return time.monotonic() - self._whole_s

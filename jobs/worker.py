@@ -12,10 +12,9 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.util.metrics import Counter, Gauge, Histogram
 
 from diagonal.config import Config
-from diagonal.metrics import FactorySink, MetricSink
+from diagonal.metrics import MetricSink
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.model.weights import load_text
@@ -31,10 +30,12 @@ from diagonal.training.state import TrainState
 from jobs.control import StopRequests
 from jobs.feed import Feed
 from jobs.journal import Outbox
+from jobs.metrics import Effort, StageMetrics
 from jobs.plan import estimate, read_layouts
 from jobs.progress import Place, Progress, Reporter
 from jobs.run import Run, say
 from jobs.samples import SampleVideos
+from jobs.sink import ray_sink
 from jobs.watchdog import Watchdog
 
 
@@ -114,7 +115,7 @@ class Worker:
         restored = self.checkpointer.restore(state)
         reporter = None
         if place.rank == 0:
-            reporter = Reporter(place, Outbox(folder), self._sink(), feed.updates, feed.batch_size)
+            reporter = self._reporter(Outbox(folder), feed)
             reporter.started(state.update, restored)
         own = len(own_samples(1, feed.batch_size, place.rank, place.world_size))
         drawing = self.config.train.sample_every and feed.captions
@@ -129,8 +130,16 @@ class Worker:
         batches = feed.batches(state.update, place.rank, place.world_size)
         return batches, Hooks(self.progress.report, self.progress.save, self.progress.stop)
 
+    def _reporter(self, outbox: Outbox, feed: Feed) -> Reporter:
+        """What rank 0 tells of the stage."""
+        first = self.place.stage == "ode_init"
+        effort = Effort.of(self.run, (0,) if first else (1, 2), self.device, self.place.world_size)
+        metrics = StageMetrics(self._sink(), self.place.stage, feed.updates, effort)
+        every = (self.config.ode_init if first else self.config.distill).checkpoint_every
+        return Reporter(self.place, outbox, metrics, feed.updates, feed.batch_size, every)
+
     def _sink(self) -> MetricSink:
-        return FactorySink(Counter, Gauge, Histogram)
+        return ray_sink()
 
 
 class _Preempted:

@@ -20,7 +20,8 @@ from diagonal.training.state import TrainState
 from jobs import progress
 from jobs.fit import first_cause
 from jobs.journal import UPDATES, Outbox, read_journal
-from jobs.progress import OWN, Agreement, Place, Progress, Reporter
+from jobs.metrics import OWN, StageMetrics
+from jobs.progress import Agreement, Place, Progress, Reporter
 from jobs.ray_cluster import passing_on
 from jobs.samples import curves, sample_captions, save_curves
 from jobs.timing import duration
@@ -47,7 +48,9 @@ class Sink(NullSink):
 
 
 def reporter(folder: Path, sink: Sink) -> Reporter:
-    return Reporter(Place("distill", 0, 1), Outbox(Folder(str(folder))), sink, last=4, batch_size=4)
+    metrics = StageMetrics(sink, "distill", last=4)
+    outbox = Outbox(Folder(str(folder)))
+    return Reporter(Place("distill", 0, 1), outbox, metrics, last=4, batch_size=4, checkpoint_every=2)
 
 
 def hooks(stop: bool = False, **others: Any) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import OrderedDict
 from typing import Any
 
@@ -48,8 +49,8 @@ class EncodeText:
     """Columns with one `shard` number, to which it adds `rows`, the shard's samples as JSON, and their embeddings.
 
     `text_bf16` `[1, n, l, d]` holds those of its n prompts, `negative_bf16` `[1, l, d]` that of the negative prompt, as
-    int16 bits: the solvers need no text encoder. The rows are a function of the plan and of the prompts in the folder
-    `prompts`, so nobody holds them all.
+    int16 bits: the solvers need no text encoder. `encode_s` is the time that it took. The rows are a function of the
+    plan and of the prompts in the folder `prompts`, so nobody holds them all.
     """
 
     def __init__(self, plan: PairPlan, prompts: Folder, device: str = "cpu") -> None:
@@ -61,10 +62,10 @@ class EncodeText:
         self._negative = to_bits(self._text.encode([config.model.negative_prompt]))
 
     def __call__(self, batch: Columns) -> Columns:
-        rows = self.rows(_only(batch["shard"]))
+        began_s, rows = time.monotonic(), self.rows(_only(batch["shard"]))
         text = to_bits(self._text.encode([row["prompt"] for row in rows]))
         return {"shard": batch["shard"], "rows": np.array([json.dumps(rows)]), "text_bf16": text[None],
-                "negative_bf16": self._negative}
+                "negative_bf16": self._negative, "encode_s": np.array([time.monotonic() - began_s])}
 
     def rows(self, shard: int) -> list[Row]:
         """The samples of a shard: number, prompt_id, prompt, seed."""
@@ -80,9 +81,9 @@ class EncodeText:
 class SolveShard:
     """Solves the guided teacher's ODE for one shard's rows and writes the shard: whole, or not at all.
 
-    Takes what `EncodeText` gives; returns one row of plain columns: see `diagonal.data.pair_set.Shard`. Rows that are
-    not finite are set aside with a reason. A folder without the plan that the job wrote, as it is where a node does not
-    share the job's disk, is refused before anything is solved.
+    Takes what `EncodeText` gives; returns one row of plain columns: see `diagonal.data.pair_set.Shard`, and the time of
+    both steps. Rows that are not finite are set aside with a reason. A folder without the plan that the job wrote, as
+    it is where a node does not share the job's disk, is refused before anything is solved.
     """
 
     def __init__(self, plan: PairPlan, folder: Folder, device: str = "cpu") -> None:
@@ -93,7 +94,7 @@ class SolveShard:
         self._teacher = load_teacher(base_folder(plan.config), plan.config, dtype).to(device)
 
     def __call__(self, batch: Columns) -> Columns:
-        shard, rows = _only(batch["shard"]), json.loads(str(_only(batch["rows"])))
+        began_s, shard, rows = time.monotonic(), _only(batch["shard"]), json.loads(str(_only(batch["rows"])))
         text, negative = (from_bits(batch[name][0]).float() for name in ("text_bf16", "negative_bf16"))
         states, levels = self.solve([row["seed"] for row in rows], text, negative)
         solved = [{**row, "levels": levels, "states_bf16": bits, "checksum": checksum(bits)}
@@ -106,7 +107,8 @@ class SolveShard:
         digest = rows_checksum((row["sample"], row["checksum"]) for row in good) if good else ""
         return {name: np.array([value]) for name, value in (
             ("shard", shard), ("rows", len(good)), ("bytes", written), ("checksum", digest),
-            ("set_aside", json.dumps(bad)),
+            ("set_aside", json.dumps(bad)), ("encode_s", _only(batch["encode_s"])),
+            ("solve_s", time.monotonic() - began_s),
         )}  # fmt: skip
 
     def solve(self, seeds: list[int], text: Tensor, negative: Tensor) -> tuple[np.ndarray, list[float]]:
