@@ -5,9 +5,9 @@ from __future__ import annotations
 from ray.exceptions import RayError
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from diagonal.metrics import FactorySink
+from diagonal.metrics import FactorySink, kept_alive
 
 
 def ray_sink() -> FactorySink:
     """Of this process, which is to be one of Ray's by the time that it tells something."""
-    return FactorySink(Counter, Gauge, Histogram, failures=(RayError,))
+    return kept_alive(FactorySink(Counter, Gauge, Histogram, failures=(RayError,)))

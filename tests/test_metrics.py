@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+import weakref
+
 import pytest
 
 from diagonal.errors import FieldError
-from diagonal.metrics import ALL, FactorySink, MetricSpec, NullSink
+from diagonal.metrics import ALL, FactorySink, MetricSpec, NullSink, kept_alive
 
 
 class Recorder:
@@ -79,6 +82,24 @@ def test_a_gauge_takes_the_newest_value(sink: FactorySink, made: list[Recorder])
     sink.set("diagonal_sessions_active", 2)
     sink.set("diagonal_sessions_active", 0)
     assert [call[1] for call in made[0].calls] == [2, 0]
+
+
+def test_gauges_alone_are_told_again_with_their_newest_value_while_somebody_holds_the_sink(made: list[Recorder]) -> None:
+    sink = kept_alive(FactorySink(Recorder, Recorder, Recorder), every_s=0.01)
+    sink.inc("diagonal_frames_generated_total", 9)
+    for value in (1, 2):
+        sink.set("diagonal_loss", value, stage="distill", loss="dmd")
+    counter, gauge = made
+    deadline_s = time.monotonic() + 30
+    while len(gauge.calls) < 5 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert counter.calls == [("inc", 9, {})]
+    assert gauge.calls[1:5].count(("set", 2, {"stage": "distill", "loss": "dmd"})) >= 3
+    held = weakref.ref(sink)
+    del sink
+    while held() is not None and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert held() is None, "the thread alone keeps it"
 
 
 def test_a_counter_is_not_moved_by_zero(sink: FactorySink, made: list[Recorder]) -> None:

@@ -7,10 +7,12 @@ second are the rate of frames, and the real-time factor is generated media over 
 from __future__ import annotations
 
 import logging
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any, Literal, Protocol
 
 from diagonal.errors import FieldError, require
@@ -29,6 +31,7 @@ STORE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 UPDATE_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 CHECKPOINT_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 180.0, 600.0, 1800.0)
 SHARD_BUCKETS_S = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 180.0, 600.0, 1800.0, 7200.0)
+REPEAT_EVERY_S = 5.0  # Ray reports every ten seconds, and an update or an idle replica's silence may last longer
 _UNIT_ENDINGS = {"seconds": "_seconds", "bytes": "_bytes", "ratio": "_ratio"}
 
 
@@ -199,6 +202,7 @@ class FactorySink:
         self._factories = {"counter": counter, "gauge": gauge, "histogram": histogram}
         self._failures: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, *failures)
         self._made: dict[str, Any] = {}
+        self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self._lock = Lock()
         self.lost = 0
 
@@ -209,6 +213,15 @@ class FactorySink:
 
     def set(self, name: str, value: float, **labels: str) -> None:
         self._tell(_checked(name, "gauge", labels), "set", value, labels)
+        with self._lock:
+            self._gauges[name, tuple(labels.items())] = value
+
+    def repeat(self) -> None:
+        """Tell every gauge's newest value again: Ray forgets one that nobody set for two of its reports."""
+        with self._lock:
+            known = list(self._gauges.items())
+        for (name, labels), value in known:
+            self._tell(BY_NAME[name], "set", value, dict(labels))
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         self._tell(_checked(name, "histogram", labels), "observe", value, labels)
@@ -277,6 +290,19 @@ def exporter(port: int) -> Iterator[FactorySink]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def kept_alive(sink: FactorySink, every_s: float = REPEAT_EVERY_S) -> FactorySink:
+    """The same sink; a thread repeats its gauges for as long as somebody holds it."""
+    Thread(target=_repeat, args=(weakref.ref(sink), every_s), name="gauges", daemon=True).start()
+    return sink
+
+
+def _repeat(of: weakref.ref[FactorySink], every_s: float) -> None:
+    while (sink := of()) is not None:
+        sink.repeat()
+        del sink
+        time.sleep(every_s)
 
 
 def _checked(name: str, kind: Kind, labels: Mapping[str, str]) -> MetricSpec:
