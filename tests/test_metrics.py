@@ -84,7 +84,7 @@ def test_a_gauge_takes_the_newest_value(sink: FactorySink, made: list[Recorder])
     assert [call[1] for call in made[0].calls] == [2, 0]
 
 
-def test_gauges_alone_are_told_again_with_their_newest_value_while_somebody_holds_the_sink(made: list[Recorder]) -> None:
+def test_gauges_alone_are_told_again_while_somebody_holds_the_sink(made: list[Recorder]) -> None:
     sink = kept_alive(FactorySink(Recorder, Recorder, Recorder), every_s=0.01)
     sink.inc("diagonal_frames_generated_total", 9)
     for value in (1, 2):

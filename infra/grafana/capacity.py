@@ -19,7 +19,8 @@ ROOM = Section("Room", (
         limits=((0.75, WORSE), (0.9, BAD)), big=True, width=6, top=1,
     ),
     Panel(
-        "How much of its time is promised?", "Predicted busy time for each second of media of the sessions that play, and "
+        "How much of its time is promised?",
+        "Predicted busy time for each second of media of the sessions that play, and "
         "the limit for one more. At the limit a replica admits nobody: add replicas, or a schedule with fewer steps.",
         "percentunit",
         (
@@ -66,13 +67,15 @@ LOAD = Section("Load", (
                          "{REPLICAS}[$__rate_interval])))", f"{100 * q:g} %") for q in (0.05, 0.5)),
     ),
     Panel(
-        "How long do chunks wait for their turn?", "From asking for a chunk to its generation. It grows before anything "
+        "How long do chunks wait for their turn?",
+        "From asking for a chunk to its generation. It grows before anything "
         "else does when a replica holds too many sessions: add replicas before it reaches a chunk's playing time.", "s",
         tuple(Query(f"histogram_quantile({q}, sum by (le) (rate(ray_diagonal_session_queue_seconds_bucket"
                     "{REPLICAS}[$__rate_interval])))", f"{100 * q:g} %") for q in (0.5, 0.95)),
     ),
     Panel(
-        "Where does a chunk's time go?", "95 % of chunks are generated, encoded and kept within this. Generation slower "
+        "Where does a chunk's time go?",
+        "95 % of chunks are generated, encoded and kept within this. Generation slower "
         "than in the release's manifest: another program on the GPU, or heat. Encoding: more encode_threads or CPUs. "
         "Keeping: the store's disk.", "s",
         (
@@ -95,10 +98,12 @@ WORK = Section("Work and moves", (
                "{{deployment}}"),),
     ),
     Panel(
-        "Which work is done twice?", "Caches written anew: for a new prompt, or for a session that comes back. Sessions "
+        "Which work is done twice?",
+        "Caches written anew: for a new prompt, or for a session that comes back. Sessions "
         "admitted with a shorter schedule: the service is overloaded and trades looks for time; add replicas.", "ops",
         (
-            Query("sum by (reason) (rate(ray_diagonal_recaches_total{REPLICAS}[$__rate_interval]))", "cache: {{reason}}"),
+            Query("sum by (reason) (rate(ray_diagonal_recaches_total{REPLICAS}[$__rate_interval]))",
+                  "cache: {{reason}}"),
             Query("sum(rate(ray_diagonal_schedules_shortened_total{REPLICAS}[$__rate_interval]))", "shorter schedules"),
         ),
     ),

@@ -23,7 +23,8 @@ MAKING = Section("Making pairs", (
         limits=((0.01, WORSE), (0.05, BAD)), big=True, width=6,
     ),
     Panel(
-        "Does training wait for data?", "Share of training's time spent waiting for its batches. Above 10 %: storage or "
+        "Does training wait for data?",
+        "Share of training's time spent waiting for its batches. Above 10 %: storage or "
         "decoding is too slow; give the job's data more CPUs or a nearer bucket.", "percentunit",
         (Query("max by (stage) (rate(ray_diagonal_data_wait_seconds_total{STAGES}[5m]))", "{{stage}}"),),
         limits=((0.1, WORSE), (0.3, BAD)), big=True, width=6,

@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, timeseries
-from grafana_foundation_sdk.builders.dashboard import Dashboard, DatasourceVariable, QueryVariable, Row, ThresholdsConfig
+from grafana_foundation_sdk.builders.dashboard import (
+    Dashboard,
+    DatasourceVariable,
+    QueryVariable,
+    Row,
+    ThresholdsConfig,
+)
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import GraphThresholdsStyleMode, LegendPlacement, VisibilityMode
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
+    DashboardLinkType,
     DataSourceRef,
     Threshold,
     ThresholdsMode,
@@ -22,7 +29,7 @@ from grafana_foundation_sdk.models.dashboard import (
 
 from diagonal.errors import require
 
-# Grafana's own names of units (https://grafana.com/docs/grafana/latest/panels-visualizations/configure-standard-options).
+# Grafana's own names of the units that panels here use.
 UNITS = frozenset({"s", "bytes", "percentunit", "short", "none", "ops", "FLOPS", "fps"})
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 WIDTH = 24  # columns of Grafana's grid
@@ -117,7 +124,7 @@ def to_json(board: Board, others: Sequence[Board] = ()) -> str:
         made = made.with_variable(_variable(variable))
     for other in others:
         if other.name != board.name:
-            link = dashboard.DashboardLink(other.title).type("link").url(f"/d/diagonal-{other.name}")
+            link = dashboard.DashboardLink(other.title).type(DashboardLinkType.LINK).url(f"/d/diagonal-{other.name}")
             made = made.link(link.keep_time(True).include_vars(False))
     number = 0
     for section in board.sections:

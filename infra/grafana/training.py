@@ -13,7 +13,8 @@ PROGRESS = Section("Progress", (
     ),
     Panel(
         "What is trained, and by how many?", "Phase (0 initialisation from pairs, 1 uniform steps, 2 the diagonal) and "
-        "workers. Fewer workers than asked for: a node was lost, and the run goes on smaller; check its batch.", "short",
+        "workers. Fewer workers than asked for: a node was lost, and the run goes on smaller; check its batch.",
+        "short",
         (
             Query("max by (stage) (ray_diagonal_training_stage{STAGES})", "{{stage}}: phase"),
             Query("max by (stage) (ray_diagonal_training_workers{STAGES})", "{{stage}}: workers"),
@@ -26,7 +27,8 @@ PROGRESS = Section("Progress", (
         limits=((1.5, WORSE), (2.0, BAD)), big=True, width=6,
     ),
     Panel(
-        "Did anything go wrong?", "Updates skipped for a NaN, restarts of workers, and checkpoints that were refused or "
+        "Did anything go wrong?",
+        "Updates skipped for a NaN, restarts of workers, and checkpoints that were refused or "
         "left out, since the job began. NaNs in a row end the run: lower the learning rate or look at the data; "
         "refused checkpoints: check the storage.", "short",
         (
@@ -45,7 +47,8 @@ LEARNING = Section("Learning", (
         (Query("max by (stage, loss) (ray_diagonal_loss{STAGES})", "{{stage}}: {{loss}}"),), width=12,
     ),
     Panel(
-        "Are the gradients in bounds?", "Norms before clipping. Steadily far above distill.clip_norm: the learning rate "
+        "Are the gradients in bounds?",
+        "Norms before clipping. Steadily far above distill.clip_norm: the learning rate "
         "is too high; at zero: a network does not learn.", "none",
         (Query("max by (stage, network) (ray_diagonal_gradient_norm{STAGES})", "{{stage}}: {{network}}"),), width=12,
     ),
@@ -98,7 +101,8 @@ SPEED = Section("Speed", (
         ),
     ),
     Panel(
-        "When was the newest checkpoint made?", "Age of the newest whole checkpoint, and the interval at the present rate. "
+        "When was the newest checkpoint made?",
+        "Age of the newest whole checkpoint, and the interval at the present rate. "
         "Past two intervals: see the runbook under No checkpoint.", "s",
         (
             Query("max by (stage) (ray_diagonal_checkpoint_age_seconds{STAGES})", "{{stage}}: age"),

@@ -22,7 +22,8 @@ NOW = Section("Now", (
         limits=((0.01, WORSE), (0.1, BAD)), big=True, width=6,
     ),
     Panel(
-        "Does playback run without stalls?", "Seconds that players waited over seconds of media sent, over an hour; 1 % "
+        "Does playback run without stalls?",
+        "Seconds that players waited over seconds of media sent, over an hour; 1 % "
         "is promised. Above it: compare the real-time factor below with the time that chunks wait on Capacity.",
         "percentunit", (Query("diagonal:stream_stalled:ratio_1h{SERVED}", "time stalled"),),
         limits=((0.01, WORSE), (0.1, BAD)), big=True, width=6,
@@ -62,7 +63,8 @@ WAITING = Section("Waiting", (
 PLAYBACK = Section("Playback", (
     Panel(
         "Do as many frames go out as are made?", "Frames made, and frames sent: one made is sent once for each "
-        "reader. Sent far below made: viewers are gone or read slowly; both at zero with viewers active: a replica hangs.",
+        "reader. Sent far below made: viewers are gone or read slowly; both at zero with viewers active: a replica "
+        "hangs.",
         "fps",
         (
             Query("sum(rate(ray_diagonal_frames_generated_total{SERVED}[$__rate_interval]))", "made"),
@@ -77,7 +79,8 @@ PLAYBACK = Section("Playback", (
                "sum(rate(ray_diagonal_stream_media_seconds_total{SERVED}[$__rate_interval]))", "stalls an hour"),),
     ),
     Panel(
-        "How much video is ahead of the viewers?", "Media in front of the player when its next chunk is asked for. Near "
+        "How much video is ahead of the viewers?",
+        "Media in front of the player when its next chunk is asked for. Near "
         "zero, the next delay is a stall: reduce load. Far above the buffer asked for: readers that do not tell their "
         "position.", "s",
         tuple(Query(f"histogram_quantile({q}, sum by (le) (rate(ray_diagonal_send_window_media_seconds_bucket"
@@ -98,7 +101,8 @@ WRONG = Section("What went wrong", (
     ),
     Panel(
         "Which answers are errors?", "Problems that gateways answered with, by their code; a caller's mistakes "
-        "are among them. Look for `internal` and `unavailable`, and search the gateways' log for the request_id.", "ops",
+        "are among them. Look for `internal` and `unavailable`, and search the gateways' log for the request_id.",
+        "ops",
         (Query("sum by (code) (rate(ray_diagonal_errors_total{SERVED}[$__rate_interval]))", "{{code}}"),),
     ),
     Panel(
