@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,19 +25,11 @@ from diagonal.config import Config
 from diagonal.data.prompts import read_prompts
 from diagonal.errors import require
 from diagonal.evaluate import gate, report, vbench, videos
-from diagonal.evaluate.panel import FORMAT, Source, digest, run_panel
+from diagonal.evaluate.panel import Source, digest, run_panel
 from diagonal.evaluate.plots import save_curves
 from diagonal.evaluate.quality import Student, Teacher, clip_seeds, codec_maker, draw_captions
 from diagonal.evaluate.sheet import contact_sheet, save_png
-from diagonal.evaluate.streams import (
-    STREAMS_PER_BATCH,
-    TURN_AT,
-    TURN_CHUNKS,
-    WINDOW_CHUNKS,
-    drift_part,
-    stream_seeds,
-    turn_part,
-)
+from diagonal.evaluate.streams import drift_part, kept_batches, stream_seeds, turn_part
 from diagonal.evaluate.worlds import World, world_for
 from diagonal.model.weights import Release, base_folder, file_hash
 from diagonal.schedule import StepSchedule
@@ -152,13 +144,12 @@ def _drift(
     options: argparse.Namespace, ours: Student, release: Release, world: World | None, known: Sequence[str],
     parts: Folder,
 ) -> dict[str, Any] | None:
-    def make(captions: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-        return drift_part(ours, world, captions, seeds, options.seconds)
-
-    key = ["drift", FORMAT, WINDOW_CHUNKS, identity(release.folder, release.config), options.seconds]
-    found = _batches(make, options.streams, options.seed, known, parts, key)
-    if not found:
+    """Figures of long streams over time, with their plot; None where none was asked for."""
+    if not options.streams:
         return None
+    captions, seeds = draw_captions(options.streams, options.seed, known), stream_seeds(options.streams, options.seed)
+    key = ["streams", options.seconds, identity(release.folder, release.config)]
+    found = kept_batches(partial(drift_part, ours, world, seconds=options.seconds), captions, seeds, parts, key, say)
     drift = report.drift_report(found, options.seconds, world)
     save_curves(Path(f"{options.out}-drift.png"), drift["times_s"], {OURS: drift["curves"]})
     return drift
@@ -168,27 +159,12 @@ def _turns(
     options: argparse.Namespace, ours: Student, release: Release, world: World | None, known: Sequence[str],
     parts: Folder,
 ) -> dict[str, Any] | None:
-    if world is None:
+    """What streams show behind a changed prompt; None where none was asked for, or nobody can judge it."""
+    if world is None or not options.turns:
         return None
-    key = ["turns", FORMAT, TURN_AT, TURN_CHUNKS, identity(release.folder, release.config)]
-    found = _batches(partial(turn_part, ours, world), options.turns, options.seed, known, parts, key)
-    return report.turns_report(found) if found else None
-
-
-def _batches(
-    make: Callable[[Sequence[str], Sequence[int]], dict[str, Any]], count: int, seed: int, known: Sequence[str],
-    parts: Folder, key: Sequence[object],
-) -> list[dict[str, Any]]:
-    """What `make` finds of each batch of streams; a batch that is kept already is not made again."""
-    captions, seeds, found = draw_captions(max(count, 1), seed, known), stream_seeds(count, seed), []
-    for first in range(0, count, STREAMS_PER_BATCH):
-        some, own = captions[:count][first : first + STREAMS_PER_BATCH], seeds[first : first + STREAMS_PER_BATCH]
-        name = f"{digest([*key, some, own])}.json"
-        if not parts.has(name):
-            parts.write_json(name, make(some, own))
-        found.append(parts.read_json(name))
-        say(f"{key[0]}: {min(first + STREAMS_PER_BATCH, count)} of {count} streams")
-    return found
+    captions, seeds = draw_captions(options.turns, options.seed, known), stream_seeds(options.turns, options.seed)
+    key = ["turns", identity(release.folder, release.config)]
+    return report.turns_report(kept_batches(partial(turn_part, ours, world), captions, seeds, parts, key, say))
 
 
 def _keep_sheet(out: str, name: str, first: int, pixels: Tensor) -> None:

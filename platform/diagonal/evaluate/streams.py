@@ -14,9 +14,10 @@ from diagonal.diffusion.noise import mixed_seed
 from diagonal.diffusion.rollout import roll
 from diagonal.errors import require
 from diagonal.evaluate.options import psnr_db
-from diagonal.evaluate.panel import EQUAL_DB, figures
+from diagonal.evaluate.panel import EQUAL_DB, FORMAT, digest, figures
 from diagonal.evaluate.quality import Student
 from diagonal.evaluate.worlds import World
+from diagonal.storage import Folder
 
 DURATIONS_S = (5.0, 45.0, 180.0)
 REFERENCE_S = 180.0  # slopes are told for so long a stream
@@ -29,6 +30,23 @@ Table = dict[str, list[list[float]]]
 def stream_seeds(count: int, seed: int) -> list[int]:
     """The seed of each stream."""
     return [mixed_seed(seed, "streams", index) for index in range(count)]
+
+
+def kept_batches(
+    make: Callable[[Sequence[str], Sequence[int]], dict[str, Any]], captions: Sequence[str], seeds: Sequence[int],
+    parts: Folder, key: Sequence[object], say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """What `make` finds of each batch of streams; a batch that a former run finished is read from `parts`. `key` holds
+    everything else that decides it."""
+    layout, found = [FORMAT, WINDOW_CHUNKS, TURN_AT, TURN_CHUNKS], []
+    for first in range(0, len(seeds), STREAMS_PER_BATCH):
+        some, own = captions[first : first + STREAMS_PER_BATCH], seeds[first : first + STREAMS_PER_BATCH]
+        name = f"{digest([layout, *key, list(some), list(own)])}.json"
+        if not parts.has(name):
+            parts.write_json(name, make(some, own))
+        found.append(parts.read_json(name))
+        say(f"{min(first + STREAMS_PER_BATCH, len(seeds))} of {len(seeds)} streams")
+    return found
 
 
 def chunks_for(student: Student, seconds: float) -> int:
@@ -65,9 +83,9 @@ def _history_chunks(student: Student) -> int:
 
 def drift_part(
     student: Student, world: World | None, captions: Sequence[str], seeds: Sequence[int], seconds: float,
-    seen: Callable[[int, Tensor], None] | None = None,
+    window_chunks: int = WINDOW_CHUNKS, seen: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, Any]:
-    """Figures of a batch of streams over time, in windows of `WINDOW_CHUNKS` chunks: `times_s` of their middles, and
+    """Figures of a batch of streams over time, in windows of `window_chunks` chunks: `times_s` of their middles, and
     `values` by figure, stream, window. In memory: one window of the batch."""
     fps = student.config.geometry.pixel_fps
     times: list[float] = []
@@ -76,7 +94,7 @@ def drift_part(
     done_frames = 0
     for chunk, pixels in enumerate(stream(student, captions, seeds, chunks_for(student, seconds)), 1):
         window.append(pixels)
-        if chunk % WINDOW_CHUNKS:
+        if chunk % window_chunks:
             continue
         piece, window = torch.cat(window, dim=1), []
         times.append(round((done_frames + piece.shape[1] / 2) / fps, 4))
@@ -87,7 +105,7 @@ def drift_part(
         if seen is not None:
             seen(len(times) - 1, piece)
         done_frames += piece.shape[1]
-    require(bool(times), "seconds", seconds, f"long enough for a window of {WINDOW_CHUNKS} chunks")
+    require(bool(times), "seconds", seconds, f"long enough for a window of {window_chunks} chunks")
     return {"times_s": times, "values": values}
 
 

@@ -1,0 +1,140 @@
+"""A sweep over step schedules, context levels and motion weights: rows that accumulate, the Pareto set, a profile.
+
+    python jobs/search.py --steps 4322222 4222222 self-forcing --contexts reuse 0 0.101 --clips 288
+    python jobs/search.py --steps 4322222 --gammas 0 0.5 1 2 --updates 360      trains a student for each weight
+
+Without --gammas the release's own student is sampled; with them each configuration has a student of its own, trained
+at the budget of --updates from the shared initialisation, with the steps and context that it is sampled with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diagonal.config import Config
+from diagonal.errors import require
+from diagonal.evaluate.experiment_runs import PARTS, Plan, student_of
+from diagonal.evaluate.intervals import interval
+from diagonal.evaluate.panel import FORMAT, Source, digest, run_panel
+from diagonal.evaluate.plots import save_points
+from diagonal.evaluate.quality import Student, clip_seeds, draw_captions, own_world, summary
+from diagonal.evaluate.report import shown, table
+from diagonal.evaluate.search import Point, clip_ms, grid, pareto, parse_context, profile, worth
+from diagonal.model.weights import Release, base_folder, embedded
+from diagonal.storage import Folder
+from jobs.evaluate import circumstances, identity, write_report
+from jobs.run import main, say
+
+COSTS = ("clip_ms", "forwards")
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--release", default="", help="a release folder or s3:// URI (default: the embedded one)")
+    parser.add_argument("--steps", nargs="+", default=["4322222", "4222222", "3222222", "self-forcing"])
+    parser.add_argument("--contexts", nargs="+", default=["reuse"], help="reuse, or levels in [0, 1]")
+    parser.add_argument("--gammas", nargs="+", type=float, default=[], help="motion weights: a student is trained each")
+    parser.add_argument("--updates", type=int, default=360, help="of each training, half of them stage 1")
+    parser.add_argument("--clips", type=int, default=288)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--cost", choices=COSTS, default="clip_ms", help="what the Pareto set is taken over")
+    parser.add_argument("--margin", type=float, default=2.0, help="points of quality that the profile may be short of")
+    parser.add_argument("--folder", default="runs/search", help="rows by configuration, which accumulate")
+    parser.add_argument("--out", default="runs/search/report", help="writes OUT.json, .md, .png and OUT-profile.json")
+    found = parser.parse_args(argv)
+    for name, low in (("clips", 2), ("updates", 2), ("seed", 0)):
+        value = getattr(found, name)
+        require(low <= value <= 100_000, f"--{name}", value, f"a whole number from {low} to 100000")
+    require(all(gamma >= 0 for gamma in found.gammas), "--gammas", found.gammas, "numbers of at least 0")
+    require(0 < found.margin <= 100, "--margin", found.margin, "points above 0, at most 100")
+    return found
+
+
+def search(options: argparse.Namespace) -> tuple[Release, dict[str, Point], dict[str, dict[str, Any]]]:
+    """The row of every configuration; one that a former run finished is read from its file."""
+    release = Release.load(options.release or None)
+    points = grid(release.config, options.steps, [parse_context(text) for text in options.contexts], options.gammas)
+    plan = Plan(release.config, base_folder(release.config), embedded("ode_init"), Path(options.folder),
+                options.updates, options.clips)
+    rows = {}
+    for number, point in enumerate(points, 1):
+        row = rows[point.name] = row_of(plan, release, point, options)
+        say(f"{number} of {len(points)}: {point.name}: quality {shown(interval(row['quality']).to_dict())}, "
+            f"{row['forwards']} forwards, {row['clip_ms']:.0f} ms")
+    return release, {point.name: point for point in points}, rows
+
+
+def row_of(plan: Plan, release: Release, point: Point, options: argparse.Namespace) -> dict[str, Any]:
+    """One configuration's row, made now unless its file is there."""
+    config = release.config.with_settings(point.settings)
+    weights = plan.weights if point.gamma is not None else identity(release.folder, config)
+    budget = options.updates if point.gamma is not None else 0
+    key = digest([FORMAT, point.settings, weights, budget, options.clips, options.seed])
+    rows = Folder(str(plan.folder / "rows"))
+    if not rows.has(f"{key}.json"):
+        rows.write_json(f"{key}.json", _measure(plan, release, point, config, options, key))
+    return dict(rows.read_json(f"{key}.json"))
+
+
+def _measure(
+    plan: Plan, release: Release, point: Point, config: Config, options: argparse.Namespace, key: str
+) -> dict[str, Any]:
+    world = own_world(config)
+    if point.gamma is None:
+        student = Student.of(release.with_settings(point.settings))
+    else:
+        student, _ = student_of(plan, point.variant(), options.seed, say)
+    captions = draw_captions(options.clips, options.seed, world.captions())
+    seeds = clip_seeds(options.clips, options.seed)
+    found = run_panel([Source(point.name, key, student.forwards, lambda: student)], captions, seeds,
+                      Folder(str(plan.folder / PARTS)), world=world, say=say)[point.name]
+    return {
+        **circumstances(""), "name": point.name, "settings": list(point.settings), "forwards": student.forwards,
+        "clip_ms": clip_ms(student, captions[0]), "quality": worth(found.values, world.scores),
+        "figures": summary(found.values, world),
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The rows as a table, the Pareto set first."""
+    names = list(report["rows"][0]["figures"])
+    rows = [["yes" if row["name"] in report["pareto"] else "", row["name"], str(row["forwards"]),
+             f"{row['clip_ms']:.0f}", shown(row["quality"]), *(shown(row["figures"][name]) for name in names)]
+            for row in report["rows"]]
+    chosen = report["profile"]
+    return "\n".join([
+        f"# Search over {report['release']}", "",
+        f"{report['date']}, {report['machine']}, load {report['load']}. {report['clips']} clips a row from equal "
+        f"noise, seed {report['seed']}. Reproduce: `{report['command']}`. Quality is the mean of the scores; brackets "
+        f"are 95 % intervals over clips. The Pareto set is over {report['cost']}.", "",
+        *table(["Pareto", "", "forwards", "clip ms", "quality", *(name.replace("_", " ") for name in names)], rows),
+        f"Profile: `{' '.join(chosen['settings'])}`, for serving's `options`: `{chosen['options'] or 'nothing'}`.",
+    ]) + "\n"
+
+
+def work(argv: Sequence[str]) -> None:
+    options = arguments(argv)
+    release, points, rows = search(options)
+    qualities = {name: interval(row["quality"]).mean for name, row in rows.items()}
+    costs = {name: float(row[options.cost]) for name, row in rows.items()}
+    front = pareto(costs, qualities)
+    told = sorted(rows.values(), key=lambda row: costs[row["name"]])
+    chosen = profile(release.name, points, rows, options.cost, options.margin)
+    report = {
+        **circumstances(" ".join(["python jobs/search.py", *argv])), "release": release.name, "clips": options.clips,
+        "seed": options.seed, "cost": options.cost, "pareto": front, "profile": chosen,
+        "rows": [{**row, "quality": interval(row["quality"]).to_dict()} for row in told],
+    }
+    save_points(Path(f"{options.out}.png"), {n: (costs[n], qualities[n]) for n in rows}, front, options.cost)
+    Folder(str(Path(options.out).absolute().parent)).write_json(f"{Path(options.out).name}-profile.json", chosen)
+    write_report(options.out, json.loads(json.dumps(report)), markdown(report))
+    for name in front:
+        say(f"Pareto: {name}: {options.cost} {costs[name]:g}, quality {qualities[name]:.4f}")
+
+
+if __name__ == "__main__":
+    main("jobs.search")

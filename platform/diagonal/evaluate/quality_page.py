@@ -1,0 +1,173 @@
+"""docs/results/quality.md: every experiment as a table from its rows; what was not run yet is said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diagonal.evaluate.experiment_runs import Plan, read_row
+from diagonal.evaluate.experiments import Experiment, Variant, experiments
+from diagonal.evaluate.intervals import Interval, difference, interval, over_seeds
+from diagonal.evaluate.panel import PICTURE
+from diagonal.evaluate.report import shown, table
+from diagonal.evaluate.worlds import World
+
+NOT_RUN = "not yet run"
+COMPARED = ("teacher", "self-forcing")
+MOTION = PICTURE + "motion"
+Rows = Sequence[Mapping[str, Any]]
+
+
+def collect(plan: Plan, seeds: Sequence[int], command: str) -> dict[str, Any]:
+    """What `page` is made of, as JSON: of each variant the means with intervals over seeds, its rows' circumstances."""
+    found = []
+    for one in experiments(plan.config.schedule.shift):
+        rows = {variant.name: [row for seed in seeds if (row := read_row(plan, one, variant, seed))]
+                for variant in one.variants}
+        entry = {"key": one.key, "command": f"{command} run {one.key}",
+                 "differences": _differences(one, rows, plan.world),
+                 "variants": [_variant(variant, rows[variant.name], plan.world) for variant in one.variants]}
+        found.append(entry)
+    return {"experiments": found, "budget": {"updates": plan.updates, "clips": plan.clips, "streams": plan.streams,
+                                             "seconds": plan.seconds}, "preset": plan.config.preset}
+
+
+def _variant(variant: Variant, rows: Rows, world: World) -> dict[str, Any]:
+    """One variant over its seeds: figures of clips, or curves and slopes of streams, or chunks behind a change."""
+    entry: dict[str, Any] = {"name": variant.name, "kind": variant.kind, "seeds": [row["seed"] for row in rows]}
+    if not rows:
+        return entry
+    kept = ("date", "machine", "load", "torch", "setting", "forwards", "training_cpu_s", "fps")
+    entry["rows"] = [{name: row[name] for name in kept if name in row} for row in rows]
+    if "values" in rows[0]:
+        entry["figures"] = {name: _pooled([row["values"][name] for row in rows], name in world.rates).to_dict()
+                            for name in rows[0]["values"]}
+    for name in ("drift", "turns"):
+        if name in rows[0]:
+            entry[name] = [row[name] for row in rows]
+    return entry
+
+
+def _pooled(by_seed: Sequence[Sequence[float]], rate: bool) -> Interval:
+    """Over seeds where there are two or more, each counted once; else over the one seed's clips."""
+    if len(by_seed) == 1:
+        return interval(by_seed[0], rate)
+    return over_seeds([interval(values, rate).mean for values in by_seed])
+
+
+def _differences(one: Experiment, rows: Mapping[str, Rows], world: World) -> dict[str, Any]:
+    """In every score and in motion: each variant minus teacher and minus self-forcing, paired by clip within a seed."""
+    found: dict[str, Any] = {}
+    for against in (name for name in rows if name.startswith(COMPARED) and rows[name] and "values" in rows[name][0]):
+        by_seed = {row["seed"]: row["values"] for row in rows[against]}
+        for name, some in rows.items():
+            pairs = [(row["values"], by_seed[row["seed"]]) for row in some if row["seed"] in by_seed]
+            if pairs and name != against:
+                found[f"{name} - {against}"] = {
+                    figure: _pooled_difference(pairs, figure, figure in world.rates).to_dict()
+                    for figure in (*world.scores, MOTION)
+                }
+    return found
+
+
+def _pooled_difference(pairs: Sequence[tuple[Any, Any]], figure: str, rate: bool) -> Interval:
+    found = [difference(ours[figure], theirs[figure], rate) for ours, theirs in pairs]
+    return found[0] if len(found) == 1 else over_seeds([one.mean for one in found])
+
+
+def page(found: Mapping[str, Any], shift: float) -> str:
+    """The page of what `collect` found."""
+    known, budget = {one.key: one for one in experiments(shift)}, found["budget"]
+    lines = [
+        "# Quality: the paper's claims on the embedded world", "",
+        f"Generated from quality.json by `python jobs/experiments.py page`; preset {found['preset']}. A trained "
+        f"student had {budget['updates']} updates, half of them stage 1, from one initialisation. {budget['clips']} "
+        f"clips a row and seed, {budget['streams']} streams of {budget['seconds']:g} s. Brackets are 95 % intervals: "
+        "over seeds (Student's t, each seed counted once) where there are two or more, else over the one seed's clips. "
+        "Scores are in [0, 1], higher is better; `chroma` and what begins with `picture` are shown and not judged. "
+        "Forwards are network calls a clip, the teacher's with both branches of its guidance.", "",
+    ]
+    for entry in found["experiments"]:
+        lines += _section(known[entry["key"]], entry)
+    return "\n".join(lines) + "\n"
+
+
+def _section(one: Experiment, entry: Mapping[str, Any]) -> list[str]:
+    kinds = f" {one.kinds[0].upper()}{one.kinds[1:]}." if one.kinds else ""
+    lines = [f"## {one.paper}: {one.question}", "",
+             f"`{entry['command']}`.{kinds} Wanted: {one.seeds} seed{'s' if one.seeds > 1 else ''}.", ""]
+    draw = {"clips": _clip_table, "streams": _slope_table, "chunks": _chunk_table, "turns": _turn_table}[one.measure]
+    lines += draw(entry["variants"])
+    if entry["differences"]:
+        names = list(next(iter(entry["differences"].values())))
+        rows = [[name, *(shown(some[figure], 2, 100.0, "+") for figure in names)]
+                for name, some in entry["differences"].items()]
+        lines += ["Differences in points (hundredths), paired by clip:", "",
+                  *table(["", *(_title(name) for name in names)], rows)]
+    return [*lines, *([one.note, ""] if one.note else []), *_circumstances(entry["variants"])]
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _clip_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(name for variant in variants for name in variant.get("figures", {})))
+    rows = []
+    for variant in variants:
+        if not variant["seeds"]:
+            rows.append([variant["name"], NOT_RUN, *[""] * (len(names) + 2)])
+            continue
+        first = variant["rows"][0]
+        fps = " / ".join(f"{row['fps']:.0f}" for row in variant["rows"])
+        rows.append([variant["name"], _list(variant["seeds"]), str(first["forwards"]), fps,
+                     *(shown(variant["figures"][name]) for name in names)])
+    return table(["", "seeds", "forwards", "fps", *map(_title, names)], rows)
+
+
+def _slope_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Slopes times 180 s in hundredths, one line a variant, duration and seed."""
+    found = [(variant, seed, drift) for variant in variants
+             for seed, drift in zip(variant["seeds"], variant.get("drift", []), strict=True)]
+    names = list(found[0][2]["curves"]) if found else []
+    rows = [[variant["name"], str(seed), f"{until} s", *(shown(some[name], 2, 100.0, "+") for name in names)]
+            for variant, seed, drift in found for until, some in drift["slopes"].items()]
+    rows += [[variant["name"], NOT_RUN, "", *[""] * len(names)] for variant in variants if not variant["seeds"]]
+    return table(["slope x 180 s, hundredths", "seed", "over the first", *map(_title, names)], rows)
+
+
+def _chunk_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = [(variant, drift) for variant in variants for drift in variant.get("drift", [])[:1]]
+    chunks = len(found[0][1]["times_s"]) if found else 0
+    rows = [[variant["name"], _title(name), *(f"{mean:.3f}" for mean in drift["curves"][name]["mean"])]
+            for variant, drift in found for name in ("colour", "shape", PICTURE + "sharpness", PICTURE + "saturation")
+            if name in drift["curves"]]
+    rows += [[variant["name"], NOT_RUN, *[""] * chunks] for variant in variants if not variant["seeds"]]
+    return table(["", "figure", *(f"chunk {n}" for n in range(1, chunks + 1))], rows)
+
+
+def _turn_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    labels = {"obeyed": "new prompt's attributes shown", "forgotten": "old prompt's attributes shown",
+              "recache_db": "re-cache alone, PSNR dB", "recovery_db": "recovery, PSNR dB"}
+    found = [(variant, turns) for variant in variants for turns in variant.get("turns", [])[:1]]
+    chunks = len(found[0][1]["obeyed"]) if found else 0
+    rows = [[variant["name"], label, *(shown(one, 1 if "db" in name else 3) for one in turns[name])]
+            for variant, turns in found for name, label in labels.items()]
+    rows += [[variant["name"], "step at the seam over the usual", shown(turns["step_ratio"], 2), *[""] * (chunks - 1)]
+             for variant, turns in found]
+    rows += [[variant["name"], NOT_RUN, *[""] * chunks] for variant in variants if not variant["seeds"]]
+    return table(["", "behind the change", *(f"chunk {n}" for n in range(1, chunks + 1))], rows)
+
+
+def _circumstances(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [row for variant in variants for row in variant.get("rows", [])]
+    if not rows:
+        return []
+    dates, machines = _list(dict.fromkeys(r["date"] for r in rows)), _list(dict.fromkeys(r["machine"] for r in rows))
+    spent = [row["training_cpu_s"] for row in rows if "training_cpu_s" in row]
+    cost = f"; a training took {min(spent) / 60:.1f} to {max(spent) / 60:.1f} CPU-minutes" if spent else ""
+    return [f"{dates}, {machines}, torch {rows[0]['torch']}{cost}.", ""]
+
+
+def _list(values: Any) -> str:
+    return ", ".join(str(value) for value in values)
