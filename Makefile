@@ -1,6 +1,6 @@
 # The commands that a developer learns; .ci/run calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo stop test test-faults check lint lock lock-check clean
+.PHONY: help env env-dev demo observe dashboards stop test test-faults check lint lock lock-check clean
 
 VENV ?= .venv
 # The first interpreter that starts and has a supported version (a version manager's shim may exist and still refuse).
@@ -62,6 +62,12 @@ env-dev: $(VENV)/dev.stamp ## add what tests and linters need
 
 demo: env ## distil on Ray, export, serve, stream demo.mp4; leaves the service up (KEEP=0: does not)
 	@PYTHONPATH=platform:. KEEP=$(KEEP) FROM_SCRATCH=$(FROM_SCRATCH) $(VENV)/bin/python -m infra.local.demo
+
+observe: env ## a Prometheus with the project's rules beside a demo that is up (PROMETHEUS=... names the binary)
+	@PYTHONPATH=platform:. $(VENV)/bin/python -m infra.local.observe
+
+dashboards: env-dev ## write the dashboards' JSON from their code
+	@PYTHONPATH=platform:. $(VENV)/bin/python -m infra.grafana.build
 
 stop: ## end the local Ray and the service, by process id
 	@$(VENV)/bin/python -m infra.local.cluster stop
