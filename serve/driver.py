@@ -23,7 +23,7 @@ from serve.records import EncodedChunk, Pacing, Refused, Status, Verdict, VideoR
 
 _LOG = logging.getLogger("ray.serve")
 _LOOK_EVERY_S = 0.5  # how soon a driver that waits sees that its last reader left
-_LOOK_AT_HOLDER_S = 0.5  # and that its replica drains or is gone, while its viewer still has something to play
+LOOK_AT_HOLDER_S = 0.5  # and that its replica drains or is gone, while its viewer still has something to play
 _BEAT_S = 0.5  # how often the store hears of a driver at least, whatever it waits for
 _AHEAD = 8  # chunks that are begun behind the one that is waited for, where nobody paces them: the engine never idles
 _WHOLE_SNAPSHOT_EVERY = 8  # between them only what a chunk adds is kept
@@ -192,7 +192,7 @@ class Driver:
     async def _look_at_holder(self) -> bool:
         """Whether the session is to be moved at once; asked now and then. That of one that waits can wait, too."""
         now_s = time.monotonic()
-        if self._held or now_s - self._looked_s < _LOOK_AT_HOLDER_S:
+        if self._held or now_s - self._looked_s < LOOK_AT_HOLDER_S:
             return False
         self._looked_s = now_s
         self._lost = await self._holder.lost()

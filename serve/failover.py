@@ -14,10 +14,10 @@ from serve.router import address, elsewhere
 
 _LOG = logging.getLogger("ray.serve")
 PATIENCE_S = 10.0  # of a viewer before a stream that stands still counts as ended
-_FULL_PATIENCE_S = 60.0  # of who knows that there are replicas, but none has room just now: some session ends by then
+FULL_PATIENCE_S = 60.0  # of who knows that there are replicas, but none has room just now: some session ends by then
 UNWATCHED_PATIENCE_S = 120.0  # of a video that nobody watches: Serve has put a replica up again by then
 _CALL_TIMEOUT_S = 4.0
-_WAIT_S = 0.2
+WAIT_S = 0.2
 _LOST = Refused("session_lost", "the part of the service that held the session is gone")
 
 
@@ -36,10 +36,10 @@ async def rehome(
         if isinstance(opened, Opened):
             return await _claim(video, opened, store, replica)
         final = opened.retry_after_s is None and opened is not _LOST and opened.param != "session_id"
-        left_s = max(patience_s, _FULL_PATIENCE_S) if opened.retry_after_s is not None else patience_s
-        if final or time.monotonic() + _WAIT_S > began_s + left_s:
+        left_s = max(patience_s, FULL_PATIENCE_S) if opened.retry_after_s is not None else patience_s
+        if final or time.monotonic() + WAIT_S > began_s + left_s:
             return opened
-        await asyncio.sleep(_WAIT_S)
+        await asyncio.sleep(WAIT_S)
 
 
 async def _take_up(video: VideoRecord, store: Any, anywhere: Any, ahead_s: float) -> Opened | Refused:

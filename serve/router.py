@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -28,12 +29,7 @@ def elsewhere(replica: str, session_id: str) -> str:
     return f"{_NOT}{replica}{_SEPARATOR}{session_id}"
 
 
-class Standing(NamedTuple):
-    """What a replica told last: the sessions that it holds, and whether it is well."""
-
-    name: str
-    sessions: int
-    well: bool
+Standing = tuple[str, int, bool]  # a name, the sessions that it told last, and whether it is well
 
 
 class Ranking:
@@ -41,26 +37,31 @@ class Ranking:
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._assigned: dict[str, list[float]] = {}
+        self._assigned: deque[tuple[float, str]] = deque()
+        self._counts: Counter[str] = Counter()
 
     def order(self, told: Iterable[Standing], session: str, avoided: str = "") -> Iterator[str]:
         """Names, best first: not the avoided one, well, the least loaded; ties broken by rendezvous hashing."""
-        now_s, groups = self._now(), dict[tuple[bool, bool, int], list[str]]()
+        self._forget()
+        counts, groups = self._counts, dict[tuple[bool, bool, int], list[str]]()
         for name, sessions, well in told:
-            load = sessions + self._recent(name, now_s) if name in self._assigned else sessions
+            load = sessions + counts[name] if name in counts else sessions
             groups.setdefault((name == avoided, not well, load), []).append(name)
         for key in sorted(groups):
             yield from sorted(groups[key], key=lambda name: _weight(name, session))
 
     def assign(self, name: str) -> None:
         """A new session was sent there: it counts until the replica tells of it itself."""
-        self._assigned.setdefault(name, []).append(self._now())
+        self._assigned.append((self._now(), name))
+        self._counts[name] += 1
 
-    def _recent(self, name: str, now_s: float) -> int:
-        recent = [at for at in self._assigned.pop(name) if now_s - at < _STATISTICS_AGE_S]
-        if recent:
-            self._assigned[name] = recent
-        return len(recent)
+    def _forget(self) -> None:
+        now_s = self._now()
+        while self._assigned and now_s - self._assigned[0][0] >= _STATISTICS_AGE_S:
+            _, name = self._assigned.popleft()
+            self._counts[name] -= 1
+            if not self._counts[name]:
+                del self._counts[name]
 
 
 class SessionRouter(RequestRouter):
@@ -89,7 +90,7 @@ class SessionRouter(RequestRouter):
 
 def _standing(replica: RunningReplica) -> Standing:
     stats = replica.routing_stats
-    return Standing(_name(replica), int(stats.get("sessions", 0)), bool(stats.get("well", True)))
+    return _name(replica), int(stats.get("sessions", 0)), bool(stats.get("well", True))
 
 
 def _name(replica: RunningReplica) -> str:

@@ -1,0 +1,127 @@
+"""A simulated engine does what the real one does under the same clock; a simulated service does what its parts say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from diagonal.engine.admission import CapacityError, ChunkKind
+from diagonal.engine.engine import Engine
+from diagonal.engine.script import PromptChange
+from diagonal.evaluate.simulation_clock import Calendar
+from diagonal.evaluate.simulation_engine import EngineSetup, SimulatedEngine
+from diagonal.evaluate.simulation_times import ChunkTimes, Draws, StepTime
+from diagonal.geometry import ChunkGeometry
+from diagonal.schedule import StepSchedule
+from tests.engine.driving import spec_of
+from tests.networks import small_release
+
+FORWARD_S, ROW_S = 0.05, 0.02  # of a forward, and of each row in it
+SLOTS, BATCH, CHANGE_AT = 12, 3, 5
+LEAD_S, CHUNKS, BETWEEN_S, LAST_S = 1.0, 10, 0.4, 20.0
+SETTINGS = (f"serve.max_sessions={SLOTS}", f"serve.batch_sessions={BATCH}")
+
+
+def measured(schedule: StepSchedule, window: int, batch: int) -> ChunkTimes:
+    """What `timed` makes of each step: every forward takes its time and that of its rows."""
+    kinds = {ChunkKind.of(schedule, chunk, window) for chunk in range(window + len(schedule.rows))}
+    steps = [StepTime(kind.forwards, kind.context_chunks, size, kind.forwards * (FORWARD_S + ROW_S * size))
+             for kind in kinds for size in range(1, batch + 1)]  # fmt: skip
+    return ChunkTimes("by hand", "known", tuple(steps), recache_chunk_s=FORWARD_S + ROW_S)
+
+
+@dataclass
+class Seen:
+    """What came of a run: who was admitted, when each chunk was there, and how long the engine was busy."""
+
+    admitted: list[bool] = field(default_factory=list)
+    at_s: dict[str, list[float]] = field(default_factory=dict)
+    busy_s: float = 0.0
+
+
+class Viewers:
+    """They come one by one, ask for a chunk when less than the lead is ahead, change their prompt once, and leave."""
+
+    def __init__(self, engine: Any, calendar: Calendar, geometry: ChunkGeometry, open_: Callable[[str], None]) -> None:
+        self._engine, self._calendar, self._geometry, self._open = engine, calendar, geometry, open_
+        self._began_s: dict[str, float] = {}
+        self.seen = Seen()
+        for number in range(SLOTS):
+            calendar.at(BETWEEN_S * number, self._come, f"s{number:02}")
+
+    def _come(self, name: str) -> None:
+        try:
+            self._open(name)
+        except CapacityError:
+            self.seen.admitted.append(False)
+            return
+        self.seen.admitted.append(True)
+        self._began_s[name] = self._calendar.now_s
+        self._engine.request(name)
+
+    def receive(self, name: str) -> None:
+        times = self.seen.at_s.setdefault(name, [])
+        times.append(self._calendar.now_s)
+        if len(times) == CHUNKS:
+            return self._engine.close(name)
+        media_s = self._geometry.pixel_start(len(times)) / self._geometry.pixel_fps
+        self._calendar.at(self._began_s[name] + media_s - LEAD_S, self._ask, name, len(times))
+
+    def _ask(self, name: str, chunk: int) -> None:
+        if chunk == CHANGE_AT:
+            self._change(name)
+        self._engine.request(name)
+
+    def _change(self, name: str) -> None:
+        if isinstance(self._engine, Engine):
+            self._engine.interact(name, PromptChange(f"{name}-change", "another"))
+        else:
+            self._engine.change(name, 0)
+
+
+def by_the_engine() -> tuple[Seen, EngineSetup]:
+    """The real engine on a clock that its forwards move; others ask meanwhile, as other threads would."""
+    calendar, release = Calendar(), small_release(*SETTINGS)
+
+    def pass_time(module: Any, inputs: Any, output: Any) -> None:
+        calendar.run(calendar.now_s + FORWARD_S + ROW_S * len(inputs[0]))
+
+    release.network.register_forward_hook(pass_time)
+    engine = Engine(release, clock=calendar)
+    engine.warm_up()
+    calendar.now_s = 0.0
+    viewers = Viewers(engine, calendar, engine.geometry, lambda name: engine.open(spec_of(name, frames=None)))
+    while calendar.now_s < LAST_S:
+        began_s = calendar.now_s
+        if results := engine.step():
+            viewers.seen.busy_s += calendar.now_s - began_s
+            for result in results:
+                viewers.receive(result.session_id)
+        else:
+            calendar.run(calendar.next_s(LAST_S))
+    return viewers.seen, EngineSetup.of(release.config)
+
+
+def by_simulation(setup: EngineSetup) -> Seen:
+    """The same viewers at a simulated engine."""
+    calendar, times = Calendar(), measured(setup.schedule, setup.window_chunks, BATCH)
+    engine = SimulatedEngine(setup, Draws(times, 0), calendar, lambda name, *_: viewers.receive(name))
+    viewers = Viewers(engine, calendar, setup.geometry, lambda name: engine.open(name, None))
+    calendar.run(LAST_S)
+    viewers.seen.busy_s = engine.busy_s
+    return viewers.seen
+
+
+def test_a_simulated_engine_does_what_the_real_one_does_under_the_same_clock() -> None:
+    """Admission, batches, slack, re-caches and the measured costs that they feed: every chunk at the same time."""
+    real, setup = by_the_engine()
+    simulated = by_simulation(setup)
+    assert 2 < sum(real.admitted) < SLOTS, "the budget, not the slots, says who is admitted"
+    assert simulated.admitted == real.admitted
+    assert simulated.at_s.keys() == real.at_s.keys()
+    for name, times in real.at_s.items():
+        assert simulated.at_s[name] == pytest.approx(times, abs=1e-6), name
+    assert simulated.busy_s == pytest.approx(real.busy_s, abs=1e-6)
