@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import httpx
 
 from diagonal.client.errors import DiagonalError, NoAnswerError, VideoFailedError, error_for
 from diagonal.client.files import write_whole
-from diagonal.client.protocol import Pacing, start_fields
+from diagonal.client.protocol import Pacing, Wish, start_fields
 from diagonal.client.realtime import Realtime
 from diagonal.mp4 import PartReader, split
 
@@ -107,21 +107,15 @@ class DiagonalClient:
         self,
         prompt: str,
         *,
-        model: str | None = None,
-        frames: int | None = None,
-        seconds: float | None = None,
-        seed: int | None = None,
-        size: str | None = None,
         pacing: Pacing = "none",
-        endless: bool = False,
         idempotency_key: str | None = None,
+        **wish: Unpack[Wish],
     ) -> Video:
-        """Start a video; what is not given is the server's default. With `realtime` it is drawn as it is watched.
+        """Start a video as `Wish` says; with pacing `realtime` it is drawn as it is watched.
 
         The same `idempotency_key` again gives the same video; without one, only this call's own retries share it.
         """
-        body = start_fields(prompt, model=model, frames=frames, seconds=seconds, seed=seed, size=size,
-                            pacing="realtime" if endless else pacing, endless=endless)  # fmt: skip
+        body = start_fields(prompt, pacing="realtime" if wish.get("endless") else pacing, **wish)
         headers = {"Idempotency-Key": idempotency_key or os.urandom(16).hex()}  # asked again, it is the same video
         return Video.from_answer(self._call("POST", "/v1/videos", json=body, headers=headers))
 
@@ -207,25 +201,19 @@ class DiagonalClient:
         self,
         prompt: str,
         *,
-        model: str | None = None,
-        frames: int | None = None,
-        seconds: float | None = None,
-        seed: int | None = None,
-        size: str | None = None,
         pacing: Pacing = "realtime",
-        endless: bool = False,
         buffer_s: float | None = None,
         reconnect_s: float = 20.0,
+        **wish: Unpack[Wish],
     ) -> Realtime:
-        """A live session whose prompt can be changed while it plays; iterate over it for its chunks.
+        """A live session as `Wish` says, whose prompt can be changed while it plays; iterate over it for its chunks.
 
         An `endless` one goes on until it is stopped or closed, or the server's limit is reached.
 
         With `buffer_s` no more than that is made ahead of the viewer: of what `tell_position` says, or else of what
         was taken from the iteration. A connection that breaks is made again for at most `reconnect_s`.
         """
-        fields = start_fields(prompt, model=model, frames=frames, seconds=seconds, seed=seed, size=size,
-                              pacing=pacing, endless=endless, buffer_s=buffer_s)  # fmt: skip
+        fields = start_fields(prompt, pacing=pacing, buffer_s=buffer_s, **wish)
         key = self._http.headers.get("authorization")
         headers = {"Authorization": key} if key else {}
         url = str(self._http.base_url)

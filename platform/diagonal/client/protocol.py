@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from diagonal import mp4
 from diagonal.client.errors import BrokenStreamError, DiagonalError, VideoFailedError, error_for
@@ -22,6 +22,17 @@ _BREAKS = (1000, 1001, 1005, 1006, 1011, 1012, 1014)  # closes that say nothing 
 _PASSING = ("unavailable", "draining", "session_draining")  # errors of a server that is not there for a moment
 Pacing = Literal["none", "realtime"]
 ChangeStatus = Literal["sent", "queued", "started", "completed", "refused"]
+
+
+class Wish(TypedDict, total=False):
+    """What may be said of a video beside its prompt; what is not given is the server's default."""
+
+    model: str | None
+    frames: int | None
+    seconds: float | None
+    seed: int | None
+    size: str | None
+    endless: bool
 
 
 @dataclass(frozen=True)
@@ -219,22 +230,16 @@ class StreamState:
 
 
 def start_fields(
-    prompt: str,
-    *,
-    model: str | None = None,
-    frames: int | None = None,
-    seconds: float | None = None,
-    seed: int | None = None,
-    size: str | None = None,
-    pacing: Pacing | None = None,
-    endless: bool = False,
-    buffer_s: float | None = None,
+    prompt: str, *, pacing: Pacing | None = None, buffer_s: float | None = None, **wish: Unpack[Wish]
 ) -> dict[str, Any]:
-    """Fields of a request or of `session.start`; what is not given is the server's default."""
-    extra = {"pacing": pacing, "endless": endless or None}
-    given = {"prompt": prompt, "model": model, "num_frames": frames, "seconds": seconds, "seed": seed, "size": size,
-             "streaming_buffer_seconds": buffer_s, "extra": _given(extra) or None}  # fmt: skip
-    return _given(given)
+    """Fields of a request or of `session.start`; a name that is none is sent as it is, for the server to refuse."""
+    asked: dict[str, Any] = {**wish}
+    extra = {"pacing": pacing, "endless": asked.pop("endless", False) or None}
+    frames = asked.pop("frames", None)
+    return _given({
+        "prompt": prompt, "num_frames": frames, "streaming_buffer_seconds": buffer_s, "extra": _given(extra) or None,
+        **asked,
+    })
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
