@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 
 from diagonal.engine.engine import Engine
+from diagonal.engine.flight import Flight
+from diagonal.engine.generation import SessionError
 from diagonal.engine.lanes import Lane, lanes
-from diagonal.engine.session import ChunkResult, Session, SessionState
-from tests.engine.driving import BreakingDecoder, engine_of, equal, pull, spec_of, stream
+from diagonal.engine.session import ChunkResult, PromptChange, Session, SessionState
+from diagonal.engine.snapshot import Snapshot
+from diagonal.model.vae import Decoder, DecoderState
+from tests.engine.driving import OTHER, BreakingDecoder, engine_of, equal, pull, spec_of, stream
 from tests.networks import small_release
 
 ALONE = "serve.batch_sessions=1"
@@ -44,17 +49,17 @@ def steps(engine: Engine) -> list[list[ChunkResult]]:
 def noted(engine: Engine) -> list[str]:
     """What is done from now on, in order: `make` and `show`, each with the session."""
     done: list[str] = []
-    denoise, emit = engine._maker.denoise, engine._emit
+    denoise, land = engine._maker.denoise, engine._land
 
     def denoising(batch: Sequence[Session]) -> Any:
         done.append(f"make {batch[0].spec.session_id}")
         return denoise(batch)
 
-    def emitting(batch: Sequence[Session], chunk: Any, decoded: Any) -> Any:
-        done.append(f"show {batch[0].spec.session_id}")
-        return emit(batch, chunk, decoded)
+    def landing(flight: Flight) -> Any:
+        done.append(f"show {flight.batch[0].spec.session_id}")
+        return land(flight)
 
-    engine._maker.denoise, engine._emit = denoising, emitting  # type: ignore[method-assign,assignment]
+    engine._maker.denoise, engine._land = denoising, landing  # type: ignore[method-assign]
     return done
 
 
@@ -73,7 +78,7 @@ def test_a_chunk_is_shown_after_the_next_ones_forwards_were_given_to_the_device(
     done = noted(engine)
     shown = [[result.session_id for result in step] for step in steps(engine)]
     assert done == ["make a", "make b", "show a", "make c", "show b", "show c"]
-    assert shown == [["a"], ["b", "c"]]
+    assert shown == [["a"], ["b"], ["c"]]
     plain = opened(frames=9)
     done = noted(plain)
     steps(plain)
@@ -93,8 +98,7 @@ def test_sessions_that_are_closed_or_paused_under_way_are_so_when_their_chunk_is
     engine.pause("b")
     engine.close("a")
     assert before.next_chunk == 0 and engine.info("b").state is SessionState.RUNNING
-    results = engine.step()
-    assert {result.session_id for result in results} == {"b", "c"} and engine._flights == []
+    assert [result.session_id for result in (*engine.step(), *engine.step())] == ["b", "c"] and engine._flights == []
     assert engine.info("b").state is SessionState.PAUSED and engine.snapshot("b").next_chunk == 1
     engine.resume("b")
     expected = opened(frames=None)
@@ -123,6 +127,130 @@ def test_a_decoder_that_fails_ends_its_session_alone() -> None:
     assert {name: result.code for name, result in results.items()} == {"a": None, "b": "decode_failed", "c": None}
 
 
+def alone(*settings: str, chunks: int = 5, frames: int | None = 57, decoder: Decoder | None = None) -> Engine:
+    """An engine with one session, all of whose chunks are asked for."""
+    release = small_release(*settings)
+    engine = engine_of(release=release if decoder is None else replace(release, codec=decoder))
+    engine.open(spec_of("a", frames=frames, paced=False))
+    engine.request("a", chunks - 1)
+    return engine
+
+
+def test_a_stream_alone_is_decoded_beside_its_own_next_forwards_and_comes_out_chunk_by_chunk() -> None:
+    engine = alone(BESIDE)
+    done = noted(engine)
+    results = [engine.step() for _ in range(5)]
+    assert done == ["make a", *["make a", "show a"] * 4, "show a"]
+    assert [len(made) for made in results] == [1] * 5 and engine.step() == [] and engine._flights == []
+    plain = alone()
+    assert equal([made[0] for made in results], [plain.step()[0] for _ in range(5)])
+
+
+def test_what_comes_with_a_chunk_is_the_session_as_it_was_after_it_not_as_it_is_on_its_way() -> None:
+    engine, expected = alone(BESIDE), stream(engine_of(), spec_of("a", frames=57, paced=False))
+    for chunk in range(4):
+        (result,) = engine.step()
+        assert engine._flights and result.snapshot is not None and result.snapshot.next_chunk == chunk + 1
+        if chunk < 3:  # nothing is evicted yet: bit-equal
+            other = engine_of()
+            other.restore(Snapshot.from_bytes(result.snapshot.to_bytes()))
+            assert equal([pull(other, "a")], expected[chunk + 1 : chunk + 2])
+
+
+@pytest.mark.parametrize("settings", [["serve.reanchor_every_chunks=2"], ["serve.reanchor_drift=0.001"]])
+def test_a_stream_that_is_anchored_anew_is_the_same_with_it(settings: list[str]) -> None:
+    one, other = alone(BESIDE, *settings, frames=81, chunks=7), alone(*settings, frames=81, chunks=7)
+    chunks = [[engine.step()[0] for _ in range(7)] for engine in (one, other)]
+    assert equal(*chunks) and chunks[0][-2].snapshot.reanchored == chunks[1][-2].snapshot.reanchored > 0  # type: ignore[union-attr]
+
+
+def test_a_prompt_change_is_in_the_first_chunk_that_was_not_begun_when_it_came() -> None:
+    engine, plain = alone(BESIDE), alone()
+    made = list(engine.step())
+    engine.interact("a", PromptChange("e", OTHER, 2))
+    made += [engine.step()[0] for _ in range(4)]
+    assert [result.applied_event_ids for result in made] == [(), (), ("e",), (), ()]
+    expected = [plain.step()[0] for _ in range(2)]
+    plain.interact("a", PromptChange("e", OTHER, 2))
+    assert equal(made, [*expected, *(plain.step()[0] for _ in range(3))])
+
+
+def test_a_stream_that_is_paused_with_a_chunk_under_way_stands_still_behind_it_and_goes_on_as_before() -> None:
+    engine = alone(BESIDE)
+    made = list(engine.step())
+    engine.pause("a")
+    assert engine.info("a").state is SessionState.RUNNING
+    made += engine.step()
+    assert engine.info("a").state is SessionState.PAUSED and engine._pool.bytes_in_use == 0 and engine.step() == []
+    engine.resume("a")
+    made += engine.step()
+    assert equal(made, [*stream(engine_of(), spec_of("a", frames=57))][:3])
+
+
+class Spoiling(Decoder):
+    """Pixels of the decode of that number are not finite, as the device finds."""
+
+    def __init__(self, decoder: Decoder, number: int) -> None:
+        self.decoder, self.number, self.calls = decoder, number, 0
+
+    def start(self) -> DecoderState:
+        return self.decoder.start()
+
+    def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
+        pixels, self.calls = self.decoder.decode(latents, state), self.calls + 1
+        state.finite = torch.tensor([self.calls != self.number])
+        return pixels
+
+
+@pytest.mark.parametrize(("breaking", "code", "begun"), [
+    (Spoiling, "not_finite", 3), (BreakingDecoder, "decode_failed", 2),
+])
+def test_a_chunk_that_fails_with_the_next_one_under_way_ends_its_session_alone_and_that_one_is_dropped(
+    breaking: Any, code: str, begun: int
+) -> None:
+    engine = alone(BESIDE, ALONE, decoder=breaking(small_release().codec, 2))
+    whole, done = engine._pool.free_pages, noted(engine)
+    results = [*engine.step(), *engine.step()]
+    assert [(result.chunk, result.code) for result in results] == [(0, None), (1, code)]
+    assert done.count("make a") == begun and engine.step() == [] and engine._flights == []
+    assert engine._pool.free_pages == whole and engine.stats().active_sessions == 0
+    assert equal(stream(engine, spec_of("b")), stream(engine_of(), spec_of("b")))
+
+
+def test_forwards_that_fail_do_not_take_the_chunk_before_them_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = alone(BESIDE)
+    denoise, whole = engine._maker.denoise, engine._pool.free_pages
+
+    def failing(batch: Sequence[Session]) -> Any:
+        if batch[0].making == 2:
+            raise SessionError("forward_failed", "the network gave up")
+        return denoise(batch)
+
+    monkeypatch.setattr(engine._maker, "denoise", failing)
+    results = [engine.step() for _ in range(3)]
+    assert [(r.chunk, r.code) for made in results for r in made] == [(0, None), (1, None), (2, "forward_failed")]
+    assert engine.step() == [] and engine._flights == [] and engine._pool.free_pages == whole
+
+
+def test_a_stream_that_is_closed_with_a_chunk_under_way_leaves_nothing() -> None:
+    engine = alone(BESIDE, frames=None)
+    whole = engine._pool.free_pages
+    engine.step()
+    engine.close("a")
+    assert engine._flights and engine.step() == [] and engine._flights == []
+    assert engine._pool.free_pages > whole - 1 and engine.stats().active_sessions == 0
+
+
+def test_who_waits_for_a_first_chunk_goes_before_who_has_one_under_way() -> None:
+    engine = alone(BESIDE, ALONE, frames=None)
+    engine.step()
+    engine.open(spec_of("b", frames=9))
+    engine.request("b")
+    done = noted(engine)
+    assert [engine.step()[0].session_id for _ in range(3)] == ["a", "b", "a"]
+    assert done[:4] == ["make b", "show a", "make a", "show b"]
+
+
 class FakeStream:
     """Notes what is asked of a CUDA stream."""
 
@@ -139,7 +267,7 @@ def test_a_lane_begins_behind_the_current_stream_keeps_what_it_reads_and_ends_be
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done: list[str] = []
-    current, side = FakeStream("current", done), FakeStream("side", done)
+    current, side, before = (FakeStream(name, done) for name in ("current", "side", "before"))
 
     @contextmanager
     def entered(stream: FakeStream) -> Any:
@@ -150,14 +278,14 @@ def test_a_lane_begins_behind_the_current_stream_keeps_what_it_reads_and_ends_be
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: done.append(f"{stream.name} reads"))
-    lane = Lane(side)  # type: ignore[arg-type]
+    lane = Lane(side, before)  # type: ignore[arg-type]
     with lane.after([torch.zeros(1), torch.zeros(2)]):
         done.append("decode")
     with lane.inside():
         done.append("bring over")
     assert done == [
-        "side waits for current", "into side", "side reads", "side reads", "decode", "out of side",
-        "into side", "bring over", "out of side",
+        "side waits for current", "side waits for before",
+        "into side", "side reads", "side reads", "decode", "out of side", "into side", "bring over", "out of side",
     ]
 
 

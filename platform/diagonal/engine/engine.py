@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diagonal.diffusion.rollout import DenoisedChunk, KeptChunk, latents_dtype
+from diagonal.diffusion.rollout import KeptChunk, latents_dtype
 from diagonal.engine.admission import BudgetError, CapacityError, ChunkKind, settled_chunk
 from diagonal.engine.drift import ReanchorPolicy
-from diagonal.engine.generation import ChunkMaker, Emitted, Servable, SessionError, emit
-from diagonal.engine.lanes import Lane, lanes
+from diagonal.engine.flight import Flight, Stopwatch, decoded_aside
+from diagonal.engine.generation import ChunkMaker, Emitted, Servable, SessionError
+from diagonal.engine.lanes import lanes
 from diagonal.engine.scheduler import Candidate, choose
 from diagonal.engine.script import PromptChange, SessionSpec
 from diagonal.engine.session import ChunkResult, Session, SessionState
@@ -36,28 +37,6 @@ class Health:
 
     healthy: bool
     failures_in_row: int
-
-
-@dataclass(frozen=True)
-class _Stopwatch:
-    """When a step began, how many chunks it re-cached first, and whether it built a decoder's state anew."""
-
-    started_s: float
-    recached: int = 0
-    rebuilt: bool = False
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A batch that was denoised, and whose decoding its lane was given: pixels by number, or what that failed with."""
-
-    batch: Sequence[Session]
-    done: DenoisedChunk
-    pixels: Mapping[int, Tensor | SessionError]
-    lane: Lane
-    kind: ChunkKind
-    started_s: float
-    watch: _Stopwatch | None
 
 
 class Engine(Sessions):
@@ -86,45 +65,50 @@ class Engine(Sessions):
         self._reading = False
         self._overlaps = self.config.serve.overlap_decode
         self._lanes = lanes(self._pool.keys.device, self._overlaps)
-        self._flights: list[_Flight] = []
+        self._flights: list[Flight] = []
         self._landed_s = -inf
 
     @torch.no_grad()
     def step(self) -> list[ChunkResult]:
         """Generate the next chunk of the sessions with least slack among those that asked; [] when none did.
 
-        With `serve.overlap_decode` a batch comes out of the step after its own while there are others to make: one is
-        decoded beside the other's forwards. Its sessions are chosen, paused and closed again when it is out.
+        With `serve.overlap_decode` the next batch's forwards are given to the device before one is brought over: it is
+        decoded beside them. That batch is of others, or, where nobody else asks, of the same sessions once more. Who is
+        paused or closed is so when what is under way is out.
         """
+        started_s = self._clock()
         self._settle()
-        flown = len(self._flights)
-        results = self._launch(self._next_batch() or ([] if flown else self._after_reading()))
-        if self._overlaps and not flown and self._waiting():
-            flown = len(self._flights)
-            results += self._launch(self._next_batch())
-        if not self._overlaps or not self._waiting():
-            flown = len(self._flights)
-        for _ in range(flown):
+        if not self._flights:
+            self._launch(self._next_batch() or self._after_reading())
+        under_way = len(self._flights)
+        if self._overlaps and under_way:
+            self._launch(self._next_batch())
+        flown, results = 0, list[ChunkResult]()
+        while self._flights and (flown < under_way or not results):
             results += self._land(self._flights.pop(0))
-        if results or flown:
+            flown += 1
+        if flown:
             self._settle()
-            self._report_occupancy()
+            self._report_step(sum(len(result.pixels) for result in results), self._clock() - started_s)
         return results
 
-    def _waiting(self) -> bool:
-        """Whether anybody asks for a chunk who has none under way."""
-        with self._lock:
-            return any(s.asked and s.live and not s.ended for s in self._sessions.values() if not self._flies(s))
+    def _asks(self, session: Session) -> bool:
+        """Whether a chunk of it may be begun: it asked for one, and has none under way or one that it can follow."""
+        if session.ended or not session.live or session.spec.session_id in self._closing:
+            return False
+        return session.asks(self.geometry) and (session.under_way == 0 or self._follows(session))
 
-    def _flies(self, session: Session) -> bool:
-        return any(session is other for flight in self._flights for other in flight.batch)
+    def _follows(self, session: Session) -> bool:
+        """Whether it has one chunk under way, of which nothing that is still to come decides what the next one is."""
+        flights = [flight for flight in self._flights if any(session is other for other in flight.batch)]
+        sound = len(flights) == 1 and flights[0].whole and session.settled
+        return sound and self._reanchor.settled(session.making, session.reanchored)
 
-    def _launch(self, chosen: Sequence[tuple[Session, list[PromptChange]]]) -> list[ChunkResult]:
-        """Prepare and denoise these sessions' chunks; returns those that failed."""
+    def _launch(self, chosen: Sequence[tuple[Session, list[PromptChange]]]) -> None:
+        """Prepare and denoise these sessions' chunks; they are under way then, as are those that failed."""
         if not chosen:
-            return []
-        watch = _Stopwatch(self._clock())
-        ready, results = [], []
+            return
+        watch, ready = Stopwatch(self._clock()), list[Session]()
         for session, changes in chosen:
             rebuilt = watch.rebuilt or bool(session.stale)
             try:
@@ -132,8 +116,9 @@ class Engine(Sessions):
                 watch = replace(watch, recached=watch.recached + recached, rebuilt=rebuilt)
                 ready.append(session)
             except SessionError as error:
-                results.append(self._fail(session, error))
-        return results + (self._make(ready, watch) if ready else [])
+                self._fly(Flight.failed(session, error, watch.started_s))
+        if ready:
+            self._make(ready, watch)
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -183,7 +168,7 @@ class Engine(Sessions):
         """At a chunk boundary: free what was closed, and leave of paused sessions their snapshots."""
         now_s = self._clock()
         with self._lock:
-            flying = {other.spec.session_id for flight in self._flights for other in flight.batch}
+            flying = {session_id for session_id, session in self._sessions.items() if session.under_way}
             closing, self._closing = self._closing - flying, self._closing & flying
             gone = [self._sessions.pop(session_id) for session_id in closing if session_id in self._sessions]
             pausing = [session for session_id, session in self._sessions.items()
@@ -209,19 +194,20 @@ class Engine(Sessions):
         now_s = self._clock()
         with self._lock:
             self._reading = False
-            asking = {i: s for i, s in self._sessions.items()
-                      if s.asked and s.live and not s.ended and not self._flies(s)}
+            asking = {i: s for i, s in self._sessions.items() if self._asks(s)}
             for session in asking.values():
                 self._maker.ask_texts(session)
                 self._reading = self._reading or session.reading
-            candidates = [self._candidate(session, now_s) for session in asking.values() if not session.reading]
+            ready = [session for session in asking.values() if not session.reading]
+            waiting = [session for session in ready if not session.under_way]
+            candidates = [self._candidate(session, now_s) for session in waiting or ready]
             playing = any(session.playing for session in self._sessions.values())
             serve = self.config.serve
             background_s = serve.lead_s / 2 if playing else inf
             chosen = [asking[i] for i in choose(candidates, serve.batch_sessions, self._step_s, background_s)]
             for session in chosen:
-                session.asked = False
                 self._metrics.observe("diagonal_session_queue_seconds", now_s - (session.asked_s or now_s))
+                session.asked_s = now_s
             return [(session, list(session.pending)) for session in chosen]
 
     def _after_reading(self) -> list[tuple[Session, list[PromptChange]]]:
@@ -239,7 +225,8 @@ class Engine(Sessions):
         """Its playout slack, less the re-cache that its next chunk needs first."""
         due = session.pending or session.timeline.moving or session.stale or session.reanchor
         recache_s = self._cost.recache_s(len(session.kept)) if due else 0.0
-        slack_s = session.slack_s(self.geometry, now_s) - recache_s
+        under_way_s = session.ahead_media_s(self.geometry)
+        slack_s = session.slack_s(self.geometry, now_s) + under_way_s - recache_s
         return Candidate(session.spec.session_id, slack_s, _batch_key(session), session.spec.paced, recache_s)
 
     def _step_s(self, key: Hashable, sessions: int) -> float:
@@ -261,69 +248,61 @@ class Engine(Sessions):
             self._metrics.inc("diagonal_model_forward_calls_total", recached)
         return recached
 
-    def _make(self, batch: Sequence[Session], watch: _Stopwatch | None) -> list[ChunkResult]:
+    def _make(self, batch: Sequence[Session], watch: Stopwatch | None) -> None:
         """Send off a chunk for each; when the shared forward fails, one by one, so that only the culprit ends."""
         started_s, kind = self._clock(), _kind(batch[0])
+        begun_s = watch.started_s if watch else started_s
         try:
             done = self._maker.denoise(batch)
         except SessionError as error:
             if len(batch) == 1:
-                return [self._fail(batch[0], error)]
-            return [result for session in batch for result in self._make([session], None)]
+                return self._fly(Flight.failed(batch[0], error, begun_s))
+            for session in batch:
+                self._make([session], None)
+            return
         self._metrics.inc("diagonal_model_forward_calls_total", done.forwards)
-        wanted, lane = self._wanted(batch), next(self._lanes)
-        with lane.after([done.clean, done.written, done.finite, *_features(batch)]):
-            pixels = self._maker.decode([batch[number] for number in wanted], [done.clean[number] for number in wanted])
+        lane = next(self._lanes)
+        pixels, finite = decoded_aside(self._maker, batch, self._wanted(batch), done, lane)
         if self._pool.keys.is_cuda:
             self._maker.draw_ahead(batch)
-        begun_s = watch.started_s if watch else started_s
-        self._flights.append(_Flight(batch, done, dict(zip(wanted, pixels, strict=True)), lane, kind, begun_s, watch))
-        return []
+        self._fly(Flight(batch, pixels, lane, begun_s, done, finite, kind, watch))
+
+    def _fly(self, flight: Flight) -> None:
+        with self._lock:
+            for session in flight.batch:
+                session.under_way += 1
+        self._flights.append(flight)
 
     def _wanted(self, batch: Sequence[Session]) -> list[int]:
         """Numbers of the batch's sessions that were not closed meanwhile."""
         with self._lock:
             return [number for number, session in enumerate(batch) if session.spec.session_id not in self._closing]
 
-    def _land(self, flight: _Flight) -> list[ChunkResult]:
+    def _land(self, flight: Flight) -> list[ChunkResult]:
         """Bring over and note a batch's chunks; those of sessions closed meanwhile are dropped."""
+        with self._lock:
+            for session in flight.batch:
+                session.under_way -= 1
         results: list[ChunkResult] = []
-        decoded: dict[int, Tensor] = {}
-        wanted = set(self._wanted(flight.batch))
-        for number, found in flight.pixels.items():
-            if number not in wanted:
-                continue
+        for number, found in flight.bring(self._wanted(flight.batch), latents_dtype(self.config)).items():
+            session = flight.batch[number]
             if isinstance(found, SessionError):
-                results.append(self._fail(flight.batch[number], found))
+                results.append(self._fail(session, found))
             else:
-                decoded[number] = found
-        with flight.lane.inside():
-            brought = self._emit(flight.batch, flight.done, decoded)
-        for number, shown in zip(decoded, brought, strict=True):
-            if isinstance(shown, SessionError):
-                results.append(self._fail(flight.batch[number], shown))
-            else:
-                results.append(self._finish(flight.batch[number], flight.done, shown, flight.started_s))
-        if flight.watch is not None:
+                results.append(self._finish(session, flight, found))
+        if flight.watch is not None and flight.kind is not None:
             self._measure(flight.watch, flight.kind, len(flight.batch))
         return results
 
-    def _emit(
-        self, batch: Sequence[Session], done: DenoisedChunk, decoded: Mapping[int, Tensor]
-    ) -> list[Emitted | SessionError]:
-        if not decoded:
-            return []
-        clean, written = ([part[number] for number in decoded] for part in (done.clean, done.written))
-        finite = [_finite(batch[number], done.finite[number]) for number in decoded]
-        return emit(list(decoded.values()), clean, written, latents_dtype(self.config), finite)
-
-    def _finish(self, session: Session, done: DenoisedChunk, shown: Emitted, started_s: float) -> ChunkResult:
+    def _finish(self, session: Session, flight: Flight, shown: Emitted) -> ChunkResult:
         """Move a session on by its chunk."""
-        chunk = session.next_chunk
+        done, started_s, chunk = flight.done, flight.started_s, session.next_chunk
+        assert done is not None
         session.remember(KeptChunk(chunk, shown.written, done.written_level), shown.clean)
         self._note_drift(session, shown.pixels)
         self._failures_in_row = 0
         now_s = self._clock()
+        self._report_slack(session, now_s)
         with self._lock:
             for _ in session.applying:
                 session.pending.popleft()
@@ -352,7 +331,7 @@ class Engine(Sessions):
     def _reanchor_cause(self, session: Session) -> str:
         return self._reanchor.cause(session.drift, session.next_chunk, session.reanchored) or ""
 
-    def _measure(self, watch: _Stopwatch, kind: ChunkKind, sessions: int) -> None:
+    def _measure(self, watch: Stopwatch, kind: ChunkKind, sessions: int) -> None:
         """Feed the cost model: a step without re-caches is a chunk's cost, the surplus of one with them is theirs.
 
         One that also built a decoder's state, after a pause or a move, tells of neither.
@@ -403,37 +382,24 @@ class Engine(Sessions):
 
     def _rehearse_chunk(self, sessions: Sequence[Session]) -> None:
         """One chunk of sessions that nobody opened; `SessionError` when it fails."""
-        done = self._maker.denoise(sessions)
-        pixels: dict[int, Tensor] = {}
-        for number, shown in enumerate(self._maker.decode(sessions, list(done.clean))):
-            if isinstance(shown, SessionError):
-                raise shown
-            pixels[number] = shown
-        for session, made in zip(sessions, self._emit(sessions, done, pixels), strict=True):
+        done, lane, everybody = self._maker.denoise(sessions), next(self._lanes), range(len(sessions))
+        pixels, finite = decoded_aside(self._maker, sessions, everybody, done, lane)
+        flight = Flight(sessions, pixels, lane, 0.0, done, finite)
+        for number, made in flight.bring(everybody, latents_dtype(self.config)).items():
             if isinstance(made, SessionError):
                 raise made
+            session = sessions[number]
             session.remember(KeptChunk(session.next_chunk, made.written, done.written_level), made.clean)
             session.next_chunk += 1
 
 
 def _kind(session: Session) -> ChunkKind:
     """What the session's next chunk costs depends on this, and on the size of its batch."""
-    return ChunkKind(session.schedule.forwards(session.next_chunk), len(session.kept))
-
-
-def _features(batch: Sequence[Session]) -> list[Tensor]:
-    """What the sessions' decoders remember on the device."""
-    return [part for session in batch for part in session.decoder_state.features if isinstance(part, Tensor)]
-
-
-def _finite(session: Session, denoised: Tensor) -> Tensor:
-    """Whether the session's newest chunk is finite, in the cache and on the screen: on the device, not waited for."""
-    shown = session.decoder_state.finite
-    return denoised if shown is None else denoised & shown.all()
+    return ChunkKind(session.schedule.forwards(session.making), session.context_chunks)
 
 
 def _batch_key(session: Session) -> Hashable:
-    context = len(session.kept)
+    context = session.context_chunks
     if session.reanchor:
         context = min(context, session.cache.sink_chunks + 1)
-    return session.schedule.levels(session.next_chunk), session.schedule.resolved_context, context
+    return session.schedule.levels(session.making), session.schedule.resolved_context, context

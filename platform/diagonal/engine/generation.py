@@ -112,13 +112,13 @@ class ChunkMaker:
         with stage("decode_failed"):
             self._rebuild_decoder(session)
         with stage("recache_failed"):
-            session.cache.begin(session.next_chunk)
+            session.cache.begin(session.making)
         return forwards
 
     def _follow_timeline(self, session: Session, changes: Sequence[PromptChange]) -> bool:
         """Take in prompt changes and move one chunk on; whether the text is another one now."""
-        session.applying = tuple(changes)
         if changes:
+            session.applying = tuple(changes)
             newest = changes[-1]
             session.timeline = session.timeline.change(newest.prompt, newest.transition_chunks)
             session.log("prompt", prompt=newest.prompt, transition_chunks=newest.transition_chunks,
@@ -160,7 +160,7 @@ class ChunkMaker:
     def denoise(self, batch: Sequence[Session]) -> DenoisedChunk:
         """The shared forwards of prepared sessions with one batch key; `SessionError` when they fail."""
         with stage("forward_failed"):
-            chunks = [session.next_chunk for session in batch]
+            chunks = [session.making for session in batch]
             noise = self._noise([session.spec.seed for session in batch], chunks)
             text = TextContext.joined([session.text for session in batch if session.text is not None])
             caches = CacheBatch([session.cache for session in batch])
@@ -168,7 +168,7 @@ class ChunkMaker:
 
     def draw_ahead(self, batch: Sequence[Session]) -> None:
         """The first noise of the chunk after each session's own: drawn while a GPU works, so nothing waits for it."""
-        keys = [(session.spec.seed, session.next_chunk + 1) for session in batch]
+        keys = [(session.spec.seed, session.making + 1) for session in batch]
         if len(self._drawn) > DRAWN_AT_MOST:  # those of sessions that ended
             self._drawn.clear()
         self._drawn.update({key: chunk_noise(*key, 0, self.geometry.chunk_shape()[1:]) for key in keys})

@@ -101,7 +101,8 @@ class Session:
     """One stream on this device. The pool owns its memory, the session its progress, the engine the step.
 
     `stale` names why its cache and decoder are to be built from `kept` and `history` before the next chunk.
-    `reanchor` names why its window is to be cut to sink and newest chunk before it.
+    `reanchor` names why its window is to be cut to sink and newest chunk before it. `wanted` is the last chunk that was
+    asked for, `under_way` how many are begun and not out: `next_chunk` and all beside it are of those that are out.
     """
 
     spec: SessionSpec
@@ -125,7 +126,8 @@ class Session:
     started_s: float | None = None
     ahead_s: float | None = None
     asked_s: float | None = None
-    asked: bool = False
+    wanted: int = -1
+    under_way: int = 0
     pausing: bool = False
     stale: str = ""
     reanchor: str = ""
@@ -156,6 +158,26 @@ class Session:
         """Whether the real-time budget counts it."""
         return self.spec.paced and self.live and not self.ended
 
+    @property
+    def making(self) -> int:
+        """The chunk that is begun next."""
+        return self.next_chunk + self.under_way
+
+    @property
+    def context_chunks(self) -> int:
+        """How many chunks that one attends to."""
+        return min(len(self.kept) + self.under_way, self.cache.window_chunks - 1)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the chunk to be begun follows the one under way as it is: with its text and its cache."""
+        return not (self.pending or self.timeline.moving or self.stale or self.reanchor or self.pausing)
+
+    def asks(self, geometry: ChunkGeometry) -> bool:
+        """Whether it has a chunk that was asked for and not begun."""
+        total = self.total_chunks(geometry)
+        return self.making <= self.wanted and (total is None or self.making < total)
+
     def log(self, kind: str, **detail: Any) -> None:
         """Add to the event log of a recorded session, at the chunk to come; a full one takes no more."""
         if self.spec.record and len(self.events) < MAX_EVENTS:
@@ -177,6 +199,11 @@ class Session:
         if self.started_s is None:
             return float("-inf")
         return geometry.pixel_start(self.next_chunk) / geometry.pixel_fps - (now_s - self.started_s)
+
+    def ahead_media_s(self, geometry: ChunkGeometry) -> float:
+        """Media in the chunks that are under way."""
+        frames = geometry.pixel_start(self.making) - geometry.pixel_start(self.next_chunk)
+        return frames / geometry.pixel_fps
 
     def play_from(self, geometry: ChunkGeometry, ahead_s: float | None, now_s: float) -> None:
         """Set the clock so that the viewer has `ahead_s` seconds of media left now."""

@@ -68,6 +68,7 @@ class Sessions:
         self._closing: set[str] = set()
         self._lock = threading.Lock()
         self._chunk_s = 0.0
+        self._report_occupancy()
 
     def open(self, spec: SessionSpec) -> None:
         """Accept a session. `FieldError` on a wrong field or an id in use; `CapacityError` when all slots are taken,
@@ -127,12 +128,14 @@ class Sessions:
         if session.live:
             self._read(session)
 
-    def request(self, session_id: str) -> None:
-        """Ask for the session's next chunk, of a paused one for when it is resumed; `KeyError` for an unknown one."""
+    def request(self, session_id: str, chunk: int | None = None) -> None:
+        """Ask for the session's chunks up to that number, or for the one that is begun next; of a paused session for
+        when it is resumed. `KeyError` for an unknown one."""
         with self._lock:
             session = self._sessions[session_id]
-            session.asked_s = session.asked_s if session.asked else self._clock()
-            session.asked = True
+            if not session.asks(self.geometry):
+                session.asked_s = self._clock()
+            session.wanted = max(session.wanted, session.making if chunk is None else chunk)
         self._maker.prompts.news.set()
 
     def reanchor(self, session_id: str) -> None:
@@ -262,14 +265,11 @@ class Sessions:
             raise CapacityError(self._slots, self._slot_free_s())
         if not spec.paced:
             return progress.schedule
-        playing, wanted = self._playing(), self._demand(progress)
-        shorter = self.config.serve.overload_steps
-        if may_shorten and shorter and not self._budget.fits(playing, wanted):
-            instead = replace(progress, schedule=self._schedule(shorter))
-            if self._budget.fits(playing, self._demand(instead)):
-                return instead.schedule
-        self._budget.admit(playing, wanted)
-        return progress.schedule
+        steps = self.config.serve.overload_steps if may_shorten else ""
+        return self._budget.schedule_of(
+            self._playing(), lambda schedule: self._demand(replace(progress, schedule=schedule)),
+            progress.schedule, self._schedule(steps) if steps else None,
+        )
 
     def _demand(self, progress: Progress) -> Demand:
         return demand_of(progress, self.geometry, self._maker.window_chunks, self._cost)
@@ -304,3 +304,18 @@ class Sessions:
         self._metrics.set("diagonal_session_state_bytes", stats.state_bytes)
         self._metrics.set("diagonal_snapshot_bytes", stats.snapshot_bytes)
         self._metrics.set("diagonal_budget_used_ratio", stats.busy)
+        self._metrics.set("diagonal_budget_limit_ratio", self._budget.share)
+
+    def _report_step(self, frames: int, busy_s: float) -> None:
+        """So many pixel frames came out of a step."""
+        self._metrics.inc("diagonal_generation_busy_seconds_total", busy_s)
+        self._metrics.inc("diagonal_generated_media_seconds_total", frames / self.geometry.pixel_fps)
+        if frames and busy_s > 0:
+            self._metrics.set("diagonal_generation_frames_per_second", frames / busy_s)
+        self._report_occupancy()
+
+    def _report_slack(self, session: Session, now_s: float) -> None:
+        """A chunk is made: what its viewer, if it has one who waits, still had to play."""
+        if session.spec.paced and session.started_s is not None:
+            slack_s = max(0.0, session.slack_s(self.geometry, now_s))
+            self._metrics.observe("diagonal_playout_slack_seconds", slack_s)
