@@ -13,12 +13,14 @@ from diagonal.media.encode import read_mp4
 from diagonal.model.weights import Release, embedded
 from diagonal.training.state import TrainState
 from jobs import distill
+from jobs.control import start_control
 from jobs.feed import Feed
 from jobs.fit import fit
 from jobs.journal import UPDATES, Record, read_journal
 from jobs.ode_init import initialise
-from jobs.progress import Progress
+from jobs.progress import Place, Progress
 from jobs.run import Run
+from jobs.watchdog import Watchdog
 from jobs.worker import Worker
 from tests.jobs.conftest import OpenRun
 
@@ -65,10 +67,17 @@ def refuse(worker: Worker, feed: Feed) -> None:
     raise FieldError("distill.lr", 0, "a number above 0")
 
 
+def train_here(run: Run) -> None:
+    """Both stages in this process, as the only rank: no Ray Train, no restart."""
+    place = Place("distill", 0, 1)
+    with Worker(run, place, torch.device("cpu"), Watchdog(300, "here"), start_control(), on_ray=False) as worker:
+        distill.train(worker, distill.distill_feed(run))
+
+
 @pytest.mark.timeout(300)
 def test_a_crashed_stage_goes_on_from_its_checkpoint_to_the_same_weights_and_losses(small_run: OpenRun) -> None:
     unbroken, broken = small_run("unbroken"), small_run("broken")
-    fit(unbroken, "distill", distill.train, distill.distill_feed(unbroken))
+    train_here(unbroken)
     fit(broken, "distill", crash_once, distill.distill_feed(broken))
     assert broken.folder.has("crashed")
     assert [start["start_after"] for start in record(broken).starts] == [0, 2]
