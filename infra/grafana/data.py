@@ -19,7 +19,7 @@ MAKING = Section("Making pairs", (
     Panel(
         "Which share is set aside?", "Samples that were quarantined over those written and set aside, of the job's "
         "pairs. Above 1 %: read the reasons below before training on the rest; the job ends at pairs.max_bad_share.",
-        "percentunit", (Query("diagonal:quarantined:ratio", "{{stage}}"),),
+        "percentunit", (Query("diagonal:quarantined:ratio", "of the pairs"),),
         limits=((0.01, WORSE), (0.05, BAD)), big=True, width=6,
     ),
     Panel(

@@ -41,8 +41,9 @@ class Window:
         """One answer of /api/v1/query_range for each series."""
         step = max(1.0, (self.end - self.start) / POINTS)
         asked = {"query": filled(expression, interval), "start": self.start, "end": self.end, "step": step}
-        with urllib.request.urlopen(f"{self.url}/api/v1/query_range?{urllib.parse.urlencode(asked)}", timeout=60) as got:
-            return list(json.load(got)["data"]["result"])
+        question = f"{self.url}/api/v1/query_range?{urllib.parse.urlencode(asked)}"
+        with urllib.request.urlopen(question, timeout=60) as answer:
+            return list(json.load(answer)["data"]["result"])
 
 
 def shown(value: float, unit: str) -> str:
@@ -70,7 +71,8 @@ def draw(board: dict[str, Any], window: Window, interval: str) -> Figure:
     panels = board["panels"]
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     figure = Figure(figsize=(17, ROW_INCHES * (height + 2)), facecolor="white", dpi=80)
-    figure.suptitle(f"{board['title']} - {board['description']}", x=0.012, ha="left", fontsize=15, weight="bold", y=0.995)
+    title = f"{board['title']} - {board['description']}"
+    figure.suptitle(title, x=0.012, y=0.995, ha="left", fontsize=15, weight="bold")
     for panel in panels:
         place = panel["gridPos"]
         top, tall = 1 - (place["y"] + 1.4) / (height + 2), place["h"] / (height + 2)
@@ -107,7 +109,8 @@ def _big(axes: Axes, panel: dict[str, Any], window: Window, interval: str) -> No
 def _curves(axes: Axes, panel: dict[str, Any], window: Window, interval: str) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     for name, points in _answers(panel, window, interval):
-        axes.plot([at for at, _ in points], [value for _, value in points], label=name, linewidth=1.3, marker=".", markersize=2)
+        times, values = zip(*points, strict=True)
+        axes.plot(times, values, label=name, linewidth=1.3, marker=".", markersize=2)
     if axes.lines:
         axes.legend(fontsize=7, loc="upper left", frameon=False, ncols=2)
     else:
@@ -118,7 +121,7 @@ def _curves(axes: Axes, panel: dict[str, Any], window: Window, interval: str) ->
     axes.set_xlim(0, window.end - window.start)
     axes.set_ylim(bottom=0, top=1.25 * max(axes.get_ylim()[1], 1e-9))
     axes.yaxis.set_major_formatter(lambda value, _: shown(value, defaults["unit"]))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} s" if window.end - window.start < 600 else f"{value / 60:.0f} min")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 60:.3g} min")
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25)
 

@@ -1,4 +1,4 @@
-"""The dashboards: their code makes the committed JSON, and every panel asks, measures what exists and says what to do."""
+"""The dashboards: their code makes the committed JSON; every panel asks, measures what exists and says what to do."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ def test_the_metrics_of_an_expression_are_found_and_nothing_else() -> None:
 
 
 def test_what_an_alert_measures_is_its_expression_without_comparisons() -> None:
-    alert = Expression("x", 'a / b > 14.4 * 0.01 and absent(c{d=">1"}) and e < f', "alert")
-    assert alert.measured.split() == 'a / b and (c{d=">1"}) and e < f'.split()
+    alert = Expression("x", 'a / b > 14.4 * 0.01 and absent(c{d="x"}) and e < f', "alert")
+    assert alert.measured.split() == 'a / b and (c{d="x"}) and e < f'.split()
 
 
 def test_a_panel_without_question_unit_or_advice_is_refused() -> None:
