@@ -7,6 +7,7 @@ chunk after chunk. A chunk that was made is kept until the next one is asked for
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -313,15 +314,14 @@ class Replica:
         )
 
     def _want(self, session_id: str, slot: Slot, chunk: int) -> None:
-        """Ask the engine for chunks up to `chunk`; it is asked for one at a time."""
-        idle = slot.wanted <= slot.made
-        slot.wanted = max(slot.wanted, chunk)
-        if idle and slot.wanted > slot.made and not slot.over:
-            self._request(session_id)
-
-    def _request(self, session_id: str) -> None:
-        self._engine.request(session_id)
-        self._thread.wake()
+        """Ask the engine for all chunks up to `chunk` that it was not asked for: it may begin one while it decodes
+        the one before."""
+        if chunk > slot.wanted:
+            slot.wanted = chunk
+            if not slot.over:
+                with contextlib.suppress(KeyError):  # it failed: that is on its way here
+                    self._engine.request(session_id, chunk)
+                self._thread.wake()
 
     def _deliver(self, result: ChunkResult) -> None:
         """On the engine's thread."""
@@ -331,12 +331,10 @@ class Replica:
         slot = self._slots.get(result.session_id)
         if slot is None:
             return
-        slot.made, slot.over = result.chunk, result.last or result.error is not None
+        slot.made, slot.over = result.chunk, slot.over or result.last or result.error is not None
         slot.chunk(result.chunk)  # from now on there to be waited for
         if result.snapshot is not None:
             slot.snapshots[result.chunk] = result.snapshot
-        if slot.wanted > slot.made and not slot.over:
-            self._request(result.session_id)
         slot.results.put_nowait(result)
 
     async def _encode(self, session_id: str, slot: Slot) -> None:

@@ -56,10 +56,15 @@ class RecordingSink:
 class FakeSession:
     spec: SessionSpec
     prompt: str
-    asked: bool = False
+    wanted: int = -1
     chunk: int = 0
     pending: tuple[PromptChange, ...] = ()
     paused: bool = False
+    over: bool = False
+
+    @property
+    def asked(self) -> bool:
+        return self.chunk <= self.wanted and not self.over
 
 
 class FakeEngine:
@@ -92,9 +97,10 @@ class FakeEngine:
         with self._lock:
             self.sessions[session_id].pending += (change,)
 
-    def request(self, session_id: str) -> None:
+    def request(self, session_id: str, chunk: int | None = None) -> None:
         with self._lock:
-            self.sessions[session_id].asked = True
+            session = self.sessions[session_id]
+            session.wanted = max(session.wanted, session.chunk if chunk is None else chunk)
 
     def pause(self, session_id: str) -> None:
         with self._lock:
@@ -131,7 +137,6 @@ class FakeEngine:
                 return []
             self._budget -= 1
             session = asking[0]
-            session.asked = False
             return [self._make(session)]
 
     def _make(self, session: FakeSession) -> ChunkResult:
@@ -148,7 +153,7 @@ class FakeEngine:
         last = spec.pixel_frames is not None and session.chunk == geometry.chunks_for(spec.pixel_frames)
         error = "SECRET_X" if chunk == self.fail_at else None
         pixels = torch.full((0 if error else frames, 32, 32, 3), shade(session.prompt), dtype=torch.uint8)
-        ids = tuple(change.event_id for change in applied)
+        ids, session.over = tuple(change.event_id for change in applied), last or bool(error)
         return ChunkResult(spec.session_id, chunk, pixels, first, 0.01, 4, ids, last or bool(error), error)
 
 
