@@ -15,7 +15,7 @@ import yaml
 from diagonal.errors import FieldError
 from diagonal.metrics import ALL
 from infra.grafana import build
-from infra.grafana.panels import UNITS, Board, Panel, Query, expanded, to_json
+from infra.grafana.panels import UNITS, Board, Panel, Query, Section, expanded, to_json
 from infra.prometheus.expressions import DASHBOARDS, INFRA, Expression, metrics_of, panel_expressions, panels, rules
 
 FOREIGN = {  # Ray's own, each of which the live test sees
@@ -140,19 +140,20 @@ def test_what_an_alert_measures_is_its_expression_without_comparisons() -> None:
 
 def test_a_panel_without_question_unit_or_advice_is_refused() -> None:
     good = Panel("Is it up?", "Ask whether it is up, and start it again when it is not.", "s", (Query("up", "up"),))
-    for field, value in (("title", "Up"), ("unit", "secs"), ("advice", "Look."), ("queries", ())):
+    wrong: list[dict[str, Any]] = [{"title": "Up"}, {"unit": "secs"}, {"advice": "Look."}, {"queries": ()}]
+    for fields in wrong:
         with pytest.raises(FieldError):
-            replace(good, **{field: value})
+            replace(good, **fields)
 
 
 def test_a_shorthand_that_a_dashboard_does_not_know_is_refused() -> None:
     assert expanded('x{APP,y="1"} + z{APP}', {"APP": 'a=~"$a"'}) == 'x{a=~"$a",y="1"} + z{a=~"$a"}'
     with pytest.raises(FieldError, match="WRONG"):
         expanded("x{WRONG}", {"APP": ""})
-    with pytest.raises(FieldError):
-        panel = Panel("Is it up?", "Ask whether it is up, and start it again when it is not.", "s",
-                      (Query("up{STAGE}", "up"),))  # fmt: skip
-        to_json(Board("x", "X", "?", (), (build.boards()[0].sections[0].__class__("s", (panel,)),), {}))
+    advice = "Ask whether it is up, and start it again when it is not."
+    sections = (Section("s", (Panel("Is it up?", advice, "s", (Query("up{STAGE}", "up"),)),)),)
+    with pytest.raises(FieldError, match="STAGE"):
+        to_json(Board("x", "X", "?", (), sections, {}))
 
 
 def test_grafana_finds_the_dashboards_and_its_prometheus_where_compose_puts_them() -> None:
