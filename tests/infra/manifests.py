@@ -25,8 +25,8 @@ class _Strict(yaml.CSafeLoader):
     """YAML as kubectl reads it: a key that comes twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
             raise ValueError(f"{node.start_mark}: {twice} twice")
         return super().construct_mapping(node, deep)

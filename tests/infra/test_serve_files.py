@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,8 @@ def test_the_examples_in_the_comments_are_taken_too(repository: Path) -> None:
     fields = [next(iter(load(line)[0])) for line in examples]
     assert len(fields) >= 8 and set(fields) <= set(ServeSettings().to_arguments())
     canary = [line[2:] for line in text.splitlines() if line.startswith(("#   - name: canary", "#     "))]
-    (one,) = load("\n".join(canary[canary.index("  - name: canary") :]))[0]
+    listed: Any = load("\n".join(canary[canary.index("  - name: canary") :]))[0]
+    (one,) = listed
     check({"applications": [one | {"args": one["args"] | {"release": "", "device": "cpu"}}]})
 
 
