@@ -94,6 +94,10 @@ class Job:
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"the job goes on after {deadline_s:.0f} s:\n{self.tail()}") from None
 
+    def trained(self) -> None:
+        """Wait until all its updates are done and its student is written; what follows is the same in every run."""
+        self.line("distill: student in ", 2 * START_S)
+
     def succeeded(self) -> None:
         """Wait until it ended well, and has a release."""
         assert self.ended() == 0, self.tail()

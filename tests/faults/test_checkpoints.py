@@ -29,7 +29,7 @@ def test_altered_checkpoints_are_refused_loudly_and_the_one_before_them_used(
     refused = r"diagonal_checkpoints_refused_total\{[^}]*\} 2\.0"
     until("the metric", lambda: job.process.poll() is not None or re.search(refused, cluster.metrics()), 120)
     assert job.process.poll() is None, "two refused ones are counted while the run goes on"
-    job.succeeded()
+    job.trained()
     goes_on = job.record().starts[1]
     assert oldest.name.startswith(folder_name(goes_on["start_after"], "")) and len(goes_on["refused"]) == 2
     for folder, file in harmed:
@@ -60,7 +60,7 @@ def test_workers_killed_at_every_write_of_a_checkpoint_leave_the_one_before_it(
             worker.kill()
         faulty_s3.drop()
         assert [found.update for found in job.checkpoints()] == [EVERY]
-    job.succeeded()
+    job.trained()
     assert [entry["start_after"] for entry in job.record().starts] == [0, EVERY, EVERY, EVERY]
     assert difference(job.record(), unbroken) == ""
 

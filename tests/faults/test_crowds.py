@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
 
 from diagonal.metrics import FactorySink
 from serve import replica
@@ -131,15 +133,17 @@ def test_7_and_s2_eight_readers_that_stop_reading_cost_little_and_delay_nobody(t
         freed(service, 75)
 
 
-def test_s3_a_pulled_cable_is_noticed_without_credits_too(tmp_path: Path) -> None:
-    """Nobody answers the server's pings (20 s, and 20 s to answer): then the session pauses, and ends."""
+def test_s3_a_pulled_cable_is_noticed_without_credits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody answers the server's pings (here 5 s, and 5 s to answer): then the session pauses, and ends."""
+    pings = partial(uvicorn.Config, ws_ping_interval=5.0, ws_ping_timeout=5.0)
+    monkeypatch.setattr(uvicorn, "Config", pings)
     with crowded(tmp_path, resume_window_s=0.5) as service, wire(service.urls[0]) as cable:
         with viewer(cable.url, new_key(service), close_timeout=0.5) as one:
             one.start(num_frames=900)
             one.read(2)
             cable.dead = True
-            freed(service, 75)
-            assert len(service.engine.made) < 75 / 0.75
+            freed(service, 45)
+            assert len(service.engine.made) < 45 / 0.75
 
 
 def counting(series: set[Any]) -> FactorySink:

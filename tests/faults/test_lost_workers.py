@@ -40,7 +40,7 @@ def test_a_lost_node_leaves_a_run_that_trains_every_sample_once_on_the_rest(
     job = start(settings={"train.min_workers": 1})
     done = job.update(MIDDLE)
     cluster.kill(nodes[1])
-    job.succeeded()
+    job.trained()
     went_on(job, done)
     record = job.record()
     assert [entry["world_size"] for entry in record.starts] == [2, 1]
@@ -56,10 +56,11 @@ def test_a_run_that_needs_all_its_workers_waits_for_a_new_node(
     job = start()
     done = job.update(MIDDLE)
     cluster.kill(nodes[0])
-    time.sleep(15)
+    job.line("workers failed")
+    time.sleep(5)
     assert job.process.poll() is None and len(job.record().starts) == 1, "it waits"
     cluster.add()
-    job.succeeded()
+    job.trained()
     went_on(job, done)
     assert difference(job.record(), unbroken) == ""
 
@@ -77,7 +78,7 @@ def test_a_frozen_worker_is_replaced_within_its_timeout(
     try:
         until("the frozen worker's end", lambda: not frozen.is_running() or frozen.status() == "zombie", 3 * timeout_s)
         assert time.monotonic() - frozen_s < 2 * timeout_s
-        job.succeeded()
+        job.trained()
     finally:
         if frozen.is_running():
             frozen.kill()

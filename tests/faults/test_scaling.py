@@ -12,7 +12,8 @@ import pytest
 from tests.faults.releases import ConfiguredService, variant
 from tests.faults.watchers import PROMPT, Watcher
 
-SECONDS = 60.0
+SECONDS = 60.0  # until a second replica runs, on a busy machine
+LAST_S = 30.0  # until one of them is gone again
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_replicas_follow_the_load_and_no_stream_is_cut(live: ConfiguredService) 
     two = [Patient(live.url, SECONDS, seed).start() for seed in (1, 2)]
     for watcher in two:
         watcher.reached(2)
-    third = Patient(live.url, SECONDS, 3).start()
+    third = Patient(live.url, LAST_S, 3).start()
     live.until("a second replica runs", lambda: replicas(live) == 2, 180.0)
     third.reached(2)
     records = [live.record(watcher.id) for watcher in (*two, third)]
@@ -63,5 +64,5 @@ def test_replicas_follow_the_load_and_no_stream_is_cut(live: ConfiguredService) 
         httpx.delete(f"{live.url}/v1/videos/{watcher.id}", timeout=60).raise_for_status()
     live.until("one replica is left", lambda: replicas(live) == 1, 60.0)
     third.finish()
-    assert live.record(third.id).frames_done == SECONDS * 16
+    assert live.record(third.id).frames_done == LAST_S * 16
     live.settle()

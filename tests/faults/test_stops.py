@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from jobs.journal import Record
 from tests.faults.conftest import StoppedRun
 from tests.faults.job import Launcher, difference, sample_numbers
@@ -30,18 +28,15 @@ def test_a_stopped_run_goes_on_from_its_last_update_to_the_bit(
     assert difference(job.record(), unbroken) == ""
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("distill.batch_size", "8"), ("seed", "7"), ("distill.loss.motion", "0.5"),
-])
 def test_a_setting_that_decides_the_result_is_refused_by_name_on_a_resume(
-    stopped: StoppedRun, start: Launcher, tmp_path: Path, field: str, value: str
+    stopped: StoppedRun, start: Launcher, tmp_path: Path
 ) -> None:
-    """T10: before any worker starts, and nothing is changed."""
+    """T10: before any worker starts, and nothing is changed; of other settings, tests/jobs/test_run.py."""
     storage = stopped.copied(tmp_path / "copy")
-    job = start("--resume", storage=storage, settings={field: value})
+    job = start("--resume", storage=storage, settings={"distill.batch_size": 8})
     before = job.folder.files()
     assert job.ended() == 2
-    assert f"error: {field} = " in job.text and "as run 'r' began with" in job.text, job.text
+    assert "error: distill.batch_size = " in job.text and "as run 'r' began with" in job.text, job.text
     assert job.folder.files() == before
 
 
@@ -50,7 +45,7 @@ def test_another_number_of_workers_takes_the_state_over_and_learns_the_same(
 ) -> None:
     """T10: 2 workers to 1. Sums over one worker round differently, so the losses agree closely and not to the bit."""
     job = start("--resume", storage=stopped.copied(tmp_path / "copy"), settings={"train.workers": 1})
-    job.succeeded()
+    job.trained()
     record = job.record()
     assert [entry["world_size"] for entry in record.starts] == [2, 1]
     assert sample_numbers(record) == sample_numbers(unbroken)

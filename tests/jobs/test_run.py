@@ -57,10 +57,17 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_is_not_continued_with_another_configuration(small_run: OpenRun) -> None:
-    small_run("a")
-    with pytest.raises(FieldError, match=r"distill\.lr = 0\.5: allowed is 0\.0002, as run 'a' began with"):
-        small_run("a", "distill.lr=0.5", resume=True)
+@pytest.mark.parametrize(("field", "value", "began"), [
+    ("distill.lr", "0.5", "0.0002"), ("distill.batch_size", "8", "2"), ("seed", "7", "0"),
+    ("distill.loss.motion", "0.25", r"[\d.]+"),
+])  # fmt: skip
+def test_a_run_is_not_continued_with_another_configuration(
+    small_run: OpenRun, field: str, value: str, began: str
+) -> None:
+    files = small_run("a").folder.files()
+    with pytest.raises(FieldError, match=rf"{field} = {value}: allowed is {began}, as run 'a' began with"):
+        small_run("a", f"{field}={value}", resume=True)
+    assert small_run("a", resume=True).folder.files().keys() == files.keys()
 
 
 @pytest.mark.parametrize("name", ["../a", ".a", "a/b"])
