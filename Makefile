@@ -69,18 +69,26 @@ observe: env ## a Prometheus with the project's rules beside a demo that is up (
 dashboards: env-dev ## write the dashboards' JSON from their code
 	@PYTHONPATH=platform:. $(VENV)/bin/python -m infra.grafana.build
 
+cluster-smoke: env ## distil and serve on a local cluster of four nodes, lose one, recover (about 3 minutes)
+	@PYTHONPATH=platform:. $(VENV)/bin/python -m infra.local.cluster_smoke
+
 stop: ## end the local Ray and the service, by process id
 	@$(VENV)/bin/python -m infra.local.cluster stop
 
-# pytest ends with 5 where a choice (-k) left nothing of a part; that is no failure while the other part has some.
-test: env-dev ## run the tests, but not those below: side by side, then those that start Ray or a browser
-	@part() { $(PYTEST) --ignore=tests/faults $(if $(REPORTS),--junitxml=$(REPORTS)/$$1.xml) --part="$$@" $(PYTEST_ARGS); }; \
+# Both parts of the tests that $(1) chooses. pytest ends with 5 where a choice (-k) left nothing of a part; that is no
+# failure while the other part has some.
+define in_two_parts
+	@part() { $(PYTEST) $(1) $(if $(REPORTS),--junitxml=$(REPORTS)/$@-$$1.xml) --part="$$@" $(PYTEST_ARGS); }; \
 	part together -n logical --maxprocesses=4 --dist=loadscope; first=$$?; part alone; second=$$?; \
 	if [ $$first = 5 ]; then first=$$second; elif [ $$second = 5 ]; then second=$$first; fi; \
 	[ $$first = 0 ] && [ $$second = 0 ]
+endef
 
-test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, storage, networks (about 28 minutes)
-	$(PYTEST) -m faults tests/faults $(PYTEST_ARGS) $(if $(REPORTS),--junitxml=$(REPORTS)/faults.xml)
+test: env-dev ## run the tests, but not those below: side by side, then those that start Ray or a browser
+	$(call in_two_parts,--ignore=tests/faults)
+
+test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, storage, networks (about 30 minutes)
+	$(call in_two_parts,-m faults tests/faults)
 
 bench: env ## measure speed of the embedded model on this CPU (about 3 minutes): docs/results/speed.md
 	PYTHONPATH=platform $(VENV)/bin/python -m diagonal.evaluate.bench --preset tiny --no-compile \

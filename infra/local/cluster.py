@@ -165,17 +165,12 @@ def _short_folder() -> str:
 def _launch(run: LocalRun, cpus: int) -> None:
     """Run `ray start` and wait for the job API; ClusterError when either fails."""
     log = Path(run.folder) / "start.log"
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment = inherited | run.environment() | {MARK_NAME: run.mark}
-    environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(JOB_STOP_WAIT_S)
-    environment |= {variable: str(getattr(run.ports, name)) for name, variable in METRIC_PORTS.items()}
-    del environment["RAY_ADDRESS"], environment["RAY_API_SERVER_ADDRESS"]  # nothing answers there yet
     with open(log, "w") as output:
         try:
             subprocess.run(
                 _start_command(run, cpus),
                 cwd=run.root,
-                env=environment,
+                env=member_environment(run),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -187,6 +182,16 @@ def _launch(run: LocalRun, cpus: int) -> None:
     if LOST_PORT in log.read_text():  # Ray goes on without its dashboard
         raise ClusterError("a port was taken while Ray started")
     _wait_for_answer(run)
+
+
+def member_environment(run: LocalRun) -> dict[str, str]:
+    """The variables of every process that belongs to the run, its mark among them, for `ray start`."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = inherited | run.environment() | {MARK_NAME: run.mark}
+    environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(JOB_STOP_WAIT_S)
+    environment |= {variable: str(getattr(run.ports, name)) for name, variable in METRIC_PORTS.items()}
+    del environment["RAY_ADDRESS"], environment["RAY_API_SERVER_ADDRESS"]  # nothing may answer there yet
+    return environment
 
 
 def _start_command(run: LocalRun, cpus: int) -> list[str]:

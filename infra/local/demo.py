@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,15 +134,22 @@ def _releases(run: LocalRun) -> Iterator[Path]:
     return (Path(run.root) / RUNS).glob(f"*/{RELEASE}")
 
 
-def deploy(run: LocalRun, release: Path, progress: Progress) -> LocalRun:
-    """Deploy the release with Ray Serve on a free port of 127.0.0.1, and wait until it is ready."""
+def deploy(
+    run: LocalRun, release: Path, progress: Progress, arguments: Mapping[str, Any] | None = None,
+    deployments: Sequence[Mapping[str, Any]] = (),
+) -> LocalRun:  # fmt: skip
+    """Deploy the release with Ray Serve on a free port of 127.0.0.1, and wait until it is ready.
+
+    `arguments` and `deployments` are added to those of the application in serve/config.yaml.
+    """
     port = int(run.service_url.rpartition(":")[2]) if run.service_url else ports.choose(PREFERRED_HTTP_PORT)
     config = yaml.safe_load((Path(run.root) / SERVE_CONFIG).read_text())
     config["http_options"] = (config.get("http_options") or {}) | {"host": "127.0.0.1", "port": port}
     application = config["applications"][0]
     # Nobody judged this release yet; the demo shows it all the same.
     fresh = {"release": str(release), "allow_unpromoted": True}
-    application["args"] = (application.get("args") or {}) | fresh
+    application["args"] = (application.get("args") or {}) | fresh | dict(arguments or {})
+    application["deployments"] = [dict(one) for one in deployments]
     written = Path(run.folder) / "serve.yaml"
     written.write_text(yaml.safe_dump(config))
     progress.say(f"deploying {release} with Ray Serve on 127.0.0.1:{port}")
@@ -156,9 +163,9 @@ def _wait_until_ready(run: LocalRun, release: Path, progress: Progress) -> None:
     """Wait until Serve runs this release (an earlier one may still answer) and its gateway says that it is ready."""
     begun = told = time.monotonic()
     while True:
-        applications = _applications(run)
-        state = "; ".join(f"{a['name']} {a['status']} {a['message']}".strip() for a in applications) or "no answer"
-        if _serves(applications, release) and _answers(f"{run.service_url}{READY_ROUTE}"):
+        found = applications(run)
+        state = "; ".join(f"{a['name']} {a['status']} {a['message']}".strip() for a in found) or "no answer"
+        if _serves(found, release) and _answers(f"{run.service_url}{READY_ROUTE}"):
             break
         now = time.monotonic()
         if "DEPLOY_FAILED" in state or now - begun > READY_LIMIT_S:
@@ -183,7 +190,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _applications(run: LocalRun) -> list[dict[str, Any]]:
+def applications(run: LocalRun) -> list[dict[str, Any]]:
     """What Serve says of its applications; empty where it does not answer."""
     request = urllib.request.Request(f"{run.dashboard_url}/api/serve/applications/")
     request.add_header("Authorization", f"Bearer {run.token_path.read_text()}")

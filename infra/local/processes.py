@@ -29,6 +29,14 @@ def current(pid: int) -> tuple[Process, int] | None:
     return None if state in "ZX" else (Process(pid, start_ticks), parent)
 
 
+def command_line(pid: int) -> list[bytes]:
+    """The words with which a process was started; none where it is gone."""
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
 def marked(mark: str) -> set[Process]:
     """Processes that were started with `mark` ("NAME=value") in their environment, and everything below them.
 
