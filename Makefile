@@ -1,6 +1,6 @@
 # The commands that a developer learns; .ci/run calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo observe dashboards stop test test-faults check lint lock lock-check clean
+.PHONY: help env env-dev demo cluster-smoke observe dashboards stop test test-faults check lint lock lock-check clean
 
 VENV ?= .venv
 # The first interpreter that starts and has a supported version (a version manager's shim may exist and still refuse).
