@@ -1,0 +1,115 @@
+"""The table of experiments: what is trained and what is sampled, rows that tables share, and the page of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diagonal.config import Config
+from diagonal.errors import FieldError
+from diagonal.evaluate import experiment_runs
+from diagonal.evaluate.experiment_runs import ROWS, Plan, read_row, row_name, run_row
+from diagonal.evaluate.experiments import Variant, experiment, experiments, training_config, variant_config
+from diagonal.evaluate.quality_page import collect, page
+from diagonal.model.weights import embedded
+from diagonal.storage import Folder
+
+SMALL = ("distill.batch_size=2", "distill.micro_batch_size=2", "distill.generator_every=1", "distill.ema_start=1")
+CONFIG = Config.from_preset("tiny", SMALL)
+SHIFT = CONFIG.schedule.shift
+
+
+def plan_in(folder: Path) -> Plan:
+    return Plan(CONFIG, embedded("base"), embedded("ode_init"), folder, updates=2, clips=2, streams=2, seconds=6.0)
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def test_every_variant_is_a_configuration_and_every_table_of_the_issue_is_there() -> None:
+    keys = [one.key for one in experiments(SHIFT)]
+    assert keys == ["table1", "table2", "table3", "fig2", "fig5a", "fig5b", "fig6", "fig7", "fig9"]
+    for one in experiments(SHIFT):
+        for variant in one.variants:
+            sampled, trained = (make(CONFIG, variant, 3, 9) for make in (variant_config, training_config))
+            assert sampled.distill.stage1_updates + sampled.distill.stage2_updates == 9
+            assert sampled.seed == trained.seed == 3
+            alike = sampled.schedule == trained.schedule
+            assert alike if variant.kind != "sampled" else alike == (sampled.schedule == CONFIG.schedule)
+    with pytest.raises(FieldError, match="experiment = 'table9'"):
+        experiment("table9", SHIFT)
+
+
+def test_the_baselines_are_what_they_are_called() -> None:
+    forcing, causvid, ours = (variant_config(CONFIG, v, 0, 2) for v in experiment("table1", SHIFT).variants[2:])
+    assert (forcing.schedule.resolved_context, forcing.schedule.total_forwards(7)) == (0.0, 35)
+    assert (causvid.schedule.resolved_context, len(causvid.schedule.levels(5))) == (0.0, 3)
+    assert (ours.schedule.resolved_context, ours.schedule.total_forwards(7)) == ("reuse", 17)
+    assert forcing.distill.loss.gamma == causvid.distill.loss.gamma == 0.0 < ours.distill.loss.gamma
+
+
+def test_equal_variants_of_several_tables_share_a_row_and_others_do_not(tmp_path: Path) -> None:
+    plan = plan_in(tmp_path)
+    names = {(key, variant.name): row_name(plan, one, variant, 0)
+             for key in ("table1", "table2", "fig5b", "fig6", "fig7")
+             for one in [experiment(key, SHIFT)] for variant in one.variants}  # fmt: skip
+    full = names["table2", "full"]
+    assert full == names["table1", "ours: 4322222, reuse"] == names["fig5b", "gamma 1"]
+    assert names["table2", "without the motion loss"] == names["fig5b", "gamma 0"] != full
+    assert names["fig7", "ours: 4322222, reuse"] != full
+    one, variant = experiment("table2", SHIFT), experiment("table2", SHIFT).variants[3]
+    assert row_name(plan, one, variant, 1) != full
+    assert row_name(Plan(CONFIG, plan.base, plan.init, tmp_path, updates=3, clips=2), one, variant, 0) != full
+
+
+def test_a_page_without_rows_says_so_in_each_table(tmp_path: Path) -> None:
+    found = collect(plan_in(tmp_path), [0], "python jobs/experiments.py")
+    text = page(found, SHIFT)
+    rows = sum(len(one.variants) for one in experiments(SHIFT))
+    assert text.count("not yet run") == rows and text.count("`python jobs/experiments.py run ") == len(
+        experiments(SHIFT))
+
+
+def test_differences_are_paired_within_a_seed_and_pooled_over_seeds(tmp_path: Path) -> None:
+    plan, one = plan_in(tmp_path), experiment("table1", SHIFT)
+    names = (*plan.world.scores, "picture_motion")
+    for seed, base in ((0, 0.5), (1, 0.7), (2, 0.9)):
+        for variant, more in ((one.variants[1], 0.0), (one.variants[4], 0.01 * (1 + seed))):
+            values = {name: [base + more, base + more] for name in names}
+            row = {"seed": seed, "values": values, "fps": 1.0, "forwards": 1, "date": "d", "machine": "m", "torch": "t"}
+            Folder(str(tmp_path / ROWS)).write_json(row_name(plan, one, variant, seed), row)
+    entry = collect(plan, [0, 1, 2], "c")["experiments"][0]
+    found = entry["differences"]["ours: 4322222, reuse - teacher, 50 steps"]["smoothness"]
+    assert found["mean"] == pytest.approx(0.02) and found["count"] == 3
+    assert found["half_width"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+    budget = {"updates": 2, "clips": 2, "streams": 2, "seconds": 6.0}
+    assert "+2.00 [" in page({"experiments": [entry], "budget": budget, "preset": "tiny"}, SHIFT)
+
+
+def test_a_row_is_trained_sampled_kept_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, one = plan_in(tmp_path), experiment("table3", SHIFT)
+    first, second = one.variants[4], one.variants[5]
+    row = run_row(plan, one, first, 0, {"date": "d"}, silent)
+    assert row["forwards"] == 17 and len(row["values"]["colour"]) == 2 and row["training_cpu_s"] > 0
+    assert (tmp_path / "sheets" / row["sheet"]).is_file()
+    monkeypatch.setattr(experiment_runs, "trained_student", _unasked)
+    assert run_row(plan, one, first, 0, {"date": "later"}, silent) == row == read_row(plan, one, first, 0)
+    monkeypatch.undo()
+    other = run_row(plan, one, second, 0, {"date": "d"}, silent)
+    assert (other["student"], other["forwards"]) == (row["student"], 16)  # sampled from the same one
+    turned = run_row(plan, experiment("fig2", SHIFT), Variant("one", "sampled", ("schedule.steps=1",
+                                                              "schedule.context=0.5")), 0, {}, silent)
+    assert len(turned["drift"]["times_s"]) == 7 and turned["student"] == row["student"]
+
+
+def _unasked(*arguments: object) -> None:
+    raise AssertionError("a student was trained again")
+
+
+@pytest.mark.parametrize(("name", "value"), [("updates", 1), ("clips", 0), ("streams", 1), ("seconds", 1.0)])
+def test_a_budget_out_of_range_is_refused_by_name(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(FieldError, match=f"{name} = {value}"):
+        replace(plan_in(tmp_path), **{name: value})  # type: ignore[arg-type]
