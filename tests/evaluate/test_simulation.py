@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +14,12 @@ import pytest
 from diagonal.engine.admission import CapacityError, ChunkKind
 from diagonal.engine.engine import Engine
 from diagonal.engine.script import PromptChange
+from diagonal.errors import FieldError
 from diagonal.evaluate.simulation_clock import Calendar
+from diagonal.evaluate.simulation_crowd import Burst, Crowd, Loss
 from diagonal.evaluate.simulation_engine import EngineSetup, SimulatedEngine
+from diagonal.evaluate.simulation_plan import recovered_after_s
+from diagonal.evaluate.simulation_service import Fleet
 from diagonal.evaluate.simulation_times import ChunkTimes, Draws, StepTime
 from diagonal.geometry import ChunkGeometry
 from diagonal.schedule import StepSchedule
@@ -125,3 +132,61 @@ def test_a_simulated_engine_does_what_the_real_one_does_under_the_same_clock() -
     for name, times in real.at_s.items():
         assert simulated.at_s[name] == pytest.approx(times, abs=1e-6), name
     assert simulated.busy_s == pytest.approx(real.busy_s, abs=1e-6)
+
+
+
+def test_times_come_from_a_bench_and_between_its_sizes() -> None:
+    times = ChunkTimes.read("docs/results/speed-cpu.json")
+    settled = ChunkKind(2, 3)
+    one, two, four, eight = (times.step_s(settled, size) for size in (1, 2, 4, 8))
+    found = json.loads(Path("docs/results/speed-cpu.json").read_text())
+    assert one == found["rates"]["decoded"]["p50_ms"] / 1000
+    assert four / one == pytest.approx(4 / found["batching"]["ratio"])
+    assert one < two < four and two == pytest.approx(one + (four - one) / 3) and eight == pytest.approx(2 * four)
+    assert times.step_s(ChunkKind(3, 1), 1) == pytest.approx((one + found["rates"]["decoded"]["first_chunk_s"]) / 2)
+
+
+def test_draws_scatter_about_the_median_as_was_measured_and_alike_for_one_seed() -> None:
+    times = ChunkTimes("d", "s", (StepTime(2, 3, 1, 0.1),), p95_ratio=1.5)
+    first, again = Draws(times, 1), Draws(times, 1)
+    drawn = sorted(first.step_s(ChunkKind(2, 3), 1) for _ in range(4000))
+    assert drawn == sorted(again.step_s(ChunkKind(2, 3), 1) for _ in range(4000))
+    assert drawn[2000] == pytest.approx(0.1, rel=0.03) and drawn[3800] == pytest.approx(0.15, rel=0.05)
+
+
+@pytest.mark.parametrize(("field_name", "make"), [
+    ("steps.seconds", lambda: StepTime(2, 3, 1, 0.0)), ("steps.batch", lambda: StepTime(2, 3, 0, 0.1)),
+    ("steps.batch", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 4, 0.1),))),
+    ("p95_ratio", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 1, 0.1),), p95_ratio=0.5)),
+    ("hop_s", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 1, 0.1),), hop_s=-1.0)),
+    ("viewers", lambda: Crowd(-1)), ("spread", lambda: Crowd(1, spread="even")),  # type: ignore[arg-type]
+    ("stay_s", lambda: Crowd(1, stay_s=0.0)), ("network_s", lambda: Crowd(1, network_s=inf)),
+    ("replicas", lambda: Fleet(0)), ("loss.replicas", lambda: Loss(1.0, 0)), ("burst.last_s", lambda: Burst(1, 1, 0)),
+])  # fmt: skip
+def test_a_wrong_value_is_named_with_what_is_allowed(field_name: str, make: Callable[[], object]) -> None:
+    with pytest.raises(FieldError) as caught:
+        make()
+    assert caught.value.field == field_name and caught.value.allowed
+
+
+def test_a_bench_without_rates_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps({"rates": {}}))
+    with pytest.raises(FieldError, match="a bench's JSON with rates, batching and config"):
+        ChunkTimes.read(tmp_path / "bench.json")
+
+
+def test_arrivals_come_at_the_rate_that_keeps_so_many_there() -> None:
+    visits = Crowd(50, stay_s=20.0, spread="lognormal").visits(4000.0, seed=3)
+    assert len(visits) == pytest.approx(50 + 50 / 20 * 4000, rel=0.05)
+    assert sum(visit.stay_s for visit in visits) / 4000 == pytest.approx(50, rel=0.05)
+    assert visits == Crowd(50, stay_s=20.0, spread="lognormal").visits(4000.0, seed=3)
+
+
+def test_recovery_is_the_end_of_the_last_second_that_is_worse() -> None:
+    calm = [{"viewers": 10.0, "stall_s": 0.0, "refused": 0.0} for _ in range(10)]
+    struck = [dict(second) for second in calm]
+    struck[4]["stall_s"], struck[6]["refused"] = 3.0, 1.0
+    assert recovered_after_s(calm, struck, 3.0) == 4.0
+    assert recovered_after_s(calm, calm, 3.0) == 0.0
+    struck[9]["refused"] = 2.0
+    assert recovered_after_s(calm, struck, 3.0) is None

@@ -65,12 +65,19 @@ class ChunkTimes:
     def step_s(self, kind: ChunkKind, batch: int) -> float:
         """Median seconds of a step: as measured, else between what was measured.
 
-        In the batch along the measured sizes of the nearest kind (beyond them in proportion), in the forwards of a
-        chunk in proportion.
+        In the forwards of a chunk along those of other kinds, in the batch along the sizes of the nearest kind; beyond
+        what was measured in proportion.
         """
-        near = min(self.steps, key=lambda step: (step.batch != 1, abs(step.forwards - kind.forwards),
-                                                 abs(step.context_chunks - kind.context_chunks)))  # fmt: skip
-        return near.seconds * (kind.forwards / near.forwards) * self._growth(kind, batch)
+        alone = [step for step in self.steps if step.batch == 1]
+        same = [step for step in alone if step.forwards == kind.forwards]
+        if same:
+            one_s = min(same, key=lambda step: abs(step.context_chunks - kind.context_chunks)).seconds
+        else:
+            by_forwards = sorted({step.forwards: step.seconds for step in alone}.items())
+            fewest, seconds = by_forwards[0]
+            below = kind.forwards < fewest
+            one_s = seconds * kind.forwards / fewest if below else _between(by_forwards, kind.forwards)
+        return one_s * self._growth(kind, batch)
 
     def _growth(self, kind: ChunkKind, batch: int) -> float:
         """A batch's step over one of a single session, by the nearest kind that was measured in several sizes."""
