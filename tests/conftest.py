@@ -31,7 +31,7 @@ STALE = (
     "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_SESSION_TOKEN",
 )  # fmt: skip
 
-BUSY = {"ray_cluster", "chromium"}  # fixtures that take both cores of a small machine
+BUSY = {"ray_cluster", "cluster", "chromium"}  # fixtures that take both cores of a small machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,6 +17,8 @@ from tests.conftest import need_program
 from tests.faults.nodes import until
 from tests.faults.observed import TOLD, Scene, observed, play
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def scene() -> Iterator[Scene]:

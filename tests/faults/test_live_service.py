@@ -1,32 +1,41 @@
-"""Parts of the service that end, hang, drain or are replaced on a real Ray Serve, under streams that people watch."""
+"""A real Ray Serve under streams that people watch: its parts end, hang, drain or are replaced; crowds come (S4)."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from diagonal.evaluate.load_figures import table
+from diagonal.evaluate.serving_report import overload_text
+from jobs.load import overload
+from jobs.load_sessions import Plan
 from tests.faults.serving import CONTROLLER, PROXY, LiveService
 from tests.faults.watchers import OverHttp, OverSocket, Watcher, assert_whole
+from tests.serve.browser import Browser
 
 CHUNK_S = 0.75
 BUSY_S = 3.0  # what a machine of two cores adds on which all parts, their successors and the viewers run
 DRAINED = 1012
+LAST_S = 15.0  # of ten times the load; a minute by `python -m jobs.load --overload`
 
 
 @pytest.fixture(scope="module")
 def started(ray_cluster: str) -> Iterator[LiveService]:
+    """One gateway in front of one replica of the embedded release; the overload, which comes first, is of these."""
     data = tempfile.mkdtemp(prefix="ds-")
     live = LiveService(data)
     try:
-        live.start()
+        live.start(replicas=1, gateways=1)
         yield live
     finally:
         live.close()
@@ -55,6 +64,22 @@ def assert_undisturbed(watchers: list[Any], ffprobe: str) -> None:
         closes = getattr(watcher, "closes", [])
         assert set(closes) <= {DRAINED} and getattr(watcher, "drained", 0) == len(closes)
         assert getattr(watcher, "indices", []) == list(range(len(getattr(watcher, "indices", []))))
+
+
+def test_an_overload_is_refused_at_once_and_those_who_are_in_play_on(
+    started: LiveService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = asyncio.run(overload(Plan(started.url, seconds=5.0), LAST_S, seed=1, carrier="both"))
+    figures = found["figures"]
+    with capsys.disabled():
+        print(f"\n{overload_text(found)}\n{table(figures)}")
+    assert figures["failed"] == {}, "whoever was admitted got all of his stream"
+    assert sum(figures["rejected"].values()) > 4 * figures["completed"]
+    assert set(figures["rejected"]) == {"server_full"} and figures["rejections_without_retry_after"] == 0
+    assert figures["session_fps"]["least"] >= 16
+    assert figures["first_frame_s"]["p95"] <= 2 * found["calm_first_frame_s"]["greatest"] + 0.1
+    assert figures["rejection_s"]["p95"] <= 0.1
+    assert found["recovered_s"] is not None and found["recovered_s"] < 10
 
 
 def test_a_replica_that_is_killed_ends_no_stream_and_disturbs_no_other(live: LiveService, ffprobe: str) -> None:
@@ -153,3 +178,64 @@ def test_a_video_that_nobody_watches_outlives_its_gateways(live: LiveService) ->
         live.kill(process_id)
     assert not live.record(video).status.over
     live.until("it is made to its end", lambda: live.record(video).status == "completed")
+
+
+@pytest.fixture
+def page(chromium: str, live: LiveService, tmp_path: Path) -> Iterator[Browser]:
+    browser = Browser(chromium, tmp_path / "profile")
+    browser.start(live.url)
+    yield browser
+    browser.stop()
+
+
+def played_s(page: Browser) -> float:
+    return float(page.run("document.getElementById('video').currentTime"))
+
+
+def plays_on(page: Browser, live: LiveService, seconds: float) -> None:
+    from_s = played_s(page)
+    live.until("it plays on", lambda: played_s(page) > from_s + seconds)
+
+
+def stalled_s(page: Browser) -> float:
+    _, _, text = page.text("stalls").partition("·")
+    return float(text.removesuffix(" s")) if text else 0.0
+
+
+def test_an_endless_stream_on_the_page_outlives_its_replica_and_its_gateway(page: Browser, live: LiveService) -> None:
+    live.until("the page knows the model", lambda: " fps" in page.text("model"))
+    page.run("document.getElementById('endless').click()")
+    page.run("document.getElementById('prompt').focus()")
+    page.type("a red circle moving right slowly")
+    page.press("Enter")
+    live.until("it plays", lambda: page.text("state") == "playing")
+    plays_on(page, live, 2.0)
+    with httpx.Client(base_url=live.url, timeout=60) as http:
+        video = http.get("/v1/videos").json()["data"][0]["id"]
+        before_s = stalled_s(page)
+        live.kill(live.parts("Replica")[live.holder(video)])
+        plays_on(page, live, 5.0)
+        assert stalled_s(page) - before_s < 2.0 + BUSY_S
+        for process_id in live.parts("Gateway").values():  # one of them has its socket
+            live.kill(process_id)
+        plays_on(page, live, 8.0)
+        assert page.text("error") == "" and http.get(f"/v1/videos/{video}").json()["endless"]
+    page.press("Escape")
+    live.until("the place is free", lambda: live.record(video).status.over)
+
+
+def test_ranges_conditions_and_heads_pass_through_serves_proxy(live: LiveService) -> None:
+    with httpx.Client(base_url=live.url, timeout=60) as http:
+        made: dict[str, Any] = http.post("/v1/videos", json={"prompt": "a red circle", "num_frames": 21}).json()
+        path = f"/v1/videos/{made['id']}/content"
+        live.until("the file", lambda: http.get(path).status_code == 200)
+        whole = http.get(path)
+        part = http.get(path, headers={"Range": "bytes=5-99", "If-Range": whole.headers["etag"]})
+        assert (part.status_code, part.content) == (206, whole.content[5:100])
+        head = http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(whole.content))
+        assert http.get(path, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
+        assert http.get(path, headers={"Range": f"bytes={len(whole.content)}-"}).status_code == 416
+        later = http.get(f"/v1/videos/{made['id']}/stream", params={"start_chunk": 1}).content
+        assert later.count(b"moof") == 1 and later.count(b"moov") == 1
