@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable
+from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable, lately
 
 ROOM = Section("Room", (
     Panel(
@@ -29,12 +29,14 @@ ROOM = Section("Room", (
         ), big=True, width=6,
     ),
     Panel(
-        "Are as many replicas up as wanted?", "Replicas that are healthy, and their starts in an hour. Fewer than "
+        "Are as many replicas up as wanted?", "Parts of the service that are healthy, that are wanted, and started "
+        "in an hour. Fewer than "
         "wanted for long: no node with a free GPU, or a release that does not load; `serve status` says which. Many "
         "starts: see the runbook under Replicas restart.", "short",
         (
             Query("sum(ray_serve_deployment_replica_healthy{REPLICAS})", "healthy"),
-            Query("sum(increase(ray_serve_deployment_replica_starts_total{REPLICAS}[1h]))", "starts in an hour"),
+            Query("sum(ray_serve_autoscaling_target_replicas{REPLICAS})", "wanted"),
+            Query("sum" + lately("ray_serve_deployment_replica_starts_total{REPLICAS}", "1h"), "starts in an hour"),
         ), big=True, width=6,
     ),
 ))  # fmt: skip
@@ -99,19 +101,19 @@ WORK = Section("Work and moves", (
     ),
     Panel(
         "Which work is done twice?",
-        "Caches written anew: for a new prompt, or for a session that comes back. Sessions "
-        "admitted with a shorter schedule: the service is overloaded and trades looks for time; add replicas.", "ops",
+        "In ten minutes. Caches written anew: for a new prompt, or for a session that comes back. Sessions "
+        "admitted with a shorter schedule: the service is overloaded and trades looks for time; add replicas.", "short",
         (
-            Query("sum by (reason) (rate(ray_diagonal_recaches_total{REPLICAS}[$__rate_interval]))",
-                  "cache: {{reason}}"),
-            Query("sum(rate(ray_diagonal_schedules_shortened_total{REPLICAS}[$__rate_interval]))", "shorter schedules"),
+            Query("sum by (reason) " + lately("ray_diagonal_recaches_total{REPLICAS}"), "cache: {{reason}}"),
+            Query("sum" + lately("ray_diagonal_schedules_shortened_total{REPLICAS}"), "shorter schedules"),
         ),
     ),
     Panel(
-        "Do sessions move, and do they arrive?", "Sessions taken from a replica, by why and what came of it. Moves "
+        "Do sessions move, and do they arrive?", "Sessions taken from a replica in ten minutes, by why and what came "
+        "of it. Moves "
         "in an upgrade or after a lost node are expected; any that fail are viewers who were cut off: see the runbook.",
-        "ops",
-        (Query("sum by (cause, outcome) (rate(ray_diagonal_session_migrations_total{APPLICATION}[$__rate_interval]))",
+        "short",
+        (Query("sum by (cause, outcome) " + lately("ray_diagonal_session_migrations_total{APPLICATION}"),
                "{{cause}}: {{outcome}}"),),
     ),
 ))  # fmt: skip

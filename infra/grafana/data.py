@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable
+from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable, quantiles
 
 MAKING = Section("Making pairs", (
     Panel(
@@ -41,10 +41,10 @@ RATES = Section("Rates and reasons", (
         ), width=12,
     ),
     Panel(
-        "Which step takes the time?", "Half of all shards, and 95 %, spend so long in each step. `text` above `solve`: "
+        "Which step takes the time?", "Half of all shards, and 95 %, spend so long in each step. `encode` above "
+        "`solve`: "
         "more pairs.text_workers; otherwise more solvers.", "s",
-        tuple(Query(f"histogram_quantile({q}, sum by (le, step) (rate(ray_diagonal_pairs_shard_seconds_bucket"
-                    "[$__rate_interval])))", f"{{{{step}}}}, {100 * q:g} %") for q in (0.5, 0.95)), width=12,
+        quantiles("ray_diagonal_pairs_shard_seconds_bucket", "le, step", "{{step}}, ", 0.5, 0.95), width=12,
     ),
     Panel(
         "Why are samples set aside?", "Quarantined samples by reason. `checksum` and unreadable files: the disk or the "

@@ -44,6 +44,21 @@ class Query:
     legend: str
 
 
+def lately(counter: str, window: str = "10m") -> str:
+    """What a counter counted within `window`, a series that began in it from zero on.
+
+    Ray shows a counter from its first event, which is therefore no increase(); and each process has series of its own,
+    so that none is ever set back.
+    """
+    return f"({counter} - ({counter} offset {window} or 0 * {counter}))"
+
+
+def quantiles(histogram: str, by: str, legend: str, *shares: float) -> tuple[Query, ...]:
+    """Bounds under which these shares of what a histogram saw lately lie; for what comes too rarely for a rate."""
+    seen = f"sum by ({by}) {lately(histogram)}"
+    return tuple(Query(f"histogram_quantile({share}, {seen})", f"{legend}{100 * share:g} %") for share in shares)
+
+
 @dataclass(frozen=True)
 class Panel:
     """One question. `title` asks it; `advice` says what to do when the answer looks bad.

@@ -14,6 +14,7 @@ import textwrap
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from matplotlib.figure import Figure
 from infra.prometheus.expressions import DASHBOARDS, filled
 
 POINTS, COLUMNS, ROW_INCHES = 240, 24, 0.36
-MOST_SERIES = 8
+MOST_SERIES = 12
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -37,10 +38,13 @@ class Window:
     start: float
     end: float
 
+    @property
+    def step(self) -> float:
+        return max(1.0, (self.end - self.start) / POINTS)
+
     def curves(self, expression: str, interval: str) -> list[dict[str, Any]]:
         """One answer of /api/v1/query_range for each series."""
-        step = max(1.0, (self.end - self.start) / POINTS)
-        asked = {"query": filled(expression, interval), "start": self.start, "end": self.end, "step": step}
+        asked = {"query": filled(expression, interval), "start": self.start, "end": self.end, "step": self.step}
         question = f"{self.url}/api/v1/query_range?{urllib.parse.urlencode(asked)}"
         with urllib.request.urlopen(question, timeout=60) as answer:
             return list(json.load(answer)["data"]["result"])
@@ -80,7 +84,7 @@ def draw(board: dict[str, Any], window: Window, interval: str) -> Figure:
         if panel["type"] == "row":
             figure.text(0.012, top - tall, panel["title"], fontsize=12, weight="bold", color="0.35")
             continue
-        axes = figure.add_axes((left + 0.032, top - tall + 0.2 * tall, wide - 0.045, 0.6 * tall))
+        axes = figure.add_axes((left + 0.04, top - 0.8 * tall, wide - 0.053, 0.6 * tall))
         wrapped = textwrap.shorten(panel["title"], 9 * place["w"], placeholder="...")
         axes.set_title(wrapped, fontsize=10, loc="left")
         (_big if panel["type"] == "stat" else _curves)(axes, panel, window, interval)
@@ -91,9 +95,17 @@ def _answers(panel: dict[str, Any], window: Window, interval: str) -> list[tuple
     found = []
     for target in panel["targets"]:
         for series in window.curves(target["expr"], interval):
-            points = [(float(at) - window.start, float(value)) for at, value in series["values"]]
+            points = [((float(at) - window.start) / 60, float(value)) for at, value in series["values"]]
             found.append((named(target["legendFormat"], series["metric"]), points))
     return found[:MOST_SERIES]
+
+
+def _broken(points: list[tuple[float, float]], gap: float) -> Iterator[tuple[float, float]]:
+    """The points, with a break in the line where nothing was measured."""
+    for (before, _), point in zip([points[0], *points], points, strict=False):
+        if point[0] - before > gap:
+            yield (before + point[0]) / 2, math.nan
+        yield point
 
 
 def _big(axes: Axes, panel: dict[str, Any], window: Window, interval: str) -> None:
@@ -103,13 +115,13 @@ def _big(axes: Axes, panel: dict[str, Any], window: Window, interval: str) -> No
     for number, (value, name) in enumerate(texts):
         x = (number + 0.5) / len(texts)
         axes.text(x, 0.55, value, ha="center", va="center", fontsize=max(9, 22 - 4 * len(texts)), weight="bold")
-        axes.text(x, 0.05, name, ha="center", va="center", fontsize=8, color="0.4")
+        axes.text(x, 0.05, name.replace(": ", "\n"), ha="center", va="center", fontsize=8, color="0.4")
 
 
 def _curves(axes: Axes, panel: dict[str, Any], window: Window, interval: str) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     for name, points in _answers(panel, window, interval):
-        times, values = zip(*points, strict=True)
+        times, values = zip(*_broken(points, 3 * window.step / 60), strict=True)
         axes.plot(times, values, label=name, linewidth=1.3, marker=".", markersize=2)
     if axes.lines:
         axes.legend(fontsize=7, loc="upper left", frameon=False, ncols=2)
@@ -118,10 +130,10 @@ def _curves(axes: Axes, panel: dict[str, Any], window: Window, interval: str) ->
     for step in defaults["thresholds"]["steps"][1:]:
         if axes.get_ylim()[1] >= 0.5 * step["value"] > 0:
             axes.axhline(step["value"], color=step["color"], linestyle="--", linewidth=0.8)
-    axes.set_xlim(0, window.end - window.start)
+    axes.set_xlim(0, (window.end - window.start) / 60)
     axes.set_ylim(bottom=0, top=1.25 * max(axes.get_ylim()[1], 1e-9))
     axes.yaxis.set_major_formatter(lambda value, _: shown(value, defaults["unit"]))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 60:.3g} min")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} min")
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable
+from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable, quantiles
 
 PROGRESS = Section("Progress", (
     Panel(
@@ -32,10 +32,10 @@ PROGRESS = Section("Progress", (
         "left out, since the job began. NaNs in a row end the run: lower the learning rate or look at the data; "
         "refused checkpoints: check the storage.", "short",
         (
-            Query("sum(ray_diagonal_nonfinite_updates_total{STAGES})", "skipped updates"),
+            Query("sum(ray_diagonal_nonfinite_updates_total{STAGES})", "skipped"),
             Query("sum(ray_diagonal_restarts_total{STAGES})", "restarts"),
-            Query("sum(ray_diagonal_checkpoints_refused_total{STAGES})", "checkpoints refused"),
-            Query("sum(ray_diagonal_checkpoints_skipped_total{STAGES})", "checkpoints left out"),
+            Query("sum(ray_diagonal_checkpoints_refused_total{STAGES})", "refused"),
+            Query("sum(ray_diagonal_checkpoints_skipped_total{STAGES})", "left out"),
         ), big=True, width=6,
     ),
 ))  # fmt: skip
@@ -67,8 +67,7 @@ SPEED = Section("Speed", (
     Panel(
         "How long does an update take?", "The higher line far above the lower: some updates are slow, such as those in "
         "which the generator learns too, or a checkpoint is waited for.", "s",
-        tuple(Query(f"histogram_quantile({q}, sum by (le, stage) (rate(ray_diagonal_update_seconds_bucket{{STAGES}}"
-                    "[$__rate_interval])))", f"{{{{stage}}}}: {100 * q:g} %") for q in (0.5, 0.95)),
+        quantiles("ray_diagonal_update_seconds_bucket{STAGES}", "le, stage", "{{stage}}: ", 0.5, 0.95),
     ),
     Panel(
         "Are the GPUs used well?", "Operations that updates need over what the hardware allows (MFU; only on hardware "
@@ -94,10 +93,9 @@ SPEED = Section("Speed", (
         "for the second. Writing longer than the interval: checkpoints are left out; use faster storage or a longer "
         "interval.", "s",
         (
-            Query("histogram_quantile(0.95, sum by (le, stage) (rate(ray_diagonal_checkpoint_save_seconds_bucket"
-                  "{STAGES}[$__rate_interval])))", "{{stage}}: written"),
-            Query("histogram_quantile(0.95, sum by (le, stage) (rate(ray_diagonal_checkpoint_wait_seconds_bucket"
-                  "{STAGES}[$__rate_interval])))", "{{stage}}: waited for"),
+            *quantiles(
+                "ray_diagonal_checkpoint_save_seconds_bucket{STAGES}", "le, stage", "{{stage}}: written, ", 0.95),
+            *quantiles("ray_diagonal_checkpoint_wait_seconds_bucket{STAGES}", "le, stage", "{{stage}}: waited, ", 0.95),
         ),
     ),
     Panel(

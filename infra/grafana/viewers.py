@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable
+from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable, lately, quantiles
 
 NOW = Section("Now", (
     Panel(
@@ -41,8 +41,7 @@ WAITING = Section("Waiting", (
     Panel(
         "How long does the first frame take?", "From the request to the first byte of video. A rise of all lines is "
         "queueing: add replicas. A rise of the highest alone is a cold replica or a new release.", "s",
-        tuple(Query(f"histogram_quantile({q}, sum by (le) (rate(ray_diagonal_time_to_first_frame_seconds_bucket"
-                    "{SERVED}[$__rate_interval])))", f"{100 * q:g} %") for q in (0.5, 0.95, 0.99)),
+        quantiles("ray_diagonal_time_to_first_frame_seconds_bucket{SERVED}", "le", "", 0.5, 0.95, 0.99),
         limits=((2.0, BAD),),
     ),
     Panel(
@@ -54,9 +53,7 @@ WAITING = Section("Waiting", (
     Panel(
         "How soon does a new prompt show?", "From a change of prompt to the first chunk made with it. It waits for the "
         "chunk under way and for a new cache; when it rises with the number of viewers, there are too many of them.",
-        "s", tuple(Query(f"histogram_quantile({q}, sum by (le) (rate("
-                         "ray_diagonal_prompt_update_latency_seconds_bucket{SERVED}[$__rate_interval])))",
-                         f"{100 * q:g} %") for q in (0.5, 0.95)),
+        "s", quantiles("ray_diagonal_prompt_update_latency_seconds_bucket{SERVED}", "le", "", 0.5, 0.95),
     ),
 ))  # fmt: skip
 
@@ -90,29 +87,30 @@ PLAYBACK = Section("Playback", (
 
 WRONG = Section("What went wrong", (
     Panel(
-        "Who is turned away, and why?", "Requests refused for lack of room (429). `slots`, `budget`: add replicas or "
+        "Who is turned away, and why?", "Requests refused for lack of room (429), in ten minutes. `full`, `budget`: "
+        "add replicas or "
         "raise max_replicas. `quota`: a caller's own limit. Prompts refused by anything but `policy`: the "
-        "policy itself fails, and everybody is refused.", "ops",
+        "policy itself fails, and everybody is refused.", "short",
         (
-            Query("sum by (reason) (rate(ray_diagonal_rejected_total{SERVED}[$__rate_interval]))", "{{reason}}"),
-            Query("sum by (reason) (rate(ray_diagonal_prompts_refused_total{SERVED}[$__rate_interval]))",
-                  "prompt: {{reason}}"),
+            Query("sum by (reason) " + lately("ray_diagonal_rejected_total{SERVED}"), "{{reason}}"),
+            Query("sum by (reason) " + lately("ray_diagonal_prompts_refused_total{SERVED}"), "prompt: {{reason}}"),
         ),
     ),
     Panel(
-        "Which answers are errors?", "Problems that gateways answered with, by their code; a caller's mistakes "
-        "are among them. Look for `internal` and `unavailable`, and search the gateways' log for the request_id.",
-        "ops",
-        (Query("sum by (code) (rate(ray_diagonal_errors_total{SERVED}[$__rate_interval]))", "{{code}}"),),
+        "Which answers are errors?", "Problems that gateways answered with in ten minutes, by their code; a caller's "
+        "mistakes "
+        "are among them. Look for `internal_error` and `unavailable`, and search the gateways' log for the request_id.",
+        "short",
+        (Query("sum by (code) " + lately("ray_diagonal_errors_total{SERVED}"), "{{code}}"),),
     ),
     Panel(
-        "How do sessions end?", "`done` and `cancelled` are the normal ends. Failures carry their code: three in a row "
+        "How do sessions end?", "In ten minutes; `completed`, `cancelled` and `moved` are normal. Failures carry "
+        "their code: three in a row "
         "make a replica start again; one code on all replicas points at the release, on one replica at its GPU.",
-        "ops",
+        "short",
         (
-            Query("sum by (outcome) (rate(ray_diagonal_sessions_total{SERVED}[$__rate_interval]))", "{{outcome}}"),
-            Query("sum by (code) (rate(ray_diagonal_session_failures_total{SERVED}[$__rate_interval]))",
-                  "failed: {{code}}"),
+            Query("sum by (outcome) " + lately("ray_diagonal_sessions_total{SERVED}"), "{{outcome}}"),
+            Query("sum by (code) " + lately("ray_diagonal_session_failures_total{SERVED}"), "failed: {{code}}"),
         ),
     ),
     Panel(
@@ -124,15 +122,14 @@ WRONG = Section("What went wrong", (
         width=12,
     ),
     Panel(
-        "Does Ray Serve itself report errors?", "Errors of Serve's proxies by code. Normal ends of WebSockets (1000, "
-        "1001, and ours: 1008, 1012, 1013, 4001), which Serve counts as errors, and callers' mistakes are left out. "
-        "What is left is a gateway that fails: read its log.", "ops",
+        "Does Ray Serve itself report errors?", "What Serve's proxies answered in ten minutes, and errors by code. "
+        "Normal ends of WebSockets, which Serve counts as errors, and callers' mistakes are left out of those. "
+        "What is left is a gateway that fails: read its log.", "short",
         (
-            Query("sum by (status_code) (rate(ray_serve_num_http_requests_total{APPLICATION}[$__rate_interval]))",
+            Query("sum by (status_code) " + lately("ray_serve_num_http_requests_total{SERVED}"),
                   "answered {{status_code}}"),
-            Query("sum by (error_code) (rate(ray_serve_num_http_error_requests_total"
-                  '{APPLICATION,error_code!~"1000|1001|1008|1012|1013|4..|4001"}[$__rate_interval]))',
-                  "error {{error_code}}"),
+            Query("sum by (error_code) " + lately("ray_serve_num_http_error_requests_total{SERVED,error_code!~"
+                  '"1000|1001|1003|1005|1008|1009|1012|1013|4001|4.."}'), "error {{error_code}}"),
         ), width=12,
     ),
 ))  # fmt: skip
@@ -141,5 +138,5 @@ BOARD = Board(
     "viewers", "Diagonal: viewers", "Are people getting frames?",
     (Variable("application", "Application", "ray_diagonal_sessions_active"),),
     (NOW, WAITING, PLAYBACK, WRONG),
-    {"SERVED": 'application=~"$application"', "APPLICATION": 'application=~"$application"'},
+    {"SERVED": 'application=~"$application"'},
 )  # fmt: skip

@@ -64,7 +64,6 @@ TOLD = {  # metric -> labels; each is asserted to come from nowhere else
     "diagonal_session_migrations_total": {"cause": "lost", "outcome": "failed"},
     "diagonal_checkpoints_skipped_total": {"stage": "distill"},
     "diagonal_checkpoints_refused_total": {"stage": "distill"},
-    "diagonal_model_flops_utilisation_ratio": {"stage": "distill"},
     "diagonal_data_quarantined_total": {"stage": "ode_init", "reason": "checksum"},
 }
 TELLER = '''"""Tells what has no honest cause here, through the sink that jobs have."""
