@@ -40,6 +40,7 @@ def test_a_service_is_not_ready_while_its_engine_hangs(engine: FakeEngine, http:
     try:
         http.post("/v1/videos", json={"prompt": "a red circle", "num_frames": 9}).raise_for_status()
         until(lambda: status(http) == 503, "not ready", 20)
+        assert http.get("/health/live").status_code == 200, "it hangs, and is not to be restarted for that"
     finally:
         goes_on.set()
     until(lambda: status(http) == 200, "ready again", 20)

@@ -149,11 +149,14 @@ def test_escape_stops_it_and_frees_the_place(page: Browser, until: Until, engine
     assert page.text("state") == "stopped" and page.text("start") == "Start"
 
 
-def test_closing_the_page_frees_the_place(page: Browser, until: Until, engine: FakeEngine) -> None:
+def test_closing_the_page_frees_the_place(
+    page: Browser, until: Until, engine: FakeEngine, http: httpx.Client
+) -> None:
     started(page, until)
     playing(page, until)
     page.call("Page.navigate", url="about:blank")
     until(lambda: not engine.sessions, "the place is free", seconds=30)
+    until(lambda: http.get("/v1/videos").json()["data"][0]["status"] == "cancelled", "nobody waits for it", seconds=30)
 
 
 def test_a_short_video_plays_to_its_end_and_its_finished_file_is_saved(
@@ -211,6 +214,7 @@ def test_a_browser_that_has_the_managed_source_alone_plays_too(page: Browser, un
     started(page, until)
     playing(page, until)
     plays_on(page, until)
+    assert page.text("error") == ""
 
 
 def test_a_browser_that_can_play_none_of_it_says_so(page: Browser, until: Until, engine: FakeEngine) -> None:
@@ -218,6 +222,7 @@ def test_a_browser_that_can_play_none_of_it_says_so(page: Browser, until: Until,
     page.run("MediaSource.isTypeSupported = () => false")
     started(page, until)
     until(lambda: "this browser cannot play video/mp4" in page.text("error"), "the reason is told", seconds=30)
+    assert page.text("state") == "failed" and played_s(page) == 0
     until(lambda: not engine.sessions, "the place is free", seconds=30)
 
 
@@ -251,6 +256,7 @@ def test_a_prompt_that_was_changed_while_the_connection_was_lost_is_shown_all_th
         page.press("Enter")
         cable.upstream = service.urls[1]
         until(lambda: shows(page, SECOND), "the second prompt is on screen", seconds=60)
+        assert page.text("error") == ""
 
 
 def test_a_gateway_that_drains_is_left_for_another_one_at_once(
