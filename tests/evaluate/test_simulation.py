@@ -27,17 +27,18 @@ from tests.engine.driving import spec_of
 from tests.networks import small_release
 
 FORWARD_S, ROW_S = 0.05, 0.02  # of a forward, and of each row in it
+SLOWER = 1.3  # once it is warm: what admission and scheduler know of it is no longer right, and is measured anew
 SLOTS, BATCH, CHANGE_AT = 12, 3, 5
 LEAD_S, CHUNKS, BETWEEN_S, LAST_S = 1.0, 10, 0.4, 20.0
 SETTINGS = (f"serve.max_sessions={SLOTS}", f"serve.batch_sessions={BATCH}")
 
 
-def measured(schedule: StepSchedule, window: int, batch: int) -> ChunkTimes:
+def measured(schedule: StepSchedule, window: int, batch: int, factor: float) -> ChunkTimes:
     """What `timed` makes of each step: every forward takes its time and that of its rows."""
     kinds = {ChunkKind.of(schedule, chunk, window) for chunk in range(window + len(schedule.rows))}
-    steps = [StepTime(kind.forwards, kind.context_chunks, size, kind.forwards * (FORWARD_S + ROW_S * size))
+    steps = [StepTime(kind.forwards, kind.context_chunks, size, factor * kind.forwards * (FORWARD_S + ROW_S * size))
              for kind in kinds for size in range(1, batch + 1)]  # fmt: skip
-    return ChunkTimes("by hand", "known", tuple(steps), recache_chunk_s=FORWARD_S + ROW_S)
+    return ChunkTimes("by hand", "known", tuple(steps), recache_chunk_s=factor * (FORWARD_S + ROW_S))
 
 
 @dataclass
@@ -91,15 +92,15 @@ class Viewers:
 
 def by_the_engine() -> tuple[Seen, EngineSetup]:
     """The real engine on a clock that its forwards move; others ask meanwhile, as other threads would."""
-    calendar, release = Calendar(), small_release(*SETTINGS)
+    calendar, release, factor = Calendar(), small_release(*SETTINGS), [1.0]
 
     def pass_time(module: Any, inputs: Any, output: Any) -> None:
-        calendar.run(calendar.now_s + FORWARD_S + ROW_S * len(inputs[0]))
+        calendar.run(calendar.now_s + factor[0] * (FORWARD_S + ROW_S * len(inputs[0])))
 
     release.network.register_forward_hook(pass_time)
     engine = Engine(release, clock=calendar)
     engine.warm_up()
-    calendar.now_s = 0.0
+    calendar.now_s, factor[0] = 0.0, SLOWER
     viewers = Viewers(engine, calendar, engine.geometry, lambda name: engine.open(spec_of(name, frames=None)))
     while calendar.now_s < LAST_S:
         began_s = calendar.now_s
@@ -114,8 +115,11 @@ def by_the_engine() -> tuple[Seen, EngineSetup]:
 
 def by_simulation(setup: EngineSetup) -> Seen:
     """The same viewers at a simulated engine."""
-    calendar, times = Calendar(), measured(setup.schedule, setup.window_chunks, BATCH)
-    engine = SimulatedEngine(setup, Draws(times, 0), calendar, lambda name, *_: viewers.receive(name))
+    calendar = Calendar()
+    warm, slower = (measured(setup.schedule, setup.window_chunks, BATCH, factor) for factor in (1.0, SLOWER))
+    draws = Draws(warm, 0)
+    engine = SimulatedEngine(setup, draws, calendar, lambda name, *_: viewers.receive(name))
+    draws.change(slower)
     viewers = Viewers(engine, calendar, setup.geometry, lambda name: engine.open(name, None))
     calendar.run(LAST_S)
     viewers.seen.busy_s = engine.busy_s

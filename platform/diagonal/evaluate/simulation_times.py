@@ -132,6 +132,11 @@ class Draws:
         self._next = 0
         self._known: dict[tuple[ChunkKind, int], float] = {}
 
+    def change(self, times: ChunkTimes) -> None:
+        """From now on things take so long."""
+        self.times = times
+        self._known.clear()
+
     def step_s(self, kind: ChunkKind, batch: int) -> float:
         """Seconds of one step."""
         self._next = (self._next + 1) % _DRAWS
