@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from serve.calls import answer, patient
@@ -49,7 +50,7 @@ async def _take_up(video: VideoRecord, store: Any, anywhere: Any, ahead_s: float
         return Refused("session_lost", _LOST.message, "snapshot")
     try:
         if parts:
-            tried = anywhere.restore.remote(parts, video.scale, ahead_s)
+            tried = anywhere.restore.remote(parts, video.scale, ahead_s, video.traceparent)
         else:
             tried = anywhere.open.remote(*opening(video))
         opened: Opened | Refused = await answer(tried, _CALL_TIMEOUT_S)
@@ -71,9 +72,10 @@ async def _claim(video: VideoRecord, opened: Opened, store: Any, replica: Any) -
             about = (change.event_id, change.prompt, change.transition_chunks)
             await answer(holder.interact.remote(video.id, *about))
     _LOG.warning("video %s goes on with chunk %d on another replica", video.id, mine.chunks_done)
-    return mine
+    return replace(mine, traceparent=video.traceparent)
 
 
-def opening(video: VideoRecord) -> tuple[str, str, int, int | None, int, bool, bool]:
+def opening(video: VideoRecord) -> tuple[str, str, int, int | None, int, bool, bool, str]:
     """Arguments with which a replica opens a video's session."""
-    return (video.id, video.prompt, video.seed, video.frames or None, video.scale, video.live, video.record)
+    asked = (video.id, video.prompt, video.seed, video.frames or None)
+    return (*asked, video.scale, video.live, video.record, video.traceparent)

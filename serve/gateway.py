@@ -40,6 +40,7 @@ from serve.router import address
 from serve.schemas import InteractionRequest, VideoRequest, asked_change, new_video, new_video_id
 from serve.settings import ServeSettings
 from serve.tables import LOCAL
+from serve.traces import traces_of
 
 _READY_TIMEOUT_S = 5.0
 _LOOK_EVERY_S = 0.2
@@ -55,6 +56,7 @@ class Gateway:
     ) -> None:
         """`is_stopping` says whether this process is about to end (`serve.leaving`)."""
         self.settings, self._store, self._fleet, self._metrics = settings, store, fleet, metrics
+        self._traces = traces_of(settings, "gateway")
         self._drivers = Drivers(store, fleet, metrics, settings.reader_start_timeout_s)
         self._leaving: set[asyncio.Task[None]] = set()
         self._policy = PromptPolicy.from_settings(settings, metrics)
@@ -143,14 +145,25 @@ class Gateway:
         return str(text), float(expires_at)
 
     async def create(
-        self, request: VideoRequest, caller: Caller, idempotency: Idempotency | None = None, resume_hash: str = ""
+        self, request: VideoRequest, caller: Caller, idempotency: Idempotency | None = None, resume_hash: str = "",
+        traceparent: str = "",
     ) -> VideoRecord:
-        """Admit a video: a replica holds its session before this answers, and a driver makes it."""
+        """Admit a video: a replica holds its session before this answers, and a driver makes it.
+
+        `traceparent` names the caller's own span.
+        """
+        with self._traces.span("create_video", traceparent) as span:
+            return await self._create(request, caller, idempotency, resume_hash, span)
+
+    async def _create(
+        self, request: VideoRequest, caller: Caller, idempotency: Idempotency | None, resume_hash: str, span: str
+    ) -> VideoRecord:
         began_s, video_id = time.monotonic(), new_video_id()
         info = await self._fleet.choose(video_id, request.model)
         video = new_video(request, info, time.time(), video_id)
         await self._policy.check(video.prompt, caller.account)
-        video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash)
+        video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash,
+                        traceparent=span)
         if idempotency is None and (full := self._refusals.of(video)):  # a repeated request may be of a known video
             raise self._rejected(full, "full_lately")
         # A caller who goes away leaves nothing half made.
@@ -158,6 +171,10 @@ class Gateway:
         return replace(made, age_s=time.monotonic() - began_s)
 
     async def _admit(self, video: VideoRecord, caller: Caller, idempotency: Idempotency | None) -> VideoRecord:
+        with self._traces.span("admission", video.traceparent, model=video.model):
+            return await self._admitted(video, caller, idempotency)
+
+    async def _admitted(self, video: VideoRecord, caller: Caller, idempotency: Idempotency | None) -> VideoRecord:
         known: VideoRecord | Refused | None = await answer(self._store.admit.remote(video, caller, idempotency))
         if isinstance(known, VideoRecord):
             return known

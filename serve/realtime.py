@@ -84,7 +84,8 @@ class RealtimeSession:
         self._window_s = start.streaming_buffer_seconds
         self._token, secret = new_secret(RESUME)
         if start.resume_token is None:
-            video, chunk = await self._gateway.create(start, self._caller, resume_hash=secret.hash), 0
+            span = self._socket.headers.get("traceparent", "")
+            video, chunk = await self._gateway.create(start, self._caller, None, secret.hash, span), 0
         else:
             video, chunk = await self._take_over(start.resume_token, secret.hash)
         self._next_chunk = chunk

@@ -119,6 +119,7 @@ class VideoRecord:
     `release_sha256` is that of its release's manifest; `prompt_salt` keeps the prompt's hash from being guessed.
     `record`: a log is kept, from which its owner may make it again.
     `owner` is the key that made it, `account` pays for it; `resume_hash` is that of the only resume token that counts.
+    `traceparent` names the span that its session's spans lie below; only who made or holds it knows, no store does.
     `age_s` is told with every answer: how long ago it was asked for, by a clock that never jumps. So is `orphan`:
     nobody drives it, so whoever asks should.
     """
@@ -152,6 +153,7 @@ class VideoRecord:
     record: bool = False
     age_s: float = 0.0
     orphan: bool = False
+    traceparent: str = ""
     interactions: tuple[Interaction, ...] = ()
 
     @property

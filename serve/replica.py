@@ -32,6 +32,7 @@ from serve.scaling import BUSY, REFUSED, SESSIONS, SLOTS
 from serve.settings import ServeSettings
 from serve.sink import serve_sink
 from serve.slots import Slot
+from serve.traces import SessionTrace, traces_of
 
 _LOG = logging.getLogger("ray.serve")
 _REAP_EVERY_S = 1.0
@@ -56,7 +57,7 @@ class Replica:
         name: str | None = None,
     ) -> None:
         self._settings = settings
-        self._metrics = metrics or serve_sink()
+        self._metrics, self._traces = metrics or serve_sink(), traces_of(settings, "replica")
         self._name = name or str(serve.get_replica_context().replica_id.unique_id)
         loaded = Loaded(*load(settings, self._metrics))
         self._config, self._engine = loaded.config, loaded.engine
@@ -77,17 +78,20 @@ class Replica:
 
     async def open(
         self, session_id: str, prompt: str, seed: int, frames: int | None, scale: int, paced: bool = False,
-        record: bool = False,
+        record: bool = False, traceparent: str = "",
     ) -> Opened | Refused:
         """Hold a session, without an end where `frames` is None, and begin its first chunk.
 
-        `paced` when somebody watches while it is made; `record` keeps the log that `recording` gives.
+        `paced` when somebody watches while it is made; `record` keeps the log that `recording` gives. Spans of its
+        chunks lie below `traceparent`.
         """
         spec = SessionSpec(session_id, prompt, seed, frames, paced=paced, record=record)
         refused = self._admit(lambda: self._engine.open(spec))
-        return refused or self._hold(session_id, Slot(self._encoder(scale)), 0)
+        return refused or self._hold(session_id, Slot(self._encoder(scale)), 0, traceparent)
 
-    async def restore(self, parts: Sequence[bytes], scale: int, ahead_s: float | None = None) -> Opened | Refused:
+    async def restore(
+        self, parts: Sequence[bytes], scale: int, ahead_s: float | None = None, traceparent: str = ""
+    ) -> Opened | Refused:
         """Go on with a session of another replica after the newest of its snapshots (`snapshot`), oldest part first.
 
         `ahead_s` is the media that its viewer has left now. The answer is that of `open`; the next chunk is begun.
@@ -103,7 +107,7 @@ class Replica:
         slot = Slot(self._encoder(scale, media.pixel_frames, media.chunks + 1))
         slot.wanted = slot.made = snapshot.next_chunk - 1
         slot.snapshots[slot.made] = snapshot
-        return self._hold(snapshot.spec.session_id, slot, snapshot.next_chunk)
+        return self._hold(snapshot.spec.session_id, slot, snapshot.next_chunk, traceparent)
 
     def _admit(self, enter: Callable[[], None]) -> Refused | None:
         """Let the engine take a session; what it refused."""
@@ -123,8 +127,9 @@ class Replica:
             return Refused("invalid_value", f"{error.field}: allowed is {error.allowed}", error.field)
         return None
 
-    def _hold(self, session_id: str, slot: Slot, chunk: int) -> Opened:
+    def _hold(self, session_id: str, slot: Slot, chunk: int, traceparent: str) -> Opened:
         self._slots[session_id] = slot
+        slot.trace = SessionTrace(self._traces, traceparent)
         slot.mark = self._marks.of(session_id, slot.encoder.scale)
         slot.task = self._loop.create_task(self._encode(session_id, slot))
         self._want(session_id, slot, chunk)
@@ -355,6 +360,8 @@ class Replica:
                 slot.over = True
                 return self._fail(slot, result.chunk)
             self._metrics.observe("diagonal_chunk_encode_seconds", time.monotonic() - started_s)
+            if slot.trace is not None:
+                slot.trace.chunk(result.chunk, len(result.pixels), result.generation_s, started_s)
             self._note_applied(slot, result)
             self._give(slot, result, data)
 

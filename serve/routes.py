@@ -111,7 +111,9 @@ def _add_videos(app: FastAPI) -> None:
         asked: VideoRequest = parse(VideoRequest, data, text=text)
         idempotency = _idempotency(idempotency_key, asked)
         try:
-            video = await gateway.create(asked, caller, idempotency)
+            video = await gateway.create(
+                asked, caller, idempotency, traceparent=request.headers.get("traceparent", "")
+            )
         except Problem as problem:
             if problem.status == 429:
                 problem.headers = await gateway.rate_limits(caller)

@@ -48,6 +48,8 @@ class ServeSettings:
     not answered within `prompt_policy_timeout_s` has refused.
     `drain_s`: streams over HTTP may go on so long through a gateway that is to end, and are cut then. `surge_percent`:
     so many of 100 replicas more may run while an upgrade replaces them; with 0, for want of room, old ones go first.
+    `traces`: OTLP/HTTP address that traces are sent to, such as http://127.0.0.1:4318; '' is none, unless
+    OTEL_EXPORTER_OTLP_ENDPOINT names one.
     """
 
     release: str = ""
@@ -91,6 +93,7 @@ class ServeSettings:
     session_idle_timeout_s: float = 60.0
     drain_s: float = 600.0
     surge_percent: int = 0
+    traces: str = ""
 
     def __post_init__(self) -> None:
         require(self.codec in CODECS, "codec", self.codec, f"one of {list(CODECS)}")
@@ -118,6 +121,8 @@ class ServeSettings:
         require(bool(self.data), "data", self.data, "a folder")
         require(self.auth in AUTH_MODES, "auth", self.auth, f"one of {list(AUTH_MODES)}")
         self._check_provenance()
+        right = not self.traces or self.traces.startswith(("http://", "https://"))
+        require(right, "traces", self.traces, "'' or an address that begins with http:// or https://")
         for origin in self.allowed_origins:
             right = origin.startswith(("http://", "https://")) and origin.count("/") == 2
             require(right, "origins", origin, "http://host or https://host, with a port where it has one")

@@ -11,6 +11,7 @@ from diagonal.engine.snapshot import Snapshot
 from diagonal.media.encode import ChunkEncoder
 from diagonal.media.watermark import Watermark
 from serve.records import EncodedChunk, Refused
+from serve.traces import SessionTrace
 
 _MOST_BYTES = 1 << 20  # with so many no further chunk comes along in a pull
 
@@ -31,6 +32,7 @@ class Slot:
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
     mark: Watermark | None = None
+    trace: SessionTrace | None = None
 
     def chunk(self, index: int) -> asyncio.Future[EncodedChunk | Refused]:
         if index not in self.chunks:

@@ -20,7 +20,7 @@ from packaging.version import Version
 # The CUDA build of torch brings these; which of them depends on the machine, so none is pinned.
 OF_A_GPU = re.compile(r"nvidia-|cuda-|triton$")
 REGISTRY_HOSTS = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org")
-EXTRAS = ("", "train", "serve", "serve-postgres", "provenance", "dashboards", "dev")
+EXTRAS = ("", "train", "serve", "serve-postgres", "provenance", "traces", "dashboards", "dev")
 
 
 @pytest.fixture(scope="module")
