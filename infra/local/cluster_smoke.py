@@ -8,6 +8,7 @@ and returns 0 when all went on.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,7 @@ SETTINGS = {
 SERVICE = {"replicas": 2, "replica_pool": WORK, "gateway_pool": FRONT, "replica_cpus": 1}
 PROMPT, FPS, FRAMES = "a red circle moving right slowly", 16, 960
 # Limits for a machine that does other things too; on a calm one with two cores all of it takes under four minutes.
-JOB_S, STREAM_S, REPLICA_S = 600.0, 300.0, 180.0
+JOB_S, STREAM_S, REPLICA_S, READY_S = 600.0, 300.0, 300.0, 600.0
 
 
 class SmokeError(RuntimeError):
@@ -154,7 +155,8 @@ def journey(progress: Progress) -> None:
         work = [nodes.add(WORK, NODE_CPUS) for _ in range(2)]
         progress.say("three nodes joined: one for gateways and store, two for replicas and training")
         release = Path(run.root) / RELEASE
-        served = deploy(run, release, progress, SERVICE, [{"name": "Replica", "max_replicas_per_node": 1}])
+        spread = [{"name": "Replica", "max_replicas_per_node": 1}]
+        served = deploy(run, release, progress, SERVICE, spread, READY_S)
         until("a replica on each node", lambda: len(replicas(served)) == 2, REPLICA_S)
         log = Path(run.folder) / "job.log"
         job = submit(run, log)
@@ -202,6 +204,7 @@ def recover(run: LocalRun, nodes: Nodes, work: list[Node], job: subprocess.Popen
 def main() -> int:
     """Run it; 0 when all recovered, 1 otherwise."""
     progress = Progress()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that everything is ended then too
     try:
         journey(progress)
     except (SmokeError, DemoError, cluster.ClusterError, OSError) as error:

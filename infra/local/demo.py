@@ -136,7 +136,7 @@ def _releases(run: LocalRun) -> Iterator[Path]:
 
 def deploy(
     run: LocalRun, release: Path, progress: Progress, arguments: Mapping[str, Any] | None = None,
-    deployments: Sequence[Mapping[str, Any]] = (),
+    deployments: Sequence[Mapping[str, Any]] = (), patience_s: float = READY_LIMIT_S,
 ) -> LocalRun:  # fmt: skip
     """Deploy the release with Ray Serve on a free port of 127.0.0.1, and wait until it is ready.
 
@@ -155,11 +155,11 @@ def deploy(
     progress.say(f"deploying {release} with Ray Serve on 127.0.0.1:{port}")
     run_job(run, f"serve deploy {written} --address {run.dashboard_url}", 120.0, progress)
     served = cluster.with_service(run, f"http://127.0.0.1:{port}")
-    _wait_until_ready(served, release, progress)
+    _wait_until_ready(served, release, progress, patience_s)
     return served
 
 
-def _wait_until_ready(run: LocalRun, release: Path, progress: Progress) -> None:
+def _wait_until_ready(run: LocalRun, release: Path, progress: Progress, patience_s: float) -> None:
     """Wait until Serve runs this release (an earlier one may still answer) and its gateway says that it is ready."""
     begun = told = time.monotonic()
     while True:
@@ -168,7 +168,7 @@ def _wait_until_ready(run: LocalRun, release: Path, progress: Progress) -> None:
         if _serves(found, release) and _answers(f"{run.service_url}{READY_ROUTE}"):
             break
         now = time.monotonic()
-        if "DEPLOY_FAILED" in state or now - begun > READY_LIMIT_S:
+        if "DEPLOY_FAILED" in state or now - begun > patience_s:
             raise DemoError(f"the service did not become ready in {now - begun:.0f} s: {state}")
         if now - told > HEARTBEAT_S:
             progress.say(f"waiting for the service: {state}")
