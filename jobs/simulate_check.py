@@ -31,7 +31,6 @@ ALLOWED = 0.15
 _LAG_S = 12.0  # until Ray's metrics tell of what was
 _CLIP_S, _LOAD_S, _OVERLOAD_S, _OVERLOAD_STAY_S = 10.0, 20.0, 20.0, 5.0
 _FILLED = 0.75  # of what is admitted at once, in the load
-_HOPS = 3  # between the request and the first chunk at the gateway
 _USUAL_ENCODE_S = 0.02
 Row = dict[str, Any]
 
@@ -99,8 +98,7 @@ class Metrics:
 
 
 def measure(plan: Plan, read: Metrics, setup: EngineSetup) -> ChunkTimes:
-    """What a step of 1, 2, 4 ... sessions takes, by that many unpaced clips at once; what is left of the first frame's
-    time is the way to the client."""
+    """What a step of one, of two and of most sessions takes, by that many unpaced clips at once."""
     chunk_frames, seconds, encode_s = setup.geometry.chunk_pixel_frames(1), {}, _USUAL_ENCODE_S
     unpaced, before = replace(plan, pacing="none"), read()
     asyncio.run(offer(unpaced, [0.0], "ws"))  # connections are made, and clocks come up
@@ -113,13 +111,12 @@ def measure(plan: Plan, read: Metrics, setup: EngineSetup) -> ChunkTimes:
         if before is not None and after is not None:
             done = after.since(before)
             frames, spent_s = round(done.frames), done.busy_s
-            encode_s = done.encode_s / done.encoded if done.encoded else encode_s
+            if size == 1 and done.encoded:  # with more of them it also counts how they wait for each other
+                encode_s = done.encode_s / done.encoded
         require(frames > 0, "--check", plan.url, "a service that makes clips when nobody else asks")
         seconds[size], before = size * spent_s * chunk_frames / frames, after
-    (alone,) = asyncio.run(offer(replace(plan, seconds=3.0), [0.0], "ws"))
-    left_s = (alone.first_frame_s or 0.0) - seconds[1] - encode_s
     return ChunkTimes("the running service", plan.url, tuple(steps(setup, seconds)), seconds[1] / 4, seconds[1],
-                      encode_s, hop_s=0.005, deliver_s=max(0.0, left_s - _HOPS * 0.005))  # fmt: skip
+                      encode_s)  # fmt: skip
 
 
 def steps(setup: EngineSetup, seconds: Mapping[int, float]) -> list[StepTime]:

@@ -21,7 +21,7 @@ from diagonal.evaluate.simulation_service import Fleet
 from diagonal.evaluate.simulation_times import ChunkTimes, StepTime
 from jobs.service_policies import Scaling, policies
 from jobs.simulate import work
-from jobs.simulate_check import total
+from jobs.simulate_check import ALLOWED, Simulated, row, total
 
 TIMES = ChunkTimes("by hand", "known", (StepTime(2, 3, 1, 0.025), StepTime(2, 3, 4, 0.05)), 0.002, 0.05, 0.02)
 SLOW = replace(TIMES, steps=(StepTime(2, 3, 1, 0.3), StepTime(2, 3, 4, 1.1)))  # two sessions at once, hardly
@@ -123,3 +123,17 @@ def test_a_wrong_option_is_refused_by_name_value_and_range(option: str, value: s
 def test_a_metric_is_summed_over_its_labels() -> None:
     text = 'ray_diagonal_x_total{a="1"} 2.0\nray_diagonal_x_total{a="2"} 3.5\nray_diagonal_x_total_y 9\ndiagonal_x 1\n'
     assert total(text, "diagonal_x_total") == 5.5
+
+
+@pytest.mark.parametrize(("times", "replicas", "expected"), [(TIMES, 1, 8), (SLOW, 2, 2)])
+def test_what_a_check_expects_to_be_admitted_is_bounded_by_slots_or_by_time(
+    times: ChunkTimes, replicas: int, expected: int
+) -> None:
+    setup = EngineSetup.of(Config.from_preset("tiny"))
+    assert Simulated(setup, times, Fleet(replicas)).capacity(20) == expected
+
+
+def test_a_check_judges_what_is_measured_on_both_sides() -> None:
+    assert row("x", 10.0, 11.0)["difference"] == pytest.approx(0.1)
+    assert row("x", None, 11.0)["difference"] is None and row("x", 10.0, 11.0, judged=False)["difference"] is None
+    assert ALLOWED == 0.15

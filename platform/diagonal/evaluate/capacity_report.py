@@ -78,8 +78,9 @@ def plan_lines(found: Found) -> list[str]:
 
 def check_lines(found: Found) -> list[str]:
     """A real run beside its simulation."""
-    lines = [f"Measured on the running service: a step of 1, 2, 4 sessions takes "
-             f"{', '.join(_ms(step['seconds']) for step in found['times']['steps'] if step['forwards'] == 2)} ms.", "",
+    took = {step["batch"]: step["seconds"] for step in found["times"]["steps"]}
+    steps = ", ".join(f"{_ms(seconds)} of {batch}" for batch, seconds in sorted(took.items()))
+    lines = [f"Measured on the running service: a step takes, in ms by sessions, {steps}.", "",
              "| | real | simulated | difference |", "|---|---|---|---|"]  # fmt: skip
     for row in found["rows"]:
         difference = "-" if row["difference"] is None else f"{row['difference']:+.1%}"
