@@ -79,6 +79,7 @@ def test_a_run_says_where_when_by_what_and_makes_the_page(run: tuple[Path, dict[
     out, found = run
     assert {"date", "device", "torch", "diffusers", "commit", "cpus", "threads", "load", "clock"} <= found.keys()
     assert "--decoder fast" in found["command"] and found["config"]["serve"]["decoder"] == "fast"
+    assert found["overlap"] is False and found["config"]["serve"]["overlap_decode"] is False
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     text = (out.parent / "speed.md").read_text()
     assert found["command"] in text and "received by a client" in text and text.count("not measured") >= 12
@@ -93,15 +94,25 @@ def test_what_time_does_not_allow_is_said_and_the_page_is_written_all_the_same(t
     assert (tmp_path / "speed.md").exists()
 
 
-@pytest.mark.parametrize(("options", "named"), [(["--chunks", "1"], "--chunks"), (["--set", "schedule.steps=9"],
-                         "schedule.steps"), (["--preset", "wan-1.3b"], "--preset")])  # fmt: skip
-def test_wrong_options_are_refused_before_anything_is_built(
-    options: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("options", [
+    ("--chunks", "1"), ("--late", "-3"), ("--sessions", "100001"), ("--batching-sessions", "0"), ("--media-s", "nan"),
+    ("--minutes", "-1"), ("--session-minutes", "inf"), ("--threads", "-1"), ("--metrics-port", "65536"),
+    ("--preset", "wan-1.3b"), ("--out", "/"), ("--set", "schedule.steps=9"),
+    ("--set", "serve.lead_s=-1.0"), ("--set", "words"), ("--sections", "all"), ("--chunks", "many"),
+    ("--clock", "sundial"),
+])  # fmt: skip
+def test_a_wrong_option_is_refused_by_name_value_and_range_before_anything_is_built(
+    options: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if torch.cuda.is_available() and named == "--preset":
+    if torch.cuda.is_available() and options[0] == "--preset":
         pytest.skip("a GPU can measure it")
-    assert main([*QUICK, *options, "--out", str(tmp_path / "x.json")]) == 2
-    assert named in capsys.readouterr().err and not list(tmp_path.iterdir())
+    try:
+        status = main([*QUICK, "--out", str(tmp_path / "x.json"), *options])
+    except SystemExit as refused:  # argparse's own
+        status = int(str(refused.code))
+    said = capsys.readouterr().err
+    field, _, value = options[1].partition("=") if options[0] == "--set" else (options[0], "", options[1])
+    assert status == 2 and field in said and value in said and not list(tmp_path.iterdir())
 
 
 def test_the_floors_are_those_of_the_methods_own_table() -> None:
@@ -188,9 +199,10 @@ sys.exit(main(sys.argv[1:]))
 
 def test_the_bench_needs_neither_ray_nor_what_serves_and_without_an_encoder_says_so(tmp_path: Path) -> None:
     out = tmp_path / "speed-bare.json"
-    options = [*QUICK, "--decoder", "fast", "--sections", "rates", "client", "--out", str(out)]
+    options = [*QUICK, "--decoder", "fast", "--overlap", "--sections", "rates", "client", "--out", str(out)]
     done = subprocess.run([sys.executable, "-c", HIDDEN, *options], timeout=300, check=False, capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert "av" in found["client"]["not_measured"] and found["rates"]["dit"]["clip_fps"] > 0
+    assert found["config"]["serve"]["overlap_decode"] and found["rates"]["decoded"]["clip_fps"] > 0

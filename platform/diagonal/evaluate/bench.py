@@ -29,7 +29,7 @@ from diagonal.engine.engine import Engine
 from diagonal.engine.generation import ChunkMaker
 from diagonal.errors import FieldError, require
 from diagonal.evaluate.bench_model import RandomRelease
-from diagonal.evaluate.bench_rates import Variant, ceiling_tflops, growth_row, rate_row, variants
+from diagonal.evaluate.bench_rates import Variant, ceiling_tflops, decoded_row, growth_row, network_row, variants
 from diagonal.evaluate.bench_report import summary, write, write_page
 from diagonal.evaluate.speed_report import environment
 from diagonal.metrics import MetricSink, NullSink, exporter
@@ -37,6 +37,7 @@ from diagonal.metrics import MetricSink, NullSink, exporter
 Row = dict[str, Any]
 SECTIONS = ("rates", "client", "schedules", "sessions", "batching", "growth")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_MOST = 100_000  # of chunks or sessions
 _POOL_SESSIONS = 2  # of the hand-driven streams: a window of 21 frames fits
 
 
@@ -75,9 +76,14 @@ class Bench:
         except (RuntimeError, ImportError, OSError) as error:  # one row that fails leaves the others
             self._note(name, f"{type(error).__name__}: {error}".partition("\n")[0])
         self.found.setdefault("seconds", {})[name] = time.monotonic() - started_s
+        self._free()
+
+    def _free(self) -> None:
+        """Let go of what nobody holds; peak memory counts from here."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def _note(self, name: str, reason: str) -> None:
         self.found[name] = {"not_measured": reason}
@@ -86,16 +92,15 @@ class Bench:
         return ChunkMaker(self.release, self.device, _POOL_SESSIONS)
 
     def _rates(self) -> Row:
-        """The configured schedule: the network alone, then with its decoder; memory beside them."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        maker, variant = self._maker(), variants(self.config)[0]
-        rows = [rate_row(maker, self.release, variant, self.found["ceiling_tflops"], decode=decode,
-                         steady_chunks=self.options.chunks, clock=self.clock) for decode in (False, True)]  # fmt: skip
-        window = self.config.cache.window_frames // self.config.geometry.chunk_frames
+        """The configured schedule: the network alone, then an engine of one stream, with its decoder; its memory."""
+        rest = (self.release, variants(self.config)[0], self.found["ceiling_tflops"], self.options.chunks, self.clock)
+        alone = network_row(self._maker(), *rest)
+        self._free()
+        engine = self._engine(1, 1)
+        decoded = decoded_row(engine, *rest)
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         return {
-            "dit": rows[0], "decoded": rows[1], "cache_bytes": window * maker.pool.page_bytes, "peak_bytes": peak,
+            "dit": alone, "decoded": decoded, "cache_bytes": engine.stats().cache_capacity_bytes, "peak_bytes": peak,
             "decode_tflop": [flops / 1e12 for flops in self.release.decode_flops()],
         }
 
@@ -106,8 +111,8 @@ class Bench:
             if time.monotonic() > self.ends_s:
                 rows.append({"name": variant.name, "not_measured": f"the {self.options.minutes:g} minutes were over"})
                 continue
-            rows.append(rate_row(maker, self.release, variant, self.found["ceiling_tflops"], decode=False,
-                                 steady_chunks=max(2, self.options.chunks // 4), clock=self.clock))  # fmt: skip
+            steady = max(2, self.options.chunks // 4)
+            rows.append(network_row(maker, self.release, variant, self.found["ceiling_tflops"], steady, self.clock))
         return rows
 
     def _client(self) -> Row:
@@ -154,6 +159,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decoder", choices=("full", "fast"), default="full")
     parser.add_argument("--fp8", action="store_true", help="8-bit linear layers and K/V cache")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                        help="decode a chunk beside the next one's forwards (a CPU has nothing to gain from it)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--chunks", type=int, default=24, help="steady chunks of a rate")
     parser.add_argument("--late", type=int, default=700, help="the chunk that is compared with chunk 10")
@@ -174,8 +181,18 @@ def config_of(options: argparse.Namespace) -> Config:
     """The preset with what the options ask for; `FieldError` on a wrong one."""
     require(options.clock == "wall" or not torch.cuda.is_available(), "--clock", options.clock, "wall on a GPU")
     for name in ("chunks", "late", "sessions", "batching_sessions"):
-        require(getattr(options, name) >= 2, f"--{name}", getattr(options, name), "a whole number of at least 2")
-    settings = [f"serve.decoder={options.decoder}", f"serve.compile={str(options.compile).lower()}"]
+        value = getattr(options, name)
+        require(2 <= value <= _MOST, f"--{name.replace('_', '-')}", value, f"a whole number from 2 to {_MOST}")
+    for name, most in (("media_s", 3600.0), ("minutes", 1440.0), ("session_minutes", 1440.0)):
+        value, least = getattr(options, name), 0.1 if name == "media_s" else 0.0
+        require(least <= value <= most, f"--{name.replace('_', '-')}", value, f"a number from {least:g} to {most:g}")
+    for name, limit in (("threads", os.cpu_count() or 1), ("metrics_port", 65_535)):
+        value = getattr(options, name)
+        require(0 <= value <= limit, f"--{name.replace('_', '-')}", value, f"a whole number from 0 to {limit}")
+    out: Path = options.out
+    require(out.suffix == ".json" and not out.is_dir(), "--out", str(out), "the name of a file that ends with .json")
+    settings = [f"serve.decoder={options.decoder}", f"serve.compile={str(options.compile).lower()}",
+                f"serve.overlap_decode={str(options.overlap).lower()}"]  # fmt: skip
     if torch.cuda.is_available():
         settings += ["serve.attention=auto"]
     if options.fp8:
@@ -189,8 +206,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write; 2 where a setting is wrong or the machine does not allow it."""
     started_s, options = time.monotonic(), parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     try:
         config = config_of(options)
         require(options.preset == "tiny" or device.type == "cuda", "--preset", options.preset,
@@ -198,14 +213,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FieldError as error:
         print(error, file=sys.stderr)
         return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
     bench = Bench(config, device, options, started_s + 60 * options.minutes)
     bench.found.update(environment(device))
     given = [part.replace(str(options.out.parent), "docs/results") for part in arguments or sys.argv[1:]]
     bench.found |= {
         "command": " ".join(["python -m diagonal.evaluate.bench", *given]), "preset": options.preset,
-        "decoder": options.decoder, "fp8": options.fp8, "compile": options.compile, "clock": options.clock,
         "attention": config.serve.attention, "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
+        **{name: getattr(options, name) for name in ("decoder", "fp8", "compile", "overlap", "clock")},
     }
     with exporter(options.metrics_port) if options.metrics_port else nullcontext(NullSink()) as bench.metrics:
         print(summary(bench.run()))

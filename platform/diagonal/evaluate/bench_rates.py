@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 
 from diagonal.config import Config
 from diagonal.diffusion.rollout import KeptChunk
+from diagonal.engine.engine import Engine
 from diagonal.engine.generation import ChunkMaker, Emitted, emit
 from diagonal.engine.script import SessionSpec
 from diagonal.engine.session import Session
@@ -106,22 +108,55 @@ class Stream:
         self.session.cache.close()
 
 
-def rate_row(
-    maker: ChunkMaker, release: RandomRelease, variant: Variant, ceiling: float, *, decode: bool, steady_chunks: int,
+def network_row(
+    maker: ChunkMaker, release: RandomRelease, variant: Variant, ceiling: float, steady_chunks: int,
     clock: Clock = time.perf_counter,
 ) -> Row:
-    """A clip from its first chunk (one to warm up, then the best of two), then the steady state of a full window."""
-    config, geometry = maker.config, maker.geometry
-    clips = []
+    """The network alone, chunk by chunk: a clip from its first chunk (one to warm up, then the best of two), then the
+    steady state of a full window."""
+    clips, chunks = [], maker.geometry.clip_chunks
     for _ in range(3):
-        stream = Stream(maker, variant, decode=decode, clock=clock)
-        clips.append([stream.chunk_s() for _ in range(geometry.clip_chunks)])
+        stream = Stream(maker, variant, decode=False, clock=clock)
+        clips.append([stream.chunk_s() for _ in range(chunks)])
         if len(clips) < 3:
             stream.close()
     steady = [stream.chunk_s() for _ in range(steady_chunks)]
     stream.close()
-    clip = min(clips[1:], key=sum)
-    schedule = variant.schedule(config)
+    return _rate_row(maker.config, release, variant, ceiling, min(clips[1:], key=sum), steady, decode=False)
+
+
+def decoded_row(
+    engine: Engine, release: RandomRelease, variant: Variant, ceiling: float, steady_chunks: int,
+    clock: Clock = time.perf_counter,
+) -> Row:
+    """The engine's one unpaced stream, whose chunks are all asked for at its beginning: with `serve.overlap_decode` a
+    GPU decodes each beside the next one's forwards. A chunk's time is from the one before it to its own pixels."""
+    chunks, number = engine.geometry.clip_chunks, itertools.count()
+    clips = [chunk_times_s(engine, f"clip-{next(number)}", chunks, clock) for _ in range(3)]
+    steady = chunk_times_s(engine, f"clip-{next(number)}", chunks + steady_chunks, clock)[chunks:]
+    return _rate_row(engine.config, release, variant, ceiling, min(clips[1:], key=sum), steady, decode=True)
+
+
+def chunk_times_s(engine: Engine, session_id: str, chunks: int, clock: Clock) -> list[float]:
+    """Seconds between the chunks of a stream of so many, the first from its opening."""
+    frames, ends_s = engine.geometry.pixel_start(chunks), [clock()]
+    engine.open(SessionSpec(session_id, PROMPT, 0, frames, paced=False))
+    engine.request(session_id, chunks - 1)
+    while len(ends_s) <= chunks:
+        for result in engine.step():
+            if result.error is not None:
+                raise RuntimeError(result.error)
+            ends_s.append(clock())
+    engine.close(session_id)
+    engine.step()
+    return [late - early for early, late in itertools.pairwise(ends_s)]
+
+
+def _rate_row(
+    config: Config, release: RandomRelease, variant: Variant, ceiling: float, clip: Sequence[float],
+    steady: Sequence[float], *, decode: bool,
+) -> Row:
+    geometry, schedule, steady_chunks = config.geometry, variant.schedule(config), len(steady)
     own = replace(config, cache=replace(config.cache, window_frames=variant.window_frames))
     layout = TransformerLayout.of(release.layout)
     flops = rollout_flops(layout, own, schedule)

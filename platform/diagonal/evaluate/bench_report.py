@@ -68,7 +68,8 @@ def summary(found: Found) -> str:
 
 
 def _how(found: Found) -> str:
-    how = ["compiled" if found["compile"] else "eager", *(["8-bit layers and cache"] if found["fp8"] else []),
+    how = ["compiled" if found["compile"] else "eager", *(["decoding overlapped"] if found.get("overlap") else []),
+           *(["8-bit layers and cache"] if found["fp8"] else []),
            f"{found['clock']} clock"]  # fmt: skip
     return f"decoder {found['decoder']}, {', '.join(how)}, ceiling {found['ceiling_tflops']:.4g} TFLOP/s"
 
@@ -180,8 +181,7 @@ def _cpu_lines() -> list[Line]:
     return [
         Line("5-second clip through DiT and decoder, times real time", ">= 10", None,
              lambda run: media_s / run["rates"]["decoded"]["clip_s"], decoder="full"),
-        Line("client-received over in-process FPS of the same clip", ">= 0.9", 1.0,
-             _received_share, ".2f", "full"),
+        Line("client-received over DiT + decoder FPS of the same clip", "", 1.0, _received_share, ".2f", "full"),
         Line("real-time sessions without a stall, in process with encoding", ">= 8", None,
              _of("sessions", "sessions"), ".0f", "full"),
         Line("sharing forwards over time slicing, 8 sessions", ">= 1.5", None, _of("batching", "ratio"), ".2f", "full"),

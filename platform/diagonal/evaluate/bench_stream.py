@@ -65,14 +65,14 @@ def serve_stream(
     connection.sendall(encoder.init_segment())
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="encode") as beside:
+        engine.request(session_id, geometry.chunks_for(pixel_frames) - 1)
         last = False
         while not last:
-            engine.request(session_id)
-            (result,) = engine.step()
-            if result.error is not None:
-                raise RuntimeError(result.error)
-            last = result.last
-            waiting.append(beside.submit(send, result))
+            for result in engine.step():
+                if result.error is not None:
+                    raise RuntimeError(result.error)
+                last = result.last
+                waiting.append(beside.submit(send, result))
             while len(waiting) > _AHEAD:
                 waiting.popleft().result(_TIMEOUT_S)
         for sent in waiting:
