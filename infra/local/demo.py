@@ -159,7 +159,7 @@ def deploy(
     return served
 
 
-def _wait_until_ready(run: LocalRun, release: Path, progress: Progress, patience_s: float) -> None:
+def _wait_until_ready(run: LocalRun, release: Path, progress: Progress, patience_s: float = READY_LIMIT_S) -> None:
     """Wait until Serve runs this release (an earlier one may still answer) and its gateway says that it is ready."""
     begun = told = time.monotonic()
     while True:
