@@ -33,7 +33,7 @@ PARTS = ("platform", "jobs", "serve")  # of the repository, that jobs and servic
 RELEASE = "platform/diagonal/assets/tiny/release"
 FRONT, WORK = "front", "work"
 NODE_CPUS = 4  # a replica and one of two training workers, with one left for data
-RUN, UPDATES, LOST_AFTER = "smoke", 12, 4  # updates in all, and when the node is lost: a checkpoint is whole after 3
+RUN, UPDATES, LOST_AFTER = "smoke", 24, 4  # updates in all, and when the node is lost: a checkpoint is whole after 3
 SETTINGS = {
     "distill.stage1_updates": UPDATES // 2, "distill.stage2_updates": UPDATES // 2, "distill.checkpoint_every": 3,
     "distill.batch_size": 4, "distill.micro_batch_size": 2, "distill.generator_every": 2, "distill.ema_start": 2,
@@ -183,6 +183,8 @@ def recover(run: LocalRun, nodes: Nodes, work: list[Node], job: subprocess.Popen
     until("both streams", lambda: all(viewer.parts >= 3 for viewer in viewers), STREAM_S)
     until(f"update {LOST_AFTER}", lambda: reached(LOST_AFTER), JOB_S)
     progress.say(f"two viewers watch, {updates(run)} of {UPDATES} updates are done: a node is lost")
+    if updates(run) >= UPDATES:
+        raise SmokeError("the job was through before a node was lost: nothing was tried")
     before = [viewer.parts for viewer in viewers]
     nodes.lose(work[0])
     until("both streams going on", lambda: all(v.parts > n + 1 for v, n in zip(viewers, before, strict=True)), STREAM_S)
