@@ -45,6 +45,8 @@ class Ranks:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._workers: list[tuple[Any, Connection]] = []
+        self._starts = 0
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
 
     def run(self, function: Callable[..., Any], *args: Any, deadline_s: float = 100.0) -> list[Any]:
         """`function(rank, *args)` on every rank; a failure on any raises here with its traceback and ends them all."""
@@ -68,7 +70,8 @@ class Ranks:
 
     def _start(self) -> list[tuple[Any, Connection]]:
         context = multiprocessing.get_context("spawn")
-        store = os.path.join(tempfile.mkdtemp(prefix="ranks-"), "store")
+        self._starts += 1
+        store = os.path.join(self._folder.name, f"store{self._starts}")
         workers = []
         for rank in range(self.world_size):
             here, there = context.Pipe()
