@@ -72,7 +72,7 @@ class LiveService:
 
     def settle(self) -> None:
         """Wait until all that is wanted runs, and what is to end has ended."""
-        self.until("Serve has done what it was told", self._settled)
+        self.until("Serve has done what it was told", self._settled, 2 * PATIENCE_S)
         self.until("the service is ready", self.ready)
 
     def ready(self) -> bool:
