@@ -59,7 +59,7 @@ def judge(prompt: str, account: str) -> bool:
         raise RuntimeError("the policy is broken")
     return "{BANNED}" not in prompt
 '''
-TOLD = {  # metric -> labels; each is asserted to come from nowhere else
+TOLD = {  # metric -> labels
     "diagonal_schedules_shortened_total": {},
     "diagonal_session_migrations_total": {"cause": "lost", "outcome": "failed"},
     "diagonal_checkpoints_skipped_total": {"stage": "distill"},
