@@ -69,7 +69,7 @@ observe: env ## a Prometheus with the project's rules beside a demo that is up (
 dashboards: env-dev ## write the dashboards' JSON from their code
 	@PYTHONPATH=platform:. $(VENV)/bin/python -m infra.grafana.build
 
-cluster-smoke: env ## distil and serve on a local cluster of four nodes, lose one, recover (about 3 minutes)
+cluster-smoke: env ## distil and serve on a local cluster of four nodes, lose one, recover (about 4 minutes)
 	@PYTHONPATH=platform:. $(VENV)/bin/python -m infra.local.cluster_smoke
 
 stop: ## end the local Ray and the service, by process id
