@@ -13,6 +13,7 @@ from diagonal.errors import FieldError
 from diagonal.model.vae import decoder_of
 from tests.engine.driving import OTHER, PROMPT, Clock, Sink, engine_of, equal, meanwhile, pull, spec_of, stream
 from tests.networks import SmallRelease, small_release, small_vae
+from tests.sinks import Recorded
 
 # What comes out
 
@@ -263,6 +264,21 @@ def test_the_session_with_the_least_slack_goes_first() -> None:
         clock.now_s += 0.1 if len(order) < 3 else 0.0
     # Both new: by name. Then b, as it has shown nothing. a began first, so it runs dry first; then they take turns.
     assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", 3)]
+
+
+def test_a_viewer_who_waited_plays_on_from_the_chunk_that_came_late() -> None:
+    """What a stall took is not owed for ever: the session is as urgent again as one that never stalled."""
+    clock, sink = Clock(), Recorded()
+    engine = engine_of(clock=clock, metrics=sink)
+    engine.open(spec_of(frames=None))
+    ahead = []
+    for wait_s in (0.0, 10.0, 0.25):
+        clock.now_s += wait_s
+        engine.request("s")
+        engine.step()
+        ahead.append(engine.info("s").ahead_s)
+    assert ahead == [9 / 16, 12 / 16, 24 / 16 - 0.25]
+    assert [told.value for told in sink.of("diagonal_playout_slack_seconds")] == [0.0, 0.5]
 
 
 def test_only_sessions_that_asked_are_served() -> None:

@@ -303,12 +303,13 @@ class Engine(Sessions):
         self._failures_in_row = 0
         now_s = self._clock()
         self._report_slack(session, now_s)
+        waits = session.slack_s(self.geometry, now_s) < 0  # its viewer, for the first chunk or in a stall
         with self._lock:
             for _ in session.applying:
                 session.pending.popleft()
             applied, session.applying = tuple(change.event_id for change in session.applying), ()
             session.next_chunk += 1
-            if session.started_s is None:
+            if waits:
                 session.started_s = now_s - self.geometry.pixel_start(chunk) / self.geometry.pixel_fps
             session.reanchor = session.reanchor or self._reanchor_cause(session)
             saved = session.save(self.geometry, session.slack_s(self.geometry, now_s))

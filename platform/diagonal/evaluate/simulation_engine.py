@@ -71,7 +71,7 @@ class Stream:
     ended: bool = False
 
     def slack_s(self, geometry: ChunkGeometry, now_s: float) -> float:
-        """Seconds until its viewer, who began with the first chunk, runs out of media."""
+        """Seconds until its viewer, who played each chunk as it came, runs out of media."""
         if self.started_s is None:
             return -inf
         return geometry.pixel_start(self.next_chunk) / geometry.pixel_fps - (now_s - self.started_s)
@@ -243,9 +243,9 @@ class SimulatedEngine:
         for stream, changed in zip(streams, changes, strict=True):
             if stream.name in self._closing:
                 continue
-            chunk = stream.next_chunk
+            chunk, waits = stream.next_chunk, stream.slack_s(geometry, now_s) < 0
             stream.next_chunk, stream.kept = chunk + 1, min(stream.kept + 1, self._setup.window_chunks - 1)
-            if stream.started_s is None:
+            if waits:
                 stream.started_s = now_s - geometry.pixel_start(chunk) / geometry.pixel_fps
             stream.ended = stream.next_chunk == self._total(stream.pixel_frames)
             ready_s = max(now_s, self._encoders[0]) + self._draws.times.encode_s
