@@ -7,6 +7,7 @@ and names of releases: no prompt, no key, no id of a session.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,11 +47,10 @@ class OpenTelemetryTraces(Traces):
         span = self._tracer.start_span(name, self._context(parent), attributes=attributes)
         try:
             yield self._name(span)
-        except BaseException as error:
-            span.set_attribute("error.type", type(error).__name__)
-            span.set_status(self._failed)
-            raise
         finally:
+            if kind := sys.exc_info()[0]:
+                span.set_attribute("error.type", kind.__name__)
+                span.set_status(self._failed)
             span.end()
 
     def past(self, name: str, parent: str, began_s: float, ended_s: float, **attributes: str | float) -> str:
