@@ -3,50 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from io import BytesIO
+from itertools import islice
 
-from diagonal.errors import require
-from diagonal.evaluate.quality import score_teacher
+import torch
+
+from diagonal.data.embedded import embedded_world
+from diagonal.evaluate.learning import score_learning
+from diagonal.evaluate.quality import ScoreTable, score_teacher
 from diagonal.model.text import TextEncoder
+from diagonal.model.vae import LinearCodec
 from diagonal.model.weights import save_base
 from diagonal.training.codec import train_vae
 from diagonal.training.pretrain import (
+    TeacherTraining,
     as_wan,
     build_corpus,
-    build_teacher,
     build_text_encoder,
     build_tokenizer,
     fit_codec,
     train_teacher,
 )
+from diagonal.training.text import fit_text
 from diagonal.tree import write_json
 from jobs.run import Run, main, opened, parser, say
 from jobs.timing import Progress
 
-SCORED_CLIPS = 216
-SCORES = "scores.json"
+SCORED_CLIPS, LEARNING_CLIPS = 216, 48
+CAPTION_STRIDE = 7  # of the captions, the text encoder learns from every seventh
+SCORES, STATE = "scores.json", "pretrain/state.pt"
 
 
 def pretrain(run: Run) -> None:
-    """Train the base model into the run's `base/` unless it is there."""
+    """Train the base model into the run's `base/` unless it is there; a teacher that was cut off goes on."""
     folder, config = run.folder / "base", run.config
     if folder.has(SCORES):
         return
-    require(config.preset == "tiny", "preset", config.preset, "'tiny': other base models are given, not trained here")
-    tokenizer = build_tokenizer()
-    encoder = build_text_encoder(config, len(tokenizer))
-    say("pretrain: fitting the linear codec, then the autoencoder to its latents")
-    linear = fit_codec(config)
-    codec = train_vae(config, linear, Progress("pretrain", config.pretrain.codec_updates))
-    say(f"pretrain: drawing {config.pretrain.clips} clips")
-    corpus = build_corpus(config, linear, TextEncoder(tokenizer, encoder, config.model.text_tokens))
-    state = train_teacher(config, corpus, Progress("pretrain", config.pretrain.updates))
-    lineage = {"stage": "pretrain", "seed": config.seed, "updates": config.pretrain.updates,
-               "command": "python jobs/pretrain.py --preset tiny"}
+    world, settings = embedded_world(config), config.pretrain
+    say("pretrain: fitting the linear codec and the text encoder")
+    tokenizer, linear = build_tokenizer(world), fit_codec(config)
+    captions = list(islice(world.captions(False), 0, None, CAPTION_STRIDE))
+    encoder = fit_text(config, tokenizer, build_text_encoder(config, len(tokenizer)), captions,
+                       Progress("pretrain text", settings.text_updates))
+    text = TextEncoder(tokenizer, encoder, config.model.text_tokens)
+    say(f"pretrain: drawing {settings.clips} clips")
+    training = TeacherTraining(config, build_corpus(config, linear, text))
+    _restore(run, training)
+    state = train_teacher(config, training, Progress("pretrain", settings.updates, training.update),
+                          partial(_after, run, text, linear))
+    say("pretrain: training the autoencoder to the linear codec's latents")
+    codec = train_vae(config, linear, Progress("pretrain codec", settings.codec_updates))
+    lineage = {"stage": "pretrain", "seed": config.seed, "updates": settings.updates,
+               "command": f"python jobs/pretrain.py --preset {config.preset}"}
     with folder.replaced(last=SCORES) as new:
-        save_base(new, config, as_wan(state, build_teacher(config)), codec, tokenizer, encoder, lineage)
+        save_base(new, config, as_wan(state, training.teacher), codec, tokenizer, encoder, lineage)
         scores = score_teacher(new, config, clips=SCORED_CLIPS, seed=config.seed)
         write_json(new / SCORES, {"clips": SCORED_CLIPS, "teacher": scores})
-    say("pretrain: " + ", ".join(f"{name} {value['mean']:.3f}" for name, value in scores.items()))
+    say(f"pretrain: {_means(scores)}")
+
+
+def _restore(run: Run, training: TeacherTraining) -> None:
+    if run.folder.has(STATE):
+        training.load_state_dict(torch.load(BytesIO(run.folder.read(STATE)), weights_only=True))
+        say(f"pretrain: going on after update {training.update}")
+
+
+def _after(run: Run, text: TextEncoder, linear: LinearCodec, training: TeacherTraining) -> None:
+    """Keep the state now and then, and judge what it has learnt."""
+    settings, update = run.config.pretrain, training.update
+    if update % settings.checkpoint_every == 0:
+        data = BytesIO()
+        torch.save(training.state_dict(), data)
+        run.folder.write(STATE, data.getvalue())
+    if settings.score_every and update % settings.score_every == 0:
+        tables = score_learning(training, run.config, text, linear, clips=LEARNING_CLIPS, seed=run.config.seed)
+        run.folder.write_json(f"pretrain/scores-{update:06d}.json", tables)
+        for guidance, table in tables.items():
+            say(f"pretrain: update {update}, guidance {guidance}: {_means(table)}")
+
+
+def _means(table: ScoreTable) -> str:
+    return ", ".join(f"{name} {value['mean']:.3f}" for name, value in table.items())
 
 
 def work(argv: Sequence[str]) -> None:

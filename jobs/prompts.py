@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 from diagonal.config import Config
+from diagonal.data.embedded import embedded_world
 from diagonal.data.extension import Extender
 from diagonal.data.prompt_set import MANIFEST, PromptSet, prepare, read_prompt_manifest
 from diagonal.data.prompts import is_held_out, prompt_id, read_prompts
-from diagonal.data.world import held_out_scenes, training_scenes
 from diagonal.errors import require
 from diagonal.storage import Folder
 from jobs.run import Run, say
@@ -40,15 +41,16 @@ def _prepared(run: Run, folder: Folder, uri: str) -> Folder:
     if folder.has(MANIFEST):
         return folder
     config = run.config
-    require(bool(uri) or config.preset == "tiny", "pairs.prompts", uri, "a prompt file (only tiny has its own)")
+    require(bool(uri) or config.is_embedded, "pairs.prompts", uri, "a prompt file (embedded presets have their own)")
     if uri:
         prompts, source = read_prompts(uri, config.train.storage_patience_s), uri
         held_out: Callable[[str], bool] = partial(is_held_out, share=config.prompts.held_out_share)
     else:
         require(not config.prompts.extend_url, "prompts.extend_url", config.prompts.extend_url,
                 "'' for the embedded world, whose oracle reads the captions; or a file as pairs.prompts")
-        kept = {prompt_id(scene.caption) for scene in held_out_scenes()}
-        prompts, source = (scene.caption for scene in (*training_scenes(), *held_out_scenes())), EMBEDDED
+        captions = embedded_world(config).captions
+        kept = {prompt_id(caption) for caption in captions(True)}
+        prompts, source = chain(captions(False), captions(True)), EMBEDDED
         held_out = kept.__contains__
     extender = partial(_extender, config, folder / "extended") if config.prompts.extend_url else None
     found = prepare(folder, source, prompts, held_out, extender)

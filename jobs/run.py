@@ -37,6 +37,7 @@ FREE_FIELDS = frozenset({  # where and how often, never what: a run may go on wi
     "ode_init.checkpoint_every", "ode_init.micro_batch_size",
     "distill.checkpoint_every", "distill.keep_checkpoints", "distill.micro_batch_size", "distill.max_nonfinite",
     "pairs.text_workers", "pairs.solver_workers", "pairs.max_bad_share", "decoder.checkpoint_every",
+    "pretrain.checkpoint_every", "pretrain.score_every",
     "prompts.extend_timeout_s", "prompts.extend_concurrency", "prompts.extend_key_variable",
 })  # fmt: skip
 
@@ -181,7 +182,7 @@ def _resolve(arguments: argparse.Namespace) -> tuple[Run, Callable[[], None]]:
     require(not exists, "--name", name, f"a name that no run in {storage} has; or --resume, to go on with it")
     assert wanted is not None
     if arguments.from_scratch:
-        require(wanted.preset == "tiny", "--from-scratch", wanted.preset, "the preset 'tiny', whose data is embedded")
+        require(wanted.is_embedded, "--from-scratch", wanted.preset, "a preset whose data is embedded, such as 'tiny'")
         wanted = wanted.with_settings([f"model.path={folder / 'base'}"])
     run = Run(name, wanted, folder, secrets.token_hex(8))
     return run, partial(_begin, run)

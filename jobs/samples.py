@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diagonal.config import Config
-from diagonal.data.world import held_out_scenes
+from diagonal.data.embedded import embedded_world
 from diagonal.diffusion.noise import mixed_seed
 from diagonal.diffusion.rollout import rollout
 from diagonal.evaluate.sheet import contact_sheet, save_png
@@ -34,7 +34,7 @@ SHEET_SIDE_PX = 128
 
 def sample_captions(config: Config, prompts: Sequence[str]) -> list[str]:
     """Prompts of the sample videos, the same through a run: of unseen scenes where the world has them."""
-    known = [scene.caption for scene in held_out_scenes()] if config.preset == "tiny" else prompts
+    known = list(embedded_world(config).captions(True)) if config.is_embedded else prompts
     return list(known[: config.train.sample_clips])
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
     "": -1, "errors": -1,
-    "geometry": 0, "schedule": 0, "metrics": 0, "storage": 0, "tree": 0, "mp4": 0, "chain": 0,
+    "geometry": 0, "schedule": 0, "metrics": 0, "storage": 0, "tree": 0, "mp4": 0, "chain": 0, "sections": 0,
     "config": 1, "model": 2, "diffusion": 3, "data": 4, "media": 4, "training": 5, "engine": 5, "evaluate": 6,
     "client": 6, "jobs": 7, "serve": 7,
 }  # fmt: skip

@@ -152,7 +152,7 @@ def test_stage_one_may_have_one_step_where_the_context_is_a_level() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(FieldError, match=r"preset = 'huge': allowed is one of \['tiny', 'wan-1.3b'\]"):
+    with pytest.raises(FieldError, match=r"preset = 'huge': allowed is one of \['tiny', 'tiny-textured', 'wan-1.3b'\]"):
         Config.from_preset("huge")
 
 

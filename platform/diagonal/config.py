@@ -11,6 +11,7 @@ from typing import Any, Literal
 from diagonal.errors import FieldError, require
 from diagonal.geometry import ChunkGeometry
 from diagonal.schedule import RAW_TIMESTEPS, StepSchedule
+from diagonal.sections import NetworkConfig, PretrainConfig, not_negative, positive, shares
 from diagonal.tree import assign, build, read_json, write_json
 
 WAN_NEGATIVE_PROMPT = (
@@ -18,21 +19,6 @@ WAN_NEGATIVE_PROMPT = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
-
-
-def _positive(owner: object, prefix: str, *names: str) -> None:
-    for name in names:
-        require(getattr(owner, name) > 0, f"{prefix}.{name}", getattr(owner, name), "a number above 0")
-
-
-def _not_negative(owner: object, prefix: str, *names: str) -> None:
-    for name in names:
-        require(getattr(owner, name) >= 0, f"{prefix}.{name}", getattr(owner, name), "a number of at least 0")
-
-
-def _shares(owner: object, prefix: str, *names: str) -> None:
-    for name in names:
-        require(0.0 <= getattr(owner, name) < 1.0, f"{prefix}.{name}", getattr(owner, name), "a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -53,43 +39,7 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        _positive(self, "model", "text_tokens")
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """A transformer to be trained from nothing by jobs/pretrain.py (embedded preset only)."""
-
-    layers: int = 4
-    heads: int = 4
-    head_dim: int = 32
-    ffn_dim: int = 512
-    frequency_dim: int = 128
-    text_dim: int = 64
-
-    def __post_init__(self) -> None:
-        _positive(self, "network", *(field.name for field in dataclasses.fields(self)))
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Teacher training from nothing on the embedded world."""
-
-    clips: int = 4096
-    updates: int = 5500
-    batch_size: int = 24
-    lr: float = 2.5e-3
-    level_shift: float = 3.0
-    caption_drop: float = 0.1
-    ema_decay: float = 0.995
-    codec_clips: int = 384
-    codec_width: int = 12
-    codec_updates: int = 1000
-    codec_lr: float = 2e-3
-
-    def __post_init__(self) -> None:
-        _positive(self, "pretrain", "clips", "updates", "batch_size", "lr", "codec_clips")
-        _shares(self, "pretrain", "caption_drop", "ema_decay")
+        positive(self, "model", "text_tokens")
 
 
 @dataclass(frozen=True)
@@ -112,8 +62,8 @@ class PromptsConfig:
     extend_concurrency: int = 8
 
     def __post_init__(self) -> None:
-        _shares(self, "prompts", "held_out_share")
-        _positive(self, "prompts", "extend_timeout_s", "extend_concurrency")
+        shares(self, "prompts", "held_out_share")
+        positive(self, "prompts", "extend_timeout_s", "extend_concurrency")
         require(not self.extend_url or bool(self.extend_model), "prompts.extend_model", self.extend_model,
                 "the name of a model, as prompts.extend_url is given")
 
@@ -137,8 +87,8 @@ class PairsConfig:
     solver_workers: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "pairs", "count", "batch_size", "rows_per_shard", "text_workers")
-        _not_negative(self, "pairs", "solver_workers")
+        positive(self, "pairs", "count", "batch_size", "rows_per_shard", "text_workers")
+        not_negative(self, "pairs", "solver_workers")
         require(
             self.solver_steps > 0 and self.solver_steps % 20 == 0,
             "pairs.solver_steps", self.solver_steps, "a multiple of 20, so that every kept raw timestep is a step",
@@ -163,8 +113,8 @@ class OdeInitConfig:
     checkpoint_every: int = 250
 
     def __post_init__(self) -> None:
-        _positive(self, "ode_init", "updates", "batch_size", "micro_batch_size", "lr", "checkpoint_every")
-        _shares(self, "ode_init", "ema_decay")
+        positive(self, "ode_init", "updates", "batch_size", "micro_batch_size", "lr", "checkpoint_every")
+        shares(self, "ode_init", "ema_decay")
 
 
 @dataclass(frozen=True)
@@ -182,7 +132,7 @@ class LossConfig:
     motion_weights: bool = False
 
     def __post_init__(self) -> None:
-        _not_negative(self, "distill.loss", "spatial", "regression", "gamma", "motion", "flow_regression")
+        not_negative(self, "distill.loss", "spatial", "regression", "gamma", "motion", "flow_regression")
 
 
 @dataclass(frozen=True)
@@ -221,10 +171,10 @@ class DistillConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        _positive(self, "distill", "batch_size", "micro_batch_size", "generator_every", "checkpoint_every")
-        _positive(self, "distill", "lr", "critic_lr", "clip_norm", "keep_checkpoints", "max_nonfinite")
-        _not_negative(self, "distill", "stage1_updates", "stage2_updates", "ema_start", "weight_decay")
-        _shares(self, "distill", "beta1", "beta2", "ema_decay")
+        positive(self, "distill", "batch_size", "micro_batch_size", "generator_every", "checkpoint_every")
+        positive(self, "distill", "lr", "critic_lr", "clip_norm", "keep_checkpoints", "max_nonfinite")
+        not_negative(self, "distill", "stage1_updates", "stage2_updates", "ema_start", "weight_decay")
+        shares(self, "distill", "beta1", "beta2", "ema_decay")
         require(
             0.0 < self.level_low < self.level_high < 1.0,
             "distill.level_low", self.level_low, f"a level in (0, 1) below distill.level_high = {self.level_high}",
@@ -252,8 +202,8 @@ class DecoderConfig:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        _positive(self, "decoder", "clips", "frames", "updates", "batch_size", "lr", "checkpoint_every")
-        _not_negative(self, "decoder", "crop", "difference")
+        positive(self, "decoder", "clips", "frames", "updates", "batch_size", "lr", "checkpoint_every")
+        not_negative(self, "decoder", "crop", "difference")
 
 
 @dataclass(frozen=True)
@@ -288,8 +238,8 @@ class TrainConfig:
             0 <= self.min_workers <= self.workers, "train.min_workers", self.min_workers,
             f"0, or a whole number up to train.workers = {self.workers}",
         )
-        _not_negative(self, "train", "gpus_per_worker", "shard_group", "max_failures", "sample_every", "sample_clips")
-        _positive(self, "train", "cpus_per_worker", "storage_patience_s", "stall_timeout_s")
+        not_negative(self, "train", "gpus_per_worker", "shard_group", "max_failures", "sample_every", "sample_clips")
+        positive(self, "train", "cpus_per_worker", "storage_patience_s", "stall_timeout_s")
 
     @property
     def fewest_workers(self) -> int:
@@ -338,9 +288,9 @@ class ServeConfig:
     cache_dtype: Literal["model", "fp8"] = "model"
 
     def __post_init__(self) -> None:
-        _positive(self, "serve", "max_sessions", "batch_sessions", "decoder_history_frames")
-        _positive(self, "serve", "max_prompt_characters", "max_seconds", "pixel_scale", "max_paused_s", "lead_s")
-        _not_negative(self, "serve", "max_paused_sessions", "reanchor_drift", "reanchor_every_chunks")
+        positive(self, "serve", "max_sessions", "batch_sessions", "decoder_history_frames")
+        positive(self, "serve", "max_prompt_characters", "max_seconds", "pixel_scale", "max_paused_s", "lead_s")
+        not_negative(self, "serve", "max_paused_sessions", "reanchor_drift", "reanchor_every_chunks")
         require(0.0 < self.budget_share <= 1.0, "serve.budget_share", self.budget_share, "a number in (0, 1]")
 
 
@@ -401,6 +351,11 @@ class Config:
         """Read what `save` wrote; `FieldError` when it is missing, not JSON, or not such a tree."""
         return cls.from_dict(read_json(path))
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether captions and clips come from an embedded world."""
+        return self.preset in EMBEDDED
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -438,4 +393,23 @@ def _tiny() -> Config:
     )
 
 
-PRESETS: dict[str, Config] = {"tiny": _tiny(), "wan-1.3b": Config(train=TrainConfig(workers=8))}
+def _tiny_textured() -> Config:
+    """The textured world at 48x48: nine tokens a latent frame, and channels for what its textures need."""
+    tiny = _tiny()
+    return dataclasses.replace(
+        tiny,
+        preset="tiny-textured",
+        geometry=ChunkGeometry(latent_channels=24, latent_height=6, latent_width=6),
+        model=ModelConfig(text_tokens=16, negative_prompt="", compute_dtype="float32"),
+        pretrain=PretrainConfig(
+            world="textured", clips=8192, updates=24_000, codec_clips=128, codec_width=16, motion_channels=8,
+            text_updates=400, score_every=1000,
+        ),
+        serve=dataclasses.replace(tiny.serve, pixel_scale=6),
+    )
+
+
+EMBEDDED = ("tiny", "tiny-textured")
+PRESETS: dict[str, Config] = {
+    "tiny": _tiny(), "tiny-textured": _tiny_textured(), "wan-1.3b": Config(train=TrainConfig(workers=8)),
+}

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diagonal.data.motion import (
+    STRIDE_FRAMES,
+    Speeds,
+    Times,
+    Track,
+    moving_mean,
+    nearest_speed,
+    read_box,
+    smoothness,
+)
 from diagonal.data.world import (
     ATTRIBUTES,
     DIRECTIONS,
@@ -21,16 +32,12 @@ from diagonal.data.world import (
     cover,
 )
 
-Track = NDArray[np.float64]  # places of the object, [n 2] in pixels (x, y), or one coordinate of them, [n]
-Times = NDArray[np.float64]  # pixel frames in which the object was seen, [n]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FAINTEST_CHROMA = 0.15  # a frame whose object is greyer than this holds no object
 OBJECT_QUANTILE = 0.95  # every shape covers more than 5 % of a frame, so this quantile lies on it
 MASK_SHARE, CORE_SHARE = 0.35, 0.9  # of the object's chroma: what counts as object, and as its core
-SMOOTHING_FRAMES = 5
-STRIDE_FRAMES = 4  # pixel frames of a latent frame: over whole ones, the blur within each does not show
-LEG_PX = 2.5  # an excursion this long (at 32 px) is a leg, a shorter one may be jitter
-STANDSTILL_SHARE = 0.5  # of the slow speed: below it nothing moves
 
 
 @dataclass(frozen=True)
@@ -126,17 +133,19 @@ def score(reading: Reading, scene: Scene) -> Scores:
     )
 
 
-def mean_scores(scores: Sequence[Scores]) -> dict[str, dict[str, float]]:
-    """`{name: {"mean", "half_width"}}` with 95 % confidence: Wilson's interval for rates, the normal one for measures.
+def mean_scores(
+    scores: Sequence[DataclassInstance], rates: Collection[str] = tuple(ATTRIBUTES)
+) -> dict[str, dict[str, float]]:
+    """`{name: {"mean", "half_width"}}` with 95 % confidence: Wilson's interval for `rates`, the normal one for others.
 
     Wilson's interval is not centred on the mean: the half-width is that of the interval. ValueError when empty.
     """
     if not scores:
         raise ValueError("scores = []: must hold at least one clip's scores")
     summary = {}
-    for field in fields(Scores):
+    for field in fields(scores[0]):
         values = np.asarray([getattr(one, field.name) for one in scores], np.float64)
-        half_width = _wilson(values) if field.name in ATTRIBUTES else _normal(values)
+        half_width = _wilson(values) if field.name in rates else _normal(values)
         summary[field.name] = {"mean": float(values.mean()), "half_width": half_width}
     return summary
 
@@ -236,79 +245,20 @@ def summarise(frames: FrameReadings) -> Reading:
     shape = SHAPES[int(frames.shape_match.sum(0).argmax())]
     places = frames.centroid_px[frames.present].astype(np.float64)
     times = np.flatnonzero(frames.present).astype(np.float64)
-    read_motion = _read_torus if frames.config.edge == "wrap" else _read_box
-    direction, speed = read_motion(places, times, frames.config) if len(times) > 1 else (None, None)
-    smoothness, steadiness = (_smoothness(places, times, span, frames.config) for span in (1, STRIDE_FRAMES))
-    return Reading(colour, shape, direction, speed, smoothness, steadiness, float(frames.saturation.mean()), frames)
+    read_motion = _read_torus if frames.config.edge == "wrap" else read_box
+    speeds = {name: frames.config.speed_px(name) for name in SPEEDS_PX}
+    direction, speed = read_motion(places, times, frames.config, speeds) if len(times) > 1 else (None, None)
+    smooth, steady = (smoothness(places, times, span, frames.config) for span in (1, STRIDE_FRAMES))
+    return Reading(colour, shape, direction, speed, smooth, steady, float(frames.saturation.mean()), frames)
 
 
-def _read_torus(places: Track, times: Times, config: WorldConfig) -> tuple[str | None, str | None]:
+def _read_torus(
+    places: Track, times: Times, config: WorldConfig, speeds: Speeds
+) -> tuple[str | None, str | None]:
     """The slope of the smoothed, unwrapped track gives direction and speed; a frame's error cannot turn it."""
-    turns = np.angle(_moving_mean(np.exp(2j * np.pi * places / config.size_px))) / (2 * np.pi)
+    turns = np.angle(moving_mean(np.exp(2j * np.pi * places / config.size_px))) / (2 * np.pi)
     velocity = np.polyfit(times, np.unwrap(turns, axis=0, period=1) * config.size_px, 1)[0]
     along = {name: float(velocity @ heading) for name, heading in DIRECTIONS.items()}
     direction = max(along, key=along.__getitem__)
-    speed = _nearest_speed(along[direction], config)
+    speed = nearest_speed(along[direction], speeds)
     return (direction, speed) if speed else (None, None)
-
-
-def _read_box(places: Track, times: Times, config: WorldConfig) -> tuple[str | None, str | None]:
-    """The first leg gives the direction; the pace between the turns gives the speed."""
-    smoothed = _moving_mean(places)
-    axis = int(np.ptp(smoothed, axis=0).argmax())
-    speed = _nearest_speed(_pace(places[:, axis], times), config)
-    if speed is None:
-        return None, None
-    sign = _first_swing(smoothed[:, axis], LEG_PX * config.scale)
-    heading = tuple(sign if one == axis else 0 for one in (0, 1))
-    return next((name for name, known in DIRECTIONS.items() if known == heading), None), speed
-
-
-def _pace(track: Track, times: Times) -> float:
-    """Upper quartile of the speed over a few frames: most of a leg shows it, windows across a turn show less."""
-    span = min(STRIDE_FRAMES, len(track) - 1)
-    return float(np.quantile(np.abs(track[span:] - track[:-span]) / (times[span:] - times[:-span]), 0.75))
-
-
-def _first_swing(track: Track, least_px: float) -> int:
-    """Sign of the first excursion of `least_px`, or of half the track's range where that is less; 0 if it is flat."""
-    least_px = max(min(least_px, float(np.ptp(track)) / 2), 1e-6)
-    rises = np.flatnonzero(track - np.minimum.accumulate(track) >= least_px)
-    falls = np.flatnonzero(np.maximum.accumulate(track) - track >= least_px)
-    first_rise = rises[0] if len(rises) else len(track)
-    first_fall = falls[0] if len(falls) else len(track)
-    return int(np.sign(first_fall - first_rise))
-
-
-def _moving_mean(values: NDArray) -> NDArray:
-    """Mean over a window of up to SMOOTHING_FRAMES frames that stays centred, so that it narrows at the ends."""
-    count = len(values)
-    sums = np.concatenate([np.zeros_like(values[:1]), np.cumsum(values, axis=0)])
-    index = np.arange(count)
-    wing = np.minimum(np.minimum(index, count - 1 - index), SMOOTHING_FRAMES // 2)
-    return (sums[index + wing + 1] - sums[index - wing]) / (2 * wing + 1)[:, None]
-
-
-def _nearest_speed(pace_px: float, config: WorldConfig) -> str | None:
-    """The caption's word for a pace in pixels a frame; None for a standstill."""
-    if pace_px < STANDSTILL_SHARE * config.speed_px("slowly"):
-        return None
-    return min(SPEEDS_PX, key=lambda name: abs(config.speed_px(name) - pace_px))
-
-
-def _smoothness(places: Track, times: Times, span: int, config: WorldConfig) -> float:
-    """1 / (1 + jitter); jitter is the mean departure of the velocity over `span` frames from its own mean.
-
-    In pixels a frame at 32 px. Where the shape bounces, the velocity along its axis counts without its sign.
-    """
-    if len(times) <= span:
-        return 1.0
-    steps = places[span:] - places[:-span]
-    if config.edge == "wrap":
-        steps = (steps + config.size_px / 2) % config.size_px - config.size_px / 2
-    velocity = steps / (times[span:] - times[:-span])[:, None]
-    if config.edge == "bounce":
-        axis = int(np.ptp(places, axis=0).argmax())
-        velocity[:, axis] = np.abs(velocity[:, axis])
-    residual = velocity - velocity.mean(0)
-    return float(1 / (1 + np.linalg.norm(residual, axis=1).mean() / config.scale))

@@ -185,9 +185,14 @@ def track(scene: Scene, start_px: NDArray[np.float64], config: WorldConfig) -> F
         return ((config.size_px / 2 + start_px * config.scale + travel) % config.size_px).astype(np.float32)
     behind = np.where(heading != 0, -heading * np.abs(start_px), start_px)
     low = reach_px(scene.shape) * config.scale
-    span = config.size_px - 2 * low
-    phase = (config.size_px / 2 + behind * config.scale - low + travel) % (2 * span)
-    return (low + span - np.abs(span - phase)).astype(np.float32)
+    return bounced(config.size_px / 2 + behind * config.scale + travel, low, config.size_px)
+
+
+def bounced(places_px: NDArray[np.float64], low_px: float, size_px: int) -> Floats:
+    """Places along each axis folded into [low_px, size_px - low_px], as an object goes to and fro between walls."""
+    span = size_px - 2 * low_px
+    phase = (places_px - low_px) % (2 * span)
+    return (low_px + span - np.abs(span - phase)).astype(np.float32)
 
 
 def reach_px(shape: str) -> float:

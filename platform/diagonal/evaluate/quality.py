@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from diagonal.config import Config
@@ -75,19 +76,25 @@ class Teacher:
         """Its networks in memory, as a function of captions and seeds."""
         config, device = self.config, self.device
         teacher, text = load_teacher(self.base, config).to(device), load_text(self.base, config).to(device)
-        decoder = decoder_of(load_codec(self.base, config).to(device))
-        negative = text.encode([config.model.negative_prompt])
-        shape, chunks = config.geometry.chunk_shape()[1:], config.geometry.clip_chunks
+        return teacher_maker(teacher, text, decoder_of(load_codec(self.base, config).to(device)), config, self.steps)
 
-        def make(captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
-            noise = torch.stack([clip_noise(seed, chunks, shape) for seed in seeds]).to(device)
-            states, _ = solve(
-                teacher, noise, text.encode(captions), negative.expand(len(seeds), -1, -1),
-                weight=config.pairs.guidance, steps=self.steps, shift=config.schedule.shift,
-            )
-            return decoder.decode_clip(states[:, -1]).cpu()
 
-        return make
+def teacher_maker(
+    network: WanTransformer3DModel, text: TextEncoder, decoder: Decoder, config: Config, steps: int
+) -> Make:
+    """The guided ODE of a network in memory as a function of captions and seeds."""
+    negative, device = text.encode([config.model.negative_prompt]), network.device
+    shape, chunks = config.geometry.chunk_shape()[1:], config.geometry.clip_chunks
+
+    def make(captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        noise = torch.stack([clip_noise(seed, chunks, shape) for seed in seeds]).to(device)
+        states, _ = solve(
+            network, noise, text.encode(captions), negative.expand(len(seeds), -1, -1),
+            weight=config.pairs.guidance, steps=steps, shift=config.schedule.shift,
+        )
+        return decoder.decode_clip(states[:, -1]).cpu()
+
+    return make
 
 
 def codec_maker(base: Path, config: Config, world: World) -> Make:

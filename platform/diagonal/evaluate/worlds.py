@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from diagonal.config import Config
+from diagonal.data import textured, textured_oracle
+from diagonal.data.embedded import textured_size
 from diagonal.data.oracle import read_frames, score, summarise
+from diagonal.data.textured import TexturedScene
 from diagonal.data.world import (
     ATTRIBUTES,
     Pixels,
@@ -92,6 +95,51 @@ class ShapesWorld:
         return {**found, "chroma": found["saturation"], "saturation": max(0.0, 1.0 - abs(1.0 - found["saturation"]))}
 
 
+@dataclass(frozen=True)
+class TexturedWorld:
+    """The textured world. `saturation` and `ground` are how near colourfulness and the ground's contrast are to the
+    world's own, which themselves are shown as `chroma` and `contrast` (1 is the world's, more is too much)."""
+
+    config: WorldConfig
+    rates: tuple[str, ...] = tuple(textured.ATTRIBUTES)
+    scores: tuple[str, ...] = (*textured.ATTRIBUTES, "smoothness", "steadiness", "saturation", "ground")
+    shown: tuple[str, ...] = ("chroma", "contrast")
+
+    def captions(self, held_out: bool = False) -> Sequence[str]:
+        kinds = (True,) if held_out else (False, True)
+        return [textured.scene_of(number).caption for kind in kinds for number in textured.scene_numbers(kind)]
+
+    def check(self, caption: str) -> None:
+        try:
+            TexturedScene.parse(caption)
+        except ValueError as error:
+            raise FieldError("prompt", caption, f"one that the world's oracle reads ({error})") from error
+
+    def changed(self, caption: str, number: int) -> str:
+        old = asdict(TexturedScene.parse(caption))
+        new: dict[str, str] = {}
+        for name, values in textured.ATTRIBUTES.items():
+            taken = {old[name], new["colour"]} if name == "small_colour" else {old[name]}
+            others = [value for value in values if value not in taken]
+            new[name] = others[number % len(others)]
+        return TexturedScene(**new).caption
+
+    def render(self, caption: str, seed: int) -> Pixels:
+        return textured.render(TexturedScene.parse(caption), seed, self.config)
+
+    def score(self, pixels: Pixels, caption: str, first_pixel_frame: int = 0) -> Mapping[str, float]:
+        side = self.config.size_px
+        require(pixels.shape[1:] == (side, side, 3), "pixels.shape", pixels.shape, f"[f, {side}, {side}, 3]")
+        reading = textured_oracle.read_clip(pixels, self.config, first_pixel_frame)
+        found = asdict(textured_oracle.score(reading, TexturedScene.parse(caption)))
+        near = {name: max(0.0, 1.0 - abs(1.0 - found[name])) for name in ("saturation", "ground")}
+        return {**found, "chroma": found["saturation"], "contrast": found["ground"], **near}
+
+
 def world_for(config: Config) -> World | None:
     """The world whose oracle judges this configuration's clips; None for a model of real video."""
-    return ShapesWorld(world_of(config)) if config.preset == "tiny" else None
+    if not config.is_embedded:
+        return None
+    if config.pretrain.world == "textured":
+        return TexturedWorld(textured_size(config))
+    return ShapesWorld(world_of(config))

@@ -8,7 +8,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 
 from diagonal.config import Config
-from diagonal.data.world import sample_clips, training_scenes, world_of
+from diagonal.data.embedded import embedded_world
 from diagonal.diffusion.noise import generator, mixed_seed
 from diagonal.model.vae import LinearCodec
 from diagonal.training.pretrain import Report
@@ -34,9 +34,7 @@ def train_vae(config: Config, linear: LinearCodec, report: Report) -> Autoencode
     """Regress encoder and decoder to the linear codec's latents (free training of a small one collapses to the
     background: the shape is 7 % of the pixels). `report(update, figures)` every update of either half."""
     settings, vae = config.pretrain, build_vae(config)
-    _, clips = sample_clips(
-        mixed_seed(config.seed, "vae clips") % 2**31, settings.codec_clips, world_of(config), training_scenes()
-    )
+    _, clips = embedded_world(config).sample(mixed_seed(config.seed, "vae clips") % 2**31, settings.codec_clips)
     draw, pixels = generator(config.seed, "vae"), torch.from_numpy(clips)
     decoding = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     encoding = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]

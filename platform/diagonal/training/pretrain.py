@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from diagonal.config import Config
-from diagonal.data.world import all_scenes, sample_clips, training_scenes, world_of
+from diagonal.data.embedded import EmbeddedWorld, embedded_world
 from diagonal.diffusion.flow import blend
 from diagonal.diffusion.noise import generator, mixed_seed
 from diagonal.model.dit import CausalWan
@@ -20,13 +22,12 @@ from diagonal.model.text import TextEncoder
 from diagonal.model.vae import LinearCodec
 
 Report = Callable[[int, Mapping[str, float]], None]
-CLIPS_PER_DRAW = 256
+CLIPS_PER_DRAW, CLIPS_PER_ENCODING = 256, 32
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(world: EmbeddedWorld) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the world's captions; case is folded and unknown words become one token."""
-    words = sorted({word for scene in all_scenes() for word in scene.caption.split()})
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *sorted(world.words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -71,8 +72,8 @@ def build_teacher(config: Config) -> CausalWan:
 def fit_codec(config: Config) -> LinearCodec:
     """The linear codec of the world's training clips."""
     seed = mixed_seed(config.seed, "codec") % 2**31
-    _, clips = sample_clips(seed, config.pretrain.codec_clips, world_of(config), training_scenes())
-    return LinearCodec.fit(torch.from_numpy(clips), config.geometry.latent_channels)
+    _, clips = embedded_world(config).sample(seed, config.pretrain.codec_clips)
+    return LinearCodec.fit(torch.from_numpy(clips), config.geometry.latent_channels, config.pretrain.motion_channels)
 
 
 @dataclass(frozen=True)
@@ -86,40 +87,85 @@ class Corpus:
 
 
 def build_corpus(config: Config, codec: LinearCodec, text: TextEncoder) -> Corpus:
-    """Render and encode the training clips, a draw at a time."""
+    """Render and encode the training clips, a draw at a time; they stay in memory as latents."""
+    world, count = embedded_world(config), config.pretrain.clips
     captions: list[str] = []
-    latents: list[Tensor] = []
-    while len(captions) < config.pretrain.clips:
+    latents = torch.empty(config.geometry.clip_shape(count))
+    while len(captions) < count:
         seed = mixed_seed(config.seed, "clips", len(captions)) % 2**31
-        count = min(CLIPS_PER_DRAW, config.pretrain.clips - len(captions))
-        drawn, clips = sample_clips(seed, count, world_of(config), training_scenes())
-        captions += drawn
-        latents.append(codec.encode(torch.from_numpy(clips)))
-    known = [scene.caption for scene in all_scenes()]
-    ids = torch.tensor([known.index(caption) for caption in captions])
-    return Corpus(torch.cat(latents), ids, text.encode(known), text.encode([""])[0])
+        drawn, clips = world.sample(seed, min(CLIPS_PER_DRAW, count - len(captions)))
+        for part in torch.from_numpy(clips).split(CLIPS_PER_ENCODING):
+            latents[len(captions) : len(captions) + len(part)] = codec.encode(part)
+            captions, drawn = captions + drawn[: len(part)], drawn[len(part) :]
+    known = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
+    ids = torch.tensor([known[caption] for caption in captions])
+    embeddings = torch.cat([text.encode(some) for some in batched(known, CLIPS_PER_DRAW)])
+    return Corpus(latents, ids, embeddings, text.encode([""])[0])
 
 
-def train_teacher(config: Config, corpus: Corpus, report: Report) -> dict[str, Tensor]:
-    """Flow matching with dropped captions; returns the averaged weights. `report(update, figures)` every update."""
-    settings = config.pretrain
-    teacher, draw = build_teacher(config), generator(config.seed, "pretrain")
-    optimizers = _optimizers(teacher, settings.lr)
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, _rate(settings.updates)) for o in optimizers]
-    average = {name: parameter.detach().clone() for name, parameter in teacher.named_parameters()}
-    for update in range(1, settings.updates + 1):
-        loss = _flow_matching_loss(teacher, config, corpus, draw)
+def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Lists of up to that many items, in order."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+class TeacherTraining:
+    """Flow matching with dropped captions: the network, its optimizers, its averaged weights and the draws so far."""
+
+    def __init__(self, config: Config, corpus: Corpus) -> None:
+        settings = config.pretrain
+        self.update = 0
+        self.teacher = build_teacher(config)
+        self.average = {name: parameter.detach().clone() for name, parameter in self.teacher.named_parameters()}
+        self._config, self._corpus, self._draw = config, corpus, generator(config.seed, "pretrain")
+        self._optimizers = _optimizers(self.teacher, settings.lr)
+        self._schedulers = [torch.optim.lr_scheduler.LambdaLR(o, _rate(settings.updates)) for o in self._optimizers]
+
+    def advance(self) -> float:
+        """One update; returns its loss."""
+        self.update += 1
+        loss = _flow_matching_loss(self.teacher, self._config, self._corpus, self._draw)
         loss.backward()
-        nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+        nn.utils.clip_grad_norm_(self.teacher.parameters(), 1.0)
+        for optimizer, scheduler in zip(self._optimizers, self._schedulers, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-        decay = min(settings.ema_decay, update / (update + 10))
-        for name, parameter in teacher.named_parameters():
-            average[name].lerp_(parameter.detach(), 1.0 - decay)
-        report(update, {"loss": float(loss.detach())})
-    return average
+        decay = min(self._config.pretrain.ema_decay, self.update / (self.update + 10))
+        for name, parameter in self.teacher.named_parameters():
+            self.average[name].lerp_(parameter.detach(), 1.0 - decay)
+        return float(loss.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next update but configuration and corpus, which follow from the seed."""
+        return {
+            "update": self.update, "teacher": self.teacher.state_dict(), "average": self.average,
+            "optimizers": [one.state_dict() for one in self._optimizers],
+            "schedulers": [one.state_dict() for one in self._schedulers], "draw": self._draw.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of the same configuration: what follows is the same as without a break."""
+        self.update = state["update"]
+        self.teacher.load_state_dict(state["teacher"])
+        self.average = dict(state["average"])
+        for part in ("optimizers", "schedulers"):
+            for one, saved in zip(getattr(self, f"_{part}"), state[part], strict=True):
+                one.load_state_dict(saved)
+        self._draw.set_state(state["draw"])
+
+
+def train_teacher(
+    config: Config, training: TeacherTraining, report: Report, after: Callable[[TeacherTraining], None] | None = None
+) -> dict[str, Tensor]:
+    """Train to the last update; returns the averaged weights. `report(update, figures)`, then `after`, every update."""
+    while training.update < config.pretrain.updates:
+        loss = training.advance()
+        report(training.update, {"loss": loss})
+        if after:
+            after(training)
+    return training.average
 
 
 def _flow_matching_loss(teacher: CausalWan, config: Config, corpus: Corpus, draw: torch.Generator) -> Tensor:
