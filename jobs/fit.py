@@ -67,7 +67,7 @@ def _trainer(run: Run, stage: str, settings: dict[str, Any], scratch: str) -> To
     return TorchTrainer(
         run_worker, train_loop_config=settings,
         torch_config=TorchConfig(backend=backend, timeout_s=max(1, int(timeout_s))),
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # as below
             num_workers=(config.fewest_workers, config.workers) if elastic else config.workers,  # type: ignore[arg-type]
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker={"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker},

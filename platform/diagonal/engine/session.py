@@ -195,7 +195,7 @@ class Session:
         return max(0, min(frames, self.spec.pixel_frames - geometry.pixel_start(chunk)))
 
     def slack_s(self, geometry: ChunkGeometry, now_s: float) -> float:
-        """Seconds until a viewer who played each chunk as it came runs out of media; minus infinity before the first."""
+        """Seconds until a viewer who played chunks as they came runs out of media; minus infinity before the first."""
         if self.started_s is None:
             return float("-inf")
         return geometry.pixel_start(self.next_chunk) / geometry.pixel_fps - (now_s - self.started_s)

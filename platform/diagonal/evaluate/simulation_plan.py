@@ -39,7 +39,8 @@ class Scenario:
 
     def run(self, losses: Sequence[Loss] = (), bursts: Sequence[Burst] = ()) -> Found:
         """Its figures, with a line for each second, and how long it took this machine."""
-        for event in (*losses, *bursts):
+        events: list[Loss | Burst] = [*losses, *bursts]
+        for event in events:
             allowed = f"seconds from {self.from_s:g}, when counting begins, to below {self.last_s:g}"
             require(self.from_s <= event.at_s < self.last_s, "at_s", event.at_s, allowed)
         began_s = time.process_time()
@@ -83,9 +84,10 @@ def fewest_replicas(scenario: Scenario, stall_rate: float, rejected_share: float
 def cost_of(scenario: Scenario, losses: Sequence[Loss] = (), bursts: Sequence[Burst] = ()) -> Found:
     """What happens to the same viewers with and without it: the difference, and how long it can be noticed."""
     calm, struck = scenario.run(), scenario.run(losses, bursts)
-    at_s = min(event.at_s for event in (*losses, *bursts))
+    events: list[Loss | Burst] = [*losses, *bursts]
     return {
-        "replicas": scenario.fleet.replicas, "viewers": scenario.crowd.viewers, "at_s": at_s,
+        "replicas": scenario.fleet.replicas, "viewers": scenario.crowd.viewers,
+        "at_s": min(event.at_s for event in events),
         "lost_replicas": sum(loss.replicas for loss in losses), "more_viewers": sum(one.viewers for one in bursts),
         "stall_s": struck["stall_s"] - calm["stall_s"], "moved": struck["moved"] - calm["moved"],
         "stalled_sessions": struck["stalled_sessions"] - calm["stalled_sessions"],
