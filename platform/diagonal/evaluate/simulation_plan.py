@@ -85,9 +85,9 @@ def cost_of(scenario: Scenario, losses: Sequence[Loss] = (), bursts: Sequence[Bu
     """What happens to the same viewers with and without it: the difference, and how long it can be noticed."""
     calm, struck = scenario.run(), scenario.run(losses, bursts)
     events: list[Loss | Burst] = [*losses, *bursts]
+    at_s = min(event.at_s for event in events)
     return {
-        "replicas": scenario.fleet.replicas, "viewers": scenario.crowd.viewers,
-        "at_s": min(event.at_s for event in events),
+        "replicas": scenario.fleet.replicas, "viewers": scenario.crowd.viewers, "at_s": at_s,
         "lost_replicas": sum(loss.replicas for loss in losses), "more_viewers": sum(one.viewers for one in bursts),
         "stall_s": struck["stall_s"] - calm["stall_s"], "moved": struck["moved"] - calm["moved"],
         "stalled_sessions": struck["stalled_sessions"] - calm["stalled_sessions"],
