@@ -104,7 +104,7 @@ SIZES = tuple(len(values) for values in ATTRIBUTES.values())
 
 
 def scene_numbers(held_out: bool) -> NDArray[np.int64]:
-    """Numbers of the scenes that training shows (73,671), or of those that it does not (4,089), see `scene_of`."""
+    """Numbers of the scenes that training shows (73,664), or of those that it does not (4,096), see `scene_of`."""
     places = np.stack(np.unravel_index(np.arange(np.prod(SIZES)), SIZES))
     kept_back = np.asarray(CODE) @ places % HELD_OUT_EVERY == 0
     return np.flatnonzero((places[0] != places[6]) & (kept_back == held_out))
