@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from diagonal.errors import require
 from diagonal.evaluate.quality import ScoreTable, score_release
+from diagonal.evaluate.report import shown
 from diagonal.model.weights import LINEAGE, MANIFEST, Release, embedded
 from diagonal.storage import Folder
 from jobs.artefacts import local_copy, publish_release
@@ -43,12 +44,12 @@ def _score(run: Run, target: Folder, clips: int = 48) -> None:
     release = Release.load(local_copy(run, "release", MANIFEST))
     scores = score_release(release, clips=clips, seed=release.config.seed)
     target.write_json(MANIFEST, {**manifest, "scores": scores})
-    say(f"scores {shown(scores)}")
+    say(f"scores {listed(scores)}")
 
 
-def shown(scores: ScoreTable) -> str:
+def listed(scores: ScoreTable) -> str:
     """Scores on one line."""
-    return ", ".join(f"{name} {value['mean']:.3f}±{value['half_width']:.3f}" for name, value in scores.items())
+    return ", ".join(f"{name} {shown(value)}" for name, value in scores.items())
 
 
 def work(argv: Sequence[str]) -> None:

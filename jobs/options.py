@@ -14,6 +14,7 @@ import torch
 
 import diagonal
 from diagonal.evaluate.options import Rows, chunk_decode_ms, codec_psnr_db, compare_options
+from diagonal.evaluate.report import shown
 from diagonal.model.weights import FAST_DECODER, Release
 from diagonal.tree import write_json
 from jobs.run import main, say
@@ -64,19 +65,19 @@ def markdown(what: str, report: dict[str, Any]) -> str:
     """The report as a table, with what is needed to reproduce it."""
     columns = [("PSNR to the first row, dB", "psnr_db"), ("PSNR to the world's pixels, dB", "original_psnr_db"),
                ("a chunk, ms (median / least)", "chunk_ms"), ("K/V of a session, bytes", "kv_bytes_per_session")]
-    shown = [(title, key) for title, key in columns if key in report["rows"][0]]
-    heads = [title for title, _ in shown] + list(MEASURES)
+    told = [(title, key) for title, key in columns if key in report["rows"][0]]
+    heads = [title for title, _ in told] + list(MEASURES)
     lines = [
         f"# Serving options: {what}", "",
         f"{report['date']}, {report['machine']}, load {report['load']}, torch {report['torch']}; release "
         f"`{report['release']}`, {report['clips']} clips a row from equal noise, seed {report['seed']}. Reproduce: "
-        f"`{report['command']}`. ± is the 95 % half-width.", "",
+        f"`{report['command']}`. In brackets the 95 % interval.", "",
         "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|",
     ]
     for row in report["rows"]:
-        values = ["{median} / {least}".format(**row[key]) if key == "chunk_ms" else row[key] for _, key in shown]
+        values = ["{median} / {least}".format(**row[key]) if key == "chunk_ms" else row[key] for _, key in told]
         cells = ["same" if value is None else str(value) for value in values]
-        cells += [f"{row['scores'][m]['mean']:.3f} ±{row['scores'][m]['half_width']:.3f}" for m in MEASURES]
+        cells += [shown(row["scores"][measure]) for measure in MEASURES]
         lines.append("| " + " | ".join([row["name"], *cells]) + " |")
     if decoder := report["decoder"]:
         lines += ["", f"Fast decoder: {decoder['parameters']:,} parameters, {decoder['flops_per_latent_frame']:,} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diagonal.evaluate.report import shown
 from diagonal.model.weights import MANIFEST
 from jobs.journal import UPDATES, Record, read_journal
 from jobs.run import SUMMARY, Run, say
@@ -38,8 +39,7 @@ def told(summary: dict[str, Any]) -> list[str]:
             f"{stage['skipped']} skipped, {stage['restarts']} restarts, {stage['refused_checkpoints']} checkpoints "
             f"refused; mean of the last {RECENT}: {losses}"
         )
-    scores = ", ".join(f"{name} {value['mean']:.3f}±{value['half_width']:.3f}"
-                       for name, value in summary["scores"].items())
+    scores = ", ".join(f"{name} {shown(value)}" for name, value in summary["scores"].items())
     return [*lines, *([f"  scores: {scores}"] if scores else []), f"  release: {summary['release']}"]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -186,9 +188,9 @@ def test_a_missing_folder_is_refused_before_any_work(run: Callable[..., int], se
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long was slept, without sleeping."""
+    """How long the client slept, without sleeping; other threads of this process sleep as ever."""
     waits: list[float] = []
-    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("diagonal.client.client.time", SimpleNamespace(**{**vars(time), "sleep": waits.append}))
     return waits
 
 
