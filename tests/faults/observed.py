@@ -45,8 +45,8 @@ GOOD = [f"a {colour} {shape} moving {way} slowly" for colour in ("red", "blue", 
 BAD = ["a red triangle moving left slowly", "a blue triangle moving up slowly"]
 SMALL = {
     "pairs.count": 24, "pairs.rows_per_shard": 4, "pairs.batch_size": 4, "pairs.max_bad_share": 0.9,
-    "pairs.solver_steps": 20, "ode_init.updates": 6, "ode_init.batch_size": 4, "ode_init.micro_batch_size": 2,
-    "ode_init.checkpoint_every": 2, "distill.stage1_updates": 8, "distill.stage2_updates": 8,
+    "pairs.solver_steps": 20, "ode_init.updates": 80, "ode_init.batch_size": 4, "ode_init.micro_batch_size": 2,
+    "ode_init.checkpoint_every": 10, "distill.stage1_updates": 8, "distill.stage2_updates": 8,
     "distill.checkpoint_every": 3, "distill.batch_size": 4, "distill.micro_batch_size": 2,
     "distill.generator_every": 2, "distill.ema_start": 2, "distill.max_nonfinite": 99, "train.workers": 1,
     "train.cpus_per_worker": 1, "train.sample_every": 0, "prompts.held_out_share": 0.0,
@@ -251,11 +251,16 @@ def ask_wrongly(scene: Scene) -> None:
 
 
 def train(scene: Scene) -> None:
-    """The distillation to its end, once with a worker that dies."""
+    """The distillation to its end, once with a worker that dies.
+
+    Ray tells numbers every few seconds: the stage is long enough to be still at work when its first ones are seen.
+    """
     job = distil(scene)
     try:
         scene.until('ray_diagonal_updates_total{stage="ode_init"}', 600)
-        for worker in scene.processes("ray::RayTrainWorker"):
+        workers = scene.processes("ray::RayTrainWorker")
+        assert workers, "the stage was over before its first numbers were seen"
+        for worker in workers:
             worker.kill()
         until("the distillation's end", lambda: job.poll() is not None, 900, every_s=0.5)
         log = (Path(scene.run.root) / "distill.log").read_text(errors="replace")
