@@ -184,18 +184,30 @@ def percentiles(seconds: Sequence[float]) -> Row:
 
 
 def growth_row(
-    maker: ChunkMaker, variant: Variant, early: int, late: int, clock: Clock = time.perf_counter, around: int = 8
+    maker: ChunkMaker, variant: Variant, early: int, late: int, clock: Clock = time.perf_counter, around: int = 8,
+    rounds: int = 3,
 ) -> Row:
-    """Time and memory of a stream's chunks about number `early` and about number `late`."""
-    stream = Stream(maker, variant, decode=True, clock=clock)
-    seconds, memory = [], {}
-    for chunk in range(late + 1):
-        seconds.append(stream.chunk_s())
-        if chunk in (early, late):
-            memory[chunk] = held_bytes(maker.pool.keys.device)
-    stream.close()
-    first = statistics.median(seconds[early - around // 2 : early + around // 2])
-    last = statistics.median(seconds[late - around + 1 :])
+    """Time and memory of a stream's chunks about number `early` and about number `late`.
+
+    The early ones are of further streams before and after the long one, so that a machine whose speed wanders is not
+    taken for a stream that grows: as many chunks as of the late ones.
+    """
+    memory = {}
+
+    def times_s(last: int) -> list[float]:
+        stream, seconds = Stream(maker, variant, decode=True, clock=clock), []
+        for chunk in range(last + 1):
+            seconds.append(stream.chunk_s())
+            if chunk in (early, late):
+                memory[chunk] = held_bytes(maker.pool.keys.device)
+        stream.close()
+        return seconds
+
+    def young_s() -> list[float]:
+        return [second for _ in range(rounds) for second in times_s(early + around // 2)[-around:]]
+
+    before, old = young_s(), times_s(late)[-2 * rounds * around:]
+    first, last = statistics.median(before + young_s()), statistics.median(old)
     return {
         "name": f"chunk {late} against chunk {early}", "early_ms": first * 1e3, "late_ms": last * 1e3,
         "time_ratio": last / first, "early_bytes": memory[early], "late_bytes": memory[late],
