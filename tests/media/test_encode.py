@@ -18,7 +18,6 @@ from diagonal.media.encode import (
     Pixels,
     boxes,
     encode_video,
-    enlarge,
     read_mp4,
     reduce,
     watchable_scale,
@@ -126,9 +125,18 @@ def test_a_small_video_keeps_its_colours_when_enlarged_and_loses_them_when_not()
     assert psnr(read_mp4(encode_video(video, FPS)), video) < 25  # why serving enlarges
 
 
-def test_reduce_undoes_enlarge_exactly() -> None:
+@pytest.mark.parametrize("scale", [2, 3, 8])
+def test_an_enlarged_pixel_is_a_square_of_one_colour(scale: int) -> None:
+    edges = np.zeros((1, 16, 16, 3), np.uint8)
+    edges[:, :, 8:] = (255, 255, 255)
+    shown = read_mp4(encode_video(edges, FPS, scale=scale)).astype(int)[0]
+    assert shown.shape == (16 * scale, 16 * scale, 3)
+    assert shown[:, : 8 * scale].max() < 40 and shown[:, 8 * scale :].min() > 215, "nothing is smeared over an edge"
+
+
+def test_reduce_makes_squares_of_one_colour_single_pixels_again() -> None:
     video = shapes(3)
-    np.testing.assert_array_equal(reduce(enlarge(video, 8), 8), video)
+    np.testing.assert_array_equal(reduce(video.repeat(8, axis=1).repeat(8, axis=2), 8), video)
     with pytest.raises(FieldError, match="scale"):
         reduce(video, 5)
 

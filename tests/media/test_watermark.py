@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diagonal.errors import FieldError
-from diagonal.media.encode import ChunkEncoder, Pixels, enlarge, read_mp4, write_mp4
+from diagonal.media.encode import ChunkEncoder, Pixels, read_mp4, write_mp4
 from diagonal.media.watermark import (
     AMPLITUDE,
     Detection,
@@ -138,12 +138,17 @@ def test_the_payload_shrinks_with_the_picture_until_there_is_no_room() -> None:
         SpreadSpectrum(HEIGHT, WIDTH, KEY, PAYLOAD[:32])
 
 
+def squares(pixels: Pixels) -> Pixels:
+    """Each pixel as a square of eight."""
+    return pixels.repeat(8, axis=-3).repeat(8, axis=-2)
+
+
 def test_small_frames_that_are_enlarged_carry_the_mark_of_what_is_shown(tmp_path: Path) -> None:
     """The embedded world: 32x32 pixels, each shown as a square of eight."""
     small = shapes(21, 32, 32)
     marked = SpreadSpectrum(32, 32, KEY, PAYLOAD, scale=8).embed(small, 0)
     shown = SpreadSpectrum(256, 256, KEY, PAYLOAD)
-    assert (enlarge(marked, 8) == shown.embed(enlarge(small, 8), 0)).all()
+    assert (squares(marked) == shown.embed(squares(small), 0)).all()
     encoder = ChunkEncoder(32, 32, 16, scale=8)
     stream = encoder.init_segment() + encoder.encode_chunk(marked)
     found = shown.detect(read_mp4(stream))

@@ -24,7 +24,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.video.frame import PictureType
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from diagonal.errors import require
 from diagonal.mp4 import box_at, boxes
@@ -91,6 +91,7 @@ class ChunkEncoder:
         require(sequence >= 1, "sequence", sequence, "a number of at least 1")
         self.height, self.width, self.fps, self.scale, self.codec = height, width, fps, scale, codec
         self.next_pixel_frame, self.next_sequence = first_pixel_frame, sequence
+        self._reformatter = VideoReformatter()  # keeps what it prepared for frames of one size
         self._open(_CODECS[codec], threads)
 
     @property
@@ -142,10 +143,19 @@ class ChunkEncoder:
         require(pixels.dtype == np.uint8, "pixels.dtype", str(pixels.dtype), "uint8")
 
     def _encode(self, image: Pixels, index: int) -> Iterable[Any]:
-        frame = _to_yuv(enlarge(image, self.scale))
+        frame = self._enlarged_yuv(image)
         frame.pts, frame.time_base = self.next_pixel_frame + index, Fraction(1, self.fps)
         frame.pict_type = PictureType.NONE if index else PictureType.I
         return self._stream.encode(frame)
+
+    def _enlarged_yuv(self, image: Pixels) -> av.VideoFrame:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        return self._reformatter.reformat(
+            frame, self.width * self.scale, self.height * self.scale, "yuv420p",
+            dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
+            # squares of one colour lose nothing to half the colours' resolution; pixels of their own are averaged
+            interpolation=Interpolation.POINT if self.scale > 1 else Interpolation.BILINEAR,
+        )  # fmt: skip
 
     def _muxed(self, packets: list[Any]) -> bytes:
         data = io.BytesIO()
@@ -161,13 +171,8 @@ class ChunkEncoder:
         return data.getvalue()
 
 
-def enlarge(pixels: Pixels, scale: int) -> Pixels:
-    """Each pixel of `[..., h, w, 3]` as a square of `scale` pixels."""
-    return pixels if scale == 1 else pixels.repeat(scale, axis=-3).repeat(scale, axis=-2)
-
-
 def reduce(pixels: Pixels, scale: int) -> Pixels:
-    """Undo `enlarge`: the mean of each square of `scale` pixels of `[..., h, w, 3]`, rounded."""
+    """The mean of each square of `scale` pixels of `[..., h, w, 3]`, rounded: what an encoder enlarged, small again."""
     if scale == 1:
         return pixels
     height, width = pixels.shape[-3], pixels.shape[-2]
@@ -225,11 +230,6 @@ def read_mp4(source: str | os.PathLike[str] | bytes, scale: int = 1) -> Pixels:
     with av.open(file) as container:
         images = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return reduce(np.stack(images), scale)
-
-
-def _to_yuv(image: Pixels) -> av.VideoFrame:
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    return frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
 
 
 def _keep(data: bytes, names: tuple[str, ...]) -> bytes:
