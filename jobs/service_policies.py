@@ -33,6 +33,7 @@ class Repeated:
 
     def repeated_s(self) -> float | None:
         found = self._recent.of(_VIDEO)
+        self._recent.answered(_VIDEO)  # a question takes no time here
         return None if found is None else found.retry_after_s
 
 

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from diagonal.chain import Link
 from diagonal.metrics import MetricSink
@@ -166,9 +166,20 @@ class Gateway:
                         traceparent=span)
         if idempotency is None and (full := self._refusals.of(video)):  # a repeated request may be of a known video
             raise self._rejected(full, "full_lately")
-        # A caller who goes away leaves nothing half made.
-        made = await asyncio.shield(apart(self._admit(video, caller, idempotency)))
+        try:
+            if idempotency is None and self._refusals.lately(video):
+                await self._check_room(video)
+            # A caller who goes away leaves nothing half made.
+            made = await asyncio.shield(apart(self._admit(video, caller, idempotency)))
+        finally:
+            self._refusals.answered(video)
         return replace(made, age_s=time.monotonic() - began_s)
+
+    async def _check_room(self, video: VideoRecord) -> None:
+        """Refuse at once what a replica would refuse: nothing is written for it, and nothing to be withdrawn."""
+        asked = (video.id, video.prompt, video.seed, video.frames or None, video.live)
+        if full := await answer(self._fleet.handle(video).room.remote(*asked)):
+            self._refuse(video, full)
 
     async def _admit(self, video: VideoRecord, caller: Caller, idempotency: Idempotency | None) -> VideoRecord:
         with self._traces.span("admission", video.traceparent, model=video.model):
@@ -203,9 +214,12 @@ class Gateway:
         replica = self._fleet.handle(video).options(session_id=address("", video.id))
         opened: Opened | Refused = await answer(replica.open.remote(*opening(video)))
         if isinstance(opened, Refused):
-            self._refusals.note(video, opened)
-            raise self._rejected(opened, opened.reason or opened.code)
+            self._refuse(video, opened)
         return opened
+
+    def _refuse(self, video: VideoRecord, refusal: Refused) -> NoReturn:
+        self._refusals.note(video, refusal)
+        raise self._rejected(refusal, refusal.reason or refusal.code)
 
     def _rejected(self, refusal: Refused, reason: str) -> Problem:
         """What the caller is told; counted here, once, if it is for lack of room: a driver's own tries are not."""

@@ -1,4 +1,7 @@
-"""In an overload, what was refused a moment ago is refused again without asking: it costs those who are in nothing."""
+"""In an overload, what was refused a moment ago is refused again without asking: it costs those who are in nothing.
+
+One at a time asks anew, so that places that fall free are filled one after the other.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
 from serve.records import Pacing, Refused, VideoRecord
 
 _HOLD_S = 2.0  # at most, and no longer than whoever was refused was told to wait
 _MANY, _WITHIN_S = 8, 1.0  # so many refusals in a second are an overload
+_ASKING_S = 0.5  # while one asks anew, the others are told the old answer, for so long at most
+_LATELY_S = 10.0  # after a refusal it is well to ask for room before anything is written down
 
 
 @dataclass
 class _Known:
-    """Of one kind of request: the newest answer of a replica, and when the newest refusals were told."""
+    """Of one kind of request: the newest answer of a replica, when one last asked anew, and the newest refusals."""
 
     refusal: Refused
     asked_s: float
+    asking_s: float = -inf
     told_s: deque[float] = field(default_factory=lambda: deque(maxlen=_MANY))
 
 
@@ -38,12 +45,24 @@ class RecentRefusals:
         known.refusal, known.asked_s = refusal, now_s
         known.told_s.append(now_s)
 
+    def answered(self, video: VideoRecord) -> None:
+        """Whoever asked after `of` told nothing has an answer: the next one may ask."""
+        if known := self._known.get((video.model, video.pacing)):
+            known.asking_s = -inf
+
+    def lately(self, video: VideoRecord) -> bool:
+        """Whether a replica refused one like it not long ago."""
+        known = self._known.get((video.model, video.pacing))
+        return known is not None and self._now() - known.asked_s < _LATELY_S
+
     def of(self, video: VideoRecord) -> Refused | None:
-        """The refusal of one like it, if that is fresh and one of many."""
+        """The refusal of one like it, if that is one of many, and fresh or being asked for anew by another."""
         known, now_s = self._known.get((video.model, video.pacing)), self._now()
-        if known is None or now_s - known.asked_s >= min(_HOLD_S, known.refusal.retry_after_s or 0.0):
+        if known is None or len(known.told_s) < _MANY or now_s - known.told_s[0] >= _WITHIN_S:
             return None
-        if len(known.told_s) < _MANY or now_s - known.told_s[0] >= _WITHIN_S:
+        fresh = now_s - known.asked_s < min(_HOLD_S, known.refusal.retry_after_s or 0.0)
+        if not fresh and now_s - known.asking_s >= _ASKING_S:
+            known.asking_s = now_s
             return None
         known.told_s.append(now_s)
         return known.refusal

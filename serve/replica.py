@@ -89,6 +89,12 @@ class Replica:
         refused = self._admit(lambda: self._engine.open(spec))
         return refused or self._hold(session_id, Slot(self._encoder(scale)), 0, traceparent)
 
+    async def room(
+        self, session_id: str, prompt: str, seed: int, frames: int | None, paced: bool = False
+    ) -> Refused | None:
+        """What `open` would refuse now; nothing changes."""
+        return self._admit(lambda: self._engine.check_room(SessionSpec(session_id, prompt, seed, frames, paced=paced)))
+
     async def restore(
         self, parts: Sequence[bytes], scale: int, ahead_s: float | None = None, traceparent: str = ""
     ) -> Opened | Refused:

@@ -87,11 +87,14 @@ class FakeEngine:
             self._budget = chunks
 
     def open(self, spec: SessionSpec) -> None:
-        require(spec.session_id not in self.sessions, "session_id", spec.session_id, "an id that is not in use")
+        self.check_room(spec)
         with self._lock:
-            if len(self.sessions) >= self.config.serve.max_sessions:
-                raise CapacityError(self.config.serve.max_sessions, 2.5)
             self.sessions[spec.session_id] = FakeSession(spec, spec.prompt)
+
+    def check_room(self, spec: SessionSpec) -> None:
+        require(spec.session_id not in self.sessions, "session_id", spec.session_id, "an id that is not in use")
+        if len(self.sessions) >= self.config.serve.max_sessions:
+            raise CapacityError(self.config.serve.max_sessions, 2.5)
 
     def interact(self, session_id: str, change: PromptChange) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,46 @@ def test_a_replica_is_asked_as_often_as_who_was_refused_was_told_to_come_again(
             questions += 1
             refusals.note(asked(), SOON)
     assert 7 <= questions <= 9
+
+
+def test_one_at_a_time_asks_anew(refusals: RecentRefusals, clock: list[float]) -> None:
+    refuse(refusals, 8)
+
+    def wait(seconds: float) -> None:
+        clock[0] += 0.05
+        for _ in range(round(seconds * 10)):  # they keep coming meanwhile
+            clock[0] += 0.1
+            told.append(refusals.of(asked()))
+
+    told: list[Refused | None] = []
+    wait(2.0)
+    assert told == [FULL] * 19 + [None], "after two seconds one asks"
+    wait(0.4)
+    assert told[20:] == [FULL] * 4, "the others are told what was true before"
+    refusals.answered(asked())
+    assert refusals.of(asked()) is None, "there was room: the next one asks at once"
+    wait(0.6)
+    assert told[24:] == [FULL] * 4 + [None, FULL], "an answer that does not come holds nobody up for long"
+
+
+def test_after_a_refusal_a_replica_is_asked_for_room_before_anything_is_written(
+    service: Service, http: httpx.Client, engine: FakeEngine
+) -> None:
+    engine.allow(0)
+    for _ in range(2):
+        http.post("/v1/videos", json=REALTIME).raise_for_status()
+    assert http.post("/v1/videos", json=REALTIME).status_code == 429
+    admit, admitted = service.store.admit, list[str]()
+
+    async def counted(video: VideoRecord, *others: Any) -> Any:
+        admitted.append(video.id)
+        return await admit(video, *others)
+
+    service.store.admit = counted
+    refused = http.post("/v1/videos", json=REALTIME)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "3") and not admitted
+    service.gateways[0]._refusals._now = lambda: time.monotonic() + 11.0
+    assert http.post("/v1/videos", json=REALTIME).status_code == 429 and len(admitted) == 1
 
 
 def test_an_overload_that_is_over_is_forgotten(refusals: RecentRefusals, clock: list[float]) -> None:

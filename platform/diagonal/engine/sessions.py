@@ -75,8 +75,7 @@ class Sessions:
         `BudgetError` when a paced session would not leave everybody enough time."""
         schedule = self._schedule(spec.schedule)
         with self._lock:
-            self._check_new(spec.session_id)
-            admitted = self._admit(spec, Progress(schedule, 0, self._total_chunks(spec)), spec.schedule is None)
+            admitted = self._admit_new(spec, schedule)
             session = self._maker.new_session(spec, admitted, admitted != schedule)
             if session.shortened:
                 session.log("schedule", steps=admitted.steps, cause="overload")
@@ -85,6 +84,11 @@ class Sessions:
             self._sessions[spec.session_id] = session
         self._read(session)
         self._report_occupancy()
+
+    def check_room(self, spec: SessionSpec) -> None:
+        """Raise what `open` would raise now; nothing changes."""
+        with self._lock:
+            self._admit_new(spec, self._schedule(spec.schedule))
 
     def restore(self, snapshot: Snapshot, ahead_s: float | None = None) -> None:
         """Go on with a session of another engine, from the chunk after its snapshot; its cache is written anew then.
@@ -258,6 +262,10 @@ class Sessions:
         most = self._slots + self.config.serve.max_paused_sessions
         if len(self._sessions) >= most:
             raise CapacityError(most, self._slot_free_s())
+
+    def _admit_new(self, spec: SessionSpec, schedule: StepSchedule) -> StepSchedule:
+        self._check_new(spec.session_id)
+        return self._admit(spec, Progress(schedule, 0, self._total_chunks(spec)), spec.schedule is None)
 
     def _admit(self, spec: SessionSpec, progress: Progress, may_shorten: bool) -> StepSchedule:
         """The schedule to run: the one in `progress`, or under overload the configured shorter one."""
