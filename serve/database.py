@@ -17,6 +17,15 @@ _FIRST_MINUTE_S = 60
 KEPT_INTERACTIONS = 256  # every look at a video brings them along
 _LONGEST_TRANSITION_CHUNKS = 64  # as `serve.schemas` publishes it
 
+# What is asked several times a chunk is put together once: that costs more than the answer.
+_THIS: sql.BindParameter[str] = sql.bindparam("video_id")
+_FROM: sql.BindParameter[int] = sql.bindparam("start")
+_TO: sql.BindParameter[int] = sql.bindparam("stop")
+_VIDEO = VIDEOS.select().where(VIDEOS.c.id == _THIS)
+_INTERACTIONS = INTERACTIONS.select().where(INTERACTIONS.c.video_id == _THIS).order_by(INTERACTIONS.c.number)
+_BETWEEN = CHUNKS.select().where(CHUNKS.c.video_id == _THIS, CHUNKS.c.chunk >= _FROM, CHUNKS.c.chunk < _TO)
+_CHUNKS_BETWEEN = _BETWEEN.order_by(CHUNKS.c.chunk)
+
 
 class Database:
     """Videos and all that belongs to them. Safe to use from several threads."""
@@ -26,8 +35,11 @@ class Database:
 
     def get(self, video_id: str) -> VideoRecord | None:
         with self._tables.reading() as connection:
-            row = connection.execute(VIDEOS.select().where(VIDEOS.c.id == video_id)).mappings().first()
-            return None if row is None else replace(read_video(row), interactions=_interactions(connection, video_id))
+            row = connection.execute(_VIDEO, {"video_id": video_id}).mappings().first()
+            if row is None:
+                return None
+            changes = connection.execute(_INTERACTIONS, {"video_id": video_id}).mappings()
+            return replace(read_video(row), interactions=tuple(map(_interaction, changes)))
 
     def newest(self, owner: str, limit: int, after: str | None, ascending: bool) -> list[VideoRecord]:
         """At most `limit` of an owner's videos by age, those after the video `after`; without their interactions."""
@@ -76,9 +88,9 @@ class Database:
 
     def chunks(self, video_id: str, chunk: int, limit: int) -> list[tuple[int, str, Link]]:
         """Pixel frames, file and link of that chunk and of those behind it that are there; none without it."""
-        mine = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk >= chunk) & (CHUNKS.c.chunk < chunk + limit)
+        mine = {"video_id": video_id, "start": chunk, "stop": chunk + limit}
         with self._tables.reading() as connection:
-            rows = connection.execute(CHUNKS.select().where(mine).order_by(CHUNKS.c.chunk)).mappings().all()
+            rows = connection.execute(_CHUNKS_BETWEEN, mine).mappings().all()
         return [(row["frames"], row["file"] or str(row["chunk"]), _link(row)) for row in rows]
 
     def links(self, video_id: str, start_chunk: int, limit: int) -> list[Link]:
@@ -289,7 +301,3 @@ def _forgotten(video_id: str) -> sql.Select[tuple[int]]:
     newest = sql.select(INTERACTIONS.c.number).where(applied).order_by(INTERACTIONS.c.number.desc())
     return newest.offset(KEPT_INTERACTIONS)
 
-
-def _interactions(connection: sql.Connection, video_id: str) -> tuple[Interaction, ...]:
-    query = INTERACTIONS.select().where(INTERACTIONS.c.video_id == video_id).order_by(INTERACTIONS.c.number)
-    return tuple(_interaction(row) for row in connection.execute(query).mappings())

@@ -22,9 +22,9 @@ from serve.problems import SILENCES
 from serve.records import EncodedChunk, Pacing, Refused, Status, Verdict, VideoRecord
 
 _LOG = logging.getLogger("ray.serve")
-_LOOK_EVERY_S = 0.5  # how soon a driver that waits sees that its last reader left
-LOOK_AT_HOLDER_S = 0.5  # and that its replica drains or is gone, while its viewer still has something to play
-_BEAT_S = 0.5  # how often the store hears of a driver at least, whatever it waits for
+_LOOK_EVERY_S = 0.75  # how soon a driver that waits sees that its last reader left
+LOOK_AT_HOLDER_S = 1.0  # and that its replica drains or is gone, where no pull has shown of late that it is there
+_BEAT_S = 0.8  # how often the store hears of a driver at least, whatever it waits for
 _AHEAD = 8  # chunks that are begun behind the one that is waited for, where nobody paces them: the engine never idles
 _WHOLE_SNAPSHOT_EVERY = 8  # between them only what a chunk adds is kept
 _AWAY_S = 0.5  # a store that needs longer for an answer was away
@@ -166,6 +166,7 @@ class Driver:
         self._metrics.observe("diagonal_store_write_seconds", time.monotonic() - began_s)
         if self._told is None:
             return False
+        self._checked_s = self._looked_s = time.monotonic()  # store and replica both answered
         self._saved_chunk = newest.chunk if snapshot else -1
         self._whole_chunk = newest.chunk if whole else self._whole_chunk
         self._chunk = newest.chunk + 1

@@ -53,7 +53,7 @@ T = TypeVar("T")
 _LOG = logging.getLogger("ray.serve")
 _STORAGE_PATIENCE_S = 30.0
 _STRAY_S = 3600.0
-_LOOK_AGAIN_S = 0.5  # while one store follows another, the chunk may come to that one
+_LOOK_AGAIN_S = 1.0  # while one store follows another, the chunk may come to that one
 _SALT_BYTES = 16
 _TRIM_EVERY = 8
 _MAX_PENDING = 64  # as `serve.schemas` publishes it
@@ -66,7 +66,7 @@ class Store:
         self,
         settings: ServeSettings,
         *,
-        driver_silence_s: float = 2.5,  # five of a driver's beats: one that was only slow is superseded, no harm
+        driver_silence_s: float = 2.5,  # three of a driver's beats: one that was only slow is superseded, no harm
         reader_silence_s: float = 15.0,
         sweep_s: float = 5.0,
     ) -> None:
