@@ -26,10 +26,7 @@ from tests.serve.browser import Browser
 CHUNK_S = 0.75
 BUSY_S = 3.0  # what a machine of two cores adds on which all parts, their successors and the viewers run
 DRAINED = 1012
-LAST_S = 20.0  # of ten times the load; a minute by `python -m jobs.load --overload`
-# Viewers, proxy and service share two cores here, whose speed is not known; docs/results/serving.md has a calm minute's
-# figures: 95 % of refusals within 81 ms.
-FIRST_FRAME_S, SLOWEST_REFUSAL_S = 1.0, 0.3
+LAST_S = 15.0  # of ten times the load; a minute by `python -m jobs.load --overload`
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +69,7 @@ def assert_undisturbed(watchers: list[Any], ffprobe: str) -> None:
 def test_an_overload_is_refused_at_once_and_those_who_are_in_play_on(
     started: LiveService, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = asyncio.run(overload(Plan(started.url, seconds=10.0), LAST_S, seed=1, carrier="both"))
+    found = asyncio.run(overload(Plan(started.url, seconds=5.0), LAST_S, seed=1, carrier="both"))
     figures = found["figures"]
     with capsys.disabled():
         print(f"\n{overload_text(found)}\n{table(figures)}")
@@ -80,8 +77,8 @@ def test_an_overload_is_refused_at_once_and_those_who_are_in_play_on(
     assert sum(figures["rejected"].values()) > 4 * figures["completed"]
     assert set(figures["rejected"]) == {"server_full"} and figures["rejections_without_retry_after"] == 0
     assert figures["session_fps"]["least"] >= 16
-    assert figures["first_frame_s"]["p95"] <= max(2 * found["calm_first_frame_s"]["greatest"] + 0.1, FIRST_FRAME_S)
-    assert figures["rejection_s"]["p50"] <= 0.1 and figures["rejection_s"]["p95"] <= SLOWEST_REFUSAL_S
+    assert figures["first_frame_s"]["p95"] <= 2 * found["calm_first_frame_s"]["greatest"] + 0.1
+    assert figures["rejection_s"]["p95"] <= 0.1
     assert found["recovered_s"] is not None and found["recovered_s"] < 10
 
 

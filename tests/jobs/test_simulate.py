@@ -23,13 +23,14 @@ from jobs.service_policies import Scaling, policies
 from jobs.simulate import work
 from jobs.simulate_check import ALLOWED, Simulated, row, total
 
+EIGHT_SLOTS = Config.from_preset("tiny", ["serve.max_sessions=8"])
 TIMES = ChunkTimes("by hand", "known", (StepTime(2, 3, 1, 0.025), StepTime(2, 3, 4, 0.05)), 0.002, 0.05, 0.02)
 SLOW = replace(TIMES, steps=(StepTime(2, 3, 1, 0.3), StepTime(2, 3, 4, 1.1)))  # two sessions at once, hardly
 
 
 def scenario(replicas: int, viewers: int, times: ChunkTimes = TIMES, **other: Any) -> Scenario:
     crowd = Crowd(viewers, **{name: other.pop(name) for name in ("stay_s", "retries", "patience_s") if name in other})
-    setup = EngineSetup.of(Config.from_preset("tiny"))
+    setup = EngineSetup.of(EIGHT_SLOTS)
     return Scenario(setup, times, Fleet(replicas, start_s=other.pop("start_s", 20.0)), crowd, policies, **other)
 
 
@@ -129,7 +130,7 @@ def test_a_metric_is_summed_over_its_labels() -> None:
 def test_what_a_check_expects_to_be_admitted_is_bounded_by_slots_or_by_time(
     times: ChunkTimes, replicas: int, expected: int
 ) -> None:
-    setup = EngineSetup.of(Config.from_preset("tiny"))
+    setup = EngineSetup.of(EIGHT_SLOTS)
     assert Simulated(setup, times, Fleet(replicas)).capacity(20) == expected
 
 
