@@ -31,6 +31,7 @@ ALLOWED = 0.15
 _LAG_S = 12.0  # until Ray's metrics tell of what was
 _CLIP_S, _LOAD_S, _OVERLOAD_S, _OVERLOAD_STAY_S = 10.0, 20.0, 20.0, 5.0
 _FILLED = 0.75  # of what is admitted at once, in the load
+_APART_CHUNKS = 2.5
 _USUAL_ENCODE_S = 0.02
 Row = dict[str, Any]
 
@@ -98,14 +99,20 @@ class Metrics:
 
 
 def measure(plan: Plan, read: Metrics, setup: EngineSetup) -> ChunkTimes:
-    """What a step of one, of two and of most sessions takes, by that many unpaced clips at once."""
-    chunk_frames, seconds, encode_s = setup.geometry.chunk_pixel_frames(1), {}, _USUAL_ENCODE_S
-    unpaced, before = replace(plan, pacing="none"), read()
+    """What a step of one, of two and of most sessions takes.
+
+    That of one by two watched streams whose chunks never fall together: beside a stream that nobody paces its encoder
+    never rests, which would slow each step where both share the cores. Those of more by so many unpaced clips.
+    """
+    geometry = setup.geometry
+    chunk_frames, seconds, encode_s = geometry.chunk_pixel_frames(1), dict[int, float](), _USUAL_ENCODE_S
+    unpaced, apart = replace(plan, pacing="none"), [0.0, _APART_CHUNKS * geometry.chunk_media_s(1)]
     asyncio.run(offer(unpaced, [0.0], "ws"))  # connections are made, and clocks come up
     before = read()
     for size in sorted({1, min(2, setup.batch_limit), setup.batch_limit}):
         began_s = time.monotonic()
-        traces = asyncio.run(offer(unpaced, [0.0] * size, "ws"))
+        load = (plan, apart) if size == 1 and before else (unpaced, [0.0] * size)  # a wall clock tells of no share
+        traces = asyncio.run(offer(*load, "ws"))
         frames = sum(trace.frames for trace in traces)
         spent_s, after = time.monotonic() - began_s, read()
         if before is not None and after is not None:
