@@ -41,7 +41,7 @@ def three(engine: Engine, middle: str = PROMPT) -> list[list[ChunkResult]]:
     return steps
 
 
-def check_only_b_failed(engine: Engine, steps: list[list[ChunkResult]], message: str) -> None:
+def assert_only_b_failed(engine: Engine, steps: list[list[ChunkResult]], message: str) -> None:
     errors = {result.session_id: result.error for results in steps for result in results if result.error}
     assert set(errors) == {"b"} and message in str(errors["b"])
     (failed,) = [result for result in steps[0] if result.session_id == "b"]
@@ -60,7 +60,7 @@ def test_latents_that_are_not_finite_end_their_session_alone() -> None:
     release = small_release()
     release.encoder = PoisonedText(release.encoder)
     engine = engine_of(release=release)
-    check_only_b_failed(engine, three(engine, "moves"), "not finite")
+    assert_only_b_failed(engine, three(engine, "moves"), "not finite")
 
 
 class BlindDecoder(LinearDecoder):
@@ -87,7 +87,7 @@ def test_pixels_that_are_not_finite_end_their_session_alone() -> None:
     release = small_release()
     release.codec = BlindDecoder(copy.deepcopy(small_codec(release.config)))
     engine = engine_of(release=release)
-    check_only_b_failed(engine, three(engine), "not finite")
+    assert_only_b_failed(engine, three(engine), "not finite")
 
 
 def test_a_context_that_is_not_finite_ends_its_session_before_anybody_sees_a_chunk_of_it() -> None:
@@ -114,14 +114,14 @@ def test_a_prompt_that_cannot_be_encoded_ends_its_session_alone() -> None:
     release = small_release()
     release.encoder = PoisonedText(release.encoder)
     engine = engine_of(release=release)
-    check_only_b_failed(engine, three(engine, "right"), "the encoder gave up")
+    assert_only_b_failed(engine, three(engine, "right"), "the encoder gave up")
 
 
 def test_a_decoder_that_fails_ends_its_session_alone() -> None:
     release = small_release()
     release.codec = BreakingDecoder(release.codec, fails_on=2)
     engine = engine_of(release=release)
-    check_only_b_failed(engine, three(engine), "the decoder gave up")
+    assert_only_b_failed(engine, three(engine), "the decoder gave up")
 
 
 def test_a_forward_that_fails_for_the_batch_is_run_again_one_by_one() -> None:
@@ -134,7 +134,7 @@ def test_a_forward_that_fails_for_the_batch_is_run_again_one_by_one() -> None:
 
     release.network.register_forward_pre_hook(refuse)
     engine = engine_of(release=release)
-    check_only_b_failed(engine, three(engine, "moves"), "the kernel gave up")
+    assert_only_b_failed(engine, three(engine, "moves"), "the kernel gave up")
 
 
 def test_a_failed_sessions_pages_serve_the_next_one_unharmed() -> None:

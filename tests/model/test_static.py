@@ -36,7 +36,7 @@ def run(network: Any, batch: int = 1, text: Any = None) -> list[Tensor]:
     return found
 
 
-def check(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance, msg=f"forward {index}")
     assert max(float(part.std()) for part in expected) > 0.1
@@ -50,7 +50,7 @@ def test_joined_projections_and_a_text_read_once_give_what_the_plain_network_giv
     assert not any("to_q." in name or "to_v." in name for name, _ in network.blocks[0].attn1.named_parameters())
     text = draw(batch, TEXT_TOKENS, TEXT_DIM, seed=3)
     parts = [network.read(one[None]) for one in text]
-    check(run(network, batch, TextContext.joined(parts)), run(plain, batch), 1e-5)
+    assert_near(run(network, batch, TextContext.joined(parts)), run(plain, batch), 1e-5)
     layer = 2 * TEXT_TOKENS * 32 * 4
     assert parts[0].bytes == 3 * layer, "keys and values of every layer, counted to the byte"
 
@@ -72,7 +72,7 @@ def test_rotary_tables_in_float32_are_the_float64_ones_within_a_rounding_and_mad
 def test_compiled_blocks_are_one_graph_without_a_break_and_equal_the_plain_ones() -> None:
     network = small_causal()
     found = run(for_compiled(network), 2)
-    check(found, run(small_causal(), 2), 1e-5)
+    assert_near(found, run(small_causal(), 2), 1e-5)
 
 
 def for_compiled(network: CausalWan) -> StaticGenerator:
@@ -107,13 +107,13 @@ def test_forwards_replayed_over_static_inputs_are_the_plain_ones(batch: int, mon
     generator._graphs = True
     for seed in (3, 4):
         text = draw(batch, TEXT_TOKENS, TEXT_DIM, seed=seed)
-        check(run(generator, batch, generator.read(text)), run(small_causal(layers=3), batch, text), 1e-5)
+        assert_near(run(generator, batch, generator.read(text)), run(small_causal(layers=3), batch, text), 1e-5)
     assert len(graphs) == 8 and sum(graph.replays for graph in graphs) == 2 * 2 * CHUNKS, "four lengths, written or not"
 
 
 @pytest.mark.parametrize("kernel", ["flash", "math", "default"])
 def test_every_attention_kernel_gives_the_same_within_rounding(kernel: str) -> None:
-    check(run(StaticGenerator(small_causal(), kernel=kernel)), run(small_causal()), 1e-5)
+    assert_near(run(StaticGenerator(small_causal(), kernel=kernel)), run(small_causal()), 1e-5)
 
 
 def test_an_unknown_kernel_is_refused_by_name_and_a_cpu_has_nothing_to_choose() -> None:
