@@ -91,8 +91,9 @@ test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, sto
 	$(call in_two_parts,-m faults tests/faults)
 
 bench: env ## measure speed of the embedded model on this CPU (about 3 minutes): docs/results/speed.md
-	PYTHONPATH=platform $(VENV)/bin/python -m diagonal.evaluate.bench --preset tiny --no-compile \
-		--sessions 12 --out docs/results/speed-cpu.json $(BENCH_ARGS)
+	PYTHONPATH=platform $(VENV)/bin/python -m diagonal.evaluate.bench --preset tiny --no-compile --threads 1 \
+		--chunks 24 --sessions 16 --media-s 6 --session-minutes 0.8 --minutes 2.8 \
+		--out docs/results/speed-cpu.json $(BENCH_ARGS)
 
 bench-gpu: ## measure every GPU row of docs/results/speed.md on a bare GPU machine, in under 9 minutes
 	-timeout 300 $(BENCH) --decoder fast --minutes 4.5 --session-minutes 0.7 --sections rates client sessions growth \
