@@ -32,6 +32,7 @@ from serve.scaling import BUSY, REFUSED, SESSIONS, SLOTS
 from serve.settings import ServeSettings
 from serve.sink import serve_sink
 from serve.slots import Slot
+from serve.spares import SpareEncoders
 from serve.traces import SessionTrace, traces_of
 
 _LOG = logging.getLogger("ray.serve")
@@ -68,6 +69,9 @@ class Replica:
         self._refused_at: deque[float] = deque(maxlen=1000)
         self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
         geometry = self._config.geometry
+        self._encoders = SpareEncoders(
+            self._new_encoder, self._info.scales[0], self._config.serve.max_sessions, self._pool
+        )
         self._thread = EngineThread(self._engine, self._deliver, geometry.chunk_media_s(1))
         self._thread.start()
         self._reaper = self._loop.create_task(self._reap())
@@ -87,7 +91,7 @@ class Replica:
         """
         spec = SessionSpec(session_id, prompt, seed, frames, paced=paced, record=record)
         refused = self._admit(lambda: self._engine.open(spec))
-        return refused or self._hold(session_id, Slot(self._encoder(scale)), 0, traceparent)
+        return refused or self._hold(session_id, Slot(self._encoders.take(scale)), 0, traceparent)
 
     async def room(
         self, session_id: str, prompt: str, seed: int, frames: int | None, paced: bool = False
@@ -110,7 +114,7 @@ class Replica:
         if refused is not None:
             return refused
         media = snapshot.media
-        slot = Slot(self._encoder(scale, media.pixel_frames, media.chunks + 1))
+        slot = Slot(self._encoders.take(scale, media.pixel_frames, media.chunks + 1))
         slot.wanted = slot.made = snapshot.next_chunk - 1
         slot.snapshots[slot.made] = snapshot
         return self._hold(snapshot.spec.session_id, slot, snapshot.next_chunk, traceparent)
@@ -314,15 +318,13 @@ class Replica:
         for session_id in list(self._slots):
             await self.close(session_id, "shutdown")
         self._thread.stop()
+        self._encoders.close()
         self._pool.shutdown()
 
-    def _encoder(self, scale: int, first_pixel_frame: int = 0, sequence: int = 1) -> ChunkEncoder:
-        geometry = self._config.geometry
-        return ChunkEncoder(
-            geometry.pixel_height, geometry.pixel_width, geometry.pixel_fps,
-            codec=self._settings.codec,  # type: ignore[arg-type]
-            scale=scale, first_pixel_frame=first_pixel_frame, sequence=sequence,
-        )
+    def _new_encoder(self, scale: int) -> ChunkEncoder:
+        geometry, codec = self._config.geometry, self._settings.codec
+        size = (geometry.pixel_height, geometry.pixel_width, geometry.pixel_fps)
+        return ChunkEncoder(*size, codec=codec, scale=scale)  # type: ignore[arg-type]
 
     def _want(self, session_id: str, slot: Slot, chunk: int) -> None:
         """Ask the engine for all chunks up to `chunk` that it was not asked for: it may begin one while it decodes

@@ -389,7 +389,7 @@ def _tiny() -> Config:
             checkpoint_every=100,
         ),
         train=TrainConfig(workers=2, gpus_per_worker=0.0, checkpoint_activations=False),
-        serve=ServeConfig(max_sessions=6, pixel_scale=8),
+        serve=ServeConfig(max_sessions=4, pixel_scale=8),
     )
 
 
