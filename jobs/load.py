@@ -74,8 +74,7 @@ def arrivals(rate: float, seed: int, count: int | None = None, last_s: float | N
 
 async def offer(plan: Plan, times: Sequence[float], carrier: str) -> list[Trace]:
     """A session at each of the times; each is bounded, so all are."""
-    zero_s = time.monotonic()
-    carriers = ("ws", "http") if carrier == "both" else (carrier,)
+    zero_s, carriers = time.monotonic(), carriers_of(carrier)
 
     async def session(number: int, at_s: float) -> Trace:
         await asyncio.sleep(max(0.0, zero_s + at_s - time.monotonic()))
@@ -83,6 +82,22 @@ async def offer(plan: Plan, times: Sequence[float], carrier: str) -> list[Trace]
 
     async with _client(plan) as http:
         return list(await asyncio.gather(*(session(number, at_s) for number, at_s in enumerate(times))))
+
+
+def carriers_of(carrier: str) -> tuple[str, ...]:
+    """What sessions use in turns."""
+    return ("ws", "http") if carrier == "both" else (carrier,)
+
+
+async def one_by_one(plan: Plan, carrier: str) -> list[Trace]:
+    """A short session by each carrier while nobody else is there, when one before it has made all ways ready."""
+    traces: list[Trace] = []
+    async with _client(plan) as http:
+        for name in carriers_of(carrier):
+            for _ in range(2):
+                trace = await run_session(replace(plan, seconds=1.0), 0, time.monotonic(), http, name)
+            traces.append(trace)
+    return traces
 
 
 async def find_capacity(plan: Plan) -> tuple[int, list[Trace]]:
@@ -137,6 +152,7 @@ async def overload(plan: Plan, last_s: float, seed: int, carrier: str) -> dict[s
     """Ten times as many sessions as are admitted, for so long; what it did to those that were, and how it ended."""
     capacity, calm = await find_capacity(plan)
     require(capacity > 0, "--url", plan.url, "a service that admits at least one session")
+    calm += await one_by_one(plan, carrier)  # each carrier's own: a video over HTTP takes two requests
     calm_s = percentiles(trace.first_frame_s for trace in calm)
     rate = OVERLOAD * capacity / plan.seconds
     times = arrivals(rate, seed, last_s=last_s)

@@ -68,6 +68,7 @@ class Replica:
         self._slots: dict[str, Slot] = {}
         self._refused_at: deque[float] = deque(maxlen=1000)
         self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
+        self._states = ThreadPoolExecutor(1, thread_name_prefix="snapshot")  # waits for no other's encoding
         geometry = self._config.geometry
         self._encoders = SpareEncoders(
             self._new_encoder, self._info.scales[0], self._config.serve.max_sessions, self._pool
@@ -107,7 +108,7 @@ class Replica:
         `ahead_s` is the media that its viewer has left now. The answer is that of `open`; the next chunk is begun.
         """
         try:
-            snapshot = await self._loop.run_in_executor(self._pool, merged, parts)
+            snapshot = await self._loop.run_in_executor(self._states, merged, parts)
         except SnapshotError as error:
             return Refused("snapshot_refused", str(error))
         refused = self._admit(lambda: self._engine.restore(snapshot, ahead_s))
@@ -179,7 +180,7 @@ class Replica:
         state = slot.snapshots.get(found[-1].chunk)
         if since_chunk is None or state is None:
             return found
-        snapshot = await self._loop.run_in_executor(self._pool, state.to_bytes, since_chunk)
+        snapshot = await self._loop.run_in_executor(self._states, state.to_bytes, since_chunk)
         return (*found[:-1], replace(found[-1], snapshot=snapshot))
 
     async def _linger(self, slot: Slot, first: EncodedChunk) -> None:
@@ -320,6 +321,7 @@ class Replica:
         self._thread.stop()
         self._encoders.close()
         self._pool.shutdown()
+        self._states.shutdown()
 
     def _new_encoder(self, scale: int) -> ChunkEncoder:
         geometry, codec = self._config.geometry, self._settings.codec

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 
 from diagonal.media.encode import ChunkEncoder
 
-_PAUSE_S = 0.5  # before each that is made anew: those who just began come first
+_PAUSE_S = 1.0  # before each that is made anew: those who just began come first
 
 
 class SpareEncoders:

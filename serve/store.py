@@ -147,10 +147,11 @@ class Store:
         return await self._run(self._database.get, video_id)
 
     async def release(self, video_id: str, epoch: int) -> None:
-        """A driver lets go of its video: another one may take it at once."""
+        """A driver lets go of its video: another one may take it at once, and is given as much time as any other."""
         video = await self._run(self._database.get, video_id)
         if video is not None and video.epoch == epoch and video_id in self._watches:
-            self._watches[video_id].driven_at = float("-inf")
+            watch = self._watches[video_id]
+            watch.driven_at = min(watch.driven_at, time.monotonic() - self._driver_silence_s)
 
     async def orphans(self) -> list[VideoRecord]:
         """The videos that nobody drives, though chunks are missing."""

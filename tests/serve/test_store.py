@@ -187,6 +187,23 @@ def test_a_video_is_an_orphan_once_its_driver_is_silent_also_since_a_restart(tmp
         in_store(tmp_path, work, driver_silence_s=60.0)
 
 
+def test_a_video_whose_driver_let_go_is_an_orphan_at_once_and_not_lost(tmp_path: Path) -> None:
+    """The upkeep may look before another gateway has taken it."""
+
+    async def work(store: Store) -> None:
+        store._started_at -= 3600.0
+        await put_video(store)
+        await store.check(VIDEO.id, 0)
+        assert await store.orphans() == []
+        await store.release(VIDEO.id, 0)
+        assert [one.id for one in await store.orphans()] == [VIDEO.id]
+        await store.sweep()
+        video = await store.get(VIDEO.id)
+        assert video is not None and (video.status, video.orphan) == (Status.IN_PROGRESS, True)
+
+    in_store(tmp_path, work)
+
+
 def test_nothing_is_remembered_of_videos_that_are_over(tmp_path: Path) -> None:
     async def work(store: Store) -> None:
         await put_video(store)
