@@ -31,7 +31,7 @@ ALLOWED = 0.15
 _LAG_S = 12.0  # until Ray's metrics tell of what was
 _CLIP_S, _LOAD_S, _OVERLOAD_S, _OVERLOAD_STAY_S = 10.0, 20.0, 20.0, 5.0
 _FILLED = 0.75  # of what is admitted at once, in the load
-_APART_CHUNKS = 2.5
+_APART_CHUNKS = 2.5  # between two watched streams: when one has a chunk made, the other is in the middle of one
 _USUAL_ENCODE_S = 0.02
 Row = dict[str, Any]
 

@@ -74,7 +74,7 @@ def test_idle_replicas_and_waiting_workers_are_still_measured(scene: Scene) -> N
     idle = "sum(ray_diagonal_sessions_active) == 0 and count(ray_diagonal_kv_cache_capacity_bytes) > 0"
     until("no viewers", lambda: scene.ask("query", query=idle)["result"], 300, every_s=1)
     question = f"count_over_time(({idle})[40s:1s]) > 35"
-    until("forty seconds of it", lambda: scene.ask("query", query=question)["result"], 300, every_s=1)
+    assert until("forty seconds of it", lambda: scene.ask("query", query=question)["result"], 300, every_s=1)
 
 
 def test_it_all_ends_with_the_run(scene: Scene) -> None:

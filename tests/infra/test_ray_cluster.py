@@ -32,8 +32,9 @@ def instance_shape() -> Any:
     return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
 
 
-def check(config: Config, instance_shape: Any) -> None:
-    """Raise ValueError or ValidationError for what the launcher or EC2 would refuse, or Ray would silently overlook."""
+def check(config: Config, instance_shape: Any) -> list[str]:
+    """The pools that were looked at; ValueError or ValidationError for what the launcher or EC2 would refuse, or Ray
+    would silently overlook."""
     validate_config(prepare_config(copy.deepcopy(config)))
     schema = json.loads((importlib.resources.files("ray.autoscaler") / "ray-schema.json").read_text())
     unknown = set(config["provider"]) - set(schema["properties"]["provider"]["properties"])
@@ -43,6 +44,7 @@ def check(config: Config, instance_shape: Any) -> None:
         faults = node_faults(node["node_config"], instance_shape)
         if faults:
             raise ValueError(f"{name}: {faults}")
+    return list(config["available_node_types"])
 
 
 def node_faults(node_config: Config, instance_shape: Any) -> list[str]:
@@ -66,7 +68,7 @@ def _outside(value: Any, shape: Any) -> Iterator[str]:
 
 
 def test_the_launcher_and_ec2_accept_the_file(config: Config, instance_shape: Any) -> None:
-    check(config, instance_shape)
+    assert len(check(config, instance_shape)) == 5, "the head and four pools, each held to EC2's own description"
 
 
 def _pool(config: Config, name: str = "cpu") -> Config:

@@ -50,7 +50,9 @@ def test_a_service_whose_engine_can_make_no_chunk_is_not_ready(
     engine: FakeEngine, http: httpx.Client, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve.replica._PROOF_AGE_S", 0.05)
+    assert status(http) == 200
     engine.exercise = lambda: False  # type: ignore[method-assign]
     until(lambda: status(http) == 503, "an idle engine is asked to make a chunk, and makes none", 20)
+    assert http.get("/health/ready").json()["error"]["code"] == "not_ready"
     engine.exercise = lambda: True  # type: ignore[method-assign]
     until(lambda: status(http) == 200, "ready again", 20)

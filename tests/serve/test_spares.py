@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,13 +26,13 @@ class Maker:
         return self.made[-1]
 
 
-def run(scene: Callable[[SpareEncoders, Maker], object], count: int = 2) -> None:
+def run(scene: Callable[[SpareEncoders, Maker], Awaitable[None]], count: int = 2) -> None:
     async def all_of_it() -> None:
         with ThreadPoolExecutor(1) as pool:
             maker = Maker()
             found = SpareEncoders(maker, 8, count, pool)
             try:
-                await scene(found, maker)  # type: ignore[misc]
+                await scene(found, maker)
             finally:
                 found.close()
 

@@ -274,6 +274,26 @@ def test_a_realtime_video_that_nobody_ever_watches_is_given_up(
     assert status(http, video)["error"]["code"] == "abandoned" and len(engine.made) <= 3
 
 
+def test_a_watched_chunk_costs_the_store_one_question_beside_its_keeping(service: Service, http: httpx.Client) -> None:
+    check, put = service.store.check, service.store.put_chunks
+    asked: list[str] = []
+    kept: list[str] = []
+
+    async def counted_check(*arguments: Any) -> Any:
+        asked.append(arguments[0])
+        return await check(*arguments)
+
+    async def counted_put(*arguments: Any) -> Any:
+        kept.append(arguments[0])
+        return await put(*arguments)
+
+    service.store.check, service.store.put_chunks = counted_check, counted_put
+    video = start(http, frames=81, pacing="realtime")
+    assert len(shades(http.get(f"/v1/videos/{video}/stream", timeout=30).content)) == 81
+    questions = len(asked) - len(kept)  # to keep a chunk is to look at its video, too
+    assert len(kept) == 7 and questions <= 7 + 4, questions
+
+
 def test_a_disconnect_does_not_end_a_video_that_is_made_for_its_file(http: httpx.Client, until: Until) -> None:
     video = start(http)
     with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
