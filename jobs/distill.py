@@ -18,6 +18,7 @@ from diagonal.storage import Folder
 from diagonal.training.distill import Networks, PromptBatch
 from diagonal.training.loop import Plan, distill_state, distill_step, run_loop
 from diagonal.training.parallel import full_state_dict, full_tensors, parallelize
+from diagonal.training.ranks import is_grouped
 from diagonal.training.state import TrainState
 from jobs.artefacts import base_lineage, initial_student, lineage_of, local_copy, write_student
 from jobs.export import export
@@ -123,7 +124,7 @@ def keep_stage1(worker: Worker, generator: CausalWan) -> None:
 
 def with_reference(worker: Worker, networks: Networks) -> Networks:
     """The same networks with stage 1's generator as frozen reference; read from its file by every rank."""
-    if torch.distributed.is_initialized():
+    if is_grouped():
         torch.distributed.barrier()
     reference = load_causal(local_copy(worker.run, "stage1"), worker.config).to(worker.device)
     parallelize(reference, reference.blocks, worker.mesh(), worker.plan, trainable=False)

@@ -35,7 +35,10 @@ from jobs.worker import Worker
 FINAL = (FieldError, CheckpointError, StorageError, TooManyNonFiniteError)  # the same would come again
 MOST_CHARACTERS = 600
 FIRST_OF_ALL_SHARE = 0.8  # of the stall timeout: what replaces a worker with a reason comes before the watchdog
-FOLLOWS = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "Broken pipe")
+FOLLOWS = (
+    "Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "Broken pipe",
+    "process group was ended",
+)
 
 
 def fit(run: Run, stage: str, body: Callable[[Worker, Feed], None], feed: Feed) -> None:

@@ -16,6 +16,7 @@ from diagonal.config import Config
 from diagonal.metrics import NullSink
 from diagonal.storage import Folder
 from diagonal.training.checkpoint import CheckpointError, Restored
+from diagonal.training.ranks import GroupLostError
 from diagonal.training.state import TrainState
 from jobs import progress
 from jobs.fit import first_cause
@@ -170,9 +171,9 @@ def test_a_process_without_progress_ends_itself_and_says_where_it_stood(beats: i
 def test_the_first_cause_is_no_mere_consequence_of_another_ranks() -> None:
     said = first_cause({
         0: RuntimeError("gloo: Connection closed by peer [127.0.0.1]:1"), 1: ValueError("a bad\n  level"),
-        2: RuntimeError("Timed out waiting 1000ms"),
+        2: RuntimeError("Timed out waiting 1000ms"), 3: GroupLostError(),
     })
-    assert said == "rank 1: ValueError: a bad level; then ranks 0, 2"
+    assert said == "rank 1: ValueError: a bad level; then ranks 0, 2, 3"
 
 
 def test_a_jobs_processes_get_its_s3_settings_and_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ class Ranks:
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    os.environ["WORLD_SIZE"] = str(world_size)  # as Ray Train and torchrun tell each rank
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=30)
     )

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from diagonal.storage import Folder
 from diagonal.training.checkpoint import Checkpointer
 from diagonal.training.manifest import CheckpointError, UnfinishedError, checkpoints, scan
+from diagonal.training.parallel import device_mesh
+from diagonal.training.ranks import gathered, highest, own_rank, world_size
 from tests.training.ranks import Ranks
 from tests.training.states import advance, contents, flip, folder_of, fresh, keeper, remove_manifest, same, saved
 
@@ -308,3 +311,36 @@ def own_roots(rank: int, root: str) -> str:
         own.save(fresh(0, 2), wait=True)
     shutil.rmtree(f"{root}/{rank}")
     return str(caught.value)
+
+
+def loses_its_group(rank: int, root: str) -> tuple[list[str], str]:
+    """A rank whose group Ray Train ends, as another is lost, while a save is being written and training goes on."""
+    state, own = fresh(rank, 2), keeper(root)
+    advance(state, 2)
+    asked = (own_rank, world_size, lambda: highest(3, None), lambda: gathered(rank, None), lambda: state.state_dict())
+    with held() as release:
+        own.save(state)
+        dist.destroy_process_group()
+        release.set()
+        errors = [named(call) for call in (*asked, lambda: device_mesh(2, "cpu"))]
+    return errors, named(own.finish)
+
+
+def named(call: Callable[[], object]) -> str:
+    """The name of the error that `call` raises."""
+    try:
+        return f"none, but {call()}"
+    except RuntimeError as error:
+        return type(error).__name__
+
+
+def test_a_rank_whose_group_is_ended_never_takes_itself_for_the_only_one(tmp_path: Path) -> None:
+    """Else it would refuse its own samples for good, and its half of a checkpoint would count as a whole one."""
+    ranks = Ranks(2)
+    try:
+        answers = ranks.run(loses_its_group, str(tmp_path))
+    finally:
+        ranks.stop()
+    lost = "GroupLostError"
+    assert answers == [([lost] * 6, lost)] * 2
+    assert updates(tmp_path) == []

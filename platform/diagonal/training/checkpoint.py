@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
@@ -30,7 +29,7 @@ from diagonal.errors import FieldError, require
 from diagonal.storage import Folder, StorageError
 from diagonal.training import manifest
 from diagonal.training.manifest import Checkpoint, CheckpointError, UnfinishedError, folder_name
-from diagonal.training.ranks import Group, from_rank_0, gathered, gloo_group, highest, own_rank, world_size
+from diagonal.training.ranks import Group, from_rank_0, gathered, gloo_group, highest, is_grouped, own_rank, world_size
 from diagonal.training.state import TrainState
 
 IDLE, RUNNING, FAILED = range(3)
@@ -166,7 +165,7 @@ class Checkpointer:
     def _put(self, staged: dict[str, Tensor], progress: dict[str, int], folder: Folder, token: str) -> None:
         with self._written_at(folder) as local:
             writer = dcp.FileSystemWriter(local, sync_files=folder.is_local)
-            dcp.save(staged, storage_writer=writer, process_group=self._background, no_dist=not dist.is_initialized())
+            dcp.save(staged, storage_writer=writer, process_group=self._background, no_dist=not is_grouped())
             told = manifest.compose(local, own_rank(), world_size(), token, progress)
             if not folder.is_local:
                 for name in told["files"]:
@@ -255,7 +254,7 @@ def _read_into(state: TrainState, local: Path, group: Group) -> None:
     reader = dcp.FileSystemReader(local)
     saved = reader.read_metadata().state_dict_metadata
     tensors = state.template({key: value for key, value in saved.items() if isinstance(value, TensorStorageMetadata)})
-    dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=not dist.is_initialized())
+    dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=not is_grouped())
     state.load_state_dict(tensors)
 
 

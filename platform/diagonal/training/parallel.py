@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from diagonal.errors import require
+from diagonal.training.ranks import is_grouped
 
 Network = TypeVar("Network", bound=nn.Module)
 FloatName = Literal["bfloat16", "float32"]
@@ -71,7 +72,7 @@ def device_mesh(world_size: int, device_type: str, shard_group: int = 0) -> Devi
     )
     if world_size == 1:
         return None
-    require(dist.is_initialized(), "process group", None, "an initialised one, as there is more than one rank")
+    require(is_grouped(), "process group", None, "an initialised one, as there is more than one rank")
     if group == world_size:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (world_size // group, group), mesh_dim_names=("replicate", "shard"))
@@ -157,7 +158,7 @@ def any_rank(flag: bool | Tensor, group: dist.ProcessGroup | None = None, device
     `flag` is a bool, sent from `device` (the process group's kind), or a scalar tensor, sent from where it lies.
     """
     value = torch.as_tensor(flag, device=flag.device if isinstance(flag, Tensor) else device).to(torch.int32)
-    if dist.is_initialized():
+    if is_grouped():
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
     return bool(value.item())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,14 +16,34 @@ T = TypeVar("T")
 Group = dist.ProcessGroup | None
 
 
+class GroupLostError(RuntimeError):
+    """This rank's process group was ended while it trained: another rank is lost, and all begin again."""
+
+    def __init__(self) -> None:
+        super().__init__("this rank's process group was ended under it")
+
+
+def is_grouped() -> bool:
+    """Whether this process is in a process group.
+
+    Raises `GroupLostError` where it no longer is: Ray Train, when a rank is lost, ends the group of the others while
+    they still train, and none of them may then take itself for the only rank. Ray Train and torchrun give each rank
+    the variable `WORLD_SIZE`.
+    """
+    grouped = dist.is_initialized()
+    if not grouped and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise GroupLostError
+    return grouped
+
+
 def own_rank() -> int:
-    """This process's rank; 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's rank; 0 where it is the only one. Raises as `is_grouped` does."""
+    return dist.get_rank() if is_grouped() else 0
 
 
 def world_size() -> int:
-    """The number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """The number of ranks; 1 where this process is the only one. Raises as `is_grouped` does."""
+    return dist.get_world_size() if is_grouped() else 1
 
 
 def gloo_group(timeout_s: float = 1800.0) -> Group:
@@ -31,14 +52,14 @@ def gloo_group(timeout_s: float = 1800.0) -> Group:
     Two threads never share one: collectives of one group must come in one order on all ranks. A rank waits up to
     `timeout_s` for the slowest.
     """
-    if not dist.is_initialized():
+    if not is_grouped():
         return None
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
 def highest(value: int, group: Group) -> int:
     """The highest value of all ranks, on every rank."""
-    if not dist.is_initialized():
+    if not is_grouped():
         return value
     values = torch.tensor(value)
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
@@ -47,7 +68,7 @@ def highest(value: int, group: Group) -> int:
 
 def gathered(value: T, group: Group) -> list[T]:
     """Every rank's value, by rank, on every rank."""
-    if not dist.is_initialized():
+    if not is_grouped():
         return [value]
     values: list[T | None] = [None] * world_size()
     dist.all_gather_object(values, value, group=group)
@@ -62,7 +83,7 @@ def from_rank_0(call: Callable[[], T], group: Group) -> T:
             answer = [(call(), None)]
         except (OSError, StorageError) as error:
             answer = [(None, error)]
-    if dist.is_initialized():
+    if is_grouped():
         dist.broadcast_object_list(answer, src=0, group=group)
     value, failure = answer[0]
     if failure is not None:
