@@ -8,7 +8,9 @@ from io import BytesIO
 from itertools import islice
 
 import torch
+from diffusers import AutoencoderKLWan
 
+from diagonal.config import Config
 from diagonal.data.embedded import embedded_world
 from diagonal.evaluate.learning import score_learning
 from diagonal.evaluate.quality import ScoreTable, score_teacher
@@ -52,15 +54,22 @@ def pretrain(run: Run) -> None:
     _restore(run, training)
     state = train_teacher(config, training, Progress("pretrain", settings.updates, training.update),
                           partial(_after, run, text, linear))
-    say("pretrain: training the autoencoder to the linear codec's latents")
-    codec = train_vae(config, linear, Progress("pretrain codec", settings.codec_updates))
-    lineage = {"stage": "pretrain", "seed": config.seed, "updates": settings.updates,
+    codec = _codec(config, linear)
+    lineage = {"stage": "pretrain", "seed": config.seed, "updates": training.update,
                "command": f"python jobs/pretrain.py --preset {config.preset}"}
     with folder.replaced(last=SCORES) as new:
         save_base(new, config, as_wan(state, training.teacher), codec, tokenizer, encoder, lineage)
         scores = score_teacher(new, config, clips=SCORED_CLIPS, seed=config.seed)
         write_json(new / SCORES, {"clips": SCORED_CLIPS, "teacher": scores})
     say(f"pretrain: {_means(scores)}")
+
+
+def _codec(config: Config, linear: LinearCodec) -> AutoencoderKLWan | LinearCodec:
+    updates = config.pretrain.codec_updates
+    if not updates:
+        return linear
+    say("pretrain: training the autoencoder to the linear codec's latents")
+    return train_vae(config, linear, Progress("pretrain codec", updates))
 
 
 def _restore(run: Run, training: TeacherTraining) -> None:

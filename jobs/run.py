@@ -38,6 +38,7 @@ FREE_FIELDS = frozenset({  # where and how often, never what: a run may go on wi
     "distill.checkpoint_every", "distill.keep_checkpoints", "distill.micro_batch_size", "distill.max_nonfinite",
     "pairs.text_workers", "pairs.solver_workers", "pairs.max_bad_share", "decoder.checkpoint_every",
     "pretrain.checkpoint_every", "pretrain.score_every",
+    "pretrain.updates",  # refused by the teacher's own state where it is too late for it
     "prompts.extend_timeout_s", "prompts.extend_concurrency", "prompts.extend_key_variable",
 })  # fmt: skip
 

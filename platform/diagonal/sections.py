@@ -44,7 +44,8 @@ class PretrainConfig:
     """Teacher training from nothing on an embedded world.
 
     Of the codec's latent channels `motion_channels` are for what changes within a latent frame. The text encoder stays
-    random with 0 `text_updates`. Every `score_every` updates the oracle judges the teacher (0: at the end alone).
+    random with 0 `text_updates`, and the codec is the linear one with 0 `codec_updates`. Every `score_every` updates
+    the oracle judges the teacher (0: at the end alone).
     """
 
     world: Literal["shapes", "textured"] = "shapes"
@@ -67,5 +68,5 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         positive(self, "pretrain", "clips", "updates", "batch_size", "lr", "codec_clips", "motion_channels")
         positive(self, "pretrain", "checkpoint_every")
-        not_negative(self, "pretrain", "text_updates", "score_every")
+        not_negative(self, "pretrain", "text_updates", "codec_updates", "score_every")
         shares(self, "pretrain", "caption_drop", "ema_decay")

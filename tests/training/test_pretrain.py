@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from io import BytesIO
 
+import pytest
 import torch
 
 from diagonal.config import Config
 from diagonal.data.embedded import embedded_world
+from diagonal.errors import FieldError
 from diagonal.evaluate.learning import GUIDANCES, score_learning
 from diagonal.model.text import TextEncoder
 from diagonal.training.pretrain import (
@@ -52,6 +54,14 @@ def test_a_teacher_that_was_cut_off_ends_as_one_that_was_not() -> None:
     tables = score_learning(resumed, CONFIG, text, codec, clips=1, seed=0)
     assert set(tables) == {str(guidance) for guidance in GUIDANCES}
     assert "small_direction" in tables["3.0"]
+
+    longer = CONFIG.with_settings(["pretrain.updates=6"])
+    extended = TeacherTraining(longer, corpus)
+    extended.load_state_dict(torch.load(BytesIO(kept[2]), weights_only=True))
+    train_teacher(longer, extended, silent)
+    assert extended.update == 6
+    with pytest.raises(FieldError, match=r"pretrain.updates = 6: allowed is 4, as planned, or at least 6"):
+        TeacherTraining(longer, corpus).load_state_dict(torch.load(BytesIO(kept[3]), weights_only=True))
 
 
 def test_the_text_encoder_learns_which_word_stands_where_and_is_frozen_then() -> None:

@@ -152,11 +152,10 @@ def score(reading: TexturedReading, scene: TexturedScene) -> TexturedScores:
 def _smooth(images: Floats) -> Floats:
     """Mean over 3 x 3 pixels, the rim repeated."""
     for axis in (1, 2):
-        padding = [(1, 1) if one == axis else (0, 0) for one in range(images.ndim)]
-        padded = np.pad(images, padding, mode="edge")
-        count = images.shape[axis]
-        parts = [np.take(padded, np.arange(start, start + count), axis) for start in range(3)]
-        images = (parts[0] + parts[1] + parts[2]) / np.float32(3)
+        own, count = np.moveaxis(images, axis, 0), images.shape[axis]
+        padded = np.concatenate([own[:1], own, own[-1:]])
+        total = padded[:count] + own + padded[2:]
+        images = np.moveaxis(total / np.float32(3), 0, axis)
     return images
 
 
@@ -193,7 +192,7 @@ def _mixture(hues: Floats, first: int, small: int | None) -> tuple[Floats, Float
     cosine = float(palette[first] @ palette[small])
     if cosine < -0.99:
         return one, other
-    both = np.linalg.solve(np.stack([palette[first], palette[small]], 1), hues[..., None])[..., 0]
+    both = hues @ np.linalg.inv(np.stack([palette[first], palette[small]], 1)).T
     mixed = (both >= 0).all(-1)
     nearer = one >= other
     return (

@@ -32,7 +32,8 @@ def measure(pixels: Pixels) -> VideoMeasures:
 def saturation(pixels: Pixels) -> float:
     """Mean saturation of HSV: (max - min) / max of the channels, 0 for black. 0 is grey, 1 is pure colour."""
     values = _floats(pixels)
-    high, low = values.max(axis=-1), values.min(axis=-1)
+    red, green, blue = np.moveaxis(values, -1, 0)  # many times faster than a reduction over an axis of three
+    high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
     return float(np.mean((high - low) / np.maximum(high, np.float32(1 / 255))))
 
 

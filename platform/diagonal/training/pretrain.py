@@ -17,6 +17,7 @@ from diagonal.config import Config
 from diagonal.data.embedded import EmbeddedWorld, embedded_world
 from diagonal.diffusion.flow import blend
 from diagonal.diffusion.noise import generator, mixed_seed
+from diagonal.errors import require
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import LinearCodec
@@ -140,13 +141,20 @@ class TeacherTraining:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next update but configuration and corpus, which follow from the seed."""
         return {
-            "update": self.update, "teacher": self.teacher.state_dict(), "average": self.average,
+            "update": self.update, "planned": self._config.pretrain.updates,
+            "teacher": self.teacher.state_dict(), "average": self.average,
             "optimizers": [one.state_dict() for one in self._optimizers],
             "schedulers": [one.state_dict() for one in self._schedulers], "draw": self._draw.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state of the same configuration: what follows is the same as without a break."""
+        """Take over a state of the same configuration: what follows is the same as without a break.
+
+        Another number of updates is taken as long as the learning rate falls in neither plan yet, else `FieldError`.
+        """
+        planned, updates = state["planned"], self._config.pretrain.updates
+        require(updates == planned or 2 * state["update"] <= min(planned, updates), "pretrain.updates", updates,
+                f"{planned}, as planned, or at least {2 * state['update']} where the rate does not fall yet")
         self.update = state["update"]
         self.teacher.load_state_dict(state["teacher"])
         self.average = dict(state["average"])
