@@ -116,10 +116,17 @@ class Driver:
         return self._died_at == self._chunk and self._deaths >= _DEATHS
 
     async def _pull(self, verdict: Verdict) -> tuple[EncodedChunk, ...] | Refused | None:
-        """The next chunks, with what another replica needs to go on after them; None when none is there yet."""
+        """The next chunks, with what another replica needs to go on after them; None when none is there yet.
+
+        The first one comes alone and without: somebody waits for it, and a session that is lost before its second chunk
+        begins again from its seed.
+        """
         if self._lost:
             return GONE
         ahead = 0 if self._paced or verdict.position_s is not None else _AHEAD
+        if self._chunk == 0:
+            made = await self._holder.pull(0, ahead)
+            return made[:1] if isinstance(made, tuple) else made
         return await self._holder.pull(self._chunk, ahead, -1 if self._wants_whole() else self._saved_chunk)
 
     def _wants_whole(self) -> bool:
@@ -135,7 +142,8 @@ class Driver:
         watched = self._video.live or verdict.readers
         ahead_s = self._media_s - self._clock.position_s()
         patience_s = PATIENCE_S if watched else UNWATCHED_PATIENCE_S
-        moved = await rehome(self._video, self._store, self._replicas, ahead_s, patience_s)
+        video = replace(self._video, chunks_done=self._chunk)
+        moved = await rehome(video, self._store, self._replicas, ahead_s, patience_s)
         self._count_move("replica_silent" if why is GONE and not self._lost else why.code, moved)
         if isinstance(moved, VideoRecord):
             self._held_by(moved)

@@ -33,9 +33,9 @@ async def rehome(
     began_s = time.monotonic()
     anywhere = replica.options(session_id=elsewhere(video.replica, video.id))
     while True:
-        opened = await _take_up(video, store, anywhere, ahead_s)
+        opened, anew = await _take_up(video, store, anywhere, ahead_s)
         if isinstance(opened, Opened):
-            return await _claim(video, opened, store, replica)
+            return await _claim(video, opened, store, replica, anew)
         final = opened.retry_after_s is None and opened is not _LOST and opened.param != "session_id"
         left_s = max(patience_s, FULL_PATIENCE_S) if opened.retry_after_s is not None else patience_s
         if final or time.monotonic() + WAIT_S > began_s + left_s:
@@ -43,11 +43,12 @@ async def rehome(
         await asyncio.sleep(WAIT_S)
 
 
-async def _take_up(video: VideoRecord, store: Any, anywhere: Any, ahead_s: float) -> Opened | Refused:
-    """One try. A video of which nothing is made yet simply begins again."""
+async def _take_up(video: VideoRecord, store: Any, anywhere: Any, ahead_s: float) -> tuple[Opened | Refused, bool]:
+    """One try, and whether the session began anew: where nothing or the first chunk alone is made, which is the same
+    again."""
     parts: list[bytes] = await patient(lambda: store.snapshots.remote(video.id))
-    if not parts and video.chunks_done:
-        return Refused("session_lost", _LOST.message, "snapshot")
+    if not parts and video.chunks_done > 1:
+        return Refused("session_lost", _LOST.message, "snapshot"), False
     try:
         if parts:
             tried = anywhere.restore.remote(parts, video.scale, ahead_s, video.traceparent)
@@ -56,19 +57,20 @@ async def _take_up(video: VideoRecord, store: Any, anywhere: Any, ahead_s: float
         opened: Opened | Refused = await answer(tried, _CALL_TIMEOUT_S)
         if isinstance(opened, Refused) and opened.param == "session_id":  # it is there from a try that was not heard
             await answer(anywhere.close.remote(video.id, "moved"), _CALL_TIMEOUT_S)
-        return opened
+        return opened, not parts
     except SILENCES:
-        return _LOST
+        return _LOST, False
 
 
-async def _claim(video: VideoRecord, opened: Opened, store: Any, replica: Any) -> VideoRecord | None:
+async def _claim(video: VideoRecord, opened: Opened, store: Any, replica: Any, anew: bool) -> VideoRecord | None:
     holder = replica.options(session_id=address(opened.replica, video.id))
     mine: VideoRecord | None = await patient(lambda: store.claim.remote(video.id, opened.replica, video.epoch))
     if mine is None:
         await answer(holder.close.remote(video.id, "moved"))
         return None
     for change in mine.interactions:  # one that the snapshot knows, too, is applied at the same chunk: no harm
-        if change.chunk is None and change.kind is InteractionKind.PROMPT:
+        unknown = change.chunk is None or anew  # what the first chunk showed is not in the session that began anew
+        if unknown and change.kind is InteractionKind.PROMPT:
             about = (change.event_id, change.prompt, change.transition_chunks)
             await answer(holder.interact.remote(video.id, *about))
     _LOG.warning("video %s goes on with chunk %d on another replica", video.id, mine.chunks_done)

@@ -26,7 +26,9 @@ class Holder:
         self._video_id, self._name = video.id, video.replica
         self._replica = replicas.options(session_id=address(video.replica, video.id))
 
-    async def pull(self, chunk: int, ahead: int, since_chunk: int) -> tuple[EncodedChunk, ...] | Refused | None:
+    async def pull(
+        self, chunk: int, ahead: int, since_chunk: int | None = None
+    ) -> tuple[EncodedChunk, ...] | Refused | None:
         """The chunk and those behind it that are there (`Replica.pull`); None when it is still being made."""
         try:
             call = self._replica.pull.remote(self._video_id, chunk, ahead, since_chunk, _SLICE_S)

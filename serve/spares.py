@@ -29,7 +29,8 @@ class SpareEncoders:
         return encoder
 
     def close(self) -> None:
-        """Make no more."""
+        """Make no more, not even for who comes now."""
+        self._count = 0
         if self._refill is not None:
             self._refill.cancel()
 

@@ -150,6 +150,22 @@ def test_a_prompt_change_that_no_chunk_had_shown_is_not_lost_with_the_replica(
     assert one.indices == list(range(9))
 
 
+def test_a_session_that_is_lost_behind_its_first_chunk_begins_again_and_goes_on_as_if_it_had_not(
+    make_cluster: Callable[..., Cluster], expected: bytes
+) -> None:
+    """The first chunk is shown before anything is kept to go on from; made anew, it is the same context."""
+    cluster = make_cluster()
+    with viewer(cluster.urls[0]) as one:
+        one.start(prompt=PROMPT, num_frames=105, seed=3, streaming_buffer_seconds=0.25)
+        one.read(1)
+        assert not list(Path(cluster.settings.data).glob("videos/*/snapshot-*"))
+        cluster.kill_holder(one.request_id)
+        one.say("session.playback", position_seconds=100.0)
+        assert one.until("session.done")["chunks"] == 9
+    assert one.indices == list(range(9))
+    assert_same_video(one.video, expected)
+
+
 def test_without_another_replica_the_stream_breaks_off_and_says_so(
     make_cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
