@@ -68,7 +68,7 @@ class Replica:
         self._slots: dict[str, Slot] = {}
         self._refused_at: deque[float] = deque(maxlen=1000)
         self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
-        self._states = ThreadPoolExecutor(1, thread_name_prefix="snapshot")  # waits for no other's encoding
+        self._urgent = ThreadPoolExecutor(1, thread_name_prefix="urgent")  # waits for no other's encoding
         geometry = self._config.geometry
         self._encoders = SpareEncoders(
             self._new_encoder, self._info.scales[0], self._config.serve.max_sessions, self._pool
@@ -108,7 +108,7 @@ class Replica:
         `ahead_s` is the media that its viewer has left now. The answer is that of `open`; the next chunk is begun.
         """
         try:
-            snapshot = await self._loop.run_in_executor(self._states, merged, parts)
+            snapshot = await self._loop.run_in_executor(self._urgent, merged, parts)
         except SnapshotError as error:
             return Refused("snapshot_refused", str(error))
         refused = self._admit(lambda: self._engine.restore(snapshot, ahead_s))
@@ -180,7 +180,7 @@ class Replica:
         state = slot.snapshots.get(found[-1].chunk)
         if since_chunk is None or state is None:
             return found
-        snapshot = await self._loop.run_in_executor(self._states, state.to_bytes, since_chunk)
+        snapshot = await self._loop.run_in_executor(self._urgent, state.to_bytes, since_chunk)
         return (*found[:-1], replace(found[-1], snapshot=snapshot))
 
     async def _linger(self, slot: Slot, first: EncodedChunk) -> None:
@@ -321,7 +321,7 @@ class Replica:
         self._thread.stop()
         self._encoders.close()
         self._pool.shutdown()
-        self._states.shutdown()
+        self._urgent.shutdown()
 
     def _new_encoder(self, scale: int) -> ChunkEncoder:
         geometry, codec = self._config.geometry, self._settings.codec
@@ -362,9 +362,9 @@ class Replica:
                 _LOG.warning("session %s failed in chunk %d", session_id, result.chunk)
                 self._fail(slot, result.chunk)
                 continue
-            started_s = time.monotonic()
+            started_s, pool = time.monotonic(), self._pool if result.chunk else self._urgent  # a first one is waited for
             try:
-                data = await self._loop.run_in_executor(self._pool, _encode_chunk, slot, result)
+                data = await self._loop.run_in_executor(pool, _encode_chunk, slot, result)
             except Exception as error:  # edge: whatever an encoder raises is one session's end, and told at once
                 _LOG.error("session %s: chunk %d was not encoded: %s", session_id, result.chunk, type(error).__name__)
                 slot.over = True
