@@ -188,7 +188,7 @@ def test_a_video_that_fails_cuts_the_stream_and_tells_nothing_of_the_inside(
 
 
 def test_a_replica_that_dies_cuts_the_stream_and_fails_the_video(
-    http: httpx.Client, engine: FakeEngine, service: Service, monkeypatch: pytest.MonkeyPatch
+    http: httpx.Client, engine: FakeEngine, service: Service, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def dead(*_: object) -> None:
         raise RayActorError
@@ -198,6 +198,7 @@ def test_a_replica_that_dies_cuts_the_stream_and_fails_the_video(
     with pytest.raises(httpx.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video}/stream") as answer:
         parts = answer.iter_raw()
         next(parts)
+        until(lambda: status(http, video)["chunks_done"] == 2, "two chunks, behind which nothing is kept to go on from")
         monkeypatch.setattr(service.replica, "pull", dead)
         engine.allow(100)
         list(parts)
@@ -236,6 +237,27 @@ def test_realtime_generation_stays_a_lead_ahead_of_who_watches(http: httpx.Clien
                 break
     assert max(ahead) <= 1.0 + 0.75 + 0.35  # the lead, the chunk that it lets in, and what a busy machine adds
     assert min(ahead[2:]) > 0
+
+
+def test_a_viewer_with_something_to_play_leaves_the_engine_to_who_has_nothing(
+    http: httpx.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second chunk is asked for when 0.4 of the first one's 0.56 s are left."""
+    made_s, make = list[float](), engine._make
+
+    def timed(session: Any) -> Any:
+        made_s.append(time.monotonic())
+        return make(session)
+
+    monkeypatch.setattr(engine, "_make", timed)
+    engine.allow(0)
+    video = start(http, pacing="realtime")
+    with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
+        engine.allow(100)
+        names = fragments(answer.iter_raw(), bytearray())
+        while len(made_s) < 2:
+            next(names)
+    assert made_s[1] - made_s[0] > 0.15
 
 
 def test_nobody_watching_a_realtime_video_means_no_more_of_it(
