@@ -22,7 +22,7 @@ from serve.problems import SILENCES
 from serve.records import EncodedChunk, Pacing, Refused, Status, Verdict, VideoRecord
 
 _LOG = logging.getLogger("ray.serve")
-_SECOND_AHEAD_S = 0.4  # of media that a viewer has left when his second chunk is asked for: others' first ones come first
+_SECOND_AHEAD_S = 0.4  # of media left to a viewer when his second chunk is asked for: others' first ones come first
 _LOOK_EVERY_S = 0.75  # how soon a driver that waits sees that its last reader left
 LOOK_AT_HOLDER_S = 1.0  # and that its replica drains or is gone, where no pull has shown of late that it is there
 _BEAT_S = 0.8  # how often the store hears of a driver at least, whatever it waits for

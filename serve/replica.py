@@ -362,7 +362,8 @@ class Replica:
                 _LOG.warning("session %s failed in chunk %d", session_id, result.chunk)
                 self._fail(slot, result.chunk)
                 continue
-            started_s, pool = time.monotonic(), self._pool if result.chunk else self._urgent  # a first one is waited for
+            started_s = time.monotonic()
+            pool = self._pool if result.chunk else self._urgent  # somebody waits for a first one
             try:
                 data = await self._loop.run_in_executor(pool, _encode_chunk, slot, result)
             except Exception as error:  # edge: whatever an encoder raises is one session's end, and told at once
