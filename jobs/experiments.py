@@ -33,7 +33,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--init", default="", help="the shared initialised student (default: the embedded one)")
     parser.add_argument("--updates", type=int, default=360, help="of each training, half of them stage 1 (360 took "
                         "about 5 CPU-minutes on the first world)")
-    parser.add_argument("--clips", type=int, default=2000, help="clips of a row and seed")
+    parser.add_argument("--clips", type=int, default=2000, help="clips of a row and seed of Table 1")
+    parser.add_argument("--fewer-clips", type=int, default=500, help="of any other row and seed, at most --clips")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--held-out", action="store_true")
@@ -50,7 +51,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     config = Config.from_preset(options.preset, options.settings)
     init = fetch(options.init) if options.init else embedded("ode_init")
     return Plan(config, base_folder(config), init, Path(options.folder), options.updates, options.clips,
-                options.streams, options.seconds, options.held_out)
+                options.fewer_clips, options.streams, options.seconds, options.held_out)
 
 
 def chosen(keys: Sequence[str], shift: float) -> list[Experiment]:
@@ -70,7 +71,8 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def budget_arguments(options: argparse.Namespace) -> str:
     """The arguments that decide what a row is, for the page's commands."""
-    parts = [f"--updates {options.updates}", f"--clips {options.clips}", f"--streams {options.streams}",
+    parts = [f"--updates {options.updates}", f"--clips {options.clips}",
+             f"--fewer-clips {options.fewer_clips}", f"--streams {options.streams}",
              f"--seconds {options.seconds:g}", "--seeds", *(str(seed) for seed in options.seeds)]
     parts += ["--held-out"] if options.held_out else []
     parts += [f"--preset {options.preset}"] if options.preset != "tiny" else []

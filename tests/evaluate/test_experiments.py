@@ -12,6 +12,7 @@ from diagonal.errors import FieldError
 from diagonal.evaluate import experiment_runs
 from diagonal.evaluate.experiment_runs import ROWS, Plan, read_row, row_name, run_row
 from diagonal.evaluate.experiments import Variant, experiment, experiments, training_config, variant_config
+from diagonal.evaluate.quality import draw_captions
 from diagonal.evaluate.quality_page import collect, page
 from diagonal.model.weights import embedded
 from diagonal.storage import Folder
@@ -65,6 +66,14 @@ def test_equal_variants_of_several_tables_share_a_row_and_others_do_not(tmp_path
     assert row_name(Plan(CONFIG, plan.base, plan.init, tmp_path, updates=3, clips=2), one, variant, 0) != full
 
 
+def test_a_table_that_needs_fewer_clips_has_the_first_ones_of_those_that_table_1_has(tmp_path: Path) -> None:
+    plan = replace(plan_in(tmp_path), clips=9, fewer_clips=4)
+    table1, table2 = (experiment(key, SHIFT) for key in ("table1", "table2"))
+    assert (plan.clips_of(table1), plan.clips_of(table2)) == (9, 4)
+    assert row_name(plan, table1, table1.variants[-1], 0) != row_name(plan, table2, table2.variants[-1], 0)
+    assert draw_captions(4, 0, plan.captions) == draw_captions(9, 0, plan.captions)[:4]
+
+
 def test_a_page_without_rows_says_so_in_each_table(tmp_path: Path) -> None:
     found = collect(plan_in(tmp_path), [0], "python jobs/experiments.py")
     text = page(found, SHIFT)
@@ -85,7 +94,7 @@ def test_differences_are_paired_within_a_seed_and_pooled_over_seeds(tmp_path: Pa
     found = entry["differences"]["ours: 4322222, reuse - teacher, 50 steps"]["smoothness"]
     assert found["mean"] == pytest.approx(0.02) and found["count"] == 3
     assert found["half_width"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
-    budget = {"updates": 2, "clips": 2, "streams": 2, "seconds": 6.0}
+    budget = {"updates": 2, "clips": 2, "fewer_clips": 2, "streams": 2, "seconds": 6.0}
     assert "+2.00 [" in page({"experiments": [entry], "budget": budget, "preset": "tiny"}, SHIFT)
 
 

@@ -30,7 +30,8 @@ SHEET_ROWS = 6
 @dataclass(frozen=True)
 class Plan:
     """Of what and how much: the configuration, the teacher's folder `base`, the shared initialisation `init`, the
-    folder of rows and students; updates of a training (half of them stage 1), clips a row, streams and their length."""
+    folder of rows and students; updates of a training (half of them stage 1), clips a row of a thorough experiment and
+    of another, streams and their length."""
 
     config: Config
     base: Path
@@ -38,12 +39,13 @@ class Plan:
     folder: Path
     updates: int = 360
     clips: int = 2000
+    fewer_clips: int = 500
     streams: int = 16
     seconds: float = 180.0
     held_out: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (("updates", 2), ("clips", 2), ("streams", 2)):
+        for name, low in (("updates", 2), ("clips", 2), ("fewer_clips", 2), ("streams", 2)):
             value = getattr(self, name)
             require(low <= value <= 100_000, name, value, f"a whole number from {low} to 100000")
         require(6.0 <= self.seconds <= 3600.0, "seconds", self.seconds, "seconds from 6 to 3600")
@@ -53,6 +55,10 @@ class Plan:
         """Hashes of everything that students begin from and are judged through."""
         return {f"{root.name}/{path.relative_to(root)}": file_hash(path)
                 for root in (self.base, self.init) for path in sorted(root.rglob("*.safetensors"))}
+
+    def clips_of(self, experiment: Experiment) -> int:
+        """Clips of each of its rows; where a table has fewer they are the first ones of those that it might have."""
+        return self.clips if experiment.thorough else min(self.clips, self.fewer_clips)
 
     @property
     def world(self) -> World:
@@ -65,7 +71,7 @@ class Plan:
 
 def row_name(plan: Plan, experiment: Experiment, variant: Variant, seed: int) -> str:
     """The file of a row: everything that decides it, and not what it is called, so tables share rows."""
-    amount = [plan.clips] if experiment.measure == "clips" else [plan.streams, plan.seconds]
+    amount = [plan.clips_of(experiment)] if experiment.measure == "clips" else [plan.streams, plan.seconds]
     made = _how(plan, variant, seed)
     return f"{digest([FORMAT, experiment.measure, amount, plan.held_out, made])}.json"
 
@@ -98,9 +104,10 @@ def run_row(
     found = read_row(plan, experiment, variant, seed)
     if found is not None:
         return found
+    clips = plan.clips_of(experiment)
     row = {**circumstances, "kind": variant.kind, "seed": seed, "setting": setting(plan, variant, seed),
-           "budget": {"updates": plan.updates, "clips": plan.clips, "streams": plan.streams, "seconds": plan.seconds}}
-    row |= _clips(plan, variant, seed, say) if experiment.measure == "clips" else _streams(
+           "budget": {"updates": plan.updates, "clips": clips, "streams": plan.streams, "seconds": plan.seconds}}
+    row |= _clips(plan, variant, seed, clips, say) if experiment.measure == "clips" else _streams(
         plan, experiment, variant, seed, say)
     Folder(str(plan.folder / ROWS)).write_json(row_name(plan, experiment, variant, seed), row)
     return row
@@ -127,10 +134,10 @@ def student_of(plan: Plan, variant: Variant, seed: int, say: Callable[[str], Non
     return student, {"training_cpu_s": lineage["cpu_s"], "student": folder.name}
 
 
-def _clips(plan: Plan, variant: Variant, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def _clips(plan: Plan, variant: Variant, seed: int, clips: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Values of each clip: the same captions and noise for every variant of a seed."""
     make, forwards, more = _maker(plan, variant, seed, say)
-    captions, seeds = draw_captions(plan.clips, seed, plan.captions), clip_seeds(plan.clips, seed)
+    captions, seeds = draw_captions(clips, seed, plan.captions), clip_seeds(clips, seed)
     source = Source(variant.name, digest(_how(plan, variant, seed)), forwards, lambda: make)
     sheet = plan.folder / SHEETS / f"{source.identity}.png"
 

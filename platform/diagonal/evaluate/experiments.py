@@ -31,7 +31,8 @@ class Variant:
 @dataclass(frozen=True)
 class Experiment:
     """One table or figure: `key` names it on the command line, `paper` is what the paper shows there, `measure` what is
-    done with each variant, `seeds` how many it needs for the issue. `note` is printed under the table."""
+    done with each variant, `seeds` how many it needs. A `thorough` one, which says that something is not worse, takes
+    all clips of the plan, others fewer. `note` is printed under the table."""
 
     key: str
     paper: str
@@ -39,6 +40,7 @@ class Experiment:
     measure: Measure
     variants: tuple[Variant, ...]
     seeds: int = 1
+    thorough: bool = False
     note: str = ""
 
     @property
@@ -67,7 +69,8 @@ def experiments(shift: float) -> tuple[Experiment, ...]:
     return (
         Experiment("table1", "Table 1", "Is the recipe as good as teacher and Self Forcing, at half the forwards?",
                    "clips", (Variant("codec alone (ceiling)", "codec"),
-                             Variant(f"teacher, {TEACHER_STEPS} steps", "teacher"), SELF_FORCING, CAUSVID, OURS), 3),
+                             Variant(f"teacher, {TEACHER_STEPS} steps", "teacher"), SELF_FORCING, CAUSVID, OURS),
+                   3, thorough=True),
         Experiment("table2", "Table 2", "What does each part bring?", "clips", (
             Variant("without diagonal forcing", settings=("schedule.context=0.0",)), NO_MOTION,
             Variant("without diagonal denoising", settings=(f"schedule.steps={NO_DIAGONAL}",)),

@@ -28,8 +28,9 @@ def collect(plan: Plan, seeds: Sequence[int], command: str) -> dict[str, Any]:
                  "differences": _differences(one, rows, plan.world),
                  "variants": [_variant(variant, rows[variant.name], plan.world) for variant in one.variants]}
         found.append(entry)
-    return {"experiments": found, "budget": {"updates": plan.updates, "clips": plan.clips, "streams": plan.streams,
-                                             "seconds": plan.seconds}, "preset": plan.config.preset}
+    budget = {"updates": plan.updates, "clips": plan.clips, "fewer_clips": min(plan.clips, plan.fewer_clips),
+              "streams": plan.streams, "seconds": plan.seconds}
+    return {"experiments": found, "budget": budget, "preset": plan.config.preset}
 
 
 def _variant(variant: Variant, rows: Rows, world: World) -> dict[str, Any]:
@@ -82,7 +83,8 @@ def page(found: Mapping[str, Any], shift: float) -> str:
         "# Quality: the paper's claims on the embedded world", "",
         f"Generated from quality.json by `python jobs/experiments.py page`; preset {found['preset']}. A trained "
         f"student had {budget['updates']} updates, half of them stage 1, from one initialisation. {budget['clips']} "
-        f"clips a row and seed, {budget['streams']} streams of {budget['seconds']:g} s. Brackets are 95 % intervals: "
+        f"clips a row and seed of Table 1, {budget['fewer_clips']} of others, {budget['streams']} streams of "
+        f"{budget['seconds']:g} s. Brackets are 95 % intervals: "
         "over seeds (Student's t, each seed counted once) where there are two or more, else over the one seed's clips. "
         "Scores are in [0, 1], higher is better; `chroma` and what begins with `picture` are shown and not judged. "
         "Forwards are network calls a clip, the teacher's with both branches of its guidance.", "",
