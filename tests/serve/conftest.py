@@ -254,6 +254,7 @@ class Service:
                 future.set_exception(RayActorError())
         replica._thread.stop()
         replica._reaper.cancel()
+        replica._encoders.close()
         replica._pool.shutdown()
 
     async def kill_store(self) -> None:
