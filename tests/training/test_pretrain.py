@@ -12,7 +12,9 @@ from diagonal.config import Config
 from diagonal.data.embedded import embedded_world
 from diagonal.errors import FieldError
 from diagonal.evaluate.learning import GUIDANCES, score_learning
+from diagonal.evaluate.quality import score_teacher
 from diagonal.model.text import TextEncoder
+from diagonal.model.weights import embedded
 from diagonal.training.pretrain import (
     TeacherTraining,
     build_corpus,
@@ -62,6 +64,12 @@ def test_a_teacher_that_was_cut_off_ends_as_one_that_was_not() -> None:
     assert extended.update == 6
     with pytest.raises(FieldError, match=r"pretrain.updates = 6: allowed is 4, as planned, or at least 6"):
         TeacherTraining(longer, corpus).load_state_dict(torch.load(BytesIO(kept[3]), weights_only=True))
+
+
+def test_the_textured_worlds_teacher_in_the_repository_draws_what_captions_say() -> None:
+    base = embedded("base").parents[1] / "textured" / "base"
+    scores = score_teacher(base, Config.from_preset("tiny-textured"), clips=8, seed=0, steps=10)
+    assert scores["colour"]["mean"] >= 0.85 and scores["direction"]["mean"] >= 0.75
 
 
 def test_the_text_encoder_learns_which_word_stands_where_and_is_frozen_then() -> None:
