@@ -26,6 +26,7 @@ from diagonal.errors import FieldError, require
 from diagonal.storage import StorageError
 from diagonal.training.checkpoint import CheckpointError
 from diagonal.training.loop import Stopped, TooManyNonFiniteError
+from diagonal.training.ranks import GROUP_LOST
 from jobs.control import Failure, start_control
 from jobs.feed import Feed
 from jobs.ray_cluster import connect
@@ -37,7 +38,7 @@ MOST_CHARACTERS = 600
 FIRST_OF_ALL_SHARE = 0.8  # of the stall timeout: what replaces a worker with a reason comes before the watchdog
 FOLLOWS = (
     "Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "Broken pipe",
-    "process group was ended",
+    GROUP_LOST,  # by its words, as Ray wraps what a worker raised
 )
 
 

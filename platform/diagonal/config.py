@@ -396,7 +396,7 @@ def _tiny() -> Config:
 def _tiny_textured() -> Config:
     """The textured world at 48x48: nine tokens a latent frame, and channels for what its textures need.
 
-    Its codec is the linear one itself: a network that learns the same latents decodes them worse, ten times as slowly.
+    Its codec is the linear one itself: a network in its place would only learn the same latents.
     """
     tiny = _tiny()
     return dataclasses.replace(

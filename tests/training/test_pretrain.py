@@ -67,8 +67,7 @@ def test_a_teacher_that_was_cut_off_ends_as_one_that_was_not() -> None:
 
 
 def test_the_textured_worlds_teacher_in_the_repository_draws_what_captions_say() -> None:
-    base = embedded("base").parents[1] / "textured" / "base"
-    scores = score_teacher(base, Config.from_preset("tiny-textured"), clips=8, seed=0, steps=10)
+    scores = score_teacher(embedded("base", "textured"), Config.from_preset("tiny-textured"), clips=8, seed=0, steps=10)
     assert scores["colour"]["mean"] >= 0.85 and scores["direction"]["mean"] >= 0.75
 
 

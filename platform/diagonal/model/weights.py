@@ -40,9 +40,9 @@ SHARED_FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
 FAST_DECODER = "decoder"  # of a release that has one
 
 
-def embedded(name: str) -> Path:
-    """A folder of the embedded model: `base`, `ode_init` or `release`."""
-    return Path(diagonal.__file__).parent / "assets" / "tiny" / name
+def embedded(name: str, model: str = "tiny") -> Path:
+    """A folder of an embedded model: `base`, `ode_init` or `release`; of `textured` there is its `base` alone."""
+    return Path(diagonal.__file__).parent / "assets" / model / name
 
 
 def lineage_name(folder: Path) -> str:

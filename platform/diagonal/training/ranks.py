@@ -16,11 +16,14 @@ T = TypeVar("T")
 Group = dist.ProcessGroup | None
 
 
+GROUP_LOST = "this rank's process group was ended under it"
+
+
 class GroupLostError(RuntimeError):
     """This rank's process group was ended while it trained: another rank is lost, and all begin again."""
 
     def __init__(self) -> None:
-        super().__init__("this rank's process group was ended under it")
+        super().__init__(GROUP_LOST)
 
 
 def is_grouped() -> bool:
