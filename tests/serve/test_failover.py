@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY, AsyncMock, Mock
 
 import av
 import httpx
@@ -16,11 +18,14 @@ import numpy as np
 import pytest
 
 from diagonal.engine.engine import Engine
+from serve.failover import rehome
+from serve.records import Interaction, Opened, Refused
 from serve.replica import Replica
 from serve.settings import ServeSettings
 from tests.networks import small_release
 from tests.serve.conftest import FakeEngine, Service
 from tests.serve.sockets import cut, viewer
+from tests.serve.test_store import VIDEO
 
 Until = Callable[..., Any]
 PROMPT, OTHER = "a red circle moves left", "a blue square moves right"
@@ -267,3 +272,19 @@ def test_a_gateway_that_dies_costs_its_viewer_a_reconnect(
 def test_an_interaction_says_one_thing(http: httpx.Client, event: dict[str, Any], param: str) -> None:
     answer = steer(http, start(http), **event)
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
+
+
+@pytest.mark.parametrize(("chunks_done", "parts", "told"), [(1, [], ["e0", "e1"]), (3, [b"s"], ["e1"]), (3, [], None)])
+def test_a_session_that_begins_anew_is_told_what_its_first_chunk_had_shown_and_others_only_what_waits(
+    chunks_done: int, parts: list[bytes], told: list[str] | None
+) -> None:
+    changes = (Interaction("e0", "a blue square", chunk=0), Interaction("e1", "a green circle"))
+    video = replace(VIDEO, interactions=changes, chunks_done=chunks_done)
+    held = AsyncMock(return_value=Opened("replica-2", "video/mp4", b"init"))
+    store, replica = Mock(), Mock(**{"open.remote": held, "restore.remote": held})
+    store.snapshots.remote, store.claim.remote = AsyncMock(return_value=parts), AsyncMock(return_value=video)
+    replica.interact.remote = AsyncMock(return_value=None)
+    replica.options.return_value = replica
+    moved = asyncio.run(rehome(video, store, replica, 0.0))
+    assert [call.args[1] for call in replica.interact.remote.await_args_list] == (told or [])
+    assert moved == (Refused("session_lost", ANY, "snapshot") if told is None else video)
