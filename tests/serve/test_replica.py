@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -245,5 +246,21 @@ def test_a_session_paused_for_too_long_is_ended_and_others_are_not(
         await asyncio.sleep(0.2)
         assert set(replica._slots) == {"v", "w"}
         await settled(lambda: set(replica._slots) == {"w"})
+
+    run(tmp_path, work)
+
+
+def test_a_first_chunk_waits_for_no_other_encoding(tmp_path: Path) -> None:
+    async def work(make: Callable[..., Replica]) -> None:
+        replica, busy = make(), threading.Event()
+        try:
+            for _ in range(ServeSettings.encode_threads):
+                replica._pool.submit(busy.wait, DEADLINE_S)
+            await replica.open("v", PROMPT, 3, 81, 2)
+            assert (await pull(replica, 0)).frames == 9
+            assert await replica.pull("v", 1, wait_s=0.5) is None, "a later one waits for its turn"
+        finally:
+            busy.set()
+        assert (await pull(replica, 1)).frames == 12
 
     run(tmp_path, work)

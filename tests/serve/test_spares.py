@@ -66,6 +66,18 @@ def test_who_begins_is_not_disturbed_by_the_next_one_that_is_made() -> None:
     run(scene)
 
 
+def test_once_closed_none_is_made_beforehand_not_even_for_who_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spares, "_PAUSE_S", 0.01)
+
+    async def scene(found: SpareEncoders, maker: Maker) -> None:
+        found.close()
+        found.take(8)
+        await asyncio.sleep(0.2)
+        assert len(maker.made) == 2
+
+    run(scene)
+
+
 def test_another_scale_is_made_for_who_asks_and_a_stream_goes_on_where_it_was() -> None:
     async def scene(found: SpareEncoders, maker: Maker) -> None:
         assert found.take(2).scale == 2 and len(maker.made) == 3
