@@ -28,7 +28,7 @@ def lineage_of(uri: str) -> str:
 
 def base_lineage(run: Run) -> str:
     """How lineage names the run's base model."""
-    return lineage_of(run.config.model.path or str(embedded("base")))
+    return lineage_of(run.config.model.path or str(embedded("base", run.config.embedded_model)))
 
 
 def write_student(

@@ -49,7 +49,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 def plan_of(options: argparse.Namespace) -> Plan:
     """What the arguments ask for."""
     config = Config.from_preset(options.preset, options.settings)
-    init = fetch(options.init) if options.init else embedded("ode_init")
+    init = fetch(options.init) if options.init else embedded("ode_init", config.embedded_model)
     return Plan(config, base_folder(config), init, Path(options.folder), options.updates, options.clips,
                 options.fewer_clips, options.streams, options.seconds, options.held_out)
 

@@ -19,14 +19,14 @@ def export(run: Run) -> Folder:
     if not run.has_release:
         require(run.has_student("stage2"), "run", run.name, "a run whose stage 2 is done (jobs/distill.py)")
         publish_release(run, local_copy(run, "stage2"), lineage(run))
-    if run.config.preset == "tiny":
+    if run.config.is_embedded:
         _score(run, target)
     return target
 
 
 def lineage(run: Run) -> dict[str, object]:
     """What each stage says of where it comes from; a stage that was given without a lineage is left out."""
-    shipped = Folder(str(embedded("ode_init"))), Folder(str(embedded("base")))
+    shipped = [Folder(str(embedded(part, run.config.embedded_model))) for part in ("ode_init", "base")]
     own = run.initial_student == str(shipped[0])
     stages = {
         "base": shipped[1] if not run.config.model.path else Folder(run.config.model.path),

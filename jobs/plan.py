@@ -98,9 +98,9 @@ def read_layouts(run: Run) -> Layouts:
             "patch_size": [1, config.geometry.patch_height, config.geometry.patch_width],
         }
         return Layouts(layout, layout, None, None)
-    require(bool(config.model.path) or config.preset == "tiny", "model.path", config.model.path,
-            "a folder of the base model in diffusers' layout, local or s3:// (only tiny has an embedded one)")
-    base = Folder(config.model.path or str(embedded("base")), config.train.storage_patience_s)
+    require(bool(config.model.path) or config.is_embedded, "model.path", config.model.path,
+            "a folder of the base model in diffusers' layout, local or s3:// (embedded presets have their own)")
+    base = Folder(config.model.path or str(embedded("base", config.embedded_model)), config.train.storage_patience_s)
     for part in PARTS:
         require((base / part).exists(), "model.path", str(base), f"a folder in diffusers' layout, with {part}/")
     student = _network(config, "model.path", base, base)
@@ -173,9 +173,9 @@ def _prompt_lines(run: Run) -> Iterator[str]:
             read = sum(1 for prompt in read_prompts(uri, config.train.storage_patience_s) if prompt.strip())
             require(read > 0, field, uri, "a file with at least one prompt")
             yield f"  {field}: {read} prompts in {uri}"
-    own = config.preset == "tiny" or not run.makes_student
+    own = config.is_embedded or not run.makes_student
     require(bool(config.pairs.prompts) or own, "pairs.prompts", config.pairs.prompts,
-            "a prompt file (only tiny has its own)")
+            "a prompt file (embedded presets have their own)")
 
 
 def _shape_lines(config: Config, layouts: Layouts) -> Iterator[str]:

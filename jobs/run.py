@@ -85,8 +85,8 @@ class Run:
         """Where the student lies that stage 1 starts from: a folder with `transformer/`, or a `.pt`; local or s3://."""
         if self.config.distill.init:
             return self.config.distill.init
-        shipped = self.config.preset == "tiny" and not self.config.model.path
-        return str(embedded("ode_init") if shipped else self.folder / "ode_init")
+        shipped = self.config.is_embedded and not self.config.model.path
+        return str(embedded("ode_init", self.config.embedded_model) if shipped else self.folder / "ode_init")
 
     @property
     def has_release(self) -> bool:

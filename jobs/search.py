@@ -58,8 +58,8 @@ def search(options: argparse.Namespace) -> tuple[Release, dict[str, Point], dict
     """The row of every configuration; one that a former run finished is read from its file."""
     release = Release.load(options.release or None)
     points = grid(release.config, options.steps, [parse_context(text) for text in options.contexts], options.gammas)
-    plan = Plan(release.config, base_folder(release.config), embedded("ode_init"), Path(options.folder),
-                options.updates, options.clips)
+    init = embedded("ode_init", release.config.embedded_model)
+    plan = Plan(release.config, base_folder(release.config), init, Path(options.folder), options.updates, options.clips)
     rows = {}
     for number, point in enumerate(points, 1):
         row = rows[point.name] = row_of(plan, release, point, options)

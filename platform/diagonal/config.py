@@ -356,6 +356,11 @@ class Config:
         """Whether captions and clips come from an embedded world."""
         return self.preset in EMBEDDED
 
+    @property
+    def embedded_model(self) -> str:
+        """The embedded model that an empty `model.path` means."""
+        return EMBEDDED.get(self.preset, "tiny")
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -414,7 +419,7 @@ def _tiny_textured() -> Config:
     )
 
 
-EMBEDDED = ("tiny", "tiny-textured")
+EMBEDDED = {"tiny": "tiny", "tiny-textured": "textured"}  # presets, and the folder of each one's model in assets/
 PRESETS: dict[str, Config] = {
     "tiny": _tiny(), "tiny-textured": _tiny_textured(), "wan-1.3b": Config(train=TrainConfig(workers=8)),
 }

@@ -134,7 +134,7 @@ def test_the_page_of_experiments_is_written_from_its_rows(tmp_path: Path, capsys
     experiments.work(["page", "--folder", str(tmp_path), "--out", str(tmp_path / "quality"), "--seeds", "0", "1"])
     text = (tmp_path / "quality.md").read_text()
     assert "not yet run" in text
-    assert "run table1 --updates 360 --clips 2000 --streams 16 --seconds 180 --seeds 0 1`" in text
+    assert "run table1 --updates 360 --clips 2000 --fewer-clips 500 --streams 16 --seconds 180 --seeds 0 1`" in text
     experiments.work(["list"])
     assert "fig9" in capsys.readouterr().out
     with pytest.raises(FieldError, match="experiment"):

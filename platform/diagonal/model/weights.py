@@ -41,7 +41,7 @@ FAST_DECODER = "decoder"  # of a release that has one
 
 
 def embedded(name: str, model: str = "tiny") -> Path:
-    """A folder of an embedded model: `base`, `ode_init` or `release`; of `textured` there is its `base` alone."""
+    """A folder of an embedded model, `tiny` or `textured`: `base`, `ode_init` or `release`."""
     return Path(diagonal.__file__).parent / "assets" / model / name
 
 
@@ -52,7 +52,7 @@ def lineage_name(folder: Path) -> str:
 
 def base_folder(config: Config) -> Path:
     """The base model that a configuration names; an empty path is the embedded one."""
-    return fetch(config.model.path) if config.model.path else embedded("base")
+    return fetch(config.model.path) if config.model.path else embedded("base", config.embedded_model)
 
 
 def fetch(uri: str, cache: str | os.PathLike[str] | None = None) -> Path:
