@@ -25,6 +25,7 @@ from diagonal.storage import Folder
 
 ROWS, PARTS, STUDENTS, SHEETS = "rows", "parts", "students", "sheets"
 SHEET_ROWS = 6
+CLIP_SEED = 0  # draws captions and noise: the same for every variant and training seed
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ def row_name(plan: Plan, experiment: Experiment, variant: Variant, seed: int) ->
 
 
 def _how(plan: Plan, variant: Variant, seed: int) -> list[object]:
-    """What decides a variant's clips."""
-    if variant.kind in ("teacher", "codec"):
+    """What decides a variant's clips beside their captions and noise; the teacher and the codec know no seed."""
+    if variant.is_fixed:
         tree = plan.config.to_dict()
-        return [variant.kind, seed, plan.weights, tree["geometry"], tree["pairs"]["guidance"], TEACHER_STEPS]
+        return [variant.kind, plan.weights, tree["geometry"], tree["pairs"]["guidance"], TEACHER_STEPS]
     made = [_deciding(make(plan.config, variant, seed, plan.updates)) for make in (training_config, variant_config)]
     return ["student", seed, plan.weights, *made]
 
@@ -115,7 +116,7 @@ def run_row(
 
 def setting(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
     """What a row is sampled and was trained with, in short."""
-    if variant.kind in ("teacher", "codec"):
+    if variant.is_fixed:
         return {}
     config, trained = (make(plan.config, variant, seed, plan.updates) for make in (variant_config, training_config))
     return {"steps": config.schedule.steps, "context": config.schedule.resolved_context,
@@ -135,9 +136,9 @@ def student_of(plan: Plan, variant: Variant, seed: int, say: Callable[[str], Non
 
 
 def _clips(plan: Plan, variant: Variant, seed: int, clips: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Values of each clip: the same captions and noise for every variant of a seed."""
+    """Values of each clip."""
     make, forwards, more = _maker(plan, variant, seed, say)
-    captions, seeds = draw_captions(clips, seed, plan.captions), clip_seeds(clips, seed)
+    captions, seeds = draw_captions(clips, CLIP_SEED, plan.captions), clip_seeds(clips, CLIP_SEED)
     source = Source(variant.name, digest(_how(plan, variant, seed)), forwards, lambda: make)
     sheet = plan.folder / SHEETS / f"{source.identity}.png"
 
@@ -173,8 +174,8 @@ def _streams(
         "chunks": partial(drift_part, student, world, seconds=seconds, window_chunks=1),
         "turns": partial(turn_part, student, world),
     }
-    captions, folder = draw_captions(plan.streams, seed, plan.captions), Folder(str(plan.folder / PARTS))
-    parts = kept_batches(makers[experiment.measure], captions, stream_seeds(plan.streams, seed), folder,
+    captions, seeds = draw_captions(plan.streams, CLIP_SEED, plan.captions), stream_seeds(plan.streams, CLIP_SEED)
+    parts = kept_batches(makers[experiment.measure], captions, seeds, Folder(str(plan.folder / PARTS)),
                          [experiment.measure, seconds, _how(plan, variant, seed)], say)
     if experiment.measure == "turns":
         return {"forwards": student.forwards, "turns": turns_report(parts), **more}

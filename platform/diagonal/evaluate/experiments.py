@@ -11,6 +11,7 @@ from diagonal.schedule import raw_level
 
 Kind = Literal["trained", "sampled", "teacher", "codec"]
 Measure = Literal["clips", "chunks", "streams", "turns"]
+FIXED = ("teacher", "codec")  # kinds that no seed trains
 TEACHER_STEPS = 50
 TABLE3 = ("5433333", "5432222", "5333333", "4333333", "4322222", "4222222")
 CONTEXT_RAW = (0, 50, 100, 250, 500, 1000)
@@ -26,6 +27,11 @@ class Variant:
     name: str
     kind: Kind = "trained"
     settings: tuple[str, ...] = ()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is the same whatever the training seed."""
+        return self.kind in FIXED
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Confidence of every figure, 95 %: Wilson's for rates, the bootstrap for measures, Student's t over seeds."""
+"""Confidence of every figure, 95 %: Wilson's for rates, the bootstrap for measures, wider by Student's t over seeds."""
 
 from __future__ import annotations
 
@@ -59,13 +59,31 @@ def difference(ours: Sequence[float], theirs: Sequence[float], rate: bool = Fals
     return Interval(p - q, p - q - below, p - q + above, len(a))
 
 
-def over_seeds(means: Sequence[float]) -> Interval:
-    """Of the mean over training seeds, each counted once: Student's t; one seed says nothing of the others."""
-    array = _array(means)
-    if len(array) < 2:
-        return Interval(float(array.mean()), math.nan, math.nan, len(array))
-    half = _t(len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
-    return Interval(float(array.mean()), float(array.mean()) - half, float(array.mean()) + half, len(array))
+def over_seeds(by_seed: Sequence[Sequence[float]], rate: bool = False) -> Interval:
+    """Of the mean over training seeds that were judged on the same clips: that of the clips, taken of each clip's mean
+    over seeds (for rates as if that were one draw, which is too wide rather than too narrow), and Student's t of the
+    seeds' means, added as independent errors. One seed says nothing of others: its interval is that of its clips."""
+    clips = np.mean([_array(values) for values in by_seed], axis=0)
+    return _widened(interval(list(clips), rate), [float(np.mean(values)) for values in by_seed])
+
+
+def difference_over_seeds(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], rate: bool = False
+) -> Interval:
+    """`over_seeds` of the differences to other values of the same clips, by seed; `theirs` may be of one for all."""
+    pairs = list(zip(ours, theirs if len(theirs) > 1 else [theirs[0]] * len(ours), strict=True))
+    a, b = (np.mean([_array(pair[side]) for pair in pairs], axis=0) for side in (0, 1))
+    return _widened(difference(list(a), list(b), rate), [float(np.mean(x) - np.mean(y)) for x, y in pairs])
+
+
+def _widened(clips: Interval, means: Sequence[float]) -> Interval:
+    """The interval of the clips with that of the seeds' means added in squares."""
+    count = len(means)
+    if count < 2:
+        return clips
+    half = _t(count - 1) * float(np.std(means, ddof=1)) / math.sqrt(count)
+    return Interval(clips.mean, clips.mean - math.hypot(clips.mean - clips.low, half),
+                    clips.mean + math.hypot(clips.high - clips.mean, half), clips.count)
 
 
 def _t(freedom: int) -> float:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diagonal.evaluate.experiment_runs import Plan, read_row
-from diagonal.evaluate.experiments import Experiment, Variant, experiments
-from diagonal.evaluate.intervals import Interval, difference, interval, over_seeds
+from diagonal.evaluate.experiments import FIXED, Experiment, Variant, experiments
+from diagonal.evaluate.intervals import difference_over_seeds, over_seeds
 from diagonal.evaluate.panel import PICTURE
 from diagonal.evaluate.report import shown, table
 from diagonal.evaluate.worlds import World
@@ -22,8 +22,7 @@ def collect(plan: Plan, seeds: Sequence[int], command: str) -> dict[str, Any]:
     """What `page` is made of, as JSON: of each variant the means with intervals over seeds, its rows' circumstances."""
     found = []
     for one in experiments(plan.config.schedule.shift):
-        rows = {variant.name: [row for seed in seeds if (row := read_row(plan, one, variant, seed))]
-                for variant in one.variants}
+        rows = {variant.name: _rows(plan, one, variant, seeds) for variant in one.variants}
         entry = {"key": one.key, "command": f"{command} run {one.key}",
                  "differences": _differences(one, rows, plan.world),
                  "variants": [_variant(variant, rows[variant.name], plan.world) for variant in one.variants]}
@@ -31,6 +30,12 @@ def collect(plan: Plan, seeds: Sequence[int], command: str) -> dict[str, Any]:
     budget = {"updates": plan.updates, "clips": plan.clips, "fewer_clips": min(plan.clips, plan.fewer_clips),
               "streams": plan.streams, "seconds": plan.seconds}
     return {"experiments": found, "budget": budget, "preset": plan.config.preset}
+
+
+def _rows(plan: Plan, one: Experiment, variant: Variant, seeds: Sequence[int]) -> Rows:
+    """Those that were run; the teacher and the codec, which are trained by no seed, have one."""
+    own = seeds[:1] if variant.is_fixed else seeds
+    return [row for seed in own if (row := read_row(plan, one, variant, seed))]
 
 
 def _variant(variant: Variant, rows: Rows, world: World) -> dict[str, Any]:
@@ -41,7 +46,7 @@ def _variant(variant: Variant, rows: Rows, world: World) -> dict[str, Any]:
     kept = ("date", "machine", "load", "torch", "setting", "forwards", "training_cpu_s", "fps")
     entry["rows"] = [{name: row[name] for name in kept if name in row} for row in rows]
     if "values" in rows[0]:
-        entry["figures"] = {name: _pooled([row["values"][name] for row in rows], name in world.rates).to_dict()
+        entry["figures"] = {name: over_seeds(_values(rows, name), name in world.rates).to_dict()
                             for name in rows[0]["values"]}
     for name in ("drift", "turns"):
         if name in rows[0]:
@@ -49,31 +54,35 @@ def _variant(variant: Variant, rows: Rows, world: World) -> dict[str, Any]:
     return entry
 
 
-def _pooled(by_seed: Sequence[Sequence[float]], rate: bool) -> Interval:
-    """Over seeds where there are two or more, each counted once; else over the one seed's clips."""
-    if len(by_seed) == 1:
-        return interval(by_seed[0], rate)
-    return over_seeds([interval(values, rate).mean for values in by_seed])
-
-
 def _differences(one: Experiment, rows: Mapping[str, Rows], world: World) -> dict[str, Any]:
-    """In every score and in motion: each variant minus teacher and minus self-forcing, paired by clip within a seed."""
+    """In every score and in motion: each variant minus teacher and minus self-forcing, paired by clip and by seed."""
     found: dict[str, Any] = {}
-    for against in (name for name in rows if name.startswith(COMPARED) and rows[name] and "values" in rows[name][0]):
-        by_seed = {row["seed"]: row["values"] for row in rows[against]}
-        for name, some in rows.items():
-            pairs = [(row["values"], by_seed[row["seed"]]) for row in some if row["seed"] in by_seed]
-            if pairs and name != against:
-                found[f"{name} - {against}"] = {
-                    figure: _pooled_difference(pairs, figure, figure in world.rates).to_dict()
+    for against in (v for v in one.variants if v.name.startswith(COMPARED) and _has_clips(rows[v.name])):
+        for variant in (v for v in one.variants if v is not against and not v.is_fixed):
+            ours, theirs = rows[variant.name], rows[against.name]
+            if not against.is_fixed:
+                ours, theirs = _shared(ours, theirs)
+            if _has_clips(ours):
+                found[f"{variant.name} - {against.name}"] = {
+                    figure: difference_over_seeds(_values(ours, figure), _values(theirs, figure),
+                                                  figure in world.rates).to_dict()
                     for figure in (*world.scores, MOTION)
                 }
     return found
 
 
-def _pooled_difference(pairs: Sequence[tuple[Any, Any]], figure: str, rate: bool) -> Interval:
-    found = [difference(ours[figure], theirs[figure], rate) for ours, theirs in pairs]
-    return found[0] if len(found) == 1 else over_seeds([one.mean for one in found])
+def _values(rows: Rows, figure: str) -> list[list[float]]:
+    return [row["values"][figure] for row in rows]
+
+
+def _has_clips(rows: Rows) -> bool:
+    return bool(rows) and "values" in rows[0]
+
+
+def _shared(ours: Rows, theirs: Rows) -> tuple[Rows, Rows]:
+    """The rows of those training seeds that both have."""
+    seeds = [row["seed"] for row in ours if row["seed"] in {other["seed"] for other in theirs}]
+    return ([row for row in ours if row["seed"] in seeds], [row for row in theirs if row["seed"] in seeds])
 
 
 def page(found: Mapping[str, Any], shift: float) -> str:
@@ -83,9 +92,9 @@ def page(found: Mapping[str, Any], shift: float) -> str:
         "# Quality: the paper's claims on the embedded world", "",
         f"Generated from quality.json by `python jobs/experiments.py page`; preset {found['preset']}. A trained "
         f"student had {budget['updates']} updates, half of them stage 1, from one initialisation. {budget['clips']} "
-        f"clips a row and seed of Table 1, {budget['fewer_clips']} of others, {budget['streams']} streams of "
-        f"{budget['seconds']:g} s. Brackets are 95 % intervals: "
-        "over seeds (Student's t, each seed counted once) where there are two or more, else over the one seed's clips. "
+        f"clips a row of Table 1, {budget['fewer_clips']} of others, {budget['streams']} streams of "
+        f"{budget['seconds']:g} s, the same captions and noise for all. Brackets are 95 % intervals over clips, with "
+        "Student's t over training seeds added in squares where there are two or more. "
         "Scores are in [0, 1], higher is better; `chroma` and what begins with `picture` are shown and not judged. "
         "Forwards are network calls a clip, the teacher's with both branches of its guidance.", "",
     ]
@@ -104,7 +113,7 @@ def _section(one: Experiment, entry: Mapping[str, Any]) -> list[str]:
         names = list(next(iter(entry["differences"].values())))
         rows = [[name, *(shown(some[figure], 2, 100.0, "+") for figure in names)]
                 for name, some in entry["differences"].items()]
-        lines += ["Differences in points (hundredths), paired by clip:", "",
+        lines += ["Differences in points (hundredths), paired by clip and by seed:", "",
                   *table(["", *(_title(name) for name in names)], rows)]
     return [*lines, *([one.note, ""] if one.note else []), *_circumstances(entry["variants"])]
 
@@ -122,7 +131,8 @@ def _clip_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         first = variant["rows"][0]
         fps = " / ".join(f"{row['fps']:.0f}" for row in variant["rows"])
-        rows.append([variant["name"], _list(variant["seeds"]), str(first["forwards"]), fps,
+        seeds = "" if variant["kind"] in FIXED else _list(variant["seeds"])
+        rows.append([variant["name"], seeds, str(first["forwards"]), fps,
                      *(shown(variant["figures"][name]) for name in names)])
     return table(["", "seeds", "forwards", "fps", *map(_title, names)], rows)
 
