@@ -1,8 +1,10 @@
-"""The experiments of docs/results/quality.md: run some, one seed after another, or write the page of what was run.
+"""The experiments of docs/results/quality.md: run some, one seed after another; time one's variants side by side; or
+write the page of what was run.
 
     python jobs/experiments.py list
     python jobs/experiments.py run table1 --seeds 0 1 2
     python jobs/experiments.py run all --clips 24 --updates 10 --streams 2 --seconds 8 --folder runs/trial
+    python jobs/experiments.py speed table1
     python jobs/experiments.py page
 """
 
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from diagonal.config import Config
 from diagonal.errors import require
-from diagonal.evaluate.experiment_runs import Plan, run_row
+from diagonal.evaluate.experiment_runs import Plan, run_row, run_speed
 from diagonal.evaluate.experiments import Experiment, experiment, experiments
 from diagonal.evaluate.quality_page import collect, page
 from diagonal.model.weights import base_folder, embedded, fetch
@@ -24,8 +26,8 @@ from jobs.run import main, say
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("list", "run", "page"))
-    parser.add_argument("keys", nargs="*", help="with run: experiments by key, or all")
+    parser.add_argument("what", choices=("list", "run", "speed", "page"))
+    parser.add_argument("keys", nargs="*", help="with run and speed: experiments by key, or all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds; clips are the same for all")
     parser.add_argument("--only", default="", help="with run: only variants whose name holds this")
     parser.add_argument("--preset", default="tiny")
@@ -42,7 +44,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", default="docs/results/quality", help="with page: writes OUT.json and OUT.md")
     found = parser.parse_args(argv)
     require(all(seed >= 0 for seed in found.seeds), "--seeds", found.seeds, "whole numbers of at least 0")
-    require(found.what != "run" or bool(found.keys), "experiment", "", "with run: keys of experiments, or all")
+    needs = found.what in ("run", "speed")
+    require(not needs or bool(found.keys), "experiment", "", f"with {found.what}: keys of experiments, or all")
     return found
 
 
@@ -69,6 +72,14 @@ def run(options: argparse.Namespace, command: str) -> None:
                 run_row(plan, one, variant, seed, circumstances(command), say)
 
 
+def speed(options: argparse.Namespace, command: str) -> None:
+    """The variants of experiments in turns; students that are not there are trained."""
+    plan = plan_of(options)
+    for one in (one for one in chosen(options.keys, plan.config.schedule.shift) if one.measure == "clips"):
+        found = run_speed(plan, one, options.seeds[0], circumstances(command), say)
+        say("\n".join(f"{one.key}: {name}: {fps:.0f} fps" for name, fps in found["fps"].items()))
+
+
 def budget_arguments(options: argparse.Namespace) -> str:
     """The arguments that decide what a row is, for the page's commands."""
     parts = [f"--updates {options.updates}", f"--clips {options.clips}",
@@ -87,8 +98,8 @@ def work(argv: Sequence[str]) -> None:
     if options.what == "list":
         for one in experiments(shift):
             say(f"{one.key}: {one.paper}, {len(one.variants)} variants, {one.seeds} seeds. {one.question}")
-    elif options.what == "run":
-        run(options, " ".join(["python jobs/experiments.py", *argv]))
+    elif options.what in ("run", "speed"):
+        (run if options.what == "run" else speed)(options, " ".join(["python jobs/experiments.py", *argv]))
     else:
         found = collect(plan_of(options), options.seeds, "python jobs/experiments.py")
         for entry in found["experiments"]:

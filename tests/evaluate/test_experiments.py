@@ -9,8 +9,8 @@ import pytest
 
 from diagonal.config import Config
 from diagonal.errors import FieldError
-from diagonal.evaluate import experiment_runs
-from diagonal.evaluate.experiment_runs import ROWS, Plan, read_row, row_name, run_row
+from diagonal.evaluate import experiment_runs, quality_page
+from diagonal.evaluate.experiment_runs import ROWS, Plan, read_row, read_speed, row_name, run_row, run_speed
 from diagonal.evaluate.experiments import Variant, experiment, experiments, training_config, variant_config
 from diagonal.evaluate.quality import draw_captions
 from diagonal.evaluate.quality_page import collect, page
@@ -114,6 +114,20 @@ def test_a_row_is_trained_sampled_kept_and_not_made_again(tmp_path: Path, monkey
     turned = run_row(plan, experiment("fig2", SHIFT), Variant("one", "sampled", ("schedule.steps=1",
                                                               "schedule.context=0.5")), 0, {}, silent)
     assert len(turned["drift"]["times_s"]) == 7 and turned["student"] == row["student"]
+
+
+def test_speeds_are_measured_side_by_side_and_stand_in_the_table(tmp_path: Path) -> None:
+    plan = plan_in(tmp_path)
+    one = replace(experiment("table3", SHIFT), variants=experiment("table3", SHIFT).variants[4:])
+    assert read_speed(plan, one, 0) is None
+    found = run_speed(plan, one, 0, {"date": "d", "load": "1", "command": "c", "machine": "m", "torch": "t"}, silent)
+    assert found == read_speed(plan, one, 0) and set(found["fps"]) == {"4322222", "4222222"}
+    assert 0 < found["fps"]["4322222"] < 1e5
+    entry = {"name": "4322222", "kind": "sampled", "seeds": [0], "rows": [{"forwards": 17, "fps": 1.0}],
+             "figures": {"colour": {"mean": 0.5, "low": 0.4, "high": 0.6}}}  # fmt: skip
+    text = "\n".join(quality_page._clip_table([entry], {**found, "fps": {"4322222": 4321.0}}))
+    assert "| 4322222 | 0 | 17 | 4321 | 0.500 [0.400, 0.600] |" in text and "in turns in one process: d, load 1" in text
+    assert "| 17 | 1 |" in "\n".join(quality_page._clip_table([entry], None))
 
 
 def _unasked(*arguments: object) -> None:

@@ -42,7 +42,7 @@ from diagonal.storage import Folder
 
 Columns = dict[str, Any]
 Row = dict[str, Any]
-HELD_BYTES = 256 * 2**20  # of row groups that a reader of pairs holds
+HELD_BYTES = 512 * 2**20  # of row groups that a reader of pairs holds
 
 
 class EncodeText:

@@ -17,7 +17,7 @@ from diagonal.diffusion.teacher import Trajectory
 from diagonal.errors import FieldError, require
 
 SCHEMA_VERSION = 2
-GROUP_BYTES = 16 * 2**20  # of states in one row group, which is the least that a reader reads
+GROUP_BYTES = 2**20  # of states in one row group, which is the least that a reader reads
 VERSION_KEY, ABOUT_KEY = b"schema_version", b"diagonal"
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,7 +16,16 @@ from diagonal.config import Config
 from diagonal.errors import require
 from diagonal.evaluate.experiments import TEACHER_STEPS, Experiment, Variant, training_config, variant_config
 from diagonal.evaluate.panel import FORMAT, Source, digest, run_panel
-from diagonal.evaluate.quality import Make, Student, Teacher, clip_seeds, codec_maker, draw_captions, own_world
+from diagonal.evaluate.quality import (
+    CLIPS_PER_BATCH,
+    Make,
+    Student,
+    Teacher,
+    clip_seeds,
+    codec_maker,
+    draw_captions,
+    own_world,
+)
 from diagonal.evaluate.report import drift_report, turns_report
 from diagonal.evaluate.sheet import contact_sheet, save_png
 from diagonal.evaluate.short_training import trained_student
@@ -25,6 +36,7 @@ from diagonal.storage import Folder
 
 ROWS, PARTS, STUDENTS, SHEETS = "rows", "parts", "students", "sheets"
 SHEET_ROWS = 6
+SPEED_ROUNDS = 3
 CLIP_SEED = 0  # draws captions and noise: the same for every variant and training seed
 
 
@@ -112,6 +124,36 @@ def run_row(
         plan, experiment, variant, seed, say)
     Folder(str(plan.folder / ROWS)).write_json(row_name(plan, experiment, variant, seed), row)
     return row
+
+
+def speed_name(plan: Plan, experiment: Experiment, seed: int) -> str:
+    """The file of an experiment's speeds side by side."""
+    return f"speed-{digest([FORMAT, [_how(plan, variant, seed) for variant in experiment.variants]])}.json"
+
+
+def run_speed(
+    plan: Plan, experiment: Experiment, seed: int, circumstances: Mapping[str, Any], say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Pixel frames a second of every variant of an experiment, in turns in this one process: the same batch of clips,
+    `SPEED_ROUNDS` times, of which the median counts; made anew each time that it is asked for."""
+    makers = {variant.name: _maker(plan, variant, seed, say)[0] for variant in experiment.variants}
+    captions, seeds = draw_captions(CLIPS_PER_BATCH, CLIP_SEED, plan.captions), clip_seeds(CLIPS_PER_BATCH, CLIP_SEED)
+    spent_s: dict[str, list[float]] = {name: [] for name in makers}
+    for _ in range(SPEED_ROUNDS):
+        for name, make in makers.items():
+            began_s = time.perf_counter()
+            make(captions, seeds)
+            spent_s[name].append(time.perf_counter() - began_s)
+    frames = plan.config.geometry.clip_pixel_frames * CLIPS_PER_BATCH
+    row = {**circumstances, "fps": {name: round(frames / median(some), 1) for name, some in spent_s.items()}}
+    Folder(str(plan.folder / ROWS)).write_json(speed_name(plan, experiment, seed), row)
+    return row
+
+
+def read_speed(plan: Plan, experiment: Experiment, seed: int) -> dict[str, Any] | None:
+    """What `run_speed` wrote, or None."""
+    rows, name = Folder(str(plan.folder / ROWS)), speed_name(plan, experiment, seed)
+    return dict(rows.read_json(name)) if rows.has(name) else None
 
 
 def setting(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:

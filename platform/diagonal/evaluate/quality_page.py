@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from diagonal.evaluate.experiment_runs import Plan, read_row
+from diagonal.evaluate.experiment_runs import Plan, read_row, read_speed
 from diagonal.evaluate.experiments import FIXED, Experiment, Variant, experiments
 from diagonal.evaluate.intervals import difference_over_seeds, over_seeds
 from diagonal.evaluate.panel import PICTURE
@@ -24,6 +25,7 @@ def collect(plan: Plan, seeds: Sequence[int], command: str) -> dict[str, Any]:
     for one in experiments(plan.config.schedule.shift):
         rows = {variant.name: _rows(plan, one, variant, seeds) for variant in one.variants}
         entry = {"key": one.key, "command": f"{command} run {one.key}",
+                 "speed": read_speed(plan, one, seeds[0]) if one.measure == "clips" else None,
                  "differences": _differences(one, rows, plan.world),
                  "variants": [_variant(variant, rows[variant.name], plan.world) for variant in one.variants]}
         found.append(entry)
@@ -107,7 +109,8 @@ def _section(one: Experiment, entry: Mapping[str, Any]) -> list[str]:
     kinds = f" {one.kinds[0].upper()}{one.kinds[1:]}." if one.kinds else ""
     lines = [f"## {one.paper}: {one.question}", "",
              f"`{entry['command']}`.{kinds} Wanted: {one.seeds} seed{'s' if one.seeds > 1 else ''}.", ""]
-    draw = {"clips": _clip_table, "streams": _slope_table, "chunks": _chunk_table, "turns": _turn_table}[one.measure]
+    clip_table = partial(_clip_table, speed=entry.get("speed"))
+    draw = {"clips": clip_table, "streams": _slope_table, "chunks": _chunk_table, "turns": _turn_table}[one.measure]
     lines += draw(entry["variants"])
     if entry["differences"]:
         names = list(next(iter(entry["differences"].values())))
@@ -122,7 +125,8 @@ def _title(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _clip_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+def _clip_table(variants: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) -> list[str]:
+    """Scores; fps are those measured side by side, where they were, and else each row's own."""
     names = list(dict.fromkeys(name for variant in variants for name in variant.get("figures", {})))
     rows = []
     for variant in variants:
@@ -130,11 +134,14 @@ def _clip_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
             rows.append([variant["name"], NOT_RUN, *[""] * (len(names) + 2)])
             continue
         first = variant["rows"][0]
-        fps = " / ".join(f"{row['fps']:.0f}" for row in variant["rows"])
+        own = [row["fps"] for row in variant["rows"]] if speed is None else [speed["fps"][variant["name"]]]
+        fps = " / ".join(f"{one:.0f}" for one in own)
         seeds = "" if variant["kind"] in FIXED else _list(variant["seeds"])
         rows.append([variant["name"], seeds, str(first["forwards"]), fps,
                      *(shown(variant["figures"][name]) for name in names)])
-    return table(["", "seeds", "forwards", "fps", *map(_title, names)], rows)
+    said = [] if speed is None else [
+        f"fps in turns in one process: {speed['date']}, load {speed['load']}, `{speed['command']}`.", ""]
+    return [*table(["", "seeds", "forwards", "fps", *map(_title, names)], rows), *said]
 
 
 def _slope_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
