@@ -64,10 +64,14 @@ class Plan:
         require(6.0 <= self.seconds <= 3600.0, "seconds", self.seconds, "seconds from 6 to 3600")
 
     @cached_property
+    def base_weights(self) -> dict[str, str]:
+        """Hashes of everything that the teacher and the codec are."""
+        return _weights_in(self.base)
+
+    @cached_property
     def weights(self) -> dict[str, str]:
         """Hashes of everything that students begin from and are judged through."""
-        return {f"{root.name}/{path.relative_to(root)}": file_hash(path)
-                for root in (self.base, self.init) for path in sorted(root.rglob("*.safetensors"))}
+        return {**self.base_weights, **_weights_in(self.init)}
 
     def clips_of(self, experiment: Experiment) -> int:
         """Clips of each of its rows; where a table has fewer they are the first ones of those that it might have."""
@@ -82,6 +86,10 @@ class Plan:
         return self.world.captions(self.held_out)
 
 
+def _weights_in(root: Path) -> dict[str, str]:
+    return {f"{root.name}/{path.relative_to(root)}": file_hash(path) for path in sorted(root.rglob("*.safetensors"))}
+
+
 def row_name(plan: Plan, experiment: Experiment, variant: Variant, seed: int) -> str:
     """The file of a row: everything that decides it, and not what it is called, so tables share rows."""
     amount = [plan.clips_of(experiment)] if experiment.measure == "clips" else [plan.streams, plan.seconds]
@@ -93,7 +101,7 @@ def _how(plan: Plan, variant: Variant, seed: int) -> list[object]:
     """What decides a variant's clips beside their captions and noise; the teacher and the codec know no seed."""
     if variant.is_fixed:
         tree = plan.config.to_dict()
-        return [variant.kind, plan.weights, tree["geometry"], tree["pairs"]["guidance"], TEACHER_STEPS]
+        return [variant.kind, plan.base_weights, tree["geometry"], tree["pairs"]["guidance"], TEACHER_STEPS]
     made = [_deciding(make(plan.config, variant, seed, plan.updates)) for make in (training_config, variant_config)]
     return ["student", seed, plan.weights, *made]
 

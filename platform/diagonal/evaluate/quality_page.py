@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -110,7 +110,9 @@ def _section(one: Experiment, entry: Mapping[str, Any]) -> list[str]:
     lines = [f"## {one.paper}: {one.question}", "",
              f"`{entry['command']}`.{kinds} Wanted: {one.seeds} seed{'s' if one.seeds > 1 else ''}.", ""]
     clip_table = partial(_clip_table, speed=entry.get("speed"))
-    draw = {"clips": clip_table, "streams": _slope_table, "chunks": _chunk_table, "turns": _turn_table}[one.measure]
+    tables: dict[str, Callable[..., list[str]]] = {
+        "clips": clip_table, "streams": _slope_table, "chunks": _chunk_table, "turns": _turn_table}
+    draw = tables[one.measure]
     lines += draw(entry["variants"])
     if entry["differences"]:
         names = list(next(iter(entry["differences"].values())))
