@@ -95,7 +95,6 @@ def run_worker(settings: dict[str, Any]) -> None:
     _quiet()
     feed: Feed = ray.get(settings["feed"])
     with Worker.join(settings) as worker:
-        worker.keep_to_own_cores()
         try:
             worker.check_memory()
             settings["body"](worker, feed)

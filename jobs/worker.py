@@ -84,11 +84,6 @@ class Worker:
         train = self.config.train
         return ParallelPlan(Precision(self.config.model.compute_dtype), train.checkpoint_activations, train.compile)
 
-    def keep_to_own_cores(self) -> None:
-        """On a CPU, compute on as many threads as the worker has cores: more wait for each other while they spin."""
-        if self.device.type == "cpu":
-            torch.set_num_threads(max(1, int(self.config.train.cpus_per_worker)))
-
     def check_memory(self) -> None:
         """Refuse a stage that this rank's GPU has no room for, before anything is loaded."""
         if self.device.type != "cuda":

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -26,8 +27,11 @@ class Nodes:
     """The cluster: a head that runs no work, and nodes that come and go."""
 
     def __init__(self, folder: str) -> None:
+        from ray._private.utils import get_ray_address_file
         from ray.cluster_utils import Cluster
 
+        # Ray also tells its default folder where the cluster is, and does not make it
+        Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
         self._cluster: Any = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args={
             "num_cpus": 0, "temp_dir": folder, "include_dashboard": False, "object_store_memory": 200 * 2**20,
         })  # fmt: skip

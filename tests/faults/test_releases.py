@@ -25,7 +25,10 @@ def live(ray_cluster: str, tmp_path: Path) -> Iterator[ConfiguredService]:
 
 
 def model_of_next_video(live: ConfiguredService) -> str:
-    return str(httpx.post(f"{live.url}/v1/videos", json=BODY, timeout=60).raise_for_status().json()["model"])
+    """It is seen to its end, so that the next one finds a free slot."""
+    video = httpx.post(f"{live.url}/v1/videos", json=BODY, timeout=60).raise_for_status().json()
+    httpx.get(f"{live.url}/v1/videos/{video['id']}/stream", timeout=60).raise_for_status()
+    return str(video["model"])
 
 
 def makes(live: ConfiguredService, wanted: str) -> bool:
