@@ -79,7 +79,7 @@ class Journal:
         self._path = outbox.local / UPDATES
         self.known = read_journal(self._path.read_text().splitlines()) if self._path.exists() else Record((), ())
         self._file = self._path.open("a", encoding="utf-8")
-        self._file.write("\n" if self._path.stat().st_size else "")  # a killed process may have left half a line
+        self._file.write("\n" if _ends_within_a_line(self._path) else "")  # as a killed process may have left it
 
     def start(self, update: int, **details: Any) -> None:
         self._append({"start_after": update, **details})
@@ -123,6 +123,12 @@ class Record:
     def seconds(self) -> float:
         """Time of the updates that count, waiting for data included; without starts, checkpoints and samples."""
         return float(sum(entry["update_s"] + entry["data_wait_s"] for entry in self.updates))
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1))
+        return file.read(1) not in (b"", b"\n")
 
 
 def read_journal(lines: Iterable[str]) -> Record:

@@ -43,7 +43,10 @@ def test_figures_come_back_to_the_last_bit(tmp_path: Path) -> None:
 
 def test_a_journal_knows_at_its_start_what_earlier_ones_wrote(tmp_path: Path) -> None:
     Journal(outbox(tmp_path)).start(0, refused=[])
-    assert len(Journal(outbox(tmp_path)).known.starts) == 1
+    second = Journal(outbox(tmp_path))
+    assert len(second.known.starts) == 1
+    second.start(0, refused=[])
+    assert all((tmp_path / UPDATES).read_text().splitlines()), "no empty line, on which strict readers of JSON lines stop"
 
 
 def test_an_outbox_uploads_what_changed_and_at_its_end_everything(bucket: str) -> None:

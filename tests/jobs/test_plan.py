@@ -44,6 +44,14 @@ def wan_run(wan: Path, *settings: str) -> Run:
     return open_run(parser("").parse_args(arguments))
 
 
+def test_each_embedded_preset_finds_its_own_model_and_its_initialised_student(tmp_path: Path) -> None:
+    for preset, model, size in (("tiny", "tiny", "32x32"), ("tiny-textured", "textured", "48x48")):
+        storage = f"--set=train.storage={tmp_path}"
+        run = open_run(parser("").parse_args([f"--preset={preset}", f"--name={model}", "--dry-run", storage]))
+        assert run.base == embedded("base", model) and run.initial_student == str(embedded("ode_init", model))
+        assert not run.makes_student and f"clips: {size}" in "\n".join(plan(run, count_prompts=True))
+
+
 def test_a_plan_tells_shapes_parameters_costs_storage_and_memory(wan: Path) -> None:
     text = "\n".join(plan(wan_run(wan), count_prompts=True))
     assert "832x480, 81 pixel frames; latents (16, 21, 60, 104), 32760 tokens in 7 chunks of 4680" in text
