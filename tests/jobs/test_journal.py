@@ -46,7 +46,7 @@ def test_a_journal_knows_at_its_start_what_earlier_ones_wrote(tmp_path: Path) ->
     second = Journal(outbox(tmp_path))
     assert len(second.known.starts) == 1
     second.start(0, refused=[])
-    assert all((tmp_path / UPDATES).read_text().splitlines()), "no empty line, on which strict readers of JSON lines stop"
+    assert all((tmp_path / UPDATES).read_text().splitlines()), "an empty line stops strict readers"
 
 
 def test_an_outbox_uploads_what_changed_and_at_its_end_everything(bucket: str) -> None:
