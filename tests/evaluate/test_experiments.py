@@ -11,9 +11,9 @@ from diagonal.config import Config
 from diagonal.errors import FieldError
 from diagonal.evaluate import experiment_runs, quality_page
 from diagonal.evaluate.experiment_runs import ROWS, Plan, read_row, read_speed, row_name, run_row, run_speed
-from diagonal.evaluate.experiments import Variant, experiment, experiments, training_config, variant_config
+from diagonal.evaluate.experiments import OURS, Variant, experiment, experiments, training_config, variant_config
 from diagonal.evaluate.quality import draw_captions
-from diagonal.evaluate.quality_page import collect, page
+from diagonal.evaluate.quality_page import collect, judged, page
 from diagonal.model.weights import embedded
 from diagonal.storage import Folder
 
@@ -96,8 +96,16 @@ def test_differences_are_paired_by_clip_and_the_teacher_counts_for_every_seed(tm
     found = entry["differences"]["ours: 4322222, reuse - teacher, 50 steps"]["smoothness"]
     assert found["mean"] == pytest.approx(0.02) and found["count"] == 2
     assert found["half_width"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
-    budget = {"updates": 2, "clips": 2, "fewer_clips": 2, "streams": 2, "seconds": 6.0}
-    assert "+2.00 [" in page({"experiments": [entry], "budget": budget, "preset": "tiny"}, SHIFT)
+    whole = collect(plan, [0, 1, 2], "c")
+    text = page(whole, SHIFT)
+    assert "+2.00 [" in text and "- motion = 1.040 of the teacher's" not in text
+    reasons = judged(whole).reasons
+    against_teacher = {reason.split(" against")[0] for reason in reasons if "against teacher" in reason}
+    # of two clips that agree a rate is not known to two points; measures, which agree in all three seeds, are
+    assert "not compared with self-forcing" in reasons and against_teacher == set(plan.world.rates)
+    ours = next(one for one in whole["experiments"][0]["variants"] if one["name"] == OURS.name)
+    ours["figures"]["picture_motion"]["mean"] = 0.6
+    assert any(reason.startswith("motion = 1.200 of the teacher's") for reason in judged(whole).reasons)
 
 
 def test_a_row_is_trained_sampled_kept_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

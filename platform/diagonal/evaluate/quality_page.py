@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from diagonal.evaluate.experiment_runs import Plan, read_row, read_speed
-from diagonal.evaluate.experiments import FIXED, Experiment, Variant, experiments
+from diagonal.evaluate.experiments import FIXED, OURS, Experiment, Variant, experiments
+from diagonal.evaluate.gate import Verdict, verdict
 from diagonal.evaluate.intervals import difference_over_seeds, over_seeds
 from diagonal.evaluate.panel import PICTURE
 from diagonal.evaluate.report import shown, table
@@ -100,9 +101,36 @@ def page(found: Mapping[str, Any], shift: float) -> str:
         "Scores are in [0, 1], higher is better; `chroma` and what begins with `picture` are shown and not judged. "
         "Forwards are network calls a clip, the teacher's with both branches of its guidance.", "",
     ]
+    lines += _verdict_lines(found)
     for entry in found["experiments"]:
         lines += _section(known[entry["key"]], entry)
     return "\n".join(lines) + "\n"
+
+
+def judged(found: Mapping[str, Any]) -> Verdict:
+    """What the gate says of the recipe: by Table 1 against teacher and self-forcing, Fig. 7 and Fig. 9."""
+    entries = {entry["key"]: entry for entry in found["experiments"]}
+    variants = {key: {one["name"]: one for one in entry["variants"]} for key, entry in entries.items()}
+    ours, table1 = OURS.name, entries["table1"]
+    differences = {
+        against: {figure: some for figure, some in table1["differences"].get(f"{ours} - {name}", {}).items()
+                  if figure != MOTION}
+        for against in COMPARED for name in variants["table1"] if name.startswith(against)
+    }
+    motion = [one["figures"][MOTION]["mean"] for name, one in variants["table1"].items()
+              if (name == ours or name.startswith("teacher")) and one["seeds"]]  # the teacher's first
+    report = {"clips": found["budget"]["clips"], "seed": 0, "differences": differences,
+              "motion_ratio": {"mean": motion[1] / motion[0]} if len(motion) == 2 else None,
+              "drift": next(iter(variants["fig7"][ours].get("drift", [])), None),
+              "turns": next(iter(variants["fig9"][ours].get("turns", [])), None)}
+    return verdict(report)
+
+
+def _verdict_lines(found: Mapping[str, Any]) -> list[str]:
+    """What holds and what does not, as the gate of a release would say it."""
+    result = judged(found)
+    said = "Every target holds:" if result.promoted else "Targets that do not hold, or are not measured yet:"
+    return ["## Does the recipe hold what it should?", "", said, "", *(f"- {reason}" for reason in result.reasons), ""]
 
 
 def _section(one: Experiment, entry: Mapping[str, Any]) -> list[str]:
