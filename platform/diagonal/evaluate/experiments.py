@@ -99,8 +99,8 @@ def experiments(shift: float) -> tuple[Experiment, ...]:
                    (Variant(f"teacher, {TEACHER_STEPS} steps", "teacher"), NO_MOTION,
                     Variant("with its matching term alone", settings=("distill.loss.flow_regression=0.0",)),
                     Variant("with the motion loss")),
-                   note="Motion amplitude is the figure `picture motion`; contact sheets lie beside the rows. The loss is "
-                        "a matching term and a regression of differences between frames to the student of stage 1."),
+                   note="Motion amplitude is the figure `picture motion`; contact sheets lie beside the rows. The loss "
+                        "is a matching term and a regression of differences between frames to the student of stage 1."),
         Experiment("fig7", "Fig. 7 and 8", "Do long streams drift?", "streams", (OURS, SELF_FORCING),
                    note="Streams of 180 s, whose first 45 s are the shorter ones. The paper's user study is not "
                         "reproduced."),
