@@ -11,7 +11,7 @@ from diagonal.evaluate.experiments import FIXED, OURS, Experiment, Variant, expe
 from diagonal.evaluate.gate import Verdict, verdict
 from diagonal.evaluate.intervals import difference_over_seeds, over_seeds
 from diagonal.evaluate.panel import PICTURE
-from diagonal.evaluate.report import shown, table
+from diagonal.evaluate.report import TURNS, shown, table
 from diagonal.evaluate.worlds import World
 
 NOT_RUN = "not yet run"
@@ -196,12 +196,10 @@ def _chunk_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _turn_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    labels = {"obeyed": "new prompt's attributes shown", "forgotten": "old prompt's attributes shown",
-              "recache_db": "re-cache alone, PSNR dB", "recovery_db": "recovery, PSNR dB"}
     found = [(variant, turns) for variant in variants for turns in variant.get("turns", [])[:1]]
     chunks = len(found[0][1]["obeyed"]) if found else 0
     rows = [[variant["name"], label, *(shown(one, 1 if "db" in name else 3) for one in turns[name])]
-            for variant, turns in found for name, label in labels.items()]
+            for variant, turns in found for name, label in TURNS.items()]
     rows += [[variant["name"], "step at the seam over the usual", shown(turns["step_ratio"], 2), *[""] * (chunks - 1)]
              for variant, turns in found]
     rows += [[variant["name"], NOT_RUN, *[""] * chunks] for variant in variants if not variant["seeds"]]

@@ -82,11 +82,17 @@ def drift_report(parts: Sequence[Mapping[str, Any]], seconds: float, world: Worl
     }
 
 
+# Of streams whose prompt changes: what is told by chunk, and how it is called.
+TURNS = {"obeyed": "new prompt's attributes shown", "forgotten": "old prompt's attributes shown",
+         "unturned": "own prompt's attributes shown without a change", "recache_db": "re-cache alone, PSNR dB",
+         "recovery_db": "recovery, PSNR dB"}  # fmt: skip
+
+
 def turns_report(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By chunk behind the change: obeyed, forgotten, and the seams of re-cache and recovery; the step at the seam."""
     joined = {name: [row for part in parts for row in part[name]] for name in parts[0]}
     by_chunk = {name: [interval(column).to_dict() for column in zip(*joined[name], strict=True)]
-                for name in ("obeyed", "forgotten", "recache_db", "recovery_db")}
+                for name in TURNS}
     return {"streams": len(joined["obeyed"]), "step_ratio": interval(joined["step_ratio"]).to_dict(), **by_chunk}
 
 
@@ -158,10 +164,8 @@ def _turn_lines(report: Report) -> list[str]:
     turns = report.get("turns")
     if not turns:
         return ["## Changed prompts", "", "Not measured in this run.", ""]
-    labels = {"obeyed": "new prompt's attributes shown", "forgotten": "old prompt's attributes shown",
-              "recache_db": "re-cache alone, PSNR dB", "recovery_db": "recovery, PSNR dB"}
     heads = ["", *(f"chunk {n}" for n in range(1, len(turns["obeyed"]) + 1))]
-    rows = [[label, *(shown(one, 1 if "db" in name else 3) for one in turns[name])] for name, label in labels.items()]
+    rows = [[label, *(shown(one, 1 if "db" in name else 3) for one in turns[name])] for name, label in TURNS.items()]
     return [f"## Changed prompts, {turns['streams']} streams", "", *table(heads, rows),
             "Change of the picture across the seam, over the usual one between frames: "
             f"{shown(turns['step_ratio'], 2)}.", ""]

@@ -123,7 +123,8 @@ def turn_part(student: Student, world: World, captions: Sequence[str], seeds: Se
     """A batch of streams whose prompt changes at chunk `TURN_AT` to one that differs in everything.
 
     `obeyed` and `forgotten` by stream and chunk from the change on: the share of the new (the old) caption's attributes
-    that the chunk shows. `step_ratio`: the change of the picture across the seam, over the usual one between frames.
+    that the chunk shows; `unturned`: what the stream without a change shows of its own, as a chunk is too short to tell
+    some. `step_ratio`: the change of the picture across the seam, over the usual one between frames.
     `recache_db`, `recovery_db`: PSNR of the chunks behind a re-cache alone (and a decoder built anew) to the stream
     without, from equal noise.
     """
@@ -137,6 +138,7 @@ def turn_part(student: Student, world: World, captions: Sequence[str], seeds: Se
     return {
         "obeyed": _shares(turned[TURN_AT:], new, world, start),
         "forgotten": _shares(turned[TURN_AT:], captions, world, start),
+        "unturned": _shares(plain[TURN_AT:], captions, world, start),
         "step_ratio": _step_ratios(turned[TURN_AT - 1], turned[TURN_AT]),
         **{name: [_psnr(plain[TURN_AT:], found[TURN_AT:], i) for i in range(len(seeds))]
            for name, found in seams.items()},
