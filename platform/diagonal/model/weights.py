@@ -41,7 +41,7 @@ FAST_DECODER = "decoder"  # of a release that has one
 
 
 def embedded(name: str, model: str = "tiny") -> Path:
-    """A folder of an embedded model, `tiny` or `textured`: `base`, `ode_init` or `release`."""
+    """A folder of an embedded model: `base`, `ode_init` or `release` of `tiny`; `textured` has no release."""
     return Path(diagonal.__file__).parent / "assets" / model / name
 
 
