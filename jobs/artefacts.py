@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diagonal.errors import require
-from diagonal.model.weights import LINEAGE, MANIFEST, embedded, fetch, save_student, write_release
+from diagonal.model.weights import LINEAGE, MANIFEST, base_uri, fetch, save_student, write_release
 from diagonal.storage import Folder
 from jobs.run import Run
 
@@ -28,7 +28,7 @@ def lineage_of(uri: str) -> str:
 
 def base_lineage(run: Run) -> str:
     """How lineage names the run's base model."""
-    return lineage_of(run.config.model.path or str(embedded("base", run.config.embedded_model)))
+    return lineage_of(base_uri(run.config))
 
 
 def write_student(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from diagonal.errors import require
 from diagonal.evaluate.quality import ScoreTable, score_release
 from diagonal.evaluate.report import shown
-from diagonal.model.weights import LINEAGE, MANIFEST, Release, embedded
+from diagonal.model.weights import LINEAGE, MANIFEST, Release, base_uri
 from diagonal.storage import Folder
 from jobs.artefacts import local_copy, publish_release
 from jobs.run import Run, main, opened, parser, say
@@ -25,12 +25,11 @@ def export(run: Run) -> Folder:
 
 
 def lineage(run: Run) -> dict[str, object]:
-    """What each stage says of where it comes from; a stage that was given without a lineage is left out."""
-    shipped = [Folder(str(embedded(part, run.config.embedded_model))) for part in ("ode_init", "base")]
-    own = run.initial_student == str(shipped[0])
+    """What each stage says of where it comes from, a given initial student as `init`; what was given without a lineage
+    is left out."""
     stages = {
-        "base": shipped[1] if not run.config.model.path else Folder(run.config.model.path),
-        "ode_init": shipped[0] if own else Folder(run.initial_student),
+        "base": Folder(base_uri(run.config)),
+        "init" if run.config.distill.init else "ode_init": Folder(run.initial_student),
         "stage1": run.folder / "stage1", "stage2": run.folder / "stage2",
     }
     return {stage: folder.read_json(LINEAGE) for stage, folder in stages.items() if folder.has(LINEAGE)}

@@ -19,7 +19,7 @@ from diagonal.data.prompts import read_prompts
 from diagonal.errors import FieldError, require
 from diagonal.model.flops import clip_flops, update_flops
 from diagonal.model.layout import TransformerLayout
-from diagonal.model.weights import MANIFEST, check_transformer, embedded
+from diagonal.model.weights import MANIFEST, base_uri, check_transformer
 from diagonal.storage import Folder
 from diagonal.training import memory
 from diagonal.training.distill import stage_schedule
@@ -100,7 +100,7 @@ def read_layouts(run: Run) -> Layouts:
         return Layouts(layout, layout, None, None)
     require(bool(config.model.path) or config.is_embedded, "model.path", config.model.path,
             "a folder of the base model in diffusers' layout, local or s3:// (embedded presets have their own)")
-    base = Folder(config.model.path or str(embedded("base", config.embedded_model)), config.train.storage_patience_s)
+    base = Folder(base_uri(config), config.train.storage_patience_s)
     for part in PARTS:
         require((base / part).exists(), "model.path", str(base), f"a folder in diffusers' layout, with {part}/")
     student = _network(config, "model.path", base, base)

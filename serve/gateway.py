@@ -309,9 +309,10 @@ class Gateway:
         if video.endless and chunk < video.chunks_done - KEPT_CHUNKS:
             message = f"chunk {chunk} is no longer kept: the oldest is {video.chunks_done - KEPT_CHUNKS}"
             raise Problem(410, "chunk_gone", message, param="start_chunk")
-        end = video.chunks_done if video.status.over else (await self._fleet.info_of(video)).chunks(video.frames)
-        if start_chunk and end is not None and chunk >= end:
-            raise wrong_value(422, "invalid_value", "start_chunk", chunk, f"0 to {max(0, end - 1)}: then it ends")
+        if start_chunk:
+            end = video.chunks_done if video.status.over else (await self._fleet.info_of(video)).chunks(video.frames)
+            if end is not None and chunk >= end:
+                raise wrong_value(422, "invalid_value", "start_chunk", chunk, f"0 to {max(0, end - 1)}: then it ends")
         return self._segments(self.reader(video), chunk)
 
     def reader(self, video: VideoRecord, name: str = "", resumed: bool = False) -> ChunkReader:

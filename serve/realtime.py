@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
+from fastapi.websockets import WebSocketState
 
 from serve import messages
 from serve.auth import SUBPROTOCOL
@@ -92,7 +93,12 @@ class RealtimeSession:
         reader = self._gateway.reader(video, LIVE + secret.hash, resumed=start.resume_token is not None)
         if self._window_s is not None:
             await reader.tell_position(0.0, self._window_s)
-        await self._send(messages.started(video, chunk, self._window_s, self._resume_token(chunk)))
+        try:
+            await self._send(messages.started(video, chunk, self._window_s, self._resume_token(chunk)))
+        except WebSocketDisconnect:
+            if start.resume_token is None:  # who never got a token cannot come back
+                await self._cancel(video, "the viewer left")
+            raise
         return video, reader, chunk
 
     async def _take_over(self, token: str, new_hash: str) -> tuple[VideoRecord, int]:
@@ -123,8 +129,8 @@ class RealtimeSession:
 
     async def _end(self, video: VideoRecord, errors: list[Exception]) -> float:
         """Close the socket, and the session unless its viewer may come back: within how many seconds."""
-        if lost := [error for error in errors if isinstance(error, WebSocketDisconnect)]:
-            if lost[0].code not in _CLEAN:
+        if any(isinstance(error, WebSocketDisconnect) for error in errors):
+            if not await self._said_goodbye(errors):
                 return self._gateway.settings.resume_window_s
             await self._cancel(video, "the viewer left")
             return 0.0
@@ -170,6 +176,15 @@ class RealtimeSession:
             await self._socket.send_json(messages.chunk_metadata(video, *about))
             await self._socket.send_bytes(data)
         self._sent, self._next_chunk = self._sent + 1, chunk + 1
+
+    async def _said_goodbye(self, errors: list[Exception]) -> bool:
+        """Whether the viewer stopped or closed properly. A send that met a closed socket does not know: read on."""
+        codes = [error.code for error in errors if isinstance(error, WebSocketDisconnect)]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORD_S):
+                while not self._stopped and self._socket.client_state is not WebSocketState.DISCONNECTED:
+                    codes.append((await self._socket.receive()).get("code", 0))
+        return self._stopped or any(code in _CLEAN for code in codes)
 
     def _check_end(self, segment: Segment | None) -> None:
         if segment is None:

@@ -131,6 +131,7 @@ def test_an_unknown_key_is_refused_with_the_known_ones(setting: str, field: str)
         ("model.text_tokens=0", "model.text_tokens"),
         ("network.layers=0", "network.layers"),
         ("ode_init.ema_decay=1", "ode_init.ema_decay"),
+        ("ode_init.positions=relative", "ode_init.positions"),
         ("distill.lr=NaN", "distill.lr"),
         ("distill.beta2=1", "distill.beta2"),
         ("distill.stage2_updates=-1", "distill.stage2_updates"),

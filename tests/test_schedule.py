@@ -77,6 +77,17 @@ def test_uniform_four_steps_end_at_raw_100_and_self_forcing_at_raw_250() -> None
     assert StepSchedule("self-forcing").levels(3)[-1] == raw_level(250, 5.0)
 
 
+def test_a_string_may_name_the_raw_timestep_that_its_rows_end_at() -> None:
+    schedule = StepSchedule("4322@250")
+    assert schedule.raw_rows == ((1000, 750, 500, 250), (1000, 750, 250), (1000, 250), (1000, 250))
+    assert schedule.total_forwards(WAN_CHUNKS) == 17 and schedule.context_level(9) == raw_level(250, 5.0)
+    assert StepSchedule("54@100").rows == StepSchedule("54").rows
+    assert StepSchedule("1@250", context=0.0).raw_rows == ((1000,),)  # one step has no other end
+    for steps in ("5@250", "24@500", "2@0", "2@1000", "2@", "2@1e2", "@250", "2@25@5", "self-forcing@100"):
+        with pytest.raises(FieldError, match="schedule.steps"):
+            StepSchedule(steps)
+
+
 @pytest.mark.parametrize("steps", ["1", "4321", "14"])
 def test_reuse_with_a_one_step_row_is_refused_as_it_would_cache_pure_noise(steps: str) -> None:
     contexts: tuple[Context | None, ...] = (None, "reuse")

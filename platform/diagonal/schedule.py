@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, Literal
@@ -21,7 +22,11 @@ RAW_STEPS: Final[dict[int, tuple[int, ...]]] = {
 NAMED_STEPS: Final[dict[str, tuple[tuple[int, ...], float]]] = {
     "self-forcing": ((1000, 750, 500, 250), 0.0),
 }
-ALLOWED: Final = f"a string of digits 1 to 5, one a chunk, such as '4322222', or one of {sorted(NAMED_STEPS)}"
+STRING: Final = re.compile(r"[1-5]+(@[1-9][0-9]{0,2})?")
+ALLOWED: Final = (
+    "a string of digits 1 to 5, one a chunk, such as '4322222', with or without the raw timestep that rows end at "
+    f"('4322222@250'), or one of {sorted(NAMED_STEPS)}"
+)
 
 
 def warp(u: float, shift: float) -> float:
@@ -42,7 +47,8 @@ def raw_level(raw: int, shift: float) -> float:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Levels by chunk. `steps` is '4322222' (steps by chunk, the last repeats for ever) or a named list.
+    """Levels by chunk. `steps` is '4322222' (steps by chunk, the last repeats for ever), the same with the raw timestep
+    that rows of two and more steps end at ('4322222@250'; 100 without it), or a named list.
 
     `context` says how a finished chunk enters the cache: "reuse" keeps the K/V of its last denoising forward;
     a level re-noises the finished chunk to it and spends one further forward; None takes the list's own default.
@@ -53,10 +59,10 @@ class StepSchedule:
     context: Context | None = field(default=None)
 
     def __post_init__(self) -> None:
-        valid = isinstance(self.steps, str) and (
-            self.steps in NAMED_STEPS or (self.steps != "" and all(c in "12345" for c in self.steps))
-        )
+        valid = isinstance(self.steps, str) and (self.steps in NAMED_STEPS or bool(STRING.fullmatch(self.steps)))
         require(valid, "schedule.steps", self.steps, ALLOWED)
+        falling = all(a > b for row in self.raw_rows for a, b in zip(row, row[1:], strict=False))
+        require(falling, "schedule.steps", self.steps, "a last timestep below the one before it in every row")
         require(self.shift >= 1.0, "schedule.shift", self.shift, "a number of at least 1")
         is_level = isinstance(self.context, int | float) and not isinstance(self.context, bool)
         require(
@@ -70,11 +76,18 @@ class StepSchedule:
         )
 
     @cached_property
+    def raw_rows(self) -> tuple[tuple[int, ...], ...]:
+        """Raw timesteps of each listed chunk."""
+        if self.steps in NAMED_STEPS:
+            return (NAMED_STEPS[self.steps][0],)
+        digits, _, last = self.steps.partition("@")
+        rows = [RAW_STEPS[int(digit)] for digit in digits]
+        return tuple((*row[:-1], int(last)) if last and len(row) > 1 else row for row in rows)
+
+    @cached_property
     def rows(self) -> tuple[tuple[float, ...], ...]:
         """Levels of each listed chunk; the last row stands for every later chunk."""
-        named = NAMED_STEPS.get(self.steps)
-        raw_rows = [named[0]] if named else [RAW_STEPS[int(digit)] for digit in self.steps]
-        return tuple(tuple(raw_level(raw, self.shift) for raw in row) for row in raw_rows)
+        return tuple(tuple(raw_level(raw, self.shift) for raw in row) for row in self.raw_rows)
 
     @property
     def resolved_context(self) -> Context:

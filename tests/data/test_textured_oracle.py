@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from diagonal.data import textured
+from diagonal.data import textured, textured_oracle
 from diagonal.data.textured import ATTRIBUTES, TexturedScene
 from diagonal.data.textured_oracle import read_clip, read_windows, score
-from diagonal.data.world import Pixels, WorldConfig
+from diagonal.data.world import SHAPES, Pixels, WorldConfig
 from diagonal.model.vae import LinearCodec
 
 SIZE = WorldConfig(size_px=48, edge="bounce")
@@ -93,3 +93,22 @@ def test_a_later_window_of_a_stream_is_read_by_itself(clips: Clips) -> None:
 def test_pixels_of_another_size_or_type_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pixels = uint8 .*must be uint8 \(frames, 48, 48, 3\)"):
         read_clip(np.zeros((5, 32, 32, 3), np.uint8), SIZE)
+
+
+def test_an_object_is_found_where_a_search_over_all_offsets_finds_it() -> None:
+    """Of each shape, the least departure of any template at any offset, as Fourier transforms find it."""
+    side, sizes = 16, np.asarray([0.8, 1.0], np.float32)
+    config = WorldConfig(size_px=side, edge="bounce", pixel_frames=2)
+    centres = np.asarray([[5.0, 9.0], [11.0, 6.0]], np.float32)
+    share = textured.cover("square", "plain", centres, np.ones(2, np.float32), config)[0]
+    weight = np.random.default_rng(0).uniform(0.5, 1.0, share.shape).astype(np.float32)
+    found = textured_oracle._find(share, weight, sizes, config)
+    mask = np.clip(share / np.maximum(textured_oracle.DARKEST * found.chroma, 0.01)[:, None, None], 0, 1)
+    middle = np.full((2, 2), side / 2, np.float32)
+    for place, shape in enumerate(SHAPES):
+        templates = textured_oracle._as_mask(textured.cover(shape, "plain", middle, sizes, config)[0])
+        moved = np.stack([np.roll(templates, (row, column), (1, 2)) for row in range(side) for column in range(side)])
+        departures = (weight[:, None, None] * (mask[:, None, None] - moved[None]) ** 2).sum((-1, -2)).min(1)
+        wanted = (departures / (100 * (sizes * config.scale) ** 2)).min(1)
+        assert found.shape_error[:, place] == pytest.approx(wanted, abs=1e-4)
+    assert np.abs(found.centre_px - centres).max() < 0.5

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from diagonal.errors import FieldError
 from diagonal.evaluate import streams
 from diagonal.evaluate.quality import Student, draw_captions, own_world
 from diagonal.evaluate.report import drift_report, turns_report
-from diagonal.evaluate.streams import chunks_for, drift_part, kept_batches, slopes, stream, turn_part
+from diagonal.evaluate.streams import chunks_for, clip_part, drift_part, kept_batches, slopes, stream, turn_part
 from diagonal.model.weights import Release
 from diagonal.storage import Folder
 
@@ -29,6 +30,23 @@ def test_a_stream_is_the_clip_chunk_by_chunk(student: Student) -> None:
     assert [part.shape[1] for part in parts] == [9, 12, 12, 12, 12, 12, 12]
     clip = student([caption], [seed])
     assert (torch.cat(parts, dim=1).int() - clip.int()).abs().max() <= 1
+
+
+def test_the_pieces_of_a_clip_are_its_chunks_and_each_is_read_at_its_own_time(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = own_world(student.config)
+    captions = draw_captions(3, 0, world.captions())
+    clips = torch.from_numpy(np.stack([world.render(caption, seed) for seed, caption in enumerate(captions)]))
+    clips[:, 57:] = 0  # the world's own, whose last piece shows nothing
+    part = clip_part(lambda *_: clips, student.config.geometry, world, captions, [0, 1, 2])
+    assert part["times_s"] == [round(middle / 16, 4) for middle in (16.5, 45.0, 69.0)]
+    for name in ("colour", "direction", "speed"):
+        assert [row[:2] for row in part["values"][name]] == [[1.0, 1.0]] * 3
+    assert [row[2] for row in part["values"]["colour"]] == [0.0] * 3
+    monkeypatch.setattr(streams, "figures", lambda piece, _, __, start: {"frames": len(piece), "start": start})
+    part = clip_part(lambda *_: clips[:1], student.config.geometry, world, captions[:1], [0])
+    assert part["values"] == {"frames": [[33, 24, 24]], "start": [[0, 33, 57]]}
 
 
 def test_so_many_seconds_take_so_many_chunks(student: Student) -> None:
@@ -74,6 +92,7 @@ def test_a_changed_prompt_is_forgotten_and_obeyed(student: Student, monkeypatch:
     assert found["streams"] == 2 and len(found["obeyed"]) == streams.TURN_CHUNKS
     assert found["obeyed"][-1]["mean"] > found["obeyed"][0]["mean"]
     assert found["forgotten"][-1]["mean"] < 0.3 < 0.7 < min(one["mean"] for one in found["unturned"]), found["unturned"]
+    assert found["settled"]["mean"] > found["obeyed"][0]["mean"] and found["settled_unturned"]["mean"] > 0.7
     assert found["recache_db"][0]["mean"] > 50.0  # nothing was evicted: rounding alone
 
 

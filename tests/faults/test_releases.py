@@ -31,6 +31,11 @@ def model_of_next_video(live: ConfiguredService) -> str:
     return str(video["model"])
 
 
+def offered(live: ConfiguredService) -> list[str]:
+    models = httpx.get(f"{live.url}/v1/models", timeout=30).raise_for_status().json()["data"]
+    return [str(model["id"]) for model in models]
+
+
 def makes(live: ConfiguredService, wanted: str) -> bool:
     return model_of_next_video(live) == wanted
 
@@ -71,13 +76,16 @@ def test_a_canary_in_an_application_of_its_own_comes_and_goes_beside_the_others(
     live.until("the service is ready", live.ready, 180)
     live.settle()
     parts = live.all_parts()
-    live.configure({"stable": 1.0, "next": 1e6}, canary=variant(tmp_path / "r2"))
+    canary = variant(tmp_path / "r2")
+    live.configure({"stable": 1.0, "next": 1e6}, canary=canary)
     # While it loads, the other one makes them.
     live.until("the canary makes videos", partial(makes, live, "next"), 180)
-    models = httpx.get(f"{live.url}/v1/models", timeout=30).json()["data"]
-    assert [model["id"] for model in models] == ["stable", "next"] and live.all_parts() == parts
+    assert offered(live) == ["stable", "next"] and live.all_parts() == parts
+    # As the runbook has it: what is being made on the canary ends there before it goes.
+    live.configure({"stable": 1.0, "next": 0.0}, canary=canary)
+    live.until("the canary makes no videos", partial(makes, live, "stable"))
     live.configure({"stable": 1.0})
-    live.until("the canary is gone", partial(makes, live, "stable"))
+    live.until("the canary is gone", lambda: offered(live) == ["stable"])
     refused = httpx.post(f"{live.url}/v1/videos", json=BODY | {"model": "next"}, timeout=60)
     assert refused.status_code == 404 and live.all_parts() == parts
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from diagonal.model.card import statement_of
-from diagonal.model.weights import Release, embedded
+from diagonal.model.weights import LINEAGE, Release, embedded
+from diagonal.tree import read_json
 from jobs.artefacts import publish_release
+from jobs.export import lineage
 from tests.jobs.conftest import OpenRun
 
 
@@ -16,3 +18,9 @@ def test_a_runs_statement_is_in_the_card_of_its_release(small_run: OpenRun) -> N
     publish_release(run, embedded("ode_init"), {"stage2": {"parent": "spoken/stage1"}})
     card = Path(Release.load(str(run.folder / "release")).folder, "README.md").read_text()
     assert statement_of(card) == "Trained on films of mine." and "# spoken\n" in card
+
+
+def test_a_student_that_was_given_is_not_called_the_runs_own_initialisation(small_run: OpenRun) -> None:
+    assert set(lineage(small_run("own"))) == {"base", "ode_init"}
+    given = lineage(small_run("given", f"distill.init={embedded('stage1', 'textured')}"))
+    assert set(given) == {"base", "init"} and given["init"] == read_json(embedded("stage1", "textured") / LINEAGE)

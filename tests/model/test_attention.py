@@ -154,3 +154,5 @@ def test_patterns_that_make_no_sense_and_clips_of_another_length_are_refused_by_
     x = draw(1, 20, 1, 8)
     with pytest.raises(FieldError, match=r"block_causal.tokens = 21: .* = 20"):
         attend(x, x, x, BlockCausal(7, 3))
+    with pytest.raises(FieldError, match=r"block_causal.window_positions"):
+        attend(x, x, x, BlockCausal(4, 5, 3, 1, window_positions=True))

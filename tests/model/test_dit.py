@@ -16,6 +16,7 @@ from diagonal.errors import FieldError
 from diagonal.model.attention import BlockCausal
 from diagonal.model.cache import CacheBatch
 from diagonal.model.dit import CausalWan, timestep
+from diagonal.training.ode_init import stage0_mask
 from tests.networks import (
     CHANNELS,
     TEXT_DIM,
@@ -105,6 +106,22 @@ def test_cached_chunk_by_chunk_equals_the_one_pass_mask_while_nothing_is_evicted
         parts = run_cached(network, config, x, level, text, chunks)
     torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-12)
     assert (whole[:, :, :3] - network(x, level, text)[:, :, :3]).abs().max() > 1e-3, "the mask must matter"
+
+
+@pytest.mark.parametrize("sink", [0, 3, 6])
+def test_cached_chunk_by_chunk_equals_the_mask_at_window_positions_whatever_is_evicted(
+    sink: int, float64_stays: None
+) -> None:
+    config, chunks = small_config(f"cache.sink_frames={sink}"), 7
+    network = small_causal(layers=3, dtype=torch.float64)
+    x, text, level = latents_of(chunks, 2), text_of(2), levels_of(chunks, 2)
+    with torch.no_grad():
+        masks = (stage0_mask(config.with_settings([f"ode_init.positions={one}"])) for one in ("window", "absolute"))
+        window, absolute = (network(x, level, text, mask=mask) for mask in masks)
+        parts = torch.cat(run_cached(network, config, x, level, text, chunks), dim=2)
+    torch.testing.assert_close(parts, window, rtol=0, atol=1e-12)
+    assert torch.equal(window, absolute) == (sink == 0), "without a sink nothing lies far away"
+    assert torch.equal(window[:, :, :12], absolute[:, :, :12])
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -83,6 +83,15 @@ def cut(one: Viewer) -> None:
     one.socket.socket.shutdown(2)
 
 
+def stop_and_close(one: Viewer) -> None:
+    """Say `session.stop` and close in one packet, as a page does that is left at once."""
+    protocol = one.socket.protocol
+    with one.socket.protocol_mutex:
+        protocol.send_text(b'{"type": "session.stop"}')
+        protocol.send_close(1000)
+        one.socket.socket.sendall(b"".join(protocol.data_to_send()))
+
+
 def closed(one: Viewer) -> tuple[int, dict[str, Any]]:
     """Read to the end of a socket: its close code (1006 when it just broke), and the error that came before it."""
     with pytest.raises(ConnectionClosed) as end:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from diagonal.mp4 import boxes
 from serve.realtime import RealtimeLimits
 from tests.serve.conftest import FakeEngine, Service, shade
-from tests.serve.sockets import closed, cut, viewer
+from tests.serve.sockets import closed, cut, stop_and_close, viewer
 
 Until = Callable[..., Any]
 FAST: dict[str, Any] = {"extra_params": {"pacing": "none"}}
@@ -138,6 +140,51 @@ def test_a_viewer_who_leaves_frees_his_place_within_a_chunk(
     made = len(engine.made)
     until(lambda: not engine.sessions, "the place is free", seconds=2)
     assert len(engine.made) <= made + 1
+
+
+def answering_late(gateway: Any, call: str, patch: pytest.MonkeyPatch) -> threading.Event:
+    """What a call of the gateway gives is held back until the event is set."""
+    work, gone = getattr(gateway, call), threading.Event()
+
+    async def late(*about: Any) -> Any:
+        given = await work(*about)
+        await asyncio.to_thread(gone.wait, 10)
+        return given
+
+    patch.setattr(gateway, call, late)
+    return gone
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_who_leaves_before_an_answer_reached_him_left_properly_all_the_same(
+    service: Service, engine: FakeEngine, until: Until, monkeypatch: pytest.MonkeyPatch, stop: bool
+) -> None:
+    gone = answering_late(service.gateways[0], "interact", monkeypatch)
+    engine.allow(1)
+    with viewer(service.urls[0]) as one:
+        one.start(num_frames=900)
+        one.read(1)
+        one.say("session.interaction", **interaction("a blue square"))
+        if stop:
+            stop_and_close(one)
+    gone.set()
+    until(lambda: not engine.sessions, "the place is free", seconds=2)
+    assert engine.made == [(one.request_id, 0)]
+
+
+def test_who_leaves_before_his_session_began_frees_its_place(
+    make_service: Callable[..., Service], engine: FakeEngine, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service(reader_start_timeout_s=20.0)
+    gone = answering_late(service.gateways[0], "create", monkeypatch)
+    with viewer(service.urls[0]) as one:
+        one.say("session.start", prompt="a red circle", num_frames=900)
+        (made,) = until(lambda: list(engine.sessions), "it is being made")
+    gone.set()
+    until(lambda: not engine.sessions, "the place is free", seconds=2)
+    with httpx.Client(base_url=service.urls[0]) as http:
+        video = http.get(f"/v1/videos/{made}").json()
+    assert (video["status"], video["error"]["code"]) == ("cancelled", "abandoned"), video
 
 
 @pytest.mark.parametrize("gateway", [0, 1])

@@ -418,3 +418,16 @@ def test_a_release_on_s3_is_checked_like_one_on_disk(
         load(release=f"s3://{bucket}/pickled")
     with pytest.raises(FieldError, match="an s3:// folder that exists"):
         load(release=f"s3://{bucket}/../{bucket}/nothing")
+
+
+def test_a_video_that_is_being_made_is_streamed_though_its_release_is_taken_away(
+    service: SideBySide, http: httpx.Client
+) -> None:
+    video = start(http, model="next", num_frames=33, extra={"pacing": "realtime"})["id"]
+    for gateway in service.gateways:  # as one whose configuration no longer names the release
+        gateway._fleet._handles.pop("next")
+        gateway._fleet._shares = Shares.parse(["stable"])
+    for url in service.urls:
+        streamed = httpx.get(f"{url}/v1/videos/{video}/stream", timeout=60)
+        assert streamed.status_code == 200 and streamed.content
+    assert http.get(f"/v1/videos/{video}").json()["status"] == "completed"

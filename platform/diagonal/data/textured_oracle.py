@@ -7,11 +7,14 @@ first which the small one hides does not count.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from diagonal.data.motion import STRIDE_FRAMES, Times, read_box, smoothness
 from diagonal.data.textured import (
@@ -134,6 +137,11 @@ def read_windows(
         yield read_clip(pixels[start : start + window_pixel_frames], config, start)
 
 
+def tells_change(pixel_frames: int, config: WorldConfig) -> bool:
+    """Whether a piece is long enough to tell what changes in it."""
+    return pixel_frames - 1 >= LEAST_PERIOD_SHARE * config.fps * PERIOD_S
+
+
 def score(reading: TexturedReading, scene: TexturedScene) -> TexturedScores:
     """Compare a reading with what its caption promised.
 
@@ -211,19 +219,14 @@ def _find(share: Floats, weight: Floats, sizes: Floats, config: WorldConfig) -> 
     chroma = _brightest(share * weight, config)
     present = (chroma >= FAINTEST) & ((share * weight).sum((1, 2)) > 8 * config.scale**2 * chroma)
     mask = np.clip(share / np.maximum(DARKEST * chroma, FAINTEST * DARKEST)[:, None, None], 0, 1)
-    middle = np.full((len(sizes), 2), size_px / 2, np.float32)
     own = (weight * mask * mask).sum((1, 2))
-    seen = np.fft.rfft2(weight * mask), np.fft.rfft2(weight)
+    seen, weights = (torch.fft.rfft2(torch.from_numpy(image)) for image in (weight * mask, weight))
     errors = np.empty((len(SHAPES), len(sizes), frames), np.float32)
     offsets = np.empty((len(SHAPES), len(sizes), frames, 2), np.float32)
     for place, shape in enumerate(SHAPES):
-        templates = _as_mask(cover(shape, "plain", middle, sizes, config)[0])
-        for number, template in enumerate(templates):
-            spectra = np.fft.rfft2(template), np.fft.rfft2(template * template)
-            surface = np.fft.irfft2(
-                seen[1] * spectra[1].conj() - 2 * seen[0] * spectra[0].conj(), s=(size_px, size_px)
-            ).astype(np.float32)
-            errors[place, number], offsets[place, number] = _lowest(surface, size_px)
+        for number, (minus_twice, square) in enumerate(_spectra(shape, tuple(sizes.tolist()), config)):
+            surface = torch.fft.irfft2(torch.addcmul(weights * square, seen, minus_twice), s=(size_px, size_px))
+            errors[place, number], offsets[place, number] = _lowest(surface.numpy(), size_px)
     errors = (errors + own) / (100 * (sizes * config.scale) ** 2)[None, :, None].astype(np.float32)
     best_size = errors.argmin(1)  # [shapes f]
     by_shape = np.take_along_axis(errors, best_size[:, None], 1)[:, 0].T * present[:, None]
@@ -232,6 +235,16 @@ def _find(share: Floats, weight: Floats, sizes: Floats, config: WorldConfig) -> 
     centre = size_px / 2 + offsets[chosen, number, np.arange(frames)]
     size = _refined(errors[chosen], number, sizes)
     return ObjectReadings(present, centre.astype(np.float32), size, by_shape, chroma * present)
+
+
+@functools.cache
+def _spectra(shape: str, sizes: tuple[float, ...], config: WorldConfig) -> list[tuple[Tensor, Tensor]]:
+    """Of a shape's template in each size, in the middle of the picture: the conjugate spectra of minus twice the
+    template and of its square, `[h w/2+1]` each."""
+    middle = np.full((len(sizes), 2), config.size_px / 2, np.float32)
+    templates = torch.from_numpy(_as_mask(cover(shape, "plain", middle, np.asarray(sizes, np.float32), config)[0]))
+    return [(-2 * torch.fft.rfft2(one).conj().resolve_conj(), torch.fft.rfft2(one * one).conj().resolve_conj())
+            for one in templates]
 
 
 def _brightest(share: Floats, config: WorldConfig) -> Floats:
@@ -347,7 +360,7 @@ def _change(first: ObjectReadings, config: WorldConfig) -> str | None:
     """What swings with the world's period: the size, the colour's strength, or neither; None in a short clip."""
     _, times = _track(first)
     turns = times / (config.fps * PERIOD_S)
-    if turns[-1] - turns[0] < LEAST_PERIOD_SHARE:
+    if not tells_change(int(times[-1] - times[0]) + 1, config):
         return None
     waves = np.stack([np.ones_like(turns), np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)], 1)
 

@@ -29,7 +29,7 @@ from diagonal.evaluate.quality import (
 from diagonal.evaluate.report import drift_report, turns_report
 from diagonal.evaluate.sheet import contact_sheet, save_png
 from diagonal.evaluate.short_training import trained_student
-from diagonal.evaluate.streams import drift_part, kept_batches, stream_seeds, turn_part
+from diagonal.evaluate.streams import PIECES, clip_part, drift_part, kept_batches, stream_seeds, turn_part
 from diagonal.evaluate.worlds import World
 from diagonal.model.weights import file_hash, load_causal, load_decoder, load_text
 from diagonal.storage import Folder
@@ -43,8 +43,8 @@ CLIP_SEED = 0  # draws captions and noise: the same for every variant and traini
 @dataclass(frozen=True)
 class Plan:
     """Of what and how much: the configuration, the teacher's folder `base`, the shared initialisation `init`, the
-    folder of rows and students; updates of a training (half of them stage 1), clips a row of a thorough experiment and
-    of another, streams and their length."""
+    folder of rows and students; updates of a training, of which `stage1_updates` are stage 1 (None: half of them),
+    clips a row of a thorough experiment and of another, streams and their length."""
 
     config: Config
     base: Path
@@ -56,12 +56,21 @@ class Plan:
     streams: int = 16
     seconds: float = 180.0
     held_out: bool = False
+    stage1_updates: int | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("updates", 2), ("clips", 2), ("fewer_clips", 2), ("streams", 2)):
             value = getattr(self, name)
             require(low <= value <= 100_000, name, value, f"a whole number from {low} to 100000")
+        first = self.stages[0]
+        require(0 <= first <= self.updates, "stage1_updates", first, f"a whole number from 0 to {self.updates}")
         require(6.0 <= self.seconds <= 3600.0, "seconds", self.seconds, "seconds from 6 to 3600")
+
+    @property
+    def stages(self) -> tuple[int, int]:
+        """Updates of stage 1 and of stage 2."""
+        first = self.updates // 2 if self.stage1_updates is None else self.stage1_updates
+        return first, self.updates - first
 
     @cached_property
     def base_weights(self) -> dict[str, str]:
@@ -92,7 +101,9 @@ def _weights_in(root: Path) -> dict[str, str]:
 
 def row_name(plan: Plan, experiment: Experiment, variant: Variant, seed: int) -> str:
     """The file of a row: everything that decides it, and not what it is called, so tables share rows."""
-    amount = [plan.clips_of(experiment)] if experiment.measure == "clips" else [plan.streams, plan.seconds]
+    clips = plan.clips_of(experiment)
+    amounts = {"clips": [clips], "pieces": [PIECES, clips]}
+    amount = amounts.get(experiment.measure, [PIECES, plan.streams, plan.seconds])
     made = _how(plan, variant, seed)
     return f"{digest([FORMAT, experiment.measure, amount, plan.held_out, made])}.json"
 
@@ -102,7 +113,7 @@ def _how(plan: Plan, variant: Variant, seed: int) -> list[object]:
     if variant.is_fixed:
         tree = plan.config.to_dict()
         return [variant.kind, plan.base_weights, tree["geometry"], tree["pairs"]["guidance"], TEACHER_STEPS]
-    made = [_deciding(make(plan.config, variant, seed, plan.updates)) for make in (training_config, variant_config)]
+    made = [_deciding(make(plan.config, variant, seed, plan.stages)) for make in (training_config, variant_config)]
     return ["student", seed, plan.weights, *made]
 
 
@@ -127,9 +138,14 @@ def run_row(
         return found
     clips = plan.clips_of(experiment)
     row = {**circumstances, "kind": variant.kind, "seed": seed, "setting": setting(plan, variant, seed),
-           "budget": {"updates": plan.updates, "clips": clips, "streams": plan.streams, "seconds": plan.seconds}}
-    row |= _clips(plan, variant, seed, clips, say) if experiment.measure == "clips" else _streams(
-        plan, experiment, variant, seed, say)
+           "budget": {"updates": plan.updates, "stage1_updates": plan.stages[0], "clips": clips,
+                      "streams": plan.streams, "seconds": plan.seconds}}
+    if experiment.measure == "clips":
+        row |= _clips(plan, variant, seed, clips, say)
+    elif experiment.measure == "pieces":
+        row |= _pieces(plan, variant, seed, clips, say)
+    else:
+        row |= _streams(plan, experiment, variant, seed, say)
     Folder(str(plan.folder / ROWS)).write_json(row_name(plan, experiment, variant, seed), row)
     return row
 
@@ -168,7 +184,7 @@ def setting(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
     """What a row is sampled and was trained with, in short."""
     if variant.is_fixed:
         return {}
-    config, trained = (make(plan.config, variant, seed, plan.updates) for make in (variant_config, training_config))
+    config, trained = (make(plan.config, variant, seed, plan.stages) for make in (variant_config, training_config))
     return {"steps": config.schedule.steps, "context": config.schedule.resolved_context,
             "gamma": trained.distill.loss.gamma, "trained_steps": trained.schedule.steps,
             "trained_context": trained.schedule.resolved_context}
@@ -176,10 +192,10 @@ def setting(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
 
 def student_of(plan: Plan, variant: Variant, seed: int, say: Callable[[str], None]) -> tuple[Student, dict[str, Any]]:
     """A variant's student, trained now unless it is there, with what its training took."""
-    trained = training_config(plan.config, variant, seed, plan.updates)
+    trained = training_config(plan.config, variant, seed, plan.stages)
     folder = plan.folder / STUDENTS / digest([plan.weights, _deciding(trained)])
     lineage = trained_student(trained, plan.base, plan.init, folder, say)
-    config = variant_config(plan.config, variant, seed, plan.updates)
+    config = variant_config(plan.config, variant, seed, plan.stages)
     parts = (load_causal(folder, config).requires_grad_(False), load_text(plan.base, config))
     student = Student(*parts, load_decoder(plan.base, config), config, config.schedule)
     return student, {"training_cpu_s": lineage["cpu_s"], "student": folder.name}
@@ -209,6 +225,17 @@ def _maker(plan: Plan, variant: Variant, seed: int, say: Callable[[str], None]) 
         return codec_maker(plan.base, plan.config, plan.world), 0, {}
     student, more = student_of(plan, variant, seed, say)
     return student, student.forwards, more
+
+
+def _pieces(plan: Plan, variant: Variant, seed: int, clips: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Figures of the pieces of clips."""
+    make, forwards, more = _maker(plan, variant, seed, say)
+    captions, seeds = draw_captions(clips, CLIP_SEED, plan.captions), clip_seeds(clips, CLIP_SEED)
+    geometry = plan.config.geometry
+    parts = kept_batches(partial(clip_part, make, geometry, plan.world), captions, seeds,
+                         Folder(str(plan.folder / PARTS)), ["pieces", _how(plan, variant, seed)], say)
+    clip_s = geometry.clip_pixel_frames / geometry.pixel_fps
+    return {"forwards": forwards, "drift": drift_report(parts, clip_s, plan.world), **more}
 
 
 def _streams(

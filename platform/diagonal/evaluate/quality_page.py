@@ -11,8 +11,9 @@ from diagonal.evaluate.experiments import FIXED, OURS, Experiment, Variant, expe
 from diagonal.evaluate.gate import Verdict, verdict
 from diagonal.evaluate.intervals import difference_over_seeds, over_seeds
 from diagonal.evaluate.panel import PICTURE
-from diagonal.evaluate.report import TURNS, shown, table
+from diagonal.evaluate.report import SEAM, TURNS, shown, table
 from diagonal.evaluate.worlds import World
+from diagonal.model.weights import lineage_name
 
 NOT_RUN = "not yet run"
 COMPARED = ("teacher", "self-forcing")
@@ -30,8 +31,9 @@ def collect(plan: Plan, seeds: Sequence[int], command: str) -> dict[str, Any]:
                  "differences": _differences(one, rows, plan.world),
                  "variants": [_variant(variant, rows[variant.name], plan.world) for variant in one.variants]}
         found.append(entry)
-    budget = {"updates": plan.updates, "clips": plan.clips, "fewer_clips": min(plan.clips, plan.fewer_clips),
-              "streams": plan.streams, "seconds": plan.seconds}
+    budget = {"init": lineage_name(plan.init), "updates": plan.updates, "stage1_updates": plan.stages[0],
+              "clips": plan.clips, "fewer_clips": min(plan.clips, plan.fewer_clips), "streams": plan.streams,
+              "seconds": plan.seconds}
     return {"experiments": found, "budget": budget, "preset": plan.config.preset}
 
 
@@ -94,12 +96,13 @@ def page(found: Mapping[str, Any], shift: float) -> str:
     lines = [
         "# Quality: the paper's claims on the embedded world", "",
         f"Generated from quality.json by `python jobs/experiments.py page`; preset {found['preset']}. A trained "
-        f"student had {budget['updates']} updates, half of them stage 1, from one initialisation. {budget['clips']} "
-        f"clips a row of Table 1, {budget['fewer_clips']} of others, {budget['streams']} streams of "
+        f"student had {budget['updates']} updates, {budget['stage1_updates']} of them stage 1, from {budget['init']}. "
+        f"{budget['clips']} clips a row of Table 1, {budget['fewer_clips']} of others, {budget['streams']} streams of "
         f"{budget['seconds']:g} s, the same captions and noise for all. Brackets are 95 % intervals over clips, with "
         "Student's t over training seeds added in squares where there are two or more. "
         "Scores are in [0, 1], higher is better; `chroma` and what begins with `picture` are shown and not judged. "
-        "Forwards are network calls a clip, the teacher's with both branches of its guidance.", "",
+        "Forwards are network calls a clip, the teacher's with both branches of its guidance. Commands run in the "
+        "repository's root, with `PYTHONPATH=platform:.`.", "",
     ]
     lines += _verdict_lines(found)
     for entry in found["experiments"]:
@@ -139,7 +142,8 @@ def _section(one: Experiment, entry: Mapping[str, Any]) -> list[str]:
              f"`{entry['command']}`.{kinds} Wanted: {one.seeds} seed{'s' if one.seeds > 1 else ''}.", ""]
     clip_table = partial(_clip_table, speed=entry.get("speed"))
     tables: dict[str, Callable[..., list[str]]] = {
-        "clips": clip_table, "streams": _slope_table, "chunks": _chunk_table, "turns": _turn_table}
+        "clips": clip_table, "streams": _slope_table, "chunks": _chunk_table, "pieces": _piece_table,
+        "turns": _turn_table}
     draw = tables[one.measure]
     lines += draw(entry["variants"])
     if entry["differences"]:
@@ -195,13 +199,25 @@ def _chunk_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     return table(["", "figure", *(f"chunk {n}" for n in range(1, chunks + 1))], rows)
 
 
+def _piece_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Scores of each piece of a clip, one line a variant and seed."""
+    found = [(variant, seed, drift) for variant in variants
+             for seed, drift in zip(variant["seeds"], variant.get("drift", []), strict=True)]
+    names = [name for name in found[0][2]["curves"] if name in found[0][2]["scores"]] if found else []
+    rows = [[variant["name"], "" if variant["kind"] in FIXED else str(seed),
+             *(" ".join(f"{mean:.2f}" for mean in drift["curves"][name]["mean"]) for name in names)]
+            for variant, seed, drift in found]
+    rows += [[variant["name"], NOT_RUN, *[""] * len(names)] for variant in variants if not variant["seeds"]]
+    return table(["in pieces of a clip", "seed", *map(_title, names)], rows)
+
+
 def _turn_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     found = [(variant, turns) for variant in variants for turns in variant.get("turns", [])[:1]]
     chunks = len(found[0][1]["obeyed"]) if found else 0
     rows = [[variant["name"], label, *(shown(one, 1 if "db" in name else 3) for one in turns[name])]
             for variant, turns in found for name, label in TURNS.items()]
-    rows += [[variant["name"], "step at the seam over the usual", shown(turns["step_ratio"], 2), *[""] * (chunks - 1)]
-             for variant, turns in found]
+    rows += [[variant["name"], label, shown(turns[name]), *[""] * (chunks - 1)]
+             for variant, turns in found for name, label in SEAM.items()]
     rows += [[variant["name"], NOT_RUN, *[""] * chunks] for variant in variants if not variant["seeds"]]
     return table(["", "behind the change", *(f"chunk {n}" for n in range(1, chunks + 1))], rows)
 

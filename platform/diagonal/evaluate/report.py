@@ -87,13 +87,19 @@ TURNS = {"obeyed": "new prompt's attributes shown", "forgotten": "old prompt's a
          "unturned": "own prompt's attributes shown without a change", "recache_db": "re-cache alone, PSNR dB",
          "recovery_db": "recovery, PSNR dB"}  # fmt: skip
 
+# And what is told once.
+SEAM = {"settled": "new prompt's attributes shown from the second chunk on, read as one piece",
+        "settled_unturned": "own prompt's without a change, read alike",
+        "step_ratio": "change of the picture across the seam, over the usual one between frames"}  # fmt: skip
+
 
 def turns_report(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By chunk behind the change: obeyed, forgotten, and the seams of re-cache and recovery; the step at the seam."""
+    """By chunk behind the change: obeyed, forgotten, and the seams of re-cache and recovery; and once for all of it:
+    what is shown from the second chunk on, and the step at the seam."""
     joined = {name: [row for part in parts for row in part[name]] for name in parts[0]}
     by_chunk = {name: [interval(column).to_dict() for column in zip(*joined[name], strict=True)]
                 for name in TURNS}
-    return {"streams": len(joined["obeyed"]), "step_ratio": interval(joined["step_ratio"]).to_dict(), **by_chunk}
+    return {"streams": len(joined["obeyed"]), **{name: interval(joined[name]).to_dict() for name in SEAM}, **by_chunk}
 
 
 def shown(found: Mapping[str, Any], digits: int = 3, scale: float = 1.0, sign: str = "") -> str:
@@ -167,8 +173,7 @@ def _turn_lines(report: Report) -> list[str]:
     heads = ["", *(f"chunk {n}" for n in range(1, len(turns["obeyed"]) + 1))]
     rows = [[label, *(shown(one, 1 if "db" in name else 3) for one in turns[name])] for name, label in TURNS.items()]
     return [f"## Changed prompts, {turns['streams']} streams", "", *table(heads, rows),
-            "Change of the picture across the seam, over the usual one between frames: "
-            f"{shown(turns['step_ratio'], 2)}.", ""]
+            *(f"- {label}: {shown(turns[name])}" for name, label in SEAM.items()), ""]
 
 
 def _verdict_lines(report: Report) -> list[str]:

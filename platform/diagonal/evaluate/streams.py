@@ -15,15 +15,19 @@ from diagonal.diffusion.rollout import roll
 from diagonal.errors import require
 from diagonal.evaluate.options import psnr_db
 from diagonal.evaluate.panel import EQUAL_DB, FORMAT, digest, figures
-from diagonal.evaluate.quality import Student
+from diagonal.evaluate.quality import Make, Student
 from diagonal.evaluate.worlds import World
+from diagonal.geometry import ChunkGeometry
 from diagonal.storage import Folder
 
 DURATIONS_S = (5.0, 45.0, 180.0)
 REFERENCE_S = 180.0  # slopes are told for so long a stream
+PIECES = 2  # how pieces are judged; another one makes all parts of streams anew
 WINDOW_CHUNKS = 3
 STREAMS_PER_BATCH = 8
+CLIP_PIECES = 3
 TURN_AT, TURN_CHUNKS = 10, 4  # behind the first evictions, and a decoder's whole history
+SETTLED_AT = 1  # the second chunk behind a change, from which on its prompt must be obeyed
 Table = dict[str, list[list[float]]]
 
 
@@ -38,7 +42,7 @@ def kept_batches(
 ) -> list[dict[str, Any]]:
     """What `make` finds of each batch of streams; a batch that a former run finished is read from `parts`. `key` holds
     everything else that decides it."""
-    layout, found = [FORMAT, WINDOW_CHUNKS, TURN_AT, TURN_CHUNKS], []
+    layout, found = [FORMAT, PIECES, WINDOW_CHUNKS, TURN_AT, TURN_CHUNKS, SETTLED_AT], []
     for first in range(0, len(seeds), STREAMS_PER_BATCH):
         some, own = captions[first : first + STREAMS_PER_BATCH], seeds[first : first + STREAMS_PER_BATCH]
         name = f"{digest([layout, *key, list(some), list(own)])}.json"
@@ -98,15 +102,34 @@ def drift_part(
             continue
         piece, window = torch.cat(window, dim=1), []
         times.append(round((done_frames + piece.shape[1] / 2) / fps, 4))
-        for number, (clip, caption) in enumerate(zip(piece, captions, strict=True)):
-            for name, value in figures(clip.numpy(), caption, world, done_frames).items():
-                rows = values.setdefault(name, [[] for _ in captions])
-                rows[number].append(round(value, 6))
+        _add_figures(values, piece, captions, world, done_frames)
         if seen is not None:
             seen(len(times) - 1, piece)
         done_frames += piece.shape[1]
     require(bool(times), "seconds", seconds, f"long enough for a window of {window_chunks} chunks")
     return {"times_s": times, "values": values}
+
+
+def clip_part(
+    make: Make, geometry: ChunkGeometry, world: World | None, captions: Sequence[str], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Figures of a batch of clips over time, as `drift_part` gives them, in `CLIP_PIECES` pieces of whole chunks, the
+    first ones the longer: where in a clip it goes wrong."""
+    pixels = make(captions, seeds)
+    values: Table = {}
+    pieces = np.array_split(np.arange(geometry.clip_chunks), CLIP_PIECES)
+    frames = [(geometry.pixel_start(int(some[0])), geometry.pixel_start(int(some[-1]) + 1)) for some in pieces]
+    for start, end in frames:
+        _add_figures(values, pixels[:, start:end], captions, world, start)
+    times = [round((start + end) / 2 / geometry.pixel_fps, 4) for start, end in frames]
+    return {"times_s": times, "values": values}
+
+
+def _add_figures(values: Table, piece: Tensor, captions: Sequence[str], world: World | None, start: int) -> None:
+    """One more piece `[b, f, h, w, 3]` of every stream, which begins at pixel frame `start`."""
+    for number, (clip, caption) in enumerate(zip(piece, captions, strict=True)):
+        for name, value in figures(clip.numpy(), caption, world, start).items():
+            values.setdefault(name, [[] for _ in captions])[number].append(round(value, 6))
 
 
 def slopes(times_s: Sequence[float], rows: Sequence[Sequence[float]], until_s: float) -> list[float]:
@@ -123,8 +146,9 @@ def turn_part(student: Student, world: World, captions: Sequence[str], seeds: Se
     """A batch of streams whose prompt changes at chunk `TURN_AT` to one that differs in everything.
 
     `obeyed` and `forgotten` by stream and chunk from the change on: the share of the new (the old) caption's attributes
-    that the chunk shows; `unturned`: what the stream without a change shows of its own, as a chunk is too short to tell
-    some. `step_ratio`: the change of the picture across the seam, over the usual one between frames.
+    that the chunk shows, of those that it can tell; `unturned`: what the stream without a change shows of its own.
+    `settled` and `settled_unturned`: obeyed and unturned of all chunks from the second on, read as one piece.
+    `step_ratio`: the change of the picture across the seam, over the usual one between frames.
     `recache_db`, `recovery_db`: PSNR of the chunks behind a re-cache alone (and a decoder built anew) to the stream
     without, from equal noise.
     """
@@ -139,6 +163,8 @@ def turn_part(student: Student, world: World, captions: Sequence[str], seeds: Se
         "obeyed": _shares(turned[TURN_AT:], new, world, start),
         "forgotten": _shares(turned[TURN_AT:], captions, world, start),
         "unturned": _shares(plain[TURN_AT:], captions, world, start),
+        "settled": _settled(turned[TURN_AT:], new, world, start),
+        "settled_unturned": _settled(plain[TURN_AT:], captions, world, start),
         "step_ratio": _step_ratios(turned[TURN_AT - 1], turned[TURN_AT]),
         **{name: [_psnr(plain[TURN_AT:], found[TURN_AT:], i) for i in range(len(seeds))]
            for name, found in seams.items()},
@@ -146,14 +172,21 @@ def turn_part(student: Student, world: World, captions: Sequence[str], seeds: Se
 
 
 def _shares(parts: Sequence[Tensor], captions: Sequence[str], world: World, start: int) -> list[list[float]]:
-    """By stream and chunk: the share of the caption's attributes that the chunk shows."""
+    """By stream and chunk: the share of the caption's attributes that the chunk shows, of those that it can tell."""
     found: list[list[float]] = [[] for _ in captions]
     for part in parts:
         for number, (clip, caption) in enumerate(zip(part, captions, strict=True)):
             scores = world.score(clip.numpy(), caption, start)
-            found[number].append(sum(scores[name] for name in world.rates) / len(world.rates))
+            told = [scores[name] for name in world.rates if name in scores]
+            found[number].append(sum(told) / len(told))
         start += part.shape[1]
     return found
+
+
+def _settled(parts: Sequence[Tensor], captions: Sequence[str], world: World, start: int) -> list[float]:
+    """By stream: the same share of the chunks from `SETTLED_AT` on, read together."""
+    first = start + sum(part.shape[1] for part in parts[:SETTLED_AT])
+    return [share for [share] in _shares([torch.cat(list(parts[SETTLED_AT:]), dim=1)], captions, world, first)]
 
 
 def _step_ratios(before: Tensor, after: Tensor) -> list[float]:

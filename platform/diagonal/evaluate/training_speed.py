@@ -194,8 +194,9 @@ def measure(case: Case, modes: Sequence[str]) -> dict[str, list[Row]]:
         if case.device.type == "cuda":
             torch.cuda.empty_cache()
     rows += mean_update(rows, PRESETS[case.config.preset].distill.generator_every)
-    size, pattern = TransformerLayout.of(case.layout), stage0_mask(case.config)
-    return {"updates": rows, "attention": attention_rows(size, pattern, case.device, case.updates)}
+    pattern = dataclasses.replace(stage0_mask(case.config), window_positions=False)  # kernels alone: nothing is turned
+    return {"updates": rows,
+            "attention": attention_rows(TransformerLayout.of(case.layout), pattern, case.device, case.updates)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,7 +56,8 @@ class World(Protocol):
         ...
 
     def score(self, pixels: Pixels, caption: str, first_pixel_frame: int = 0) -> Mapping[str, float]:
-        """Every score and shown figure of a piece `[f, h, w, 3]` of a clip that begins at `first_pixel_frame`."""
+        """Every score and shown figure of a piece `[f, h, w, 3]` of a clip that begins at `first_pixel_frame`; a score
+        that no piece of this length can tell is left out."""
         ...
 
 
@@ -133,6 +134,8 @@ class TexturedWorld:
         reading = textured_oracle.read_clip(pixels, self.config, first_pixel_frame)
         found = asdict(textured_oracle.score(reading, TexturedScene.parse(caption)))
         near = {name: max(0.0, 1.0 - abs(1.0 - found[name])) for name in ("saturation", "ground")}
+        if not textured_oracle.tells_change(len(pixels), self.config):
+            del found["change"]
         return {**found, "chroma": found["saturation"], "contrast": found["ground"], **near}
 
 

@@ -41,7 +41,10 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 @dataclass(frozen=True)
 class BlockCausal:
     """Which keys each chunk of a whole clip sees: its own, earlier ones; with a window, only the first `sink_chunks`
-    and the newest, `window_chunks` in all with its own (stage 0; positions stay absolute, METHOD I.8).
+    and the newest, `window_chunks` in all with its own (stage 0).
+
+    With `window_positions` the sink lies right before the newest, as in the cache of a stream, whatever the window left
+    out between them; else at its place in the clip.
 
     A pattern instead of a `[t, t]` mask: of 32,760 tokens the boolean one is 1.07 GB, and keeps attention off the
     fused kernels that take none. `FieldError` when sink and window do not fit.
@@ -51,6 +54,7 @@ class BlockCausal:
     chunk_tokens: int
     window_chunks: int | None = None
     sink_chunks: int = 0
+    window_positions: bool = False
 
     def __post_init__(self) -> None:
         require(self.chunks >= 1 and self.chunk_tokens >= 1, "block_causal.chunks", (self.chunks, self.chunk_tokens),
@@ -75,8 +79,11 @@ class BlockCausal:
         return (behind,) if self.sink_chunks == 0 else ((0, self.sink_chunks * self.chunk_tokens), behind)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockCausal | None = None) -> Tensor:
-    """Softmax attention over `[b, t, heads, head_dim]`, of everything, or of what `mask` lets each chunk see.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockCausal | None = None, rotary: Rotary | None = None
+) -> Tensor:
+    """Softmax attention over `[b, t, heads, head_dim]`, of everything, or of what `mask` lets each chunk see; `rotary`
+    is what query and key were turned by, needed by a mask with `window_positions`.
 
     Under a mask each query chunk is one fused call over exactly its keys: nothing is computed that the mask would
     throw away, no mask tensor exists, and any back end serves (forward and backward are exact). Chosen before
@@ -92,20 +99,34 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockCausal | None =
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if mask is None:
         return _attend(query, key, value).transpose(1, 2)
+    require(not mask.window_positions or rotary is not None, "block_causal.window_positions", mask.window_positions,
+            "false where no rotary table is given")
     require(query.shape[2] == key.shape[2] == mask.tokens, "block_causal.tokens", mask.tokens,
             f"the number of queries = {query.shape[2]} and of keys = {key.shape[2]}")
     queries = query.split(mask.chunk_tokens, dim=2)
     parts = []
     for chunk, part in enumerate(queries):
         spans = mask.spans(chunk)
-        parts.append(_attend(part, _columns(key, spans), _columns(value, spans)).transpose(1, 2))
+        keys = _columns(key, spans)
+        if mask.window_positions and rotary is not None and len(keys) == 2:
+            keys[0] = _moved(keys[0], spans[1][0] - spans[0][1], rotary)
+        parts.append(_attend(part, _joined(keys), _joined(_columns(value, spans))).transpose(1, 2))
     return torch.cat(parts, dim=1)
 
 
-def _columns(x: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
-    """The tokens of `[b, heads, t, head_dim]` in `spans`: a view where there is one span."""
-    parts = [x[:, :, first:end] for first, end in spans]
+def _columns(x: Tensor, spans: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """The tokens of `[b, heads, t, head_dim]` in each of `spans`: views."""
+    return [x[:, :, first:end] for first, end in spans]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _moved(key: Tensor, tokens: int, rotary: Rotary) -> Tensor:
+    """Turned keys, as if they came so many tokens (whole frames) later: turned on by that frame's own angles."""
+    cosine, sine = (table[:, tokens : tokens + 1] for table in rotary)
+    return rotate(key, (cosine, sine))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class CausalBlock(WanTransformerBlock):
         if context is not None:
             keys = torch.cat((context[0].type_as(key), keys), dim=1)
             values = torch.cat((context[1].type_as(value), values), dim=1)
-        mixed = attend(rotate(query, rotary), keys, values, mask)
+        mixed = attend(rotate(query, rotary), keys, values, mask, rotary)
         return attention.to_out[0](mixed.flatten(2).type_as(x)), key, value
 
     def _cross_attention(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:

@@ -41,7 +41,7 @@ FAST_DECODER = "decoder"  # of a release that has one
 
 
 def embedded(name: str, model: str = "tiny") -> Path:
-    """A folder of an embedded model: `base`, `ode_init` or `release` of `tiny`; `textured` has no release."""
+    """A folder of an embedded model: `base`, `ode_init`, `release`; of `textured` also `stage1`."""
     return Path(diagonal.__file__).parent / "assets" / model / name
 
 
@@ -50,9 +50,14 @@ def lineage_name(folder: Path) -> str:
     return f"{folder.absolute().parent.name}/{folder.name}"
 
 
+def base_uri(config: Config) -> str:
+    """Folder or s3:// URI of the base model that a configuration names; an empty path is the embedded one."""
+    return config.model.path or str(embedded("base", config.embedded_model))
+
+
 def base_folder(config: Config) -> Path:
-    """The base model that a configuration names; an empty path is the embedded one."""
-    return fetch(config.model.path) if config.model.path else embedded("base", config.embedded_model)
+    """A local folder of the base model that a configuration names; raises as `fetch` does."""
+    return fetch(base_uri(config))
 
 
 def fetch(uri: str, cache: str | os.PathLike[str] | None = None) -> Path:

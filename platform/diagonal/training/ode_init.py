@@ -31,11 +31,11 @@ class PairBatch:
 
 
 def stage0_mask(config: Config) -> BlockCausal:
-    """What each chunk of a clip sees with the configured sink and window, at absolute positions (METHOD I.8)."""
+    """What each chunk of a clip sees with the configured sink and window, at the configured positions (METHOD I.8)."""
     geometry, chunk = config.geometry, config.geometry.chunk_frames
     return BlockCausal(
         geometry.clip_chunks, geometry.chunk_tokens, window_chunks=config.cache.window_frames // chunk,
-        sink_chunks=config.cache.sink_frames // chunk,
+        sink_chunks=config.cache.sink_frames // chunk, window_positions=config.ode_init.positions == "window",
     )
 
 
