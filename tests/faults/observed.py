@@ -197,9 +197,9 @@ def watch(scene: Scene) -> None:
     """Viewers, one of whom steers; callers who are wrong, refused or too many; a replica that freezes, and dies."""
     steering = threading.Thread(target=steer, args=(scene,), daemon=True)
     steering.start()
-    watchers = [OverHttp(scene.service, 40, seed).start() for seed in range(3)]
+    watchers = [OverHttp(scene.service, 120, seed).start() for seed in range(3)]
     for each in watchers:
-        each.reached(2, 120)
+        each.reached(2)
     ask_wrongly(scene)
     for replica in scene.processes("ray::ServeReplica:diagonal:Replica"):
         with frozen(replica):

@@ -27,7 +27,7 @@ def test_altered_checkpoints_are_refused_loudly_and_the_one_before_them_used(
     job = start("--resume", storage=storage)
     job.line("goes on after update")
     refused = r"diagonal_checkpoints_refused_total\{[^}]*\} 2\.0"
-    until("the metric", lambda: job.process.poll() is not None or re.search(refused, cluster.metrics()), 120)
+    until("the metric", lambda: job.process.poll() is not None or re.search(refused, cluster.metrics()), START_S)
     assert job.process.poll() is None, "two refused ones are counted while the run goes on"
     job.trained()
     goes_on = job.record().starts[1]
@@ -55,7 +55,7 @@ def test_workers_killed_at_every_write_of_a_checkpoint_leave_the_one_before_it(
     until("the first checkpoint", job.checkpoints, START_S)
     for part in ("__0_0.distcp", "manifest.rank00.json", "manifest.rank01.json"):
         faulty_s3.slow(600, method="PUT", key=part)
-        until(f"the upload of {part}", lambda: faulty_s3.held, 120)
+        until(f"the upload of {part}", lambda: faulty_s3.held, START_S)
         for worker in cluster.train_workers():
             worker.kill()
         faulty_s3.drop()
@@ -71,7 +71,7 @@ def test_a_full_disk_ends_the_run_with_its_cause_and_leaves_the_old_checkpoint_w
     """T8: no file of a worker can grow, from the middle on."""
     job = start()
     job.update(EVERY + 1)
-    until("the first checkpoint", job.checkpoints, 30)
+    until("the first checkpoint", job.checkpoints, START_S)
     for worker in cluster.train_workers():
         fill_disk(worker)
     assert job.ended() == 1

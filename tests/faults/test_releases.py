@@ -73,13 +73,13 @@ def test_a_canary_in_an_application_of_its_own_comes_and_goes_beside_the_others(
     live: ConfiguredService, tmp_path: Path
 ) -> None:
     live.configure(model="stable", replica_cpus=0.5)
-    live.until("the service is ready", live.ready, 180)
+    live.until("the service is ready", live.ready)
     live.settle()
     parts = live.all_parts()
     canary = variant(tmp_path / "r2")
     live.configure({"stable": 1.0, "next": 1e6}, canary=canary)
     # While it loads, the other one makes them.
-    live.until("the canary makes videos", partial(makes, live, "next"), 180)
+    live.until("the canary makes videos", partial(makes, live, "next"))
     assert offered(live) == ["stable", "next"] and live.all_parts() == parts
     # As the runbook has it: what is being made on the canary ends there before it goes.
     live.configure({"stable": 1.0, "next": 0.0}, canary=canary)
@@ -93,9 +93,9 @@ def test_a_canary_in_an_application_of_its_own_comes_and_goes_beside_the_others(
 def test_a_release_that_nobody_promoted_is_not_served_unless_asked(live: ConfiguredService, tmp_path: Path) -> None:
     release = variant(tmp_path / "r3", promoted=False)
     live.configure(release=release)
-    why = live.until("Serve gives up", live.failure, 120.0)
+    why = live.until("Serve gives up", live.failure)
     assert "release r3" in why and "not promoted" in why and "allow_unpromoted: true" in why
     live.configure(release=release, allow_unpromoted=True)
-    live.until("it is served", live.ready, 120.0)
+    live.until("it is served", live.ready)
     (model,) = httpx.get(f"{live.url}/v1/models", timeout=30).json()["data"]
     assert (model["id"], model["promoted"]) == ("r3", False)

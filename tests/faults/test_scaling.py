@@ -12,7 +12,7 @@ import pytest
 from tests.faults.releases import ConfiguredService, variant
 from tests.faults.watchers import PROMPT, Watcher
 
-SECONDS = 60.0  # until a second replica runs, on a busy machine
+SECONDS = 240.0  # more than a busy machine needs to start a second replica; nobody waits for it to end
 LAST_S = 30.0  # until one of them is gone again
 
 
@@ -49,20 +49,20 @@ class Patient(Watcher):
 
 
 def test_replicas_follow_the_load_and_no_stream_is_cut(live: ConfiguredService) -> None:
-    live.until("the service is ready", lambda: live.ready() and replicas(live) >= 1, 180.0)
+    live.until("the service is ready", lambda: live.ready() and replicas(live) >= 1)
     assert replicas(live) == 1, "ready means that a replica runs, and one is enough for nobody"
     two = [Patient(live.url, SECONDS, seed).start() for seed in (1, 2)]
     for watcher in two:
         watcher.reached(2)
     third = Patient(live.url, LAST_S, 3).start()
-    live.until("a second replica runs", lambda: replicas(live) == 2, 180.0)
+    live.until("a second replica runs", lambda: replicas(live) == 2)
     third.reached(2)
     records = [live.record(watcher.id) for watcher in (*two, third)]
     assert not [one.error_code for one in records if one.error_code], records
     assert records[2].replica not in {one.replica for one in records[:2]}, records
     for watcher in two:
         httpx.delete(f"{live.url}/v1/videos/{watcher.id}", timeout=60).raise_for_status()
-    live.until("one replica is left", lambda: replicas(live) == 1, 60.0)
+    live.until("one replica is left", lambda: replicas(live) == 1)
     third.finish()
     assert live.record(third.id).frames_done == LAST_S * 16
     live.settle()
