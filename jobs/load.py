@@ -159,8 +159,10 @@ async def overload(plan: Plan, last_s: float, seed: int, carrier: str) -> dict[s
     offered = asyncio.create_task(offer(plan, times, carrier))
     await asyncio.sleep(times[-1])
     recovered_s = await recover(plan, 2 * float(calm["first_frame_s"]["greatest"] or 0.0) + 0.1)
-    return {"capacity": capacity, "rate": rate, "last_s": last_s, "calm_first_frame_s": calm["first_frame_s"],
-            "calm_session_fps": calm["session_fps"], "recovered_s": recovered_s, "figures": summarise(await offered)}  # fmt: skip
+    return {
+        "capacity": capacity, "rate": rate, "last_s": last_s, "calm_first_frame_s": calm["first_frame_s"],
+        "calm_session_fps": calm["session_fps"], "recovered_s": recovered_s, "figures": summarise(await offered),
+    }  # fmt: skip
 
 
 def work(argv: Sequence[str]) -> None:
