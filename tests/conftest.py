@@ -1,19 +1,23 @@
 """What every test gets: an environment set before Ray or torch is imported, and one small Ray cluster on demand."""
 
+import contextlib
 import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+import psutil
 import pytest
 
 if TYPE_CHECKING:
     from tests.s3 import FaultyProxy, S3Server
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -95,6 +99,23 @@ def chromium() -> str:
     return need_program("chromium")
 
 
+def started_patiently(start: Callable[[], T], tries: int = 3) -> T:
+    """What `start` gives. Ray gives up on a node that needs more than 30 s, as the first one on a busy machine may:
+    then the processes of that try are ended, and it is tried again."""
+    us = psutil.Process()
+    before = set(us.children(recursive=True))
+    for left in reversed(range(tries)):
+        try:
+            return start()
+        except Exception:
+            for process in set(us.children(recursive=True)) - before:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if not left:
+                raise
+    raise ValueError(f"tries = {tries}, not positive")
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """One local Ray with eight logical CPUs, started by the first test that asks; gives its address.
@@ -104,15 +125,10 @@ def ray_cluster() -> Iterator[str]:
     import ray
 
     folder = tempfile.mkdtemp(prefix="dt-")
+    start = partial(ray.init, num_cpus=8, object_store_memory=300 * 2**20, include_dashboard=False, _temp_dir=folder,
+                    log_to_driver=False, logging_level=logging.ERROR)  # fmt: skip
     try:
-        ray.init(
-            num_cpus=8,
-            object_store_memory=300 * 2**20,
-            include_dashboard=False,
-            _temp_dir=folder,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        started_patiently(start)
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()

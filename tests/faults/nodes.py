@@ -9,11 +9,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import psutil
+
+from tests.conftest import started_patiently
 
 T = TypeVar("T")
 NOTICE_LOSS = {"health_check_initial_delay_ms": "1000", "health_check_period_ms": "1000",
@@ -32,9 +35,9 @@ class Nodes:
 
         # Ray also tells its default folder where the cluster is, and does not make it
         Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
-        self._cluster: Any = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args={
-            "num_cpus": 0, "temp_dir": folder, "include_dashboard": False, "object_store_memory": 200 * 2**20,
-        })  # fmt: skip
+        head = {"num_cpus": 0, "temp_dir": folder, "include_dashboard": False, "object_store_memory": 200 * 2**20}
+        start = partial(Cluster, initialize_head=True, shutdown_at_exit=False, head_node_args=head)
+        self._cluster: Any = started_patiently(start)
 
     @property
     def address(self) -> str:
