@@ -175,6 +175,7 @@ class Driver:
         self._metrics.observe("diagonal_store_write_seconds", time.monotonic() - began_s)
         if self._told is None:
             return False
+        self._note_watched(self._told, began_s)
         self._checked_s = self._looked_s = time.monotonic()  # store and replica both answered
         self._saved_chunk = newest.chunk if snapshot else -1
         self._whole_chunk = newest.chunk if whole else self._whole_chunk
@@ -236,9 +237,14 @@ class Driver:
     async def _check(self) -> Verdict:
         self._checked_s = asked_s = time.monotonic()
         verdict: Verdict = await patient(lambda: self._store.check.remote(self._video.id, self._video.epoch))
-        if verdict.readers or time.monotonic() - asked_s > _AWAY_S:
-            self._unwatched_s = time.monotonic()
+        self._note_watched(verdict, asked_s)
         return verdict
+
+    def _note_watched(self, verdict: Verdict, asked_s: float) -> None:
+        """Since when it has been unwatched, as far as one can know: a store that was away may have forgotten readers."""
+        now_s = time.monotonic()
+        if verdict.readers or now_s - asked_s > _AWAY_S:
+            self._unwatched_s = now_s
 
     def _wait_s(self, verdict: Verdict) -> float:
         """How long until the next chunk may be made, by the viewer's own player or by a clock that stands for it."""

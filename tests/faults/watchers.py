@@ -130,7 +130,7 @@ def assert_whole(watcher: Watcher, ffprobe: str) -> None:
         done = subprocess.run([*command, file.name], capture_output=True, text=True, check=True, timeout=60)
     assert not done.stderr.strip(), done.stderr
     times = [float(line.strip(",")) for line in done.stdout.split()]
-    assert len(times) == watcher.frames
+    assert len(times) == watcher.frames, (len(times), watcher.frames, vars(watcher) | {"video": len(watcher.video)})
     assert all(abs(at - number / FPS) < 0.002 for number, at in enumerate(times))
 
 

@@ -172,3 +172,27 @@ def test_a_store_that_restarts_loses_no_watched_chunk(
         one.say("session.playback", position_seconds=100.0)
         one.until("session.done")
     assert one.indices == list(range(7)) and [chunk for _, chunk in engine.made] == list(range(7))
+
+
+def test_a_store_that_follows_another_cancels_no_session_that_never_waits(
+    make_service: Callable[..., Service], engine: FakeEngine, until: Until
+) -> None:
+    """Its driver hears of readers with each chunk alone, and those of the new store have not asked there yet."""
+    service = make_service(reader_start_timeout_s=3.0)
+    engine.allow(1)
+    with viewer(service.urls[0]) as one:
+        one.start(num_frames=321, extra_params={"pacing": "none"})
+        one.read(1)
+        began_s = time.monotonic()
+        while time.monotonic() - began_s < 3.5:  # chunk after chunk, no pull waits in vain
+            engine.allow(1)
+            one.read(1)
+        old = service.store
+        service.run(service.restart_store())  # while the viewer's gateway still waits at the old one
+        engine.allow(1)
+        one.read(1)
+        assert service.run(service.store.get(one.request_id)).status == "in_progress"
+        engine.allow(100)
+        one.until("session.done")
+        service.run(old.shut())
+    assert one.indices == list(range(27))
