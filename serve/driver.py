@@ -241,7 +241,7 @@ class Driver:
         return verdict
 
     def _note_watched(self, verdict: Verdict, asked_s: float) -> None:
-        """Since when it has been unwatched, as far as one can know: a store that was away may have forgotten readers."""
+        """Since when nobody watches, as far as one can know: a store that was away may have forgotten readers."""
         now_s = time.monotonic()
         if verdict.readers or now_s - asked_s > _AWAY_S:
             self._unwatched_s = now_s
