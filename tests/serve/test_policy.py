@@ -85,15 +85,17 @@ def test_a_policy_that_fails_has_refused_and_its_words_go_nowhere(
 
 def test_a_policy_that_hangs_has_refused_in_time() -> None:
     RELEASE.clear()
-    threading.Timer(1.5, RELEASE.set).start()  # the interpreter waits for its threads at the end
+    release = threading.Timer(10.0, RELEASE.set)  # the interpreter waits for its threads at the end
+    release.start()
     metrics, started_s = RecordingSink(), time.monotonic()
     policy = PromptPolicy.from_settings(settings(f"{__name__}:hangs", 0.1), metrics)
 
     async def ask() -> None:
         answers = await asyncio.gather(*(policy.check("x", "y") for _ in range(8)), return_exceptions=True)
         assert [getattr(one, "code", one) for one in answers] == ["prompt_policy_failed"] * 8
-        assert time.monotonic() - started_s < 1.4
+        assert time.monotonic() - started_s < 5.0
         RELEASE.set()
+        release.cancel()
 
     asyncio.run(ask())
     assert metrics.labels["diagonal_prompts_refused_total"] == [{"reason": "timeout"}] * 8

@@ -128,7 +128,7 @@ def test_stop_ends_the_session_and_frees_its_place(service: Service, engine: Fak
         done = one.until("session.done")
         assert done["stopped"] and done["chunks"] == len(one.chunks)
         assert closed(one)[0] == 1000
-    until(lambda: not engine.sessions, "the place is free", seconds=2)
+    until(lambda: not engine.sessions, "the place is free", seconds=8)
 
 
 def test_a_viewer_who_leaves_frees_his_place_within_a_chunk(
@@ -138,7 +138,7 @@ def test_a_viewer_who_leaves_frees_his_place_within_a_chunk(
         one.start(num_frames=900)
         one.read(1)
     made = len(engine.made)
-    until(lambda: not engine.sessions, "the place is free", seconds=2)
+    until(lambda: not engine.sessions, "the place is free", seconds=8)
     assert len(engine.made) <= made + 1
 
 
@@ -168,7 +168,7 @@ def test_who_leaves_before_an_answer_reached_him_left_properly_all_the_same(
         if stop:
             stop_and_close(one)
     gone.set()
-    until(lambda: not engine.sessions, "the place is free", seconds=2)
+    until(lambda: not engine.sessions, "the place is free", seconds=8)
     assert engine.made == [(one.request_id, 0)]
 
 
@@ -181,7 +181,7 @@ def test_who_leaves_before_his_session_began_frees_its_place(
         one.say("session.start", prompt="a red circle", num_frames=900)
         (made,) = until(lambda: list(engine.sessions), "it is being made")
     gone.set()
-    until(lambda: not engine.sessions, "the place is free", seconds=2)
+    until(lambda: not engine.sessions, "the place is free", seconds=8)
     with httpx.Client(base_url=service.urls[0]) as http:
         video = http.get(f"/v1/videos/{made}").json()
     assert (video["status"], video["error"]["code"]) == ("cancelled", "abandoned"), video
