@@ -175,7 +175,7 @@ def test_a_store_that_restarts_loses_no_watched_chunk(
 
 
 def test_a_store_that_follows_another_cancels_no_session_that_never_waits(
-    make_service: Callable[..., Service], engine: FakeEngine, until: Until
+    make_service: Callable[..., Service], engine: FakeEngine
 ) -> None:
     """Its driver hears of readers with each chunk alone, and those of the new store have not asked there yet."""
     service = make_service(reader_start_timeout_s=3.0)
