@@ -27,7 +27,7 @@ from diagonal.client import AsyncRealtime, DiagonalError, ServerFullError
 from diagonal.client.protocol import start_fields
 from diagonal.errors import FieldError, require
 from diagonal.evaluate.circumstances import circumstances
-from diagonal.evaluate.load_figures import Trace, summarise, table
+from diagonal.evaluate.load_figures import Trace, percentiles, summarise, table
 from diagonal.evaluate.serving_report import PAGE, overload_text, write_page
 from diagonal.tree import write_json
 from jobs.load_sessions import PROMPTS, Plan, run_session
@@ -150,19 +150,17 @@ async def recover(plan: Plan, usual_s: float) -> float | None:
 
 async def overload(plan: Plan, last_s: float, seed: int, carrier: str) -> dict[str, Any]:
     """Ten times as many sessions as are admitted, for so long; what it did to those that were, and how it ended."""
-    capacity, traces = await find_capacity(plan)
+    capacity, calm = await find_capacity(plan)
     require(capacity > 0, "--url", plan.url, "a service that admits at least one session")
-    traces += await one_by_one(plan, carrier)  # each carrier's own: a video over HTTP takes two requests
-    calm = summarise(traces)
+    calm += await one_by_one(plan, carrier)  # each carrier's own: a video over HTTP takes two requests
+    calm_s = percentiles(trace.first_frame_s for trace in calm)
     rate = OVERLOAD * capacity / plan.seconds
     times = arrivals(rate, seed, last_s=last_s)
     offered = asyncio.create_task(offer(plan, times, carrier))
     await asyncio.sleep(times[-1])
-    recovered_s = await recover(plan, 2 * float(calm["first_frame_s"]["greatest"] or 0.0) + 0.1)
-    return {
-        "capacity": capacity, "rate": rate, "last_s": last_s, "calm_first_frame_s": calm["first_frame_s"],
-        "calm_session_fps": calm["session_fps"], "recovered_s": recovered_s, "figures": summarise(await offered),
-    }  # fmt: skip
+    recovered_s = await recover(plan, 2 * float(calm_s["greatest"] or 0.0) + 0.1)
+    return {"capacity": capacity, "rate": rate, "last_s": last_s, "calm_first_frame_s": calm_s,
+            "recovered_s": recovered_s, "figures": summarise(await offered)}  # fmt: skip
 
 
 def work(argv: Sequence[str]) -> None:

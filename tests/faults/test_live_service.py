@@ -66,23 +66,36 @@ def assert_undisturbed(watchers: list[Any], ffprobe: str) -> None:
         assert getattr(watcher, "indices", []) == list(range(len(getattr(watcher, "indices", []))))
 
 
+def missed(found: dict[str, Any]) -> dict[str, Any]:
+    """The figures of an overload that are not as promised."""
+    figures, recovered_s = found["figures"], found["recovered_s"]
+    slowest, first_s, refused_s = (
+        figures["session_fps"]["least"], figures["first_frame_s"]["p95"], figures["rejection_s"]["p95"]
+    )  # fmt: skip
+    kept = {
+        "session_fps": slowest >= 16,
+        "first_frame_s": first_s <= 2 * found["calm_first_frame_s"]["greatest"] + 0.1,
+        "rejection_s": refused_s <= 0.1,
+        "recovered_s": recovered_s is not None and recovered_s < 10,
+    }
+    return {name: found.get(name, figures.get(name)) for name, is_kept in kept.items() if not is_kept}
+
+
 def test_an_overload_is_refused_at_once_and_those_who_are_in_play_on(
     started: LiveService, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = asyncio.run(overload(Plan(started.url, seconds=5.0), LAST_S, seed=1, carrier="both"))
-    figures = found["figures"]
-    with capsys.disabled():
-        print(f"\n{overload_text(found)}\n{table(figures)}")
-    assert figures["failed"] == {}, "whoever was admitted got all of his stream"
-    assert sum(figures["rejected"].values()) > 4 * figures["completed"]
-    assert set(figures["rejected"]) == {"server_full"} and figures["rejections_without_retry_after"] == 0
-    # What is promised is measured on a calm machine (docs/results/serving.md: 16 frames a second, the first one as soon
-    # as without, refused within 100 ms). One that others use too gives less; an overload that is let in gives far less.
-    calm_s, calm_fps = found["calm_first_frame_s"]["greatest"], found["calm_session_fps"]["least"]
-    assert figures["session_fps"]["least"] >= min(16.0, 0.7 * calm_fps)
-    assert figures["first_frame_s"]["p95"] <= 3 * calm_s + 0.2
-    assert figures["rejection_s"]["p95"] <= max(0.1, 0.5 * calm_s)
-    assert found["recovered_s"] is not None and found["recovered_s"] < 10
+    """Of times, the best of three tries: others may use the machine during one."""
+    for _ in range(3):
+        found = asyncio.run(overload(Plan(started.url, seconds=5.0), LAST_S, seed=1, carrier="both"))
+        figures = found["figures"]
+        with capsys.disabled():
+            print(f"\n{overload_text(found)}\n{table(figures)}")
+        assert figures["failed"] == {}, "whoever was admitted got all of his stream"
+        assert sum(figures["rejected"].values()) > 4 * figures["completed"]
+        assert set(figures["rejected"]) == {"server_full"} and figures["rejections_without_retry_after"] == 0
+        if not (late := missed(found)):
+            break
+    assert not late, late
 
 
 def test_a_replica_that_is_killed_ends_no_stream_and_disturbs_no_other(live: LiveService, ffprobe: str) -> None:
