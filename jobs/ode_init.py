@@ -10,11 +10,12 @@ import torch
 
 from diagonal.data.stages import ReadPairs
 from diagonal.data.trajectory import from_bits
+from diagonal.model.attention import stage0_mask
 from diagonal.model.text import TextEncoder
 from diagonal.model.weights import check_transformer, load_causal
 from diagonal.training.ema import Ema
 from diagonal.training.loop import Learner, OdeInitStep, Plan, run_loop
-from diagonal.training.ode_init import PairBatch, stage0_mask
+from diagonal.training.ode_init import PairBatch
 from diagonal.training.parallel import full_tensors, parallelize
 from diagonal.training.state import TrainState
 from jobs.artefacts import base_lineage, write_student

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from diagonal.config import Config
 from diagonal.errors import FieldError
-from diagonal.model.attention import BlockCausal
+from diagonal.model.attention import BlockCausal, stage0_mask
 from diagonal.model.cache import CacheBatch
 from diagonal.model.dit import CausalWan, timestep
-from diagonal.training.ode_init import stage0_mask
 from tests.networks import (
     CHANNELS,
     TEXT_DIM,

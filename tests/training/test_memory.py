@@ -15,6 +15,7 @@ from diagonal.config import Config
 from diagonal.diffusion.rollout import new_pool
 from diagonal.errors import FieldError
 from diagonal.model import attention
+from diagonal.model.attention import stage0_mask
 from diagonal.model.dit import CausalWan
 from diagonal.model.layout import TransformerLayout
 from diagonal.model.weights import embedded, load_causal, load_teacher
@@ -29,7 +30,7 @@ from diagonal.training.memory import (
     check,
     estimate,
 )
-from diagonal.training.ode_init import PairBatch, ode_loss, stage0_mask
+from diagonal.training.ode_init import PairBatch, ode_loss
 from diagonal.training.parallel import ParallelPlan, Precision, parallelize
 from diagonal.tree import read_json
 from tests.model.test_layout import WAN_1_3B, WAN_14B

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diagonal.training.ode_init import PairBatch, draw_states, ode_loss, stage0_mask
+from diagonal.model.attention import stage0_mask
+from diagonal.training.ode_init import PairBatch, draw_states, ode_loss
 from tests.training.stages import pair_batch, stage_config
 
 

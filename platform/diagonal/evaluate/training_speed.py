@@ -27,6 +27,7 @@ from diagonal.config import PRESETS, Config
 from diagonal.errors import FieldError, require
 from diagonal.evaluate.attention_speed import Row, attention_rows, synchronize
 from diagonal.evaluate.speed_report import write_report
+from diagonal.model.attention import stage0_mask
 from diagonal.model.dit import CausalWan
 from diagonal.model.flops import update_flops
 from diagonal.model.layout import TransformerLayout
@@ -35,7 +36,7 @@ from diagonal.training.distill import Networks, PromptBatch
 from diagonal.training.ema import Ema
 from diagonal.training.loop import DistillStep, Figures, Learner, OdeInitStep
 from diagonal.training.memory import estimate
-from diagonal.training.ode_init import PairBatch, stage0_mask
+from diagonal.training.ode_init import PairBatch
 from diagonal.training.parallel import ParallelPlan, Precision, parallelize
 from diagonal.tree import read_json
 

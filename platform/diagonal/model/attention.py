@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 
+from diagonal.config import Config
 from diagonal.errors import require
 
 Rotary = tuple[Tensor, Tensor]
@@ -77,6 +78,15 @@ class BlockCausal:
             return ((0, end),)
         behind = (newest * self.chunk_tokens, end)
         return (behind,) if self.sink_chunks == 0 else ((0, self.sink_chunks * self.chunk_tokens), behind)
+
+
+def stage0_mask(config: Config) -> BlockCausal:
+    """What each chunk of a clip sees with the configured sink and window, at the configured positions (METHOD I.8)."""
+    geometry, chunk = config.geometry, config.geometry.chunk_frames
+    return BlockCausal(
+        geometry.clip_chunks, geometry.chunk_tokens, window_chunks=config.cache.window_frames // chunk,
+        sink_chunks=config.cache.sink_frames // chunk, window_positions=config.ode_init.positions == "window",
+    )
 
 
 def attend(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diagonal.config import Config
-from diagonal.model.attention import BlockCausal
+from diagonal.model.attention import stage0_mask
 from diagonal.model.layout import TransformerLayout
 from diagonal.schedule import StepSchedule
 
@@ -91,11 +91,7 @@ def update_flops(
 
 def _regression_flops(config: Config, layout: TransformerLayout) -> int:
     """One forward of a clip under stage 0's pattern."""
-    geometry, chunk = config.geometry, config.geometry.chunk_frames
-    pattern = BlockCausal(
-        geometry.clip_chunks, geometry.chunk_tokens, config.cache.window_frames // chunk,
-        config.cache.sink_frames // chunk,
-    )
+    pattern = stage0_mask(config)
     seen = sum(end - first for index in range(pattern.chunks) for first, end in pattern.spans(index))
-    frames = geometry.clip_frames
+    frames = config.geometry.clip_frames
     return forward_flops(layout, pattern.tokens, seen / pattern.chunks, config.model.text_tokens, frames)

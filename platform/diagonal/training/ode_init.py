@@ -30,15 +30,6 @@ class PairBatch:
         return PairBatch(self.states[where], self.levels, self.text[where], self.samples[where])
 
 
-def stage0_mask(config: Config) -> BlockCausal:
-    """What each chunk of a clip sees with the configured sink and window, at the configured positions (METHOD I.8)."""
-    geometry, chunk = config.geometry, config.geometry.chunk_frames
-    return BlockCausal(
-        geometry.clip_chunks, geometry.chunk_tokens, window_chunks=config.cache.window_frames // chunk,
-        sink_chunks=config.cache.sink_frames // chunk, window_positions=config.ode_init.positions == "window",
-    )
-
-
 def draw_states(config: Config, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """One random state for each chunk of each sample: latents `[b, c, f, h, w]` and levels `[b, f]`."""
     chunks, frames = config.geometry.clip_chunks, config.geometry.chunk_frames
