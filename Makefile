@@ -14,7 +14,6 @@ PYTEST_ARGS ?=
 PYTEST = $(VENV)/bin/python -m pytest
 # A folder for JUnit reports, one for each run of pytest.
 REPORTS ?=
-RETRY ?=
 BENCH_ARGS ?=
 # Needs torch, diffusers, transformers and PyAV of the machine's own.
 BENCH_PRESET ?= wan-1.3b
@@ -40,7 +39,6 @@ help: ## show this list
 	@echo "  FROM_SCRATCH=1       demo: train every stage instead of starting from the embedded weights"
 	@echo "  UV=...               lock: the program that finds the hashes (pip install uv)"
 	@echo "  BENCH_ARGS=...       bench, bench-gpu: further options, see python -m diagonal.evaluate.bench --help"
-	@echo "  RETRY=1              tests: what failed runs once more, for machines whose time is shared with others"
 	@echo "  PYTEST_ARGS=...      tests: passed to pytest, for example '-k cache' or '-m \"not slow\"'"
 
 $(VENV)/bin/python:
@@ -78,12 +76,9 @@ stop: ## end the local Ray and the service, by process id
 	@$(VENV)/bin/python -m infra.local.cluster stop
 
 # Both parts of the tests that $(1) chooses. pytest ends with 5 where a choice (-k) left nothing of a part; that is no
-# failure while the other part has some. With 1 it ends where tests failed: those alone run once more, if asked for.
+# failure while the other part has some.
 define in_two_parts
-	@once() { report=$$1; shift; $(PYTEST) $(1) $(if $(REPORTS),--junitxml=$(REPORTS)/$@-$$report.xml) --part="$$@" $(PYTEST_ARGS); }; \
-	part() { once $$1 "$$@"; ended=$$?; if [ $$ended = 1 ] && [ -n "$(RETRY)" ]; then \
-		echo "tests failed: each of them once more" >&2; \
-		once $$1-again "$$@" --last-failed --last-failed-no-failures=none && ended=0; fi; return $$ended; }; \
+	@part() { $(PYTEST) $(1) $(if $(REPORTS),--junitxml=$(REPORTS)/$@-$$1.xml) --part="$$@" $(PYTEST_ARGS); }; \
 	part together -n logical --maxprocesses=4 --dist=loadscope; first=$$?; part alone; second=$$?; \
 	if [ $$first = 5 ]; then first=$$second; elif [ $$second = 5 ]; then second=$$first; fi; \
 	[ $$first = 0 ] && [ $$second = 0 ]
