@@ -1,6 +1,6 @@
 # The commands that a developer learns; .ci/run calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo cluster-smoke observe dashboards stop test test-faults check lint lock lock-check clean
+.PHONY: help env env-dev demo cluster-smoke observe dashboards stop test test-faults check lint format lock lock-check clean
 
 VENV ?= .venv
 # The first interpreter that starts and has a supported version (a version manager's shim may exist and still refuse).
@@ -105,8 +105,12 @@ bench-gpu: ## measure every GPU row of docs/results/speed.md on a bare GPU machi
 check: lint ## ruff and mypy
 	$(VENV)/bin/python -m mypy platform/diagonal jobs serve infra tests
 
-lint: env-dev ## ruff alone
+lint: env-dev ## ruff alone: rules, then format
 	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+format: env-dev ## format the code
+	$(VENV)/bin/python -m ruff format .
 
 requirements.lock: constraints.txt
 	@echo '# Every package of constraints.txt with the hashes of its files, but torch, whose build differs by machine.' > $@.new

@@ -59,8 +59,10 @@ def _classified(classifiers: Sequence[str]) -> str:
 
 def page(text: str) -> str:
     """The whole page for a constraints file's text."""
-    rows = [f"| {name} | {version} | {licence(name)} |" for name, version in sorted(
-        pinned(text).items(), key=lambda one: one[0].lower())]
+    rows = [
+        f"| {name} | {version} | {licence(name)} |"
+        for name, version in sorted(pinned(text).items(), key=lambda one: one[0].lower())
+    ]
     return _HEAD + "\n".join(rows) + "\n"
 
 

@@ -63,9 +63,10 @@ class Clip:
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs.against_in_process", description=__doc__,
+        prog="python -m jobs.against_in_process",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--release", default="", help="the service's own (default: the embedded one)")
     parser.add_argument("--clips", type=int, default=5, help="of each way in a round (default: 5)")
@@ -77,8 +78,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("clips", "rounds", "frames"):
         require(getattr(found, name) >= 1, f"--{name}", getattr(found, name), "a whole number of at least 1")
     cpus = os.sched_getaffinity(0)
-    require(len(cpus) > 1 and found.engine_cpu in cpus, "--engine-cpu", found.engine_cpu, f"one of {sorted(cpus)}, "
-            "which are two or more")  # fmt: skip
+    require(
+        len(cpus) > 1 and found.engine_cpu in cpus,
+        "--engine-cpu",
+        found.engine_cpu,
+        f"one of {sorted(cpus)}, which are two or more",
+    )
     return found
 
 
@@ -102,8 +107,9 @@ class InProcess:
     def _clip(self, name: str, frames: int, seed: int) -> Clip:
         geometry, began_s = self._config.geometry, time.monotonic()
         self._engine.open(SessionSpec(name, PROMPT, seed, frames, paced=False))
-        encoder = ChunkEncoder(geometry.pixel_height, geometry.pixel_width, geometry.pixel_fps,
-                               scale=self._config.serve.pixel_scale)  # fmt: skip
+        encoder = ChunkEncoder(
+            geometry.pixel_height, geometry.pixel_width, geometry.pixel_fps, scale=self._config.serve.pixel_scale
+        )
         done: list[Future[float]] = []
         last, first_frames = False, geometry.chunk_pixel_frames(0)
         while not last:
@@ -169,8 +175,11 @@ def _is_replica(process: psutil.Process) -> bool:
 
 def _cpu_s(processes: Sequence[psutil.Process]) -> dict[tuple[int, int], float]:
     """CPU time by process and thread."""
-    return {(process.pid, thread.id): thread.user_time + thread.system_time
-            for process in processes for thread in process.threads()}  # fmt: skip
+    return {
+        (process.pid, thread.id): thread.user_time + thread.system_time
+        for process in processes
+        for thread in process.threads()
+    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -180,10 +189,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     os.sched_setaffinity(0, others)
     here = InProcess(Release.load(options.release or None), options.engine_cpu, others)
     clips: dict[str, list[list[Clip]]] = {"in_process": [], "service": []}
-    with (
-        DiagonalClient(options.url) as client,
-        pinned_service(client, options.frames, options.engine_cpu, others),
-    ):
+    with DiagonalClient(options.url) as client, pinned_service(client, options.frames, options.engine_cpu, others):
         ways = {"in_process": here.clip, "service": lambda frames, seed: received(client, frames, seed)}
         for way in ways.values():
             way(options.frames, 1)  # not counted
@@ -198,11 +204,13 @@ def figures(clips: dict[str, list[list[Clip]]]) -> dict[str, Any]:
     """Both ways, and what one is to the other: the median of the rounds' own."""
     rounds = list(zip(clips["in_process"], clips["service"], strict=True))
     found: dict[str, Any] = {
-        name: {"fps": percentiles(clip.fps for clip in _all(of)),
-               "clip_fps": percentiles(clip.clip_fps for clip in _all(of)),
-               "first_frame_s": percentiles(clip.first_frame_s for clip in _all(of))}
+        name: {
+            "fps": percentiles(clip.fps for clip in _all(of)),
+            "clip_fps": percentiles(clip.clip_fps for clip in _all(of)),
+            "first_frame_s": percentiles(clip.first_frame_s for clip in _all(of)),
+        }
         for name, of in clips.items()
-    }  # fmt: skip
+    }
     return found | {
         "fps_ratio": statistics.median(_median(there, "fps") / _median(here, "fps") for here, there in rounds),
         "clip_fps_ratio": statistics.median(

@@ -59,8 +59,12 @@ def _train(run: Run, release: Release) -> None:
     device = "cuda" if torch.cuda.is_available() and config.train.gpus_per_worker else "cpu"
     known = training_prompts(run)
     prompts = [str(prompt) for _, prompt in known.take(range(min(config.decoder.clips, len(known))))]
-    made = partial(decoded_clips, release.generator(device), release.text(device),
-                   release.with_settings(["serve.decoder=full"]).decoder(device))
+    made = partial(
+        decoded_clips,
+        release.generator(device),
+        release.text(device),
+        release.with_settings(["serve.decoder=full"]).decoder(device),
+    )
     say(f"decoder: drawing and decoding {config.decoder.clips} clips of {release.name}")
     clips = made(config, prompts)
     training = DecoderTraining.new(config, device)
@@ -95,10 +99,15 @@ def lineage_of(run: Run, release: Release, network: FastDecoder, unseen: Decoded
     shown = torch.cat([StreamingFastDecoder(network).decode_clip(clip).cpu() for clip in unseen.latents.split(1)])
     geometry, options = run.config.geometry, run.config.decoder
     return {
-        "stage": FAST_DECODER, "parent": release.name, "seed": run.config.seed, "updates": options.updates,
-        "clips": options.clips, "parameters": sum(part.numel() for part in network.parameters()),
+        "stage": FAST_DECODER,
+        "parent": release.name,
+        "seed": run.config.seed,
+        "updates": options.updates,
+        "clips": options.clips,
+        "parameters": sum(part.numel() for part in network.parameters()),
         "flops_per_latent_frame": frame_flops(network, geometry.latent_height, geometry.latent_width),
-        "psnr_db": round(psnr_db(shown, unseen.pixels), 2), "psnr_clips": len(shown),
+        "psnr_db": round(psnr_db(shown, unseen.pixels), 2),
+        "psnr_clips": len(shown),
     }
 
 
@@ -108,8 +117,10 @@ def work(argv: Sequence[str]) -> None:
     options = arguments.parse_args(argv)
     with opened(options) as run:
         release = source_of(run, options.release)
-        say(f"run {run.name} in {run.folder}: the fast decoder of release {release.name}, "
-            f"{run.config.decoder.updates} updates over {run.config.decoder.clips} clips")
+        say(
+            f"run {run.name} in {run.folder}: the fast decoder of release {release.name}, "
+            f"{run.config.decoder.updates} updates over {run.config.decoder.clips} clips"
+        )
         if options.dry_run:
             say("dry run: everything checked, nothing written")
         else:

@@ -86,15 +86,25 @@ def train(worker: Worker, feed: Feed) -> None:
             keep_stage1(worker, networks.generator)
             networks = with_reference(worker, networks)
         state.stage = stage
-        plan = Plan(last, options.checkpoint_every, options.batch_size, options.max_nonfinite,
-                    distill_step(worker.config, stage, state, networks), geometry.clip_chunks * geometry.chunk_tokens)
+        plan = Plan(
+            last,
+            options.checkpoint_every,
+            options.batch_size,
+            options.max_nonfinite,
+            distill_step(worker.config, stage, state, networks),
+            geometry.clip_chunks * geometry.chunk_tokens,
+        )
         run_loop(state, plan, batches, hooks)
     average = state.ema
     assert average is not None
     weights = full_tensors(average.shadow)
     if worker.place.rank == 0:
-        lineage = {"parent": f"{worker.run.name}/stage1", "teacher": teacher_lineage(worker.run),
-                   "updates": state.update, "weights": "ema"}
+        lineage = {
+            "parent": f"{worker.run.name}/stage1",
+            "teacher": teacher_lineage(worker.run),
+            "updates": state.update,
+            "weights": "ema",
+        }
         write_student(worker.run, "stage2", networks.generator.config, weights, lineage)
 
 
@@ -117,8 +127,12 @@ def keep_stage1(worker: Worker, generator: CausalWan) -> None:
         return
     weights = full_state_dict(generator)
     if worker.place.rank == 0:
-        lineage = {"parent": lineage_of(worker.run.initial_student), "teacher": teacher_lineage(worker.run),
-                   "updates": worker.config.distill.stage1_updates, "weights": "generator"}
+        lineage = {
+            "parent": lineage_of(worker.run.initial_student),
+            "teacher": teacher_lineage(worker.run),
+            "updates": worker.config.distill.stage1_updates,
+            "weights": "generator",
+        }
         write_student(worker.run, "stage1", generator.config, weights, lineage)
 
 

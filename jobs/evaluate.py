@@ -1,8 +1,8 @@
 """Evaluation of a Release: clips and streams against teacher, self-forcing and codec; and figures of any videos.
 
-    python jobs/evaluate.py --clips 288                                    the embedded release
-    python jobs/evaluate.py --release s3://models/r1 --clips 2000 --streams 16 --turns 64 --gate
-    python jobs/evaluate.py --videos FOLDER --vbench                       model-free figures of files
+python jobs/evaluate.py --clips 288                                    the embedded release
+python jobs/evaluate.py --release s3://models/r1 --clips 2000 --streams 16 --turns 64 --gate
+python jobs/evaluate.py --videos FOLDER --vbench                       model-free figures of files
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ OURS, TEACHER, SELF_FORCING = "ours", "teacher", "self-forcing"
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--release", default="", help="a release folder or s3:// URI (default: the embedded one)")
-    parser.add_argument("--baseline", default="", help="a release that stands for self-forcing (default: the release "
-                        "itself, sampled by that schedule)")
+    parser.add_argument(
+        "--baseline",
+        default="",
+        help="a release that stands for self-forcing (default: the release itself, sampled by that schedule)",
+    )
     parser.add_argument("--prompts", default="", help="a prompt file or folder, local or s3:// (default: the world's)")
     parser.add_argument("--held-out", action="store_true", help="only captions that no training clip showed")
     parser.add_argument("--clips", type=int, default=288, help="clips a row")
@@ -80,14 +83,27 @@ def evaluate(options: argparse.Namespace, command: str) -> dict[str, Any]:
     sources = sources_of(options, release, ours, world)
     captions, seeds = draw_captions(options.clips, options.seed, known), clip_seeds(options.clips, options.seed)
     reference = "" if options.no_teacher else TEACHER
-    found = run_panel(sources, captions, seeds, parts, world=world, reference=reference, say=say,
-                      seen=partial(_keep_sheet, options.out))
+    found = run_panel(
+        sources,
+        captions,
+        seeds,
+        parts,
+        world=world,
+        reference=reference,
+        say=say,
+        seen=partial(_keep_sheet, options.out),
+    )
     baselines = [name for name in (TEACHER, SELF_FORCING) if name in found]
     schedule, cache = release.config.schedule, release.config.cache
     return {
-        **circumstances(command), "clips": options.clips, "seed": options.seed, "prompts": label,
-        "release": release.name, "lineage": release.manifest.get("lineage", {}),
-        "captions": captions[:ROWS_ON_SHEET], "rows": report.clip_rows(sources, found, world, reference),
+        **circumstances(command),
+        "clips": options.clips,
+        "seed": options.seed,
+        "prompts": label,
+        "release": release.name,
+        "lineage": release.manifest.get("lineage", {}),
+        "captions": captions[:ROWS_ON_SHEET],
+        "rows": report.clip_rows(sources, found, world, reference),
         "setting": f"Schedule {schedule.steps}, context {schedule.resolved_context}, window {cache.window_frames}, "
         f"sink {cache.sink_frames} latent frames, decoder {release.config.serve.decoder}, {options.device}, eager.",
         "differences": {name: report.score_differences(found[OURS], found[name], world) for name in baselines},
@@ -110,9 +126,7 @@ def known_prompts(options: argparse.Namespace, world: World | None) -> tuple[lis
     return list(world.captions(options.held_out)), "held-out captions" if options.held_out else "all captions"
 
 
-def sources_of(
-    options: argparse.Namespace, release: Release, ours: Student, world: World | None
-) -> list[Source]:
+def sources_of(options: argparse.Namespace, release: Release, ours: Student, world: World | None) -> list[Source]:
     """What is compared: the codec alone, the teacher, the release by its schedule, and self-forcing."""
     config, base = release.config, base_folder(release.config)
     found = []
@@ -136,12 +150,22 @@ def identity(folder: Path, config: Config, *more: object) -> str:
     """What tells a source apart: its weights, and the settings that decide its clips."""
     weights = {str(path.relative_to(folder)): file_hash(path) for path in sorted(folder.rglob("*.safetensors"))}
     tree = config.to_dict()
-    return digest([weights, *(tree[name] for name in ("preset", "geometry", "schedule", "cache", "model")),
-                   tree["serve"]["decoder"], *more])
+    return digest(
+        [
+            weights,
+            *(tree[name] for name in ("preset", "geometry", "schedule", "cache", "model")),
+            tree["serve"]["decoder"],
+            *more,
+        ]
+    )
 
 
 def _drift(
-    options: argparse.Namespace, ours: Student, release: Release, world: World | None, known: Sequence[str],
+    options: argparse.Namespace,
+    ours: Student,
+    release: Release,
+    world: World | None,
+    known: Sequence[str],
     parts: Folder,
 ) -> dict[str, Any] | None:
     """Figures of long streams over time, with their plot; None where none was asked for."""
@@ -156,7 +180,11 @@ def _drift(
 
 
 def _turns(
-    options: argparse.Namespace, ours: Student, release: Release, world: World | None, known: Sequence[str],
+    options: argparse.Namespace,
+    ours: Student,
+    release: Release,
+    world: World | None,
+    known: Sequence[str],
     parts: Folder,
 ) -> dict[str, Any] | None:
     """What streams show behind a changed prompt; None where none was asked for, or nobody can judge it."""
@@ -178,8 +206,11 @@ def circumstances(command: str) -> dict[str, Any]:
     """When, where and by what command."""
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg()[:2])
     return {
-        "date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "diagonal": diagonal.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)", "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "torch": torch.__version__,
+        "diagonal": diagonal.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "command": command,
         "load": f"{load} of {os.cpu_count()} cores",
     }
 

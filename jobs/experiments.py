@@ -33,8 +33,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--init", default="", help="the shared initialised student (default: the embedded one)")
-    parser.add_argument("--updates", type=int, default=360, help="of each training (360, half of them stage 1, took "
-                        "about 5 CPU-minutes on the first world)")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=360,
+        help="of each training (360, half of them stage 1, took about 5 CPU-minutes on the first world)",
+    )
     parser.add_argument("--stage1-updates", type=int, help="how many of them are stage 1 (default: half)")
     parser.add_argument("--clips", type=int, default=2000, help="clips of a row of Table 1")
     parser.add_argument("--fewer-clips", type=int, default=500, help="of any other row, at most --clips")
@@ -54,8 +58,19 @@ def plan_of(options: argparse.Namespace) -> Plan:
     """What the arguments ask for."""
     config = Config.from_preset(options.preset, options.settings)
     init = fetch(options.init) if options.init else embedded("ode_init", config.embedded_model)
-    return Plan(config, base_folder(config), init, Path(options.folder), options.updates, options.clips,
-                options.fewer_clips, options.streams, options.seconds, options.held_out, options.stage1_updates)
+    return Plan(
+        config,
+        base_folder(config),
+        init,
+        Path(options.folder),
+        options.updates,
+        options.clips,
+        options.fewer_clips,
+        options.streams,
+        options.seconds,
+        options.held_out,
+        options.stage1_updates,
+    )
 
 
 def chosen(keys: Sequence[str], shift: float) -> list[Experiment]:
@@ -83,9 +98,15 @@ def speed(options: argparse.Namespace, command: str) -> None:
 
 def budget_arguments(options: argparse.Namespace) -> str:
     """The arguments that decide what a row is, for the page's commands."""
-    parts = [f"--updates {options.updates}", f"--clips {options.clips}",
-             f"--fewer-clips {options.fewer_clips}", f"--streams {options.streams}",
-             f"--seconds {options.seconds:g}", "--seeds", *(str(seed) for seed in options.seeds)]
+    parts = [
+        f"--updates {options.updates}",
+        f"--clips {options.clips}",
+        f"--fewer-clips {options.fewer_clips}",
+        f"--streams {options.streams}",
+        f"--seconds {options.seconds:g}",
+        "--seeds",
+        *(str(seed) for seed in options.seeds),
+    ]
     parts += [] if options.stage1_updates is None else [f"--stage1-updates {options.stage1_updates}"]
     parts += ["--held-out"] if options.held_out else []
     parts += [f"--preset {options.preset}"] if options.preset != "tiny" else []

@@ -30,7 +30,8 @@ def lineage(run: Run) -> dict[str, object]:
     stages = {
         "base": Folder(base_uri(run.config)),
         "init" if run.config.distill.init else "ode_init": Folder(run.initial_student),
-        "stage1": run.folder / "stage1", "stage2": run.folder / "stage2",
+        "stage1": run.folder / "stage1",
+        "stage2": run.folder / "stage2",
     }
     return {stage: folder.read_json(LINEAGE) for stage, folder in stages.items() if folder.has(LINEAGE)}
 

@@ -37,7 +37,11 @@ FINAL = (FieldError, CheckpointError, StorageError, TooManyNonFiniteError)  # th
 MOST_CHARACTERS = 600
 FIRST_OF_ALL_SHARE = 0.8  # of the stall timeout: what replaces a worker with a reason comes before the watchdog
 FOLLOWS = (
-    "Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "Broken pipe",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out",
+    "timed out",
+    "Broken pipe",
     GROUP_LOST,  # by its words, as Ray wraps what a worker raised
 )
 
@@ -69,7 +73,8 @@ def _trainer(run: Run, stage: str, settings: dict[str, Any], scratch: str) -> To
     backend = "cpu:gloo,cuda:nccl" if config.gpus_per_worker else "gloo"
     elastic = config.fewest_workers < config.workers
     return TorchTrainer(
-        run_worker, train_loop_config=settings,
+        run_worker,
+        train_loop_config=settings,
         torch_config=TorchConfig(backend=backend, timeout_s=max(1, int(timeout_s))),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # as below
             num_workers=(config.fewest_workers, config.workers) if elastic else config.workers,  # type: ignore[arg-type]
@@ -78,7 +83,8 @@ def _trainer(run: Run, stage: str, settings: dict[str, Any], scratch: str) -> To
             label_selector={"pool": config.pool} if config.pool else None,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # at import Ray swaps in the class of Train V2
-            name=f"{run.name}-{stage}", storage_path=scratch,  # checkpoints are our own: Ray keeps a marker there
+            name=f"{run.name}-{stage}",
+            storage_path=scratch,  # checkpoints are our own: Ray keeps a marker there
             worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},  # else every line comes twice
             logging_config=LoggingConfig(log_level="CRITICAL"),  # its files have all; here each failure is said once
             callbacks=[SayFailures(stage)],  # type: ignore[list-item]

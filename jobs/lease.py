@@ -80,8 +80,11 @@ def _check_free(folder: Folder, found: dict[str, Any]) -> None:
     here = found["host"] == socket.gethostname()
     dead = here and not _is_alive(int(found["pid"]))
     if not dead and time.time() - found["time"] < STALE_AFTER_S:
-        raise _refusal(folder, f"{_holder(found)}, renewed {time.time() - found['time']:.0f} s ago (it ends "
-                               f"{STALE_AFTER_S:.0f} s after the last time)")
+        raise _refusal(
+            folder,
+            f"{_holder(found)}, renewed {time.time() - found['time']:.0f} s ago (it ends "
+            f"{STALE_AFTER_S:.0f} s after the last time)",
+        )
 
 
 def _is_alive(pid: int) -> bool:

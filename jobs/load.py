@@ -159,8 +159,14 @@ async def overload(plan: Plan, last_s: float, seed: int, carrier: str) -> dict[s
     offered = asyncio.create_task(offer(plan, times, carrier))
     await asyncio.sleep(times[-1])
     recovered_s = await recover(plan, 2 * float(calm_s["greatest"] or 0.0) + 0.1)
-    return {"capacity": capacity, "rate": rate, "last_s": last_s, "calm_first_frame_s": calm_s,
-            "recovered_s": recovered_s, "figures": summarise(await offered)}  # fmt: skip
+    return {
+        "capacity": capacity,
+        "rate": rate,
+        "last_s": last_s,
+        "calm_first_frame_s": calm_s,
+        "recovered_s": recovered_s,
+        "figures": summarise(await offered),
+    }
 
 
 def work(argv: Sequence[str]) -> None:
@@ -168,8 +174,13 @@ def work(argv: Sequence[str]) -> None:
     if options.report:
         print(write_page(Path(PAGE)))
         return
-    plan = Plan(options.url, options.seconds, "none" if options.unpaced else "realtime",
-                credits_s=options.credits, change_every=options.change_every)  # fmt: skip
+    plan = Plan(
+        options.url,
+        options.seconds,
+        "none" if options.unpaced else "realtime",
+        credits_s=options.credits,
+        change_every=options.change_every,
+    )
     about = circumstances("jobs.load") | {"kind": "overload" if options.overload else "load"}
     if options.overload:
         found: dict[str, Any] = asyncio.run(overload(plan, options.last, options.seed, options.carrier))

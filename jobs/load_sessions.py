@@ -20,8 +20,11 @@ from diagonal.client.protocol import Chunk, Pacing, start_fields
 from diagonal.evaluate.load_figures import Player, Trace
 from diagonal.mp4 import PartReader, read_fragment, split, timescale
 
-PROMPTS = ("a red circle moving right quickly", "a blue square moving left slowly",
-           "a green triangle moving up quickly")  # fmt: skip
+PROMPTS = (
+    "a red circle moving right quickly",
+    "a blue square moving left slowly",
+    "a green triangle moving up quickly",
+)
 _TELL_EVERY_S = 0.25
 _SLACK_S, _SLACK = 20.0, 3.0  # how much longer than its media a session may take
 _WRONG = (DiagonalError, WebSocketException, httpx.HTTPError, OSError, ValueError)
@@ -201,8 +204,9 @@ def checked(answer: httpx.Response) -> httpx.Response:
         except (ValueError, KeyError, TypeError):
             detail = {"message": f"the server answered {answer.status_code}", "code": str(answer.status_code)}
         wait = answer.headers.get("retry-after")
-        raise error_for(detail["message"], answer.status_code, code=detail["code"],
-                        retry_after_s=float(wait) if wait else None)  # fmt: skip
+        raise error_for(
+            detail["message"], answer.status_code, code=detail["code"], retry_after_s=float(wait) if wait else None
+        )
     return answer
 
 

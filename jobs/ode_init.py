@@ -59,8 +59,14 @@ def train(worker: Worker, feed: Feed) -> None:
     state = TrainState(0, {"generator": student}, {"generator": optimizer}, ema)
     rows, hooks = worker.begin(state, feed, student, text)
     step = OdeInitStep(config, Learner(student, optimizer, CLIP_NORM), ema, stage0_mask(config))
-    plan = Plan(options.updates, options.checkpoint_every, options.batch_size, config.distill.max_nonfinite, step,
-                config.geometry.clip_chunks * config.geometry.chunk_tokens)
+    plan = Plan(
+        options.updates,
+        options.checkpoint_every,
+        options.batch_size,
+        config.distill.max_nonfinite,
+        step,
+        config.geometry.clip_chunks * config.geometry.chunk_tokens,
+    )
     run_loop(state, plan, (pair_batch(columns, text, worker) for columns in rows), hooks)
     weights = full_tensors(ema.shadow)
     if worker.place.rank == 0:

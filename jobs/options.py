@@ -52,27 +52,39 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             row["chunk_ms"] = chunk_decode_ms(varied.decoder(), varied.config)
     given = f" --release {options.release}" if options.release else ""
     return {
-        "date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "diagonal": diagonal.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+        "torch": torch.__version__,
+        "diagonal": diagonal.__version__,
         "machine": f"{platform.machine()}, CPU, {torch.get_num_threads()} thread(s)",
         "load": f"{load:.1f} before, {os.getloadavg()[0]:.1f} after, {os.cpu_count()} cores",
         "command": f"python jobs/options.py {options.what}{given} --clips {options.clips} --seed {options.seed}",
-        "clips": options.clips, "seed": options.seed, "release": release.name, "rows": rows,
+        "clips": options.clips,
+        "seed": options.seed,
+        "release": release.name,
+        "rows": rows,
         "decoder": release.manifest["lineage"].get(FAST_DECODER),
     }
 
 
 def markdown(what: str, report: dict[str, Any]) -> str:
     """The report as a table, with what is needed to reproduce it."""
-    columns = [("PSNR to the first row, dB", "psnr_db"), ("PSNR to the world's pixels, dB", "original_psnr_db"),
-               ("a chunk, ms (median / least)", "chunk_ms"), ("K/V of a session, bytes", "kv_bytes_per_session")]
+    columns = [
+        ("PSNR to the first row, dB", "psnr_db"),
+        ("PSNR to the world's pixels, dB", "original_psnr_db"),
+        ("a chunk, ms (median / least)", "chunk_ms"),
+        ("K/V of a session, bytes", "kv_bytes_per_session"),
+    ]
     told = [(title, key) for title, key in columns if key in report["rows"][0]]
     heads = [title for title, _ in told] + list(MEASURES)
     lines = [
-        f"# Serving options: {what}", "",
+        f"# Serving options: {what}",
+        "",
         f"{report['date']}, {report['machine']}, load {report['load']}, torch {report['torch']}; release "
         f"`{report['release']}`, {report['clips']} clips a row from equal noise, seed {report['seed']}. Reproduce: "
-        f"`{report['command']}`. In brackets the 95 % interval.", "",
-        "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|",
+        f"`{report['command']}`. In brackets the 95 % interval.",
+        "",
+        "| | " + " | ".join(heads) + " |",
+        "|---" * (len(heads) + 1) + "|",
     ]
     for row in report["rows"]:
         values = ["{median} / {least}".format(**row[key]) if key == "chunk_ms" else row[key] for _, key in told]
@@ -80,9 +92,12 @@ def markdown(what: str, report: dict[str, Any]) -> str:
         cells += [shown(row["scores"][measure]) for measure in MEASURES]
         lines.append("| " + " | ".join([row["name"], *cells]) + " |")
     if decoder := report["decoder"]:
-        lines += ["", f"Fast decoder: {decoder['parameters']:,} parameters, {decoder['flops_per_latent_frame']:,} "
-                  f"FLOPs a latent frame; {decoder['updates']} updates over {decoder['clips']} clips of the student; "
-                  f"PSNR to the full decoder on clips that it has not seen: {decoder['psnr_db']} dB."]
+        lines += [
+            "",
+            f"Fast decoder: {decoder['parameters']:,} parameters, {decoder['flops_per_latent_frame']:,} "
+            f"FLOPs a latent frame; {decoder['updates']} updates over {decoder['clips']} clips of the student; "
+            f"PSNR to the full decoder on clips that it has not seen: {decoder['psnr_db']} dB.",
+        ]
     return "\n".join(lines) + "\n"
 
 

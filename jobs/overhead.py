@@ -150,19 +150,35 @@ def measure(config: Config, rounds: int, storage: Path) -> dict[str, list[Times]
 def work(argv: Sequence[str]) -> None:
     options = arguments(argv)
     updates = options.updates + WARM_UP + 1
-    config = Config.from_preset("tiny", [
-        f"train.workers={options.workers}", "train.gpus_per_worker=0", "train.sample_every=0",
-        f"distill.stage1_updates={updates}", "distill.stage2_updates=0", *options.settings,
-    ])
+    config = Config.from_preset(
+        "tiny",
+        [
+            f"train.workers={options.workers}",
+            "train.gpus_per_worker=0",
+            "train.sample_every=0",
+            f"distill.stage1_updates={updates}",
+            "distill.stage2_updates=0",
+            *options.settings,
+        ],
+    )
     os.environ["OMP_NUM_THREADS"] = "1"
     connect()  # before both, so that Ray's idle processes are there in both
     with tempfile.TemporaryDirectory(prefix="diagonal-overhead-") as storage:
         found = measure(config, options.rounds, Path(storage))
-    say(f"{options.updates} updates of {config.distill.batch_size} samples on {options.workers} processes of one "
-        f"thread, {os.cpu_count()} CPUs; medians of {options.rounds} rounds, in turns:")
+    say(
+        f"{options.updates} updates of {config.distill.batch_size} samples on {options.workers} processes of one "
+        f"thread, {os.cpu_count()} CPUs; medians of {options.rounds} rounds, in turns:"
+    )
     ratios = {name: _compare(found, name) for name in CLOCKS}
-    report = {"seconds_per_update": found, "ratios": ratios, "updates": options.updates, "workers": options.workers,
-              "cpus": os.cpu_count(), "load": os.getloadavg()[1], "config": config.to_dict()}
+    report = {
+        "seconds_per_update": found,
+        "ratios": ratios,
+        "updates": options.updates,
+        "workers": options.workers,
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[1],
+        "config": config.to_dict(),
+    }
     if options.out:
         write_json(options.out, report)
 

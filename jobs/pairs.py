@@ -60,8 +60,10 @@ def make_pairs(run: Run) -> Folder:
     shards = finished(folder, plan)
     missing = [number for number in plan.shards if number not in shards]
     size_gb = _trajectory_bytes(run) * run.config.pairs.count / 1e9
-    say(f"pairs: {run.config.pairs.count} trajectories, {size_gb:.3f} GB, in {len(plan.shards)} shards of which "
-        f"{len(missing)} are to be made")
+    say(
+        f"pairs: {run.config.pairs.count} trajectories, {size_gb:.3f} GB, in {len(plan.shards)} shards of which "
+        f"{len(missing)} are to be made"
+    )
     plan.check_bad([row for shard in shards.values() for row in shard.set_aside])
     for shard in solve_shards(run, folder, plan, missing):
         shards[shard.number] = shard
@@ -142,8 +144,14 @@ def _mapped(dataset: Any, run: Run, stage: type, arguments: dict[str, Any], work
     context.enable_progress_bars = False
     retries = run.config.train.max_failures  # so Ray 2.60 takes restarts of actors; without, they have no end
     return dataset.map_batches(
-        stage, fn_constructor_kwargs=arguments, batch_size=1, num_cpus=1, max_restarts=retries,
-        max_task_retries=retries, compute=ActorPoolStrategy(min_size=1, max_size=workers), **resources,
+        stage,
+        fn_constructor_kwargs=arguments,
+        batch_size=1,
+        num_cpus=1,
+        max_restarts=retries,
+        max_task_retries=retries,
+        compute=ActorPoolStrategy(min_size=1, max_size=workers),
+        **resources,
     )
 
 
@@ -151,8 +159,12 @@ def check_seen(folder: Folder, shard: Shard, within_s: float = SEEN_WITHIN_S) ->
     """`FieldError` when a shard that an actor wrote is not in the driver's folder: the node's disk is its own."""
     until_s = time.monotonic() + within_s
     while shard.rows and not folder.has(shard.file):
-        require(time.monotonic() < until_s, "train.storage", str(folder),
-                f"a folder that every node of the cluster sees: a node wrote {shard.file} to one of its own")
+        require(
+            time.monotonic() < until_s,
+            "train.storage",
+            str(folder),
+            f"a folder that every node of the cluster sees: a node wrote {shard.file} to one of its own",
+        )
         time.sleep(0.5)
 
 
@@ -177,8 +189,10 @@ class _Progress:
         _count_bad(self._sink, "pairs", shard.set_aside)
         aside = f" ({len(shard.set_aside)} rows set aside)" if shard.set_aside else ""
         left_s = (self._shards - self._done) * seconds / self._done
-        say(f"pairs: shard {shard.number} done{aside}, {self._done}/{self._shards}, "
-            f"{self._rows / seconds:.2f} pairs/s, about {left_s:.0f} s left")
+        say(
+            f"pairs: shard {shard.number} done{aside}, {self._done}/{self._shards}, "
+            f"{self._rows / seconds:.2f} pairs/s, about {left_s:.0f} s left"
+        )
 
 
 def work(argv: Sequence[str]) -> None:

@@ -77,8 +77,10 @@ def work(argv: Sequence[str]) -> None:
         connect()  # before both, so that Ray's idle processes are there in both
         found = measure(run, options.rounds)
     medians = {name: statistics.median(rates) for name, rates in found.items()}
-    say(f"{options.shards - 1} shards of {pairs.rows_per_shard} pairs, {pairs.solver_steps} steps, one thread a "
-        f"process, {os.cpu_count()} CPUs; medians of {options.rounds}, in turns:")
+    say(
+        f"{options.shards - 1} shards of {pairs.rows_per_shard} pairs, {pairs.solver_steps} steps, one thread a "
+        f"process, {os.cpu_count()} CPUs; medians of {options.rounds}, in turns:"
+    )
     for name, median in medians.items():
         say(f"  {name}: {median:.2f} pairs/s ({min(found[name]):.2f} to {max(found[name]):.2f})")
     say(f"  Ray Data / plain loop: {medians['Ray Data'] / medians['plain loop']:.3f}")

@@ -91,15 +91,23 @@ def read_layouts(run: Run) -> Layouts:
     if run.from_scratch and not run.folder.has("base/transformer/config.json"):
         network = config.network
         layout = {
-            "num_layers": network.layers, "num_attention_heads": network.heads,
-            "attention_head_dim": network.head_dim, "ffn_dim": network.ffn_dim, "text_dim": network.text_dim,
-            "freq_dim": network.frequency_dim, "in_channels": config.geometry.latent_channels,
+            "num_layers": network.layers,
+            "num_attention_heads": network.heads,
+            "attention_head_dim": network.head_dim,
+            "ffn_dim": network.ffn_dim,
+            "text_dim": network.text_dim,
+            "freq_dim": network.frequency_dim,
+            "in_channels": config.geometry.latent_channels,
             "out_channels": config.geometry.latent_channels,
             "patch_size": [1, config.geometry.patch_height, config.geometry.patch_width],
         }
         return Layouts(layout, layout, None, None)
-    require(bool(config.model.path) or config.is_embedded, "model.path", config.model.path,
-            "a folder of the base model in diffusers' layout, local or s3:// (embedded presets have their own)")
+    require(
+        bool(config.model.path) or config.is_embedded,
+        "model.path",
+        config.model.path,
+        "a folder of the base model in diffusers' layout, local or s3:// (embedded presets have their own)",
+    )
     base = Folder(base_uri(config), config.train.storage_patience_s)
     for part in PARTS:
         require((base / part).exists(), "model.path", str(base), f"a folder in diffusers' layout, with {part}/")
@@ -174,25 +182,35 @@ def _prompt_lines(run: Run) -> Iterator[str]:
             require(read > 0, field, uri, "a file with at least one prompt")
             yield f"  {field}: {read} prompts in {uri}"
     own = config.is_embedded or not run.makes_student
-    require(bool(config.pairs.prompts) or own, "pairs.prompts", config.pairs.prompts,
-            "a prompt file (embedded presets have their own)")
+    require(
+        bool(config.pairs.prompts) or own,
+        "pairs.prompts",
+        config.pairs.prompts,
+        "a prompt file (embedded presets have their own)",
+    )
 
 
 def _shape_lines(config: Config, layouts: Layouts) -> Iterator[str]:
     geometry, schedule = config.geometry, config.schedule
     layout = TransformerLayout.of(layouts.student)
     tokens = geometry.clip_chunks * geometry.chunk_tokens
-    yield (f"  clips: {geometry.pixel_width}x{geometry.pixel_height}, {geometry.clip_pixel_frames} pixel frames; "
-           f"latents {geometry.clip_shape()[1:]}, {tokens} tokens in {geometry.clip_chunks} chunks of "
-           f"{geometry.chunk_tokens}")
+    yield (
+        f"  clips: {geometry.pixel_width}x{geometry.pixel_height}, {geometry.clip_pixel_frames} pixel frames; "
+        f"latents {geometry.clip_shape()[1:]}, {tokens} tokens in {geometry.clip_chunks} chunks of "
+        f"{geometry.chunk_tokens}"
+    )
     rows = [", ".join(f"{level:.4g}" for level in schedule.levels(chunk)) for chunk in range(geometry.clip_chunks)]
     forwards = schedule.total_forwards(geometry.clip_chunks)
-    yield (f"  schedule {schedule.steps}, context {schedule.resolved_context}: {forwards} forwards a clip; "
-           "levels by chunk:")
+    yield (
+        f"  schedule {schedule.steps}, context {schedule.resolved_context}: {forwards} forwards a clip; "
+        "levels by chunk:"
+    )
     yield from (f"    {chunk}: {row}" for chunk, row in enumerate(rows))
     teacher = TransformerLayout.of(layouts.teacher)
-    yield (f"  parameters: generator and critic {layout.parameters / 1e6:,.1f} M each, "
-           f"teacher {teacher.parameters / 1e6:,.1f} M")
+    yield (
+        f"  parameters: generator and critic {layout.parameters / 1e6:,.1f} M each, "
+        f"teacher {teacher.parameters / 1e6:,.1f} M"
+    )
 
 
 def _total(times: Sequence[float | None]) -> str:
@@ -237,13 +255,13 @@ def _pairs_line(run: Run, layouts: Layouts, times: list[float | None]) -> str:
     workers = pairs.solver_workers or run.config.train.workers
     seconds, time = _assumed(run, each, left, workers, "a trajectory")
     times.append(seconds)
-    return (f"  pairs: {pairs.count} trajectories in {shards} shards, {there} there; {pairs.solver_steps} steps, "
-            f"{2 * pairs.solver_steps} forwards and {each / 1e15:.3g} PFLOP each; {time}")
+    return (
+        f"  pairs: {pairs.count} trajectories in {shards} shards, {there} there; {pairs.solver_steps} steps, "
+        f"{2 * pairs.solver_steps} forwards and {each / 1e15:.3g} PFLOP each; {time}"
+    )
 
 
-def _updates(
-    run: Run, layouts: Layouts, times: list[float | None], stage: int, start: int, end: int
-) -> str:
+def _updates(run: Run, layouts: Layouts, times: list[float | None], stage: int, start: int, end: int) -> str:
     """What remains of a stage: its updates, their forwards and operations, and the time they take where it is known."""
     config, folder = run.config, run.folder / "train" / ("distill" if stage else "ode_init")
     whole = checkpoints(folder / "checkpoints")
@@ -256,8 +274,9 @@ def _updates(
     seconds, time = _time(run, each, end - done, _record(folder))
     times.append(seconds)
     went = f"goes on after update {done}: " if done > start else ""
-    return (f"{went}{end - done} updates of {batch} samples{forwards}; {each / 1e15:.3g} PFLOP an update on average; "
-            f"{time}")
+    return (
+        f"{went}{end - done} updates of {batch} samples{forwards}; {each / 1e15:.3g} PFLOP an update on average; {time}"
+    )
 
 
 def _record(folder: Folder) -> Record:
@@ -281,8 +300,10 @@ def _assumed(run: Run, flops: float, count: int, workers: int, unit: str) -> tup
     if gpus == 0:
         return None, f"time unknown until the first {unit.split()[-1]}"
     each_s = flops / (gpus * PEAK_FLOPS * REACHED)
-    return count * each_s, (f"about {duration(count * each_s)} if {gpus:g} GPUs reach {REACHED:.0%} of "
-                            f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s each: an assumption, {each_s:.3g} s {unit}")
+    return count * each_s, (
+        f"about {duration(count * each_s)} if {gpus:g} GPUs reach {REACHED:.0%} of "
+        f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s each: an assumption, {each_s:.3g} s {unit}"
+    )
 
 
 def _storage_lines(run: Run, layouts: Layouts, wanted: Sequence[str]) -> Iterator[str]:
@@ -318,6 +339,11 @@ def _memory_lines(run: Run, layouts: Layouts, wanted: Sequence[str]) -> Iterator
 def estimate(config: Config, layouts: Layouts, stage: int, workers: int = 0) -> memory.MemoryEstimate:
     """The peak of a stage on each GPU of so many workers; by default of the fewest that it may go on with."""
     return memory.estimate(
-        config, layouts.student, layouts.teacher, workers or config.train.fewest_workers, stage,
-        text_layout=layouts.text, codec_layout=layouts.codec,
+        config,
+        layouts.student,
+        layouts.teacher,
+        workers or config.train.fewest_workers,
+        stage,
+        text_layout=layouts.text,
+        codec_layout=layouts.codec,
     )

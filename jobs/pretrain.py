@@ -46,17 +46,27 @@ def pretrain(run: Run) -> None:
     say("pretrain: fitting the linear codec and the text encoder")
     tokenizer, linear = build_tokenizer(world), fit_codec(config)
     captions = list(islice(world.captions(False), 0, None, CAPTION_STRIDE))
-    encoder = fit_text(config, tokenizer, build_text_encoder(config, len(tokenizer)), captions,
-                       Progress("pretrain text", settings.text_updates))
+    encoder = fit_text(
+        config,
+        tokenizer,
+        build_text_encoder(config, len(tokenizer)),
+        captions,
+        Progress("pretrain text", settings.text_updates),
+    )
     text = TextEncoder(tokenizer, encoder, config.model.text_tokens)
     say(f"pretrain: drawing {settings.clips} clips")
     training = TeacherTraining(config, build_corpus(config, linear, text))
     _restore(run, training)
-    state = train_teacher(config, training, Progress("pretrain", settings.updates, training.update),
-                          partial(_after, run, text, linear))
+    state = train_teacher(
+        config, training, Progress("pretrain", settings.updates, training.update), partial(_after, run, text, linear)
+    )
     codec = _codec(config, linear)
-    lineage = {"stage": "pretrain", "seed": config.seed, "updates": training.update,
-               "command": f"python jobs/pretrain.py --preset {config.preset}"}
+    lineage = {
+        "stage": "pretrain",
+        "seed": config.seed,
+        "updates": training.update,
+        "command": f"python jobs/pretrain.py --preset {config.preset}",
+    }
     with folder.replaced(last=SCORES) as new:
         save_base(new, config, as_wan(state, training.teacher), codec, tokenizer, encoder, lineage)
         scores = score_teacher(new, config, clips=SCORED_CLIPS, seed=config.seed)

@@ -128,9 +128,17 @@ class Progress:
     """A stage's hooks on one rank: what is reported, saved and asked after each update; every rank calls it alike."""
 
     def __init__(
-        self, place: Place, checkpointer: Checkpointer, reporter: Reporter | None, *,
-        weight: float, last: int, stop: Callable[[], bool], beat: Callable[[], None],
-        report: Callable[[dict[str, Any]], None] | None = None, preempted: Callable[[], bool] | None = None,
+        self,
+        place: Place,
+        checkpointer: Checkpointer,
+        reporter: Reporter | None,
+        *,
+        weight: float,
+        last: int,
+        stop: Callable[[], bool],
+        beat: Callable[[], None],
+        report: Callable[[dict[str, Any]], None] | None = None,
+        preempted: Callable[[], bool] | None = None,
         sample: Callable[[int, int], Any] | None = None,
     ) -> None:
         self._place, self._checkpointer, self.reporter = place, checkpointer, reporter

@@ -46,16 +46,22 @@ def _prepared(run: Run, folder: Folder, uri: str) -> Folder:
         prompts, source = read_prompts(uri, config.train.storage_patience_s), uri
         held_out: Callable[[str], bool] = partial(is_held_out, share=config.prompts.held_out_share)
     else:
-        require(not config.prompts.extend_url, "prompts.extend_url", config.prompts.extend_url,
-                "'' for the embedded world, whose oracle reads the captions; or a file as pairs.prompts")
+        require(
+            not config.prompts.extend_url,
+            "prompts.extend_url",
+            config.prompts.extend_url,
+            "'' for the embedded world, whose oracle reads the captions; or a file as pairs.prompts",
+        )
         captions = embedded_world(config).captions
         kept = {prompt_id(caption) for caption in captions(True)}
         prompts, source = chain(captions(False), captions(True)), EMBEDDED
         held_out = kept.__contains__
     extender = partial(_extender, config, folder / "extended") if config.prompts.extend_url else None
     found = prepare(folder, source, prompts, held_out, extender)
-    say(f"prompts: {found['training']} for training and {found['held_out']} held out, of {found['read']} in {source} "
-        f"({found['empty']} empty, {found['duplicates']} repeated)")
+    say(
+        f"prompts: {found['training']} for training and {found['held_out']} held out, of {found['read']} in {source} "
+        f"({found['empty']} empty, {found['duplicates']} repeated)"
+    )
     if found["extension"]:
         say(f"prompts: {found['extension']['extended']} extended, {found['extension']['failed']} kept as they are")
     return folder

@@ -12,7 +12,8 @@ import ray
 LOCAL_CPUS = 8  # logical: with fewer, Ray Data waits for ever behind Ray Train's workers
 PASSED_ON = "AWS_"  # S3's address, region and credentials
 SET = {
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # a stalled worker does not answer; Ray's own limit is 30 s
 }
 
@@ -28,8 +29,12 @@ def connect() -> None:
         ray.init(log_to_driver=True, runtime_env={"worker_process_setup_hook": passing_on(os.environ)})
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token file for the whole account
-        ray.init("local", num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1), include_dashboard=False,
-                 runtime_env={"worker_process_setup_hook": passing_on({})})
+        ray.init(
+            "local",
+            num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
+            include_dashboard=False,
+            runtime_env={"worker_process_setup_hook": passing_on({})},
+        )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_stop)  # Ray sets its own
 

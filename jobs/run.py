@@ -30,17 +30,39 @@ from jobs.ray_cluster import connect as connect
 STOPPED = 128 + signal.SIGTERM
 CONFIG, HISTORY, SUMMARY = "config.json", "history.json", "summary.json"
 PATHS = ("model.path", "pairs.prompts", "distill.prompts", "distill.teacher", "distill.init")
-FREE_FIELDS = frozenset({  # where and how often, never what: a run may go on with others
-    "train.workers", "train.min_workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.shard_group",
-    "train.checkpoint_activations", "train.compile", "train.storage", "train.storage_patience_s", "train.max_failures",
-    "train.stall_timeout_s", "train.sample_every", "train.sample_clips",
-    "ode_init.checkpoint_every", "ode_init.micro_batch_size",
-    "distill.checkpoint_every", "distill.keep_checkpoints", "distill.micro_batch_size", "distill.max_nonfinite",
-    "pairs.text_workers", "pairs.solver_workers", "pairs.max_bad_share", "decoder.checkpoint_every",
-    "pretrain.checkpoint_every", "pretrain.score_every",
-    "pretrain.updates",  # refused by the teacher's own state where it is too late for it
-    "prompts.extend_timeout_s", "prompts.extend_concurrency", "prompts.extend_key_variable",
-})  # fmt: skip
+FREE_FIELDS = frozenset(
+    {  # where and how often, never what: a run may go on with others
+        "train.workers",
+        "train.min_workers",
+        "train.gpus_per_worker",
+        "train.cpus_per_worker",
+        "train.shard_group",
+        "train.checkpoint_activations",
+        "train.compile",
+        "train.storage",
+        "train.storage_patience_s",
+        "train.max_failures",
+        "train.stall_timeout_s",
+        "train.sample_every",
+        "train.sample_clips",
+        "ode_init.checkpoint_every",
+        "ode_init.micro_batch_size",
+        "distill.checkpoint_every",
+        "distill.keep_checkpoints",
+        "distill.micro_batch_size",
+        "distill.max_nonfinite",
+        "pairs.text_workers",
+        "pairs.solver_workers",
+        "pairs.max_bad_share",
+        "decoder.checkpoint_every",
+        "pretrain.checkpoint_every",
+        "pretrain.score_every",
+        "pretrain.updates",  # refused by the teacher's own state where it is too late for it
+        "prompts.extend_timeout_s",
+        "prompts.extend_concurrency",
+        "prompts.extend_key_variable",
+    }
+)
 
 
 class JobFailed(RuntimeError):  # noqa: N818
@@ -115,8 +137,12 @@ class Run:
 
     def to_settings(self) -> dict[str, Any]:
         """The run as plain values, for its workers."""
-        return {"name": self.name, "config": self.config.to_dict(), "folder": str(self.folder),
-                "identity": self.identity}
+        return {
+            "name": self.name,
+            "config": self.config.to_dict(),
+            "folder": str(self.folder),
+            "identity": self.identity,
+        }
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Run:
@@ -130,15 +156,30 @@ def parser(description: str) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("--preset", help=f"one of {sorted(PRESETS)} (default: tiny; with --resume the run's own)")
     arguments.add_argument("--config", help="a config.json instead of a preset")
-    arguments.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-                           help="one setting, such as distill.lr=1e-6; may be repeated")
+    arguments.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="one setting, such as distill.lr=1e-6; may be repeated",
+    )
     arguments.add_argument("--name", help="a name for the run (default: a new one)")
-    arguments.add_argument("--resume", action="store_true",
-                           help="go on with the run --name, which exists; what is done already is not done again")
-    arguments.add_argument("--from-scratch", action="store_true",
-                           help="train the embedded base model too, instead of taking the shipped one")
-    arguments.add_argument("--dry-run", action="store_true",
-                           help="check every setting, path and permission, show the plan, and end: needs no GPU")
+    arguments.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run --name, which exists; what is done already is not done again",
+    )
+    arguments.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="train the embedded base model too, instead of taking the shipped one",
+    )
+    arguments.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check every setting, path and permission, show the plan, and end: needs no GPU",
+    )
     return arguments
 
 

@@ -63,8 +63,10 @@ def search(options: argparse.Namespace) -> tuple[Release, dict[str, Point], dict
     rows = {}
     for number, point in enumerate(points, 1):
         row = rows[point.name] = row_of(plan, release, point, options)
-        say(f"{number} of {len(points)}: {point.name}: quality {shown(interval(row['quality']).to_dict())}, "
-            f"{row['forwards']} forwards, {row['clip_ms']:.0f} ms")
+        say(
+            f"{number} of {len(points)}: {point.name}: quality {shown(interval(row['quality']).to_dict())}, "
+            f"{row['forwards']} forwards, {row['clip_ms']:.0f} ms"
+        )
     return release, {point.name: point for point in points}, rows
 
 
@@ -90,11 +92,21 @@ def _measure(
         student, _ = student_of(plan, point.variant(), options.seed, say)
     captions = draw_captions(options.clips, options.seed, world.captions())
     seeds = clip_seeds(options.clips, options.seed)
-    found = run_panel([Source(point.name, key, student.forwards, lambda: student)], captions, seeds,
-                      Folder(str(plan.folder / PARTS)), world=world, say=say)[point.name]
+    found = run_panel(
+        [Source(point.name, key, student.forwards, lambda: student)],
+        captions,
+        seeds,
+        Folder(str(plan.folder / PARTS)),
+        world=world,
+        say=say,
+    )[point.name]
     return {
-        **circumstances(""), "name": point.name, "settings": list(point.settings), "forwards": student.forwards,
-        "clip_ms": clip_ms(student, captions[0]), "quality": worth(found.values, world.scores),
+        **circumstances(""),
+        "name": point.name,
+        "settings": list(point.settings),
+        "forwards": student.forwards,
+        "clip_ms": clip_ms(student, captions[0]),
+        "quality": worth(found.values, world.scores),
         "figures": summary(found.values, world),
     }
 
@@ -102,18 +114,36 @@ def _measure(
 def markdown(report: dict[str, Any]) -> str:
     """The rows as a table, the Pareto set first."""
     names = list(report["rows"][0]["figures"])
-    rows = [["yes" if row["name"] in report["pareto"] else "", row["name"], str(row["forwards"]),
-             f"{row['clip_ms']:.0f}", shown(row["quality"]), *(shown(row["figures"][name]) for name in names)]
-            for row in report["rows"]]
+    rows = [
+        [
+            "yes" if row["name"] in report["pareto"] else "",
+            row["name"],
+            str(row["forwards"]),
+            f"{row['clip_ms']:.0f}",
+            shown(row["quality"]),
+            *(shown(row["figures"][name]) for name in names),
+        ]
+        for row in report["rows"]
+    ]
     chosen = report["profile"]
-    return "\n".join([
-        f"# Search over {report['release']}", "",
-        f"{report['date']}, {report['machine']}, load {report['load']}. {report['clips']} clips a row from equal "
-        f"noise, seed {report['seed']}. Reproduce: `{report['command']}`. Quality is the mean of the scores; brackets "
-        f"are 95 % intervals over clips. The Pareto set is over {report['cost']}.", "",
-        *table(["Pareto", "", "forwards", "clip ms", "quality", *(name.replace("_", " ") for name in names)], rows),
-        f"Profile: `{' '.join(chosen['settings'])}`, for serving's `options`: `{chosen['options'] or 'nothing'}`.",
-    ]) + "\n"
+    return (
+        "\n".join(
+            [
+                f"# Search over {report['release']}",
+                "",
+                f"{report['date']}, {report['machine']}, load {report['load']}. {report['clips']} clips a row "
+                f"from equal noise, seed {report['seed']}. Reproduce: `{report['command']}`. Quality is the mean of the "
+                f"scores; brackets are 95 % intervals over clips. The Pareto set is over {report['cost']}.",
+                "",
+                *table(
+                    ["Pareto", "", "forwards", "clip ms", "quality", *(name.replace("_", " ") for name in names)], rows
+                ),
+                f"Profile: `{' '.join(chosen['settings'])}`, for serving's `options`: "
+                f"`{chosen['options'] or 'nothing'}`.",
+            ]
+        )
+        + "\n"
+    )
 
 
 def work(argv: Sequence[str]) -> None:
@@ -125,8 +155,13 @@ def work(argv: Sequence[str]) -> None:
     told = sorted(rows.values(), key=lambda row: costs[row["name"]])
     chosen = profile(release.name, points, rows, options.cost, options.margin)
     report = {
-        **circumstances(" ".join(["python jobs/search.py", *argv])), "release": release.name, "clips": options.clips,
-        "seed": options.seed, "cost": options.cost, "pareto": front, "profile": chosen,
+        **circumstances(" ".join(["python jobs/search.py", *argv])),
+        "release": release.name,
+        "clips": options.clips,
+        "seed": options.seed,
+        "cost": options.cost,
+        "pareto": front,
+        "profile": chosen,
         "rows": [{**row, "quality": interval(row["quality"]).to_dict()} for row in told],
     }
     save_points(Path(f"{options.out}.png"), {n: (costs[n], qualities[n]) for n in rows}, front, options.cost)

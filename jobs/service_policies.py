@@ -53,5 +53,13 @@ class Scaling:
 
 def policies(scaling: Callable[[], Scaling] | None = None) -> Policies:
     """New ones, which remember nothing; without `scaling` there are as many replicas as at first."""
-    return Policies(Ranking, PlaybackClock, Repeated, scaling() if scaling else None, LOOK_AT_HOLDER_S, WAIT_S,
-                    PATIENCE_S, FULL_PATIENCE_S)  # fmt: skip
+    return Policies(
+        Ranking,
+        PlaybackClock,
+        Repeated,
+        scaling() if scaling else None,
+        LOOK_AT_HOLDER_S,
+        WAIT_S,
+        PATIENCE_S,
+        FULL_PATIENCE_S,
+    )

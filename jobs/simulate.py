@@ -41,8 +41,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m jobs.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--times", type=Path, default=Path("docs/results/speed-cpu.json"),
-                        help="a bench's JSON, or one of ChunkTimes' fields (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--times",
+        type=Path,
+        default=Path("docs/results/speed-cpu.json"),
+        help="a bench's JSON, or one of ChunkTimes' fields (default: %(default)s)",
+    )
     parser.add_argument("--preset", default="", help="configuration (default: the bench's own, else tiny)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as serve.max_sessions=16")
     parser.add_argument("--viewers", default="8,32,128,512", help="at once on average, by commas (%(default)s)")
@@ -50,8 +54,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rejected-share", type=float, default=0.01, help="refusals, below (%(default)s)")
     parser.add_argument("--stay", type=float, default=120.0, metavar="S", help="mean stay of a viewer (%(default)s)")
     parser.add_argument("--spread", choices=SPREADS, default="exponential", help="of the stays (%(default)s)")
-    parser.add_argument("--patience", type=float, default=math.inf, metavar="S",
-                        help="mean wait after which a viewer leaves (never)")  # fmt: skip
+    parser.add_argument(
+        "--patience", type=float, default=math.inf, metavar="S", help="mean wait after which a viewer leaves (never)"
+    )
     parser.add_argument("--retries", type=int, default=0, help="of who was refused (%(default)s)")
     parser.add_argument("--change-every", type=int, default=8, metavar="CHUNKS", help="prompt changes; 0 none (8)")
     parser.add_argument("--transition", type=int, default=0, metavar="CHUNKS", help="of each prompt change (0)")
@@ -93,8 +98,17 @@ def configuration(options: argparse.Namespace) -> Config:
 
 def scenario_of(options: argparse.Namespace) -> Scenario:
     """What the options say, of one replica for one viewer."""
-    crowd = Crowd(1, options.stay, options.spread, min(30.0, options.from_s or 30.0), options.patience,
-                  options.change_every, options.transition, options.retries, network_s=options.network)  # fmt: skip
+    crowd = Crowd(
+        1,
+        options.stay,
+        options.spread,
+        min(30.0, options.from_s or 30.0),
+        options.patience,
+        options.change_every,
+        options.transition,
+        options.retries,
+        network_s=options.network,
+    )
     fleet = Fleet(1, options.gateways, options.start)
     setup, times = EngineSetup.of(configuration(options)), ChunkTimes.read(options.times)
     return Scenario(setup, times, fleet, crowd, policies, options.last, options.from_s, options.seed)
@@ -103,8 +117,9 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
 def plan(options: argparse.Namespace) -> dict[str, Any]:
     """Sizes for each number of viewers, then losses and bursts at the largest."""
     scenario, viewers = scenario_of(options), viewers_of(options.viewers)
-    sizing = [fewest_replicas(scenario.with_viewers(count), options.stall_rate, options.rejected_share)
-              for count in viewers]  # fmt: skip
+    sizing = [
+        fewest_replicas(scenario.with_viewers(count), options.stall_rate, options.rejected_share) for count in viewers
+    ]
     most, enough = viewers[-1], int(sizing[-1]["replicas"])
     sized = scenario.with_viewers(most)
     found: dict[str, Any] = {"sizing": sizing, "costs": costs(sized, enough, options)}
@@ -112,8 +127,12 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         large = replace(sized.with_viewers(LARGE[1]).with_replicas(LARGE[0]), last_s=LARGE_LAST_S, from_s=LARGE_FROM_S)
         found["large"] = brief(large.run())
     crowd = asdict(sized.crowd) | {"patience_s": None if math.isinf(options.patience) else options.patience}
-    found["asked"] = crowd | {"stall_rate": options.stall_rate, "rejected_share": options.rejected_share,
-                              "slots": scenario.setup.slots, "fleet": asdict(sized.fleet)}  # fmt: skip
+    found["asked"] = crowd | {
+        "stall_rate": options.stall_rate,
+        "rejected_share": options.rejected_share,
+        "slots": scenario.setup.slots,
+        "fleet": asdict(sized.fleet),
+    }
     return found | {"times": asdict(scenario.times)}
 
 
@@ -126,8 +145,11 @@ def costs(sized: Scenario, enough: int, options: argparse.Namespace) -> list[dic
     scaling = partial(Scaling, enough, 4 * more, options.up_delay, options.down_delay, options.spare_share)
     scaled = replace(sized, policies=partial(policies, scaling))
     rows = []
-    for fleet, about in ((sized.with_replicas(enough), "just enough"), (sized.with_replicas(more), "a quarter more"),
-                         (scaled.with_replicas(enough), "autoscaled")):  # fmt: skip
+    for fleet, about in (
+        (sized.with_replicas(enough), "just enough"),
+        (sized.with_replicas(more), "a quarter more"),
+        (scaled.with_replicas(enough), "autoscaled"),
+    ):
         rows.append({"what": f"{lost} replicas lost, {about}", **cost_of(fleet, losses=[Loss(at_s, lost)])})
         rows.append({"what": f"{burst.viewers} more viewers in 10 s, {about}", **cost_of(fleet, bursts=[burst])})
     return rows

@@ -49,13 +49,22 @@ class Reading:
     @classmethod
     def of(cls, text: str, at_s: float) -> Reading:
         """From Ray's metrics page: sums over all replicas."""
-        names = ("generation_busy_seconds_total", "frames_generated_total", "chunk_encode_seconds_sum",
-                 "chunk_encode_seconds_count")  # fmt: skip
+        names = (
+            "generation_busy_seconds_total",
+            "frames_generated_total",
+            "chunk_encode_seconds_sum",
+            "chunk_encode_seconds_count",
+        )
         return cls(at_s, *(total(text, f"diagonal_{name}") for name in names))
 
     def since(self, before: Reading) -> Reading:
-        return Reading(self.at_s - before.at_s, self.busy_s - before.busy_s, self.frames - before.frames,
-                       self.encode_s - before.encode_s, self.encoded - before.encoded)  # fmt: skip
+        return Reading(
+            self.at_s - before.at_s,
+            self.busy_s - before.busy_s,
+            self.frames - before.frames,
+            self.encode_s - before.encode_s,
+            self.encoded - before.encoded,
+        )
 
 
 def total(text: str, name: str) -> float:
@@ -122,16 +131,20 @@ def measure(plan: Plan, read: Metrics, setup: EngineSetup) -> ChunkTimes:
                 encode_s = done.encode_s / done.encoded
         require(frames > 0, "--check", plan.url, "a service that makes clips when nobody else asks")
         seconds[size], before = size * spent_s * chunk_frames / frames, after
-    return ChunkTimes("the running service", plan.url, tuple(steps(setup, seconds)), seconds[1] / 4, seconds[1],
-                      encode_s)  # fmt: skip
+    return ChunkTimes(
+        "the running service", plan.url, tuple(steps(setup, seconds)), seconds[1] / 4, seconds[1], encode_s
+    )
 
 
 def steps(setup: EngineSetup, seconds: Mapping[int, float]) -> list[StepTime]:
     """All kinds of a chunk at the mean of a clip: its first chunks are few, and their decoding costs as much."""
     chunks = range(settled_chunk(setup.schedule, setup.window_chunks) + 1)
     kinds = [ChunkKind.of(setup.schedule, chunk, setup.window_chunks) for chunk in chunks]
-    return [StepTime(kind.forwards, kind.context_chunks, size, took_s) for kind in dict.fromkeys(kinds)
-            for size, took_s in seconds.items()]  # fmt: skip
+    return [
+        StepTime(kind.forwards, kind.context_chunks, size, took_s)
+        for kind in dict.fromkeys(kinds)
+        for size, took_s in seconds.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -169,9 +182,11 @@ def compare_load(plan: Plan, read: Metrics, simulated: Simulated, sessions: int,
     found = tally.figures()
     interval = figures["chunk_interval_s"]["p50"], found["chunk_interval_s"]["p50"]
     title, share = f"{sessions} sessions", tally.busy_s / (lasted_s * replicas)
-    return [row(f"{title}: between chunks, p50, s", *interval),
-            row(f"{title}: share of its time that an engine is busy", busy, share),
-            row(f"{title}: waiting in all, s", figures["stall_s"], found["stall_s"], judged=False)]
+    return [
+        row(f"{title}: between chunks, p50, s", *interval),
+        row(f"{title}: share of its time that an engine is busy", busy, share),
+        row(f"{title}: waiting in all, s", figures["stall_s"], found["stall_s"], judged=False),
+    ]
 
 
 def compare_overload(plan: Plan, simulated: Simulated, capacity: int) -> list[Row]:
@@ -183,9 +198,11 @@ def compare_overload(plan: Plan, simulated: Simulated, capacity: int) -> list[Ro
     found = tally.figures()
     admitted = sum(trace.outcome == "completed" for trace in traces), tally.outcomes["completed"]
     interval = summarise(traces)["chunk_interval_s"]["p50"], found["chunk_interval_s"]["p50"]
-    return [row("overloaded: share refused", real, found["rejected_share"]),
-            row(f"overloaded: completed of {len(traces)}", *admitted, judged=False),
-            row("overloaded: between chunks, p50, s", *interval, judged=False)]  # fmt: skip
+    return [
+        row("overloaded: share refused", real, found["rejected_share"]),
+        row(f"overloaded: completed of {len(traces)}", *admitted, judged=False),
+        row("overloaded: between chunks, p50, s", *interval, judged=False),
+    ]
 
 
 def row(what: str, real: float | None, simulated: float | None, judged: bool = True) -> Row:

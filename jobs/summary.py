@@ -19,8 +19,11 @@ def summarise(run: Run) -> dict[str, Any]:
     stages = {name: _stage(run, name) for name in ("ode_init", "distill")}
     manifest = run.folder.read_json(f"release/{MANIFEST}")
     found = {
-        "name": run.name, "release": str(run.folder / "release"), "scores": manifest["scores"],
-        "lineage": manifest["lineage"], "stages": {name: stage for name, stage in stages.items() if stage},
+        "name": run.name,
+        "release": str(run.folder / "release"),
+        "scores": manifest["scores"],
+        "lineage": manifest["lineage"],
+        "stages": {name: stage for name, stage in stages.items() if stage},
     }
     run.folder.write_json(SUMMARY, found)
     for line in told(found):
@@ -49,8 +52,12 @@ def _stage(run: Run, name: str) -> dict[str, Any]:
         return {}
     record = read_journal(folder.read(UPDATES).decode().splitlines())
     return {
-        "updates": len(record.updates), "seconds": round(record.seconds, 3), "skipped": record.skipped,
-        "restarts": record.restarts, "refused_checkpoints": record.refused, "losses": _losses(record),
+        "updates": len(record.updates),
+        "seconds": round(record.seconds, 3),
+        "skipped": record.skipped,
+        "restarts": record.restarts,
+        "refused_checkpoints": record.refused,
+        "losses": _losses(record),
         "world_sizes": [start["world_size"] for start in record.starts],
     }
 

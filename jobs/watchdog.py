@@ -33,7 +33,11 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(min(self._limit_s / 10, 5.0)):
             if self._beat_s is not None and time.monotonic() - self._beat_s > self._limit_s:
-                print(f"{self._label}: no progress for {self._limit_s:g} s, train.stall_timeout_s: this worker ends, "
-                      "to be replaced", file=sys.stderr, flush=True)
+                print(
+                    f"{self._label}: no progress for {self._limit_s:g} s, train.stall_timeout_s: this worker ends, "
+                    "to be replaced",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
                 os._exit(STALLED)

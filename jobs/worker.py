@@ -121,9 +121,15 @@ class Worker:
         drawing = self.config.train.sample_every and feed.captions
         videos = SampleVideos(self.config, self.run.base, text, feed.captions, self.device) if drawing else None
         self.progress = Progress(
-            place, self.checkpointer, reporter, weight=own / feed.batch_size, last=feed.updates,
-            stop=StopRequests(self.control), beat=self.watchdog.beat,
-            report=ray.train.report if self.on_ray else None, preempted=_Preempted() if self.on_ray else None,
+            place,
+            self.checkpointer,
+            reporter,
+            weight=own / feed.batch_size,
+            last=feed.updates,
+            stop=StopRequests(self.control),
+            beat=self.watchdog.beat,
+            report=ray.train.report if self.on_ray else None,
+            preempted=_Preempted() if self.on_ray else None,
             sample=_Sampling(self, network, videos, feed.updates) if videos else None,
         )
         self.progress.state = state

@@ -76,8 +76,9 @@ def _route(title: str, operation: Mapping[str, Any]) -> Iterator[str]:
         yield f"Body, `{kind}`: {_type(content['schema'])}.\n"
     for status, answer in operation["responses"].items():
         if status.startswith("2"):
-            what = ", ".join(f"`{kind}` {_type(body.get('schema', {}))}".strip()
-                             for kind, body in answer.get("content", {}).items())
+            what = ", ".join(
+                f"`{kind}` {_type(body.get('schema', {}))}".strip() for kind, body in answer.get("content", {}).items()
+            )
             yield f"- **{status}** {what or answer['description']}"
     refused = [status for status in sorted(operation["responses"]) if status[0] in "34"]
     yield f"- also {', '.join(refused)}\n"

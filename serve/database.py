@@ -164,8 +164,14 @@ class Database:
             return True
 
     def finish(
-        self, video_id: str, status: Status, at: float, code: str | None = None, message: str | None = None,
-        *, expires_at: float | None = None,
+        self,
+        video_id: str,
+        status: Status,
+        at: float,
+        code: str | None = None,
+        message: str | None = None,
+        *,
+        expires_at: float | None = None,
     ) -> bool:
         """End a video that is not over; False when it was, or is gone."""
         values = {"completed_at": at, "error_code": code, "error_message": message, "expires_at": expires_at}
@@ -300,4 +306,3 @@ def _forgotten(video_id: str) -> sql.Select[tuple[int]]:
     applied = (INTERACTIONS.c.video_id == video_id) & INTERACTIONS.c.chunk.is_not(None)
     newest = sql.select(INTERACTIONS.c.number).where(applied).order_by(INTERACTIONS.c.number.desc())
     return newest.offset(KEPT_INTERACTIONS)
-

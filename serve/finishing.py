@@ -25,7 +25,11 @@ class Finisher:
     """One of the store's parts; what takes long runs on `executor`. `end` is how a video ends."""
 
     def __init__(
-        self, settings: ServeSettings, database: Database, files: MediaFiles, executor: Executor,
+        self,
+        settings: ServeSettings,
+        database: Database,
+        files: MediaFiles,
+        executor: Executor,
         end: Callable[..., Awaitable[Any]],
     ) -> None:
         signed_with = (settings.c2pa_certificate, settings.c2pa_key)

@@ -51,7 +51,11 @@ class Gateway:
     """What the routes do. `store` is a Serve handle, `fleet` holds those of the releases."""
 
     def __init__(
-        self, settings: ServeSettings, store: Any, fleet: Fleet, metrics: MetricSink,
+        self,
+        settings: ServeSettings,
+        store: Any,
+        fleet: Fleet,
+        metrics: MetricSink,
         is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """`is_stopping` says whether this process is about to end (`serve.leaving`)."""
@@ -145,7 +149,11 @@ class Gateway:
         return str(text), float(expires_at)
 
     async def create(
-        self, request: VideoRequest, caller: Caller, idempotency: Idempotency | None = None, resume_hash: str = "",
+        self,
+        request: VideoRequest,
+        caller: Caller,
+        idempotency: Idempotency | None = None,
+        resume_hash: str = "",
         traceparent: str = "",
     ) -> VideoRecord:
         """Admit a video: a replica holds its session before this answers, and a driver makes it.
@@ -162,8 +170,7 @@ class Gateway:
         info = await self._fleet.choose(video_id, request.model)
         video = new_video(request, info, time.time(), video_id)
         await self._policy.check(video.prompt, caller.account)
-        video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash,
-                        traceparent=span)
+        video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash, traceparent=span)
         if idempotency is None and (full := self._refusals.of(video)):  # a repeated request may be of a known video
             raise self._rejected(full, "full_lately")
         try:

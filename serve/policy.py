@@ -28,10 +28,7 @@ _REGEX, _COMMENT = "regex:", "#"
 _THREADS = 4  # calls that hang hold one each; with all of them held every prompt is refused
 _RETRY_S = 5.0
 _INVISIBLE = ("Mn", "Me", "Cf", "Cc")  # marks on letters, and what no screen shows
-_LOOK_ALIKE = str.maketrans(
-    "авеіјкмнорстухԁһӏѕԛԝүαβεικνορτυχωγ",
-    "abeijkmhopctyxdhlsqwyabeikvoptuxwy",
-)
+_LOOK_ALIKE = str.maketrans("авеіјкмнорстухԁһӏѕԛԝүαβεικνορτυχωγ", "abeijkmhopctyxdhlsqwyabeikvoptuxwy")
 
 
 class PromptPolicy:
@@ -119,8 +116,9 @@ class DenyList:
         texts = (levelled(prompt), prompt)
         return not any(
             pattern.search(text, timeout=self._timeout_s, concurrent=True)
-            for pattern in self._patterns for text in texts
-        )  # fmt: skip
+            for pattern in self._patterns
+            for text in texts
+        )
 
 
 def levelled(text: str) -> str:

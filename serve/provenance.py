@@ -59,8 +59,12 @@ class ContentCredentials:
         except ValueError as error:
             raise FieldError("c2pa_certificate", certificate, "a PEM file with a certificate chain") from error
         own = _private_key(key)
-        require(certificates[0].public_key() == own.public_key(), "c2pa_key", key,
-                "the key of the first certificate in c2pa_certificate")
+        require(
+            certificates[0].public_key() == own.public_key(),
+            "c2pa_key",
+            key,
+            "the key of the first certificate in c2pa_certificate",
+        )
         credentials = cls(chain.decode(), own)
         try:
             credentials.try_out()

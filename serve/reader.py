@@ -27,8 +27,13 @@ class ChunkReader:
     """
 
     def __init__(
-        self, video: VideoRecord, store: Any, adopt: Callable[[], Awaitable[object]], metrics: MetricSink,
-        name: str = "", resumed: bool = False,
+        self,
+        video: VideoRecord,
+        store: Any,
+        adopt: Callable[[], Awaitable[object]],
+        metrics: MetricSink,
+        name: str = "",
+        resumed: bool = False,
     ) -> None:
         self._video, self._store, self._adopt, self._metrics = video, store, adopt, metrics
         self.name = name or secrets.token_hex(8)

@@ -82,8 +82,15 @@ class Replica:
         return self._info
 
     async def open(
-        self, session_id: str, prompt: str, seed: int, frames: int | None, scale: int, paced: bool = False,
-        record: bool = False, traceparent: str = "",
+        self,
+        session_id: str,
+        prompt: str,
+        seed: int,
+        frames: int | None,
+        scale: int,
+        paced: bool = False,
+        record: bool = False,
+        traceparent: str = "",
     ) -> Opened | Refused:
         """Hold a session, without an end where `frames` is None, and begin its first chunk.
 
@@ -148,12 +155,7 @@ class Replica:
         return Opened(self._name, slot.encoder.mime, slot.encoder.init_segment())
 
     async def pull(
-        self,
-        session_id: str,
-        chunk: int,
-        ahead: int = 0,
-        since_chunk: int | None = None,
-        wait_s: float = _PULL_WAIT_S,
+        self, session_id: str, chunk: int, ahead: int = 0, since_chunk: int | None = None, wait_s: float = _PULL_WAIT_S
     ) -> tuple[EncodedChunk, ...] | Refused | None:
         """A chunk, made if it is not there. `ahead` more are begun; those that are there soon come along, in order.
 

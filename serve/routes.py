@@ -46,9 +46,11 @@ MAX_CHUNK = 2**31 - 1
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _PAGE_POLICY = "default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 _PAGE_HEADERS = {
-    "Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": _PAGE_POLICY,
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-}  # fmt: skip
+}
 
 
 def create_app(
@@ -67,9 +69,7 @@ def create_app(
     app.state.gateway, app.state.names_answers = gateway, names_answers
     problems.install(app, metrics)
     settings = gateway.settings
-    app.add_middleware(
-        Door, keyring=gateway, asks_everybody=settings.auth == "keys", origins=settings.allowed_origins
-    )
+    app.add_middleware(Door, keyring=gateway, asks_everybody=settings.auth == "keys", origins=settings.allowed_origins)
     app.add_middleware(Edge, names_answers=names_answers)  # the last one added is the outermost
     _add_videos(app)
     _add_streams(app)
@@ -96,11 +96,15 @@ By = Annotated[Caller, Depends(_caller)]
 
 def _add_videos(app: FastAPI) -> None:
     @app.post(
-        "/v1/videos", openapi_extra=body_of(VideoRequest, form=True),
+        "/v1/videos",
+        openapi_extra=body_of(VideoRequest, form=True),
         responses=errors(400, 403, 404, 408, 409, 413, 415, 422, 429, known=CREATED),
     )
     async def create_video(
-        request: Request, response: Response, gateway: Via, caller: By,
+        request: Request,
+        response: Response,
+        gateway: Via,
+        caller: By,
         idempotency_key: Annotated[str | None, Header()] = None,
     ) -> VideoAnswer:
         """Start a video. `extra.pacing`: `none` makes it as fast as it can, `realtime` just ahead of who watches.
@@ -111,9 +115,7 @@ def _add_videos(app: FastAPI) -> None:
         asked: VideoRequest = parse(VideoRequest, data, text=text)
         idempotency = _idempotency(idempotency_key, asked)
         try:
-            video = await gateway.create(
-                asked, caller, idempotency, traceparent=request.headers.get("traceparent", "")
-            )
+            video = await gateway.create(asked, caller, idempotency, traceparent=request.headers.get("traceparent", ""))
         except Problem as problem:
             if problem.status == 429:
                 problem.headers = await gateway.rate_limits(caller)
@@ -147,7 +149,9 @@ def _add_videos(app: FastAPI) -> None:
         return VideoDeleted(id=video_id)
 
     @app.post(
-        "/v1/videos/{video_id}/interactions", status_code=202, openapi_extra=body_of(InteractionRequest),
+        "/v1/videos/{video_id}/interactions",
+        status_code=202,
+        openapi_extra=body_of(InteractionRequest),
         responses=errors(400, 403, 404, 408, 409, 413, 415, 422, 429),
     )
     async def interact(video_id: str, request: Request, gateway: Via, caller: By) -> InteractionQueued:
@@ -159,7 +163,11 @@ def _add_videos(app: FastAPI) -> None:
 
 def _add_streams(app: FastAPI) -> None:
     async def content(
-        video_id: str, request: Request, gateway: Via, caller: By, variant: Literal["video"] = "video",
+        video_id: str,
+        request: Request,
+        gateway: Via,
+        caller: By,
+        variant: Literal["video"] = "video",
         range_: Annotated[str | None, Header(alias="Range")] = None,
         if_range: Annotated[str | None, Header()] = None,
         if_none_match: Annotated[str | None, Header()] = None,
@@ -176,8 +184,11 @@ def _add_streams(app: FastAPI) -> None:
 
     for method in ("GET", "HEAD"):
         app.api_route(
-            "/v1/videos/{video_id}/content", methods=[method], response_class=StreamingResponse,
-            responses=errors(404, 409, 416, 422, known=FILE), operation_id=f"{method.lower()}_content",
+            "/v1/videos/{video_id}/content",
+            methods=[method],
+            response_class=StreamingResponse,
+            responses=errors(404, 409, 416, 422, known=FILE),
+            operation_id=f"{method.lower()}_content",
         )(content)
 
     @app.get(
@@ -196,14 +207,15 @@ def _add_streams(app: FastAPI) -> None:
 
     @app.get("/v1/videos/{video_id}/chain", responses=errors(404, 422))
     async def chain(
-        video_id: str, gateway: Via, caller: By,
+        video_id: str,
+        gateway: Via,
+        caller: By,
         start_chunk: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_LINKS)] = MAX_LINKS,
     ) -> ChainAnswer:
         """The signed chain of the stream's chunks; `diagonal verify` checks a recording against it."""
         video, links = await gateway.chain(video_id, caller, start_chunk, limit + 1)
         return ChainAnswer.of(video, links[:limit], len(links) > limit)
-
 
     @app.get("/v1/videos/{video_id}/recording", response_class=Response, responses=RECORDING | errors(404))
     async def recording(video_id: str, gateway: Via, caller: By) -> Response:
@@ -218,7 +230,8 @@ def _add_realtime(app: FastAPI, limits: RealtimeLimits) -> None:
         await RealtimeSession(socket, socket.app.state.gateway, socket.state.caller, limits).run()
 
     @app.post(
-        "/v1/realtime/client_secrets", openapi_extra=body_of(ClientSecretRequest, required=False),
+        "/v1/realtime/client_secrets",
+        openapi_extra=body_of(ClientSecretRequest, required=False),
         responses=errors(400, 403, 408, 413, 415, 422),
     )
     async def create_client_secret(request: Request, gateway: Via, caller: By) -> ClientSecret:

@@ -115,6 +115,11 @@ def _scaling(least: int, most: int, up_delay_s: float, down_delay_s: float, **by
     with warnings.catch_warnings():  # of the interval, which Serve would rather have as a variable of every process
         warnings.simplefilter("ignore", DeprecationWarning)
         return AutoscalingConfig(
-            min_replicas=least, max_replicas=most, upscale_delay_s=up_delay_s, downscale_delay_s=down_delay_s,
-            metrics_interval_s=_REPORT_EVERY_S, look_back_period_s=_LOOK_BACK_S, **by,
-        )  # fmt: skip
+            min_replicas=least,
+            max_replicas=most,
+            upscale_delay_s=up_delay_s,
+            downscale_delay_s=down_delay_s,
+            metrics_interval_s=_REPORT_EVERY_S,
+            look_back_period_s=_LOOK_BACK_S,
+            **by,
+        )

@@ -61,9 +61,7 @@ class VideoRequest(WireRequest):
     height: int | None = None
     fps: int | None = None
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    extra: VideoExtra = Field(
-        default_factory=VideoExtra, validation_alias=EXTRA_NAMES
-    )
+    extra: VideoExtra = Field(default_factory=VideoExtra, validation_alias=EXTRA_NAMES)
 
     @field_validator("extra", mode="before")
     @classmethod
@@ -425,7 +423,9 @@ def request_schemas() -> dict[str, Any]:
     """JSON schemas of errors and of the bodies that routes read themselves, by name, for the API's own description."""
     kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [
         (ProblemAnswer, "validation"),
-        (VideoRequest, "validation"), (InteractionRequest, "validation"), (ClientSecretRequest, "validation"),
+        (VideoRequest, "validation"),
+        (InteractionRequest, "validation"),
+        (ClientSecretRequest, "validation"),
     ]
     _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
     return dict(schemas["$defs"])

@@ -114,8 +114,15 @@ class ServeSettings:
             require(alone, "releases", self.releases, "no `release` and no `model` beside it")
         Config().with_settings(self.release_settings)
         self.served()
-        for name in ("reader_start_timeout_s", "session_idle_timeout_s", "expire_s", "resume_window_s", "max_stream_s",
-                     "prompt_policy_timeout_s", "drain_s"):
+        for name in (
+            "reader_start_timeout_s",
+            "session_idle_timeout_s",
+            "expire_s",
+            "resume_window_s",
+            "max_stream_s",
+            "prompt_policy_timeout_s",
+            "drain_s",
+        ):
             require(getattr(self, name) > 0, name, getattr(self, name), "seconds above 0")
         require(0 <= self.surge_percent <= 100, "surge_percent", self.surge_percent, "a whole number from 0 to 100")
         require(bool(self.data), "data", self.data, "a folder")
@@ -131,13 +138,17 @@ class ServeSettings:
         """What belongs together is given together, and plug-ins are named as such."""
         both = bool(self.c2pa_certificate) == bool(self.c2pa_key)
         require(both, "c2pa_key", self.c2pa_key, "given together with c2pa_certificate, or neither")
-        require(bool(self.watermark) == bool(self.watermark_key), "watermark_key", self.watermark_key,
-                "given together with watermark, or neither")
+        require(
+            bool(self.watermark) == bool(self.watermark_key),
+            "watermark_key",
+            self.watermark_key,
+            "given together with watermark, or neither",
+        )
         right = self.watermark in ("", SPREAD_SPECTRUM) or is_plug_in(self.watermark)
         require(right, "watermark", self.watermark, f"'', {SPREAD_SPECTRUM} or module:callable")
         policy = self.prompt_policy
-        right = not policy or bool(policy.removeprefix(DENY_LIST)) and (
-            policy.startswith(DENY_LIST) or is_plug_in(policy)
+        right = (
+            not policy or bool(policy.removeprefix(DENY_LIST)) and (policy.startswith(DENY_LIST) or is_plug_in(policy))
         )
         require(right, "prompt_policy", policy, f"'', {DENY_LIST}/path or module:callable")
 

@@ -172,7 +172,11 @@ class Store:
         return watch.verdict(video.paused)
 
     async def put_chunks(
-        self, video_id: str, epoch: int, chunks: Sequence[EncodedChunk], snapshot: bytes = b"",
+        self,
+        video_id: str,
+        epoch: int,
+        chunks: Sequence[EncodedChunk],
+        snapshot: bytes = b"",
         whole_snapshot: bool = False,
     ) -> Verdict | None:
         """Keep the next chunks and hand them to whoever waits; with the last the file is made. None: not wanted.
@@ -391,9 +395,7 @@ class Store:
         """Seconds since 1970, by the clock's reading when this process began."""
         return self._zero_s + time.monotonic()
 
-    def _keep(
-        self, video_id: str, epoch: int, chunks: Sequence[EncodedChunk], snapshot: bytes, whole: bool
-    ) -> bool:
+    def _keep(self, video_id: str, epoch: int, chunks: Sequence[EncodedChunk], snapshot: bytes, whole: bool) -> bool:
         return self._shelf.keep(video_id, epoch, chunks, snapshot, whole, self._now())
 
     def _find(self, video_id: str, chunk: int, reader: str) -> Segment | None:

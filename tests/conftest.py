@@ -31,18 +31,26 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)]),
 }
 STALE = (
-    "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH",
-    "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_SESSION_TOKEN",
-)  # fmt: skip
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_DASHBOARD_ADDRESS",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_TOKEN_PATH",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "AWS_SESSION_TOKEN",
+)
 
 BUSY = {"ray_cluster", "cluster", "chromium"}  # fixtures that take both cores of a small machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--part", choices=("together", "alone"),
+        "--part",
+        choices=("together", "alone"),
         help="only the tests that may run beside each other, or only those that need the machine for themselves",
-    )  # fmt: skip
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -123,8 +131,15 @@ def ray_cluster() -> Iterator[str]:
     import ray
 
     folder = tempfile.mkdtemp(prefix="dt-")
-    start = partial(ray.init, num_cpus=8, object_store_memory=300 * 2**20, include_dashboard=False, _temp_dir=folder,
-                    log_to_driver=False, logging_level=logging.ERROR)  # fmt: skip
+    start = partial(
+        ray.init,
+        num_cpus=8,
+        object_store_memory=300 * 2**20,
+        include_dashboard=False,
+        _temp_dir=folder,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     try:
         started_patiently(start)
         yield ray.get_runtime_context().gcs_address

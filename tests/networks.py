@@ -24,9 +24,13 @@ from diagonal.model.vae import Decoder, LinearCodec, decoder_of
 CHANNELS, TEXT_DIM, TEXT_TOKENS = 4, 16, 6
 WORDS = ("a", "red", "blue", "circle", "square", "moves", "left", "right")
 SMALL = (
-    f"geometry.latent_channels={CHANNELS}", "geometry.latent_height=4", "geometry.latent_width=6",
-    f"model.text_tokens={TEXT_TOKENS}", "serve.max_sessions=4", "serve.pixel_scale=1",
-)  # fmt: skip
+    f"geometry.latent_channels={CHANNELS}",
+    "geometry.latent_height=4",
+    "geometry.latent_width=6",
+    f"model.text_tokens={TEXT_TOKENS}",
+    "serve.max_sessions=4",
+    "serve.pixel_scale=1",
+)
 
 
 def small_config(*settings: str) -> Config:
@@ -51,10 +55,19 @@ def small_wan(seed: int = 0, *, layers: int = 2, **layout: Any) -> WanTransforme
     """diffusers' own network with random weights, in float32, not training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = WanTransformer3DModel(**{
-            "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": CHANNELS, "out_channels": CHANNELS,
-            "text_dim": TEXT_DIM, "freq_dim": 32, "ffn_dim": 48, "num_layers": layers, **layout,
-        })
+        network = WanTransformer3DModel(
+            **{
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "in_channels": CHANNELS,
+                "out_channels": CHANNELS,
+                "text_dim": TEXT_DIM,
+                "freq_dim": 32,
+                "ffn_dim": 48,
+                "num_layers": layers,
+                **layout,
+            }
+        )
     roughen(network, seed)
     return network.eval()
 
@@ -80,8 +93,12 @@ def caches_for(
     """One empty cache a session over one pool, in the network's own dtype."""
     layout: Any = network.config
     pool = KVPool(
-        layers=layout.num_layers, heads=layout.num_attention_heads, head_dim=layout.attention_head_dim,
-        page_tokens=config.geometry.chunk_tokens, pages=sessions * chunks, dtype=next(network.parameters()).dtype,
+        layers=layout.num_layers,
+        heads=layout.num_attention_heads,
+        head_dim=layout.attention_head_dim,
+        page_tokens=config.geometry.chunk_tokens,
+        pages=sessions * chunks,
+        dtype=next(network.parameters()).dtype,
     )
     return [new_cache(config, pool, recycle=recycle) for _ in range(sessions)]
 
@@ -102,9 +119,16 @@ def small_tokenizer() -> PreTrainedTokenizerBase:
 def small_text_model(seed: int = 0) -> UMT5EncoderModel:
     """A umT5 encoder with random weights that fits `small_tokenizer` and `small_wan`."""
     layout = UMT5Config(
-        vocab_size=3 + len(WORDS), d_model=TEXT_DIM, d_kv=4, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0.0,
-        pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=3 + len(WORDS),
+        d_model=TEXT_DIM,
+        d_kv=4,
+        d_ff=32,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = UMT5EncoderModel(layout)
@@ -124,11 +148,18 @@ def small_vae(seed: int = 0, *, patch_size: int | None = None, depth: int = 1) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKLWan(
-            base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 4, 4], num_res_blocks=depth,
-            temperal_downsample=[False, True, True], latents_mean=[0.1, -0.2, 0.3, 0.0],
-            latents_std=[1.0, 2.0, 1.5, 0.5], in_channels=colours, out_channels=colours, patch_size=patch_size,
+            base_dim=8,
+            z_dim=CHANNELS,
+            dim_mult=[1, 2, 4, 4],
+            num_res_blocks=depth,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.0, 2.0, 1.5, 0.5],
+            in_channels=colours,
+            out_channels=colours,
+            patch_size=patch_size,
             is_residual=patch_size is not None,
-        )  # fmt: skip
+        )
     return vae.eval().requires_grad_(False)
 
 

@@ -27,9 +27,12 @@ Kind = Literal["status", "slow", "truncate"]
 def environment(url: str) -> dict[str, str]:
     """The AWS_* variables with which boto3, pyarrow and Ray find the service at `url`."""
     return {
-        "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": url, "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": url,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,13 @@ class S3Server:
 
     def client(self) -> Any:
         """A boto3 client that needs no environment."""
-        return boto3.client("s3", endpoint_url=self.url, aws_access_key_id=ACCESS_KEY,
-                            aws_secret_access_key=SECRET_KEY, region_name="us-east-1")  # fmt: skip
+        return boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+        )
 
     @contextmanager
     def bucket(self, name: str = "") -> Iterator[str]:
@@ -220,8 +228,9 @@ class FaultyProxy:
             except OSError:
                 continue  # closed by its client
 
-    def _add(self, kind: Kind, *, times: float = 0, seconds: float = 0, method: str = "", key: str = "",
-             **how: Any) -> None:  # fmt: skip
+    def _add(
+        self, kind: Kind, *, times: float = 0, seconds: float = 0, method: str = "", key: str = "", **how: Any
+    ) -> None:
         until_s = time.monotonic() + seconds if seconds else float("inf")
         with self._lock:
             self._faults.append(Fault(kind, times or float("inf"), until_s, method, key, **how))

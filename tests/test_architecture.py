@@ -13,21 +13,59 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
-    "": -1, "errors": -1,
-    "geometry": 0, "schedule": 0, "metrics": 0, "storage": 0, "tree": 0, "mp4": 0, "chain": 0, "sections": 0,
-    "config": 1, "model": 2, "diffusion": 3, "data": 4, "media": 4, "training": 5, "engine": 5, "evaluate": 6,
-    "client": 6, "jobs": 7, "serve": 7,
-}  # fmt: skip
+    "": -1,
+    "errors": -1,
+    "geometry": 0,
+    "schedule": 0,
+    "metrics": 0,
+    "storage": 0,
+    "tree": 0,
+    "mp4": 0,
+    "chain": 0,
+    "sections": 0,
+    "config": 1,
+    "model": 2,
+    "diffusion": 3,
+    "data": 4,
+    "media": 4,
+    "training": 5,
+    "engine": 5,
+    "evaluate": 6,
+    "client": 6,
+    "jobs": 7,
+    "serve": 7,
+}
 EDGE_LIBRARIES = {"ray", "fastapi", "pydantic", "starlette", "uvicorn"}
 LOOKS_INTO_SERVE = "jobs/service_policies.py"  # a simulation runs the service's own decisions: this file alone
 NO_PACKAGE = ("platform", "jobs", "serve")
 LONGEST_FILE, LONGEST_FUNCTION = 450, 60
 MODEL_NUMBERS = {1560, 4680, 32760}
 NETWORK_NAMES = {"network", "generator", "student", "transformer", "model"}
-DRAWS = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
-         "multinomial", "poisson", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}  # fmt: skip
-GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.default_generator", "torch.cuda.manual_seed",
-                "torch.cuda.manual_seed_all"}  # fmt: skip
+DRAWS = {
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "normal",
+    "bernoulli",
+    "multinomial",
+    "poisson",
+    "normal_",
+    "uniform_",
+    "random_",
+    "bernoulli_",
+    "exponential_",
+}
+GLOBAL_SEEDS = {
+    "torch.manual_seed",
+    "torch.seed",
+    "torch.default_generator",
+    "torch.cuda.manual_seed",
+    "torch.cuda.manual_seed_all",
+}
 SEEDED_NUMPY = {"default_rng", "Generator", "SeedSequence", "PCG64", "Philox", "BitGenerator"}
 
 
@@ -249,12 +287,19 @@ BREACHES: list[tuple[Check, str, str]] = [
     *(
         (nothing_draws_from_the_global_generator, CORE, text)
         for text in (
-            "torch.randn(3)", "torch.randn_like(x)", "x.normal_()", "torch.manual_seed(0)", "np.random.rand(3)",
-            "np.random.default_rng()", "random.choice(x)", "torch.default_generator.manual_seed(0)", "random.Random()",
+            "torch.randn(3)",
+            "torch.randn_like(x)",
+            "x.normal_()",
+            "torch.manual_seed(0)",
+            "np.random.rand(3)",
+            "np.random.default_rng()",
+            "random.choice(x)",
+            "torch.default_generator.manual_seed(0)",
+            "random.Random()",
         )
     ),
     (no_number_of_the_model, CORE, "tokens = 3 * 1560"),
-]  # fmt: skip
+]
 INNOCENTS: list[tuple[Check, str, str]] = [
     (imports_go_down, CORE, "from diagonal.schedule import warp\nfrom .noise import generator\nimport platform"),
     (imports_go_down, "serve/app.py", "from ray import serve\nfrom serve.store import Store\nimport diagonal.config"),
@@ -269,11 +314,13 @@ INNOCENTS: list[tuple[Check, str, str]] = [
     *(
         (nothing_draws_from_the_global_generator, CORE, text)
         for text in (
-            "torch.randn(3, generator=g)", "np.random.default_rng(seed)", "random.Random(3).random()",
+            "torch.randn(3, generator=g)",
+            "np.random.default_rng(seed)",
+            "random.Random(3).random()",
             "with torch.random.fork_rng(devices=[]):\n    torch.default_generator.manual_seed(0)",
         )
     ),
-]  # fmt: skip
+]
 CHECKS = list(dict.fromkeys(check for check, _, _ in BREACHES))
 
 

@@ -45,9 +45,15 @@ def test_no_pixel_frames_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("clip_frames", 20), ("latent_height", 61), ("latent_width", 105), ("patch_width", 0), ("latent_channels", -1),
-     ("temporal_stride", 4.0)],
-)  # fmt: skip
+    [
+        ("clip_frames", 20),
+        ("latent_height", 61),
+        ("latent_width", 105),
+        ("patch_width", 0),
+        ("latent_channels", -1),
+        ("temporal_stride", 4.0),
+    ],
+)
 def test_a_shape_that_does_not_divide_is_refused_by_name(field: str, value: int) -> None:
     with pytest.raises(FieldError) as refused:
         ChunkGeometry(**{field: value})

@@ -305,8 +305,15 @@ def test_an_outage_longer_than_patience_names_what_where_and_how_long(
 @pytest.mark.parametrize("status", [500, 503])
 def test_errors_of_the_server_are_tried_again(remote: Folder, faulty_s3: FaultyProxy, status: int) -> None:
     remote.write("sub/a", b"1")
-    for call in (lambda: remote.has("sub/a"), lambda: remote.read("sub/a"), remote.files, remote.children,
-                 lambda: remote.write("sub/b", b"2"), lambda: remote.remove("sub/b"), remote.delete):  # fmt: skip
+    for call in (
+        lambda: remote.has("sub/a"),
+        lambda: remote.read("sub/a"),
+        remote.files,
+        remote.children,
+        lambda: remote.write("sub/b", b"2"),
+        lambda: remote.remove("sub/b"),
+        remote.delete,
+    ):
         faulty_s3.fail(status, "InternalError", times=2)
         before = len(faulty_s3.requests)
         call()
@@ -314,9 +321,7 @@ def test_errors_of_the_server_are_tried_again(remote: Folder, faulty_s3: FaultyP
     assert remote.files() == {}
 
 
-def test_a_body_cut_short_is_never_taken_for_the_file(
-    remote: Folder, faulty_s3: FaultyProxy, tmp_path: Path
-) -> None:
+def test_a_body_cut_short_is_never_taken_for_the_file(remote: Folder, faulty_s3: FaultyProxy, tmp_path: Path) -> None:
     data, impatient = bytes(range(256)) * 1000, Folder(remote.uri, patience_s=0.5)
     remote.write("a", data)
     faulty_s3.truncate(times=2)
@@ -359,9 +364,7 @@ def test_parts_that_are_lost_do_not_repeat_the_file(
     assert remote.files() == {"big": 2 * PART_BYTES}
 
 
-def test_an_upload_that_fails_shows_no_part_of_the_file(
-    remote: Folder, faulty_s3: FaultyProxy, tmp_path: Path
-) -> None:
+def test_an_upload_that_fails_shows_no_part_of_the_file(remote: Folder, faulty_s3: FaultyProxy, tmp_path: Path) -> None:
     (tmp_path / "big").write_bytes(bytes(2 * PART_BYTES))
     faulty_s3.fail(500, "InternalError", method="PUT", key="partNumber=2")
     with pytest.raises(StorageError, match="could not upload s3"):
@@ -372,8 +375,13 @@ def test_an_upload_that_fails_shows_no_part_of_the_file(
 @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken"])
 def test_wrong_credentials_are_refused_at_once(remote: Folder, faulty_s3: FaultyProxy, code: str) -> None:
     faulty_s3.fail(403, code)
-    for call in (lambda: remote.write("a", b"1"), lambda: remote.read("a"), remote.files, remote.delete,
-                 lambda: remote.has("a")):  # fmt: skip
+    for call in (
+        lambda: remote.write("a", b"1"),
+        lambda: remote.read("a"),
+        remote.files,
+        remote.delete,
+        lambda: remote.has("a"),
+    ):
         with pytest.raises(StorageError, match=r"\(1 tries in"):
             call()
     with pytest.raises(FieldError, match=f"storage = '{remote}': allowed is a folder that can be written"):
@@ -385,9 +393,7 @@ def test_a_missing_bucket_is_refused_at_once(bucket: str) -> None:
         Folder("s3://no-such-bucket/r").check_writable()
 
 
-def test_a_reader_who_waits_for_the_last_file_never_takes_half_a_folder(
-    remote: Folder, faulty_s3: FaultyProxy
-) -> None:
+def test_a_reader_who_waits_for_the_last_file_never_takes_half_a_folder(remote: Folder, faulty_s3: FaultyProxy) -> None:
     """The upload is broken before each of its requests in turn: the folder is the old one, or is not there."""
 
     def replace(version: bytes) -> None:
@@ -399,8 +405,14 @@ def test_a_reader_who_waits_for_the_last_file_never_takes_half_a_folder(
         return {remote.read(name) for name in remote.files()} if remote.has("last") else set()
 
     replace(b"old")
-    for method, key in (("DELETE", "last"), ("DELETE", "old"), ("PUT", "/a"), ("PUT", "r1/b"),
-                        ("PUT", "/new"), ("PUT", "last")):  # fmt: skip
+    for method, key in (
+        ("DELETE", "last"),
+        ("DELETE", "old"),
+        ("PUT", "/a"),
+        ("PUT", "r1/b"),
+        ("PUT", "/new"),
+        ("PUT", "last"),
+    ):
         faulty_s3.fail(403, "AccessDenied", method=method, key=f"{key}?")
         with pytest.raises(StorageError):
             replace(b"new")

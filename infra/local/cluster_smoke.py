@@ -35,10 +35,18 @@ FRONT, WORK = "front", "work"
 NODE_CPUS = 4  # a replica and one of two training workers, with one left for data
 RUN, UPDATES, LOST_AFTER = "smoke", 24, 4  # updates in all, and when the node is lost: a checkpoint is whole after 3
 SETTINGS = {
-    "distill.stage1_updates": UPDATES // 2, "distill.stage2_updates": UPDATES // 2, "distill.checkpoint_every": 3,
-    "distill.batch_size": 4, "distill.micro_batch_size": 2, "distill.generator_every": 2, "distill.ema_start": 2,
-    "train.workers": 2, "train.cpus_per_worker": 2, "train.sample_every": 0, "train.pool": WORK,
-}  # fmt: skip
+    "distill.stage1_updates": UPDATES // 2,
+    "distill.stage2_updates": UPDATES // 2,
+    "distill.checkpoint_every": 3,
+    "distill.batch_size": 4,
+    "distill.micro_batch_size": 2,
+    "distill.generator_every": 2,
+    "distill.ema_start": 2,
+    "train.workers": 2,
+    "train.cpus_per_worker": 2,
+    "train.sample_every": 0,
+    "train.pool": WORK,
+}
 SERVICE = {"replicas": 2, "replica_pool": WORK, "gateway_pool": FRONT, "replica_cpus": 1}
 PROMPT, FPS, FRAMES = "a red circle moving right slowly", 16, 960
 # Limits for a machine that does other things too; on a calm one with two cores all of it takes under four minutes.
@@ -128,9 +136,13 @@ def submit(run: LocalRun, log: Path) -> subprocess.Popen[bytes]:
     line += [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
     with log.open("wb") as out:
         return subprocess.Popen(
-            line, cwd=run.root, env=os.environ | run.environment(), stdin=subprocess.DEVNULL, stdout=out,
+            line,
+            cwd=run.root,
+            env=os.environ | run.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
             stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        )
 
 
 def updates(run: LocalRun) -> int:

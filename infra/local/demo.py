@@ -135,9 +135,13 @@ def _releases(run: LocalRun) -> Iterator[Path]:
 
 
 def deploy(
-    run: LocalRun, release: Path, progress: Progress, arguments: Mapping[str, Any] | None = None,
-    deployments: Sequence[Mapping[str, Any]] = (), patience_s: float = READY_LIMIT_S,
-) -> LocalRun:  # fmt: skip
+    run: LocalRun,
+    release: Path,
+    progress: Progress,
+    arguments: Mapping[str, Any] | None = None,
+    deployments: Sequence[Mapping[str, Any]] = (),
+    patience_s: float = READY_LIMIT_S,
+) -> LocalRun:
     """Deploy the release with Ray Serve on a free port of 127.0.0.1, and wait until it is ready.
 
     `arguments` and `deployments` are added to those of the application in serve/config.yaml.

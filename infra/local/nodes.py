@@ -42,15 +42,25 @@ class Nodes:
         self._next_port = last + 1
         metrics, agent = self._port(18080), self._port(18365)
         options = {
-            "address": self.run.address, "num-cpus": cpus, "labels": f"pool={pool}",
-            "object-store-memory": OBJECT_STORE_BYTES, "metrics-export-port": metrics,
-            "dashboard-agent-listen-port": agent, "min-worker-port": first, "max-worker-port": last,
-        }  # fmt: skip
+            "address": self.run.address,
+            "num-cpus": cpus,
+            "labels": f"pool={pool}",
+            "object-store-memory": OBJECT_STORE_BYTES,
+            "metrics-export-port": metrics,
+            "dashboard-agent-listen-port": agent,
+            "min-worker-port": first,
+            "max-worker-port": last,
+        }
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats"]
         done = subprocess.run(
-            [*command, *(f"--{name}={value}" for name, value in options.items())], cwd=self.run.root,
-            env=member_environment(self.run), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_S,
-        )  # fmt: skip
+            [*command, *(f"--{name}={value}" for name, value in options.items())],
+            cwd=self.run.root,
+            env=member_environment(self.run),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+        )
         if done.returncode != 0:
             raise ClusterError(f"a node of {pool} did not start: {done.stdout}{done.stderr}")
         return Node(pool, metrics, self._raylet(metrics))

@@ -71,9 +71,13 @@ def start(run: LocalRun, every_s: float = 0.0) -> str:
     url = f"http://127.0.0.1:{ports.choose(PREFERRED_PORT)}"
     with open(folder / LOG, "w") as log:
         process = subprocess.Popen(
-            _command(folder, url), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            env={**os.environ, MARK_NAME: run.mark}, start_new_session=True,
-        )  # fmt: skip
+            _command(folder, url),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, MARK_NAME: run.mark},
+            start_new_session=True,
+        )
     deadline = time.monotonic() + READY_S
     while not _ready(url):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -86,10 +90,13 @@ def start(run: LocalRun, every_s: float = 0.0) -> str:
 
 def _command(folder: Path, url: str) -> list[str]:
     flags = {
-        "config.file": folder / "prometheus.yml", "storage.tsdb.path": folder / "data",
-        "storage.tsdb.retention.time": "7d", "web.listen-address": url.removeprefix("http://"),
-        "web.external-url": url, "log.level": "warn",
-    }  # fmt: skip
+        "config.file": folder / "prometheus.yml",
+        "storage.tsdb.path": folder / "data",
+        "storage.tsdb.retention.time": "7d",
+        "web.listen-address": url.removeprefix("http://"),
+        "web.external-url": url,
+        "log.level": "warn",
+    }
     return [binary(), *(f"--{name}={value}" for name, value in flags.items())]
 
 

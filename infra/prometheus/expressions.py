@@ -14,10 +14,23 @@ import yaml
 INFRA = Path(__file__).resolve().parents[1]
 DASHBOARDS, RULES = INFRA / "grafana" / "dashboards", INFRA / "prometheus" / "rules"
 RATE_INTERVAL = "1m"  # what stands for Grafana's $__rate_interval where no Grafana replaces it
-_WORDS = frozenset({
-    "and", "or", "unless", "by", "without", "on", "ignoring", "group_left", "group_right", "bool", "offset", "inf",
-    "nan",
-})  # fmt: skip
+_WORDS = frozenset(
+    {
+        "and",
+        "or",
+        "unless",
+        "by",
+        "without",
+        "on",
+        "ignoring",
+        "group_left",
+        "group_right",
+        "bool",
+        "offset",
+        "inf",
+        "nan",
+    }
+)
 _NUMBER = r"[0-9][0-9.e+-]*"
 _COMPARISON = re.compile(rf"(==|!=|>=|<=|>|<)\s*(bool\s+)?({_NUMBER}(\s*[*/]\s*{_NUMBER})*|\({_NUMBER}[^()]*\))")
 
@@ -81,8 +94,12 @@ def rules(folder: Path = RULES) -> list[dict[str, Any]]:
 def rule_expressions(folder: Path = RULES) -> list[Expression]:
     """Expressions of all rules."""
     kinds = ("record", "alert")
-    return [Expression(f"{kind}: {rule[kind]}", " ".join(rule["expr"].split()), kind)
-            for rule in rules(folder) for kind in kinds if kind in rule]  # fmt: skip
+    return [
+        Expression(f"{kind}: {rule[kind]}", " ".join(rule["expr"].split()), kind)
+        for rule in rules(folder)
+        for kind in kinds
+        if kind in rule
+    ]
 
 
 def every_expression() -> list[Expression]:

@@ -71,8 +71,12 @@ def _read_link(answer: Mapping[str, Any], where: str) -> Link:
     chunk, last = answer.get("chunk"), answer.get("last")
     require(type(chunk) is int and chunk >= 0, f"{where}.chunk", chunk, "a whole number of at least 0")
     require(isinstance(last, bool), f"{where}.last", last, "true or false")
-    digits = {"sha256": (_HASH_DIGITS,), "previous": (0, _HASH_DIGITS, _SIGNATURE_DIGITS),
-              "signature": (0, _SIGNATURE_DIGITS), "public_key": (0, _KEY_DIGITS)}
+    digits = {
+        "sha256": (_HASH_DIGITS,),
+        "previous": (0, _HASH_DIGITS, _SIGNATURE_DIGITS),
+        "signature": (0, _SIGNATURE_DIGITS),
+        "public_key": (0, _KEY_DIGITS),
+    }
     texts = {name: answer.get(name) for name in digits}
     for name, lengths in digits.items():
         text = texts[name]

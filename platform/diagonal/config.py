@@ -64,8 +64,12 @@ class PromptsConfig:
     def __post_init__(self) -> None:
         shares(self, "prompts", "held_out_share")
         positive(self, "prompts", "extend_timeout_s", "extend_concurrency")
-        require(not self.extend_url or bool(self.extend_model), "prompts.extend_model", self.extend_model,
-                "the name of a model, as prompts.extend_url is given")
+        require(
+            not self.extend_url or bool(self.extend_model),
+            "prompts.extend_model",
+            self.extend_model,
+            "the name of a model, as prompts.extend_url is given",
+        )
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,17 @@ class PairsConfig:
         not_negative(self, "pairs", "solver_workers")
         require(
             self.solver_steps > 0 and self.solver_steps % 20 == 0,
-            "pairs.solver_steps", self.solver_steps, "a multiple of 20, so that every kept raw timestep is a step",
+            "pairs.solver_steps",
+            self.solver_steps,
+            "a multiple of 20, so that every kept raw timestep is a step",
         )
         require(0.0 <= self.max_bad_share <= 1.0, "pairs.max_bad_share", self.max_bad_share, "a number in [0, 1]")
         falls = all(high > low for high, low in zip(self.kept_raw, self.kept_raw[1:], strict=False))
         require(
             falls and self.kept_raw[:1] == (RAW_TIMESTEPS,) and self.kept_raw[-1:] == (0,),
-            "pairs.kept_raw", self.kept_raw, f"raw timesteps that fall from {RAW_TIMESTEPS} to 0",
+            "pairs.kept_raw",
+            self.kept_raw,
+            f"raw timesteps that fall from {RAW_TIMESTEPS} to 0",
         )
 
 
@@ -183,7 +191,9 @@ class DistillConfig:
         shares(self, "distill", "beta1", "beta2", "ema_decay")
         require(
             0.0 < self.level_low < self.level_high < 1.0,
-            "distill.level_low", self.level_low, f"a level in (0, 1) below distill.level_high = {self.level_high}",
+            "distill.level_low",
+            self.level_low,
+            f"a level in (0, 1) below distill.level_high = {self.level_high}",
         )
 
 
@@ -241,7 +251,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.workers >= 1, "train.workers", self.workers, "a whole number of at least 1")
         require(
-            0 <= self.min_workers <= self.workers, "train.min_workers", self.min_workers,
+            0 <= self.min_workers <= self.workers,
+            "train.min_workers",
+            self.min_workers,
             f"0, or a whole number up to train.workers = {self.workers}",
         )
         not_negative(self, "train", "gpus_per_worker", "shard_group", "max_failures", "sample_every", "sample_clips")
@@ -325,11 +337,14 @@ class Config:
         least = cache.sink_frames + chunk
         require(
             cache.sink_frames >= 0 and cache.sink_frames % chunk == 0,
-            "cache.sink_frames", cache.sink_frames, f"0 or a multiple of geometry.chunk_frames = {chunk}",
+            "cache.sink_frames",
+            cache.sink_frames,
+            f"0 or a multiple of geometry.chunk_frames = {chunk}",
         )
         require(
             cache.window_frames % chunk == 0 and cache.window_frames >= least,
-            "cache.window_frames", cache.window_frames,
+            "cache.window_frames",
+            cache.window_frames,
             f"a multiple of geometry.chunk_frames = {chunk}, at least sink and current chunk = {least}",
         )
         # as stage 1, or an overloaded engine, runs them: the listed steps under the one context
@@ -392,11 +407,25 @@ def _tiny() -> Config:
         pairs=PairsConfig(count=1536, solver_steps=20, guidance=1.5, batch_size=32, rows_per_shard=64),
         ode_init=OdeInitConfig(updates=2000, batch_size=16, micro_batch_size=16, lr=7e-4),
         distill=DistillConfig(
-            stage1_updates=150, stage2_updates=150, batch_size=16, micro_batch_size=16, guidance=1.5, ema_start=20,
-            checkpoint_every=50, lr=2e-4, critic_lr=4e-4,
+            stage1_updates=150,
+            stage2_updates=150,
+            batch_size=16,
+            micro_batch_size=16,
+            guidance=1.5,
+            ema_start=20,
+            checkpoint_every=50,
+            lr=2e-4,
+            critic_lr=4e-4,
         ),
         decoder=DecoderConfig(
-            widths=(64, 48, 24), blocks=(1, 1, 1), clips=192, crop=0, frames=6, updates=1500, batch_size=4, lr=2e-3,
+            widths=(64, 48, 24),
+            blocks=(1, 1, 1),
+            clips=192,
+            crop=0,
+            frames=6,
+            updates=1500,
+            batch_size=4,
+            lr=2e-3,
             checkpoint_every=100,
         ),
         train=TrainConfig(workers=2, gpus_per_worker=0.0, checkpoint_activations=False),
@@ -416,8 +445,13 @@ def _tiny_textured() -> Config:
         geometry=ChunkGeometry(latent_channels=24, latent_height=6, latent_width=6),
         model=ModelConfig(text_tokens=16, negative_prompt="", compute_dtype="float32"),
         pretrain=PretrainConfig(
-            world="textured", clips=8192, updates=14_000, codec_updates=0, motion_channels=8,
-            text_updates=400, score_every=1000,
+            world="textured",
+            clips=8192,
+            updates=14_000,
+            codec_updates=0,
+            motion_channels=8,
+            text_updates=400,
+            score_every=1000,
         ),
         # at guidance 1.5 the teacher draws fewer shapes, and paler
         pairs=dataclasses.replace(tiny.pairs, count=2048, guidance=3.0),
@@ -428,8 +462,15 @@ def _tiny_textured() -> Config:
         # so few updates need a faster average and a critic that keeps up; without the motion loss students move 1.13
         # times as much as their teacher, with the paper's gamma of 1 .90 times, with this one as much (docs/log.md)
         distill=dataclasses.replace(
-            tiny.distill, stage1_steps="4@250", guidance=3.0, lr=4e-4, critic_lr=1e-3, ema_decay=0.85,
-            stage1_updates=300, stage2_updates=300, loss=LossConfig(gamma=0.25),
+            tiny.distill,
+            stage1_steps="4@250",
+            guidance=3.0,
+            lr=4e-4,
+            critic_lr=1e-3,
+            ema_decay=0.85,
+            stage1_updates=300,
+            stage2_updates=300,
+            loss=LossConfig(gamma=0.25),
         ),
         serve=dataclasses.replace(tiny.serve, pixel_scale=6),
     )

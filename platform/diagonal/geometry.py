@@ -32,15 +32,21 @@ class ChunkGeometry:
             require(isinstance(value, int) and value > 0, f"geometry.{name}", value, "a whole number above 0")
         require(
             self.clip_frames % self.chunk_frames == 0,
-            "geometry.clip_frames", self.clip_frames, f"a multiple of geometry.chunk_frames = {self.chunk_frames}",
+            "geometry.clip_frames",
+            self.clip_frames,
+            f"a multiple of geometry.chunk_frames = {self.chunk_frames}",
         )
         require(
             self.latent_height % self.patch_height == 0,
-            "geometry.latent_height", self.latent_height, f"a multiple of geometry.patch_height = {self.patch_height}",
+            "geometry.latent_height",
+            self.latent_height,
+            f"a multiple of geometry.patch_height = {self.patch_height}",
         )
         require(
             self.latent_width % self.patch_width == 0,
-            "geometry.latent_width", self.latent_width, f"a multiple of geometry.patch_width = {self.patch_width}",
+            "geometry.latent_width",
+            self.latent_width,
+            f"a multiple of geometry.patch_width = {self.patch_width}",
         )
 
     @property

@@ -111,17 +111,24 @@ SERVING = (
     _counter("diagonal_session_failures_total", "sessions", "Sessions that failed, by where", "code"),
     _counter("diagonal_schedules_shortened_total", "sessions", "Sessions admitted under the overload schedule"),
     _histogram(
-        "diagonal_stream_drift_ratio", "A chunk's measure over that of the stream's first chunks", DRIFT_BUCKETS,
-        "measure", unit="ratio",
+        "diagonal_stream_drift_ratio",
+        "A chunk's measure over that of the stream's first chunks",
+        DRIFT_BUCKETS,
+        "measure",
+        unit="ratio",
     ),
     _histogram(
-        "diagonal_playout_slack_seconds", "Media that a viewer has left when his next chunk is made; 0: it is late",
+        "diagonal_playout_slack_seconds",
+        "Media that a viewer has left when his next chunk is made; 0: it is late",
         SLACK_BUCKETS_S,
     ),
     _gauge("diagonal_budget_limit_ratio", "ratio", "What diagonal_budget_used_ratio may be for one more session"),
     _counter(
-        "diagonal_session_migrations_total", "sessions", "Sessions taken from a replica, by why and what came of it",
-        "cause", "outcome",
+        "diagonal_session_migrations_total",
+        "sessions",
+        "Sessions taken from a replica, by why and what came of it",
+        "cause",
+        "outcome",
     ),
     _histogram("diagonal_store_write_seconds", "A chunk handed to the store until it is kept", STORE_BUCKETS_S),
 )
@@ -145,8 +152,9 @@ TRAINING = (
     ),
     _gauge("diagonal_checkpoint_age_seconds", "seconds", "Age of the newest whole checkpoint", "stage"),
     _gauge("diagonal_checkpoint_interval_seconds", "seconds", "Between two checkpoints, at the present rate", "stage"),
-    _histogram("diagonal_checkpoint_save_seconds", "Writing one checkpoint, beside training", CHECKPOINT_BUCKETS_S,
-               "stage"),
+    _histogram(
+        "diagonal_checkpoint_save_seconds", "Writing one checkpoint, beside training", CHECKPOINT_BUCKETS_S, "stage"
+    ),
     _histogram("diagonal_checkpoint_wait_seconds", "Training waited for one checkpoint", CHECKPOINT_BUCKETS_S, "stage"),
     _counter("diagonal_checkpoints_skipped_total", "checkpoints", "Left out: one was still being written", "stage"),
     _counter("diagonal_checkpoints_refused_total", "checkpoints", "Incomplete or altered ones, passed over", "stage"),
@@ -196,7 +204,10 @@ class FactorySink:
     """
 
     def __init__(
-        self, counter: Callable[..., Any], gauge: Callable[..., Any], histogram: Callable[..., Any],
+        self,
+        counter: Callable[..., Any],
+        gauge: Callable[..., Any],
+        histogram: Callable[..., Any],
         failures: tuple[type[Exception], ...] = (),
     ) -> None:
         self._factories = {"counter": counter, "gauge": gauge, "histogram": histogram}

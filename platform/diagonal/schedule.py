@@ -19,9 +19,7 @@ RAW_STEPS: Final[dict[int, tuple[int, ...]]] = {
     2: (1000, 100),
     1: (1000,),
 }
-NAMED_STEPS: Final[dict[str, tuple[tuple[int, ...], float]]] = {
-    "self-forcing": ((1000, 750, 500, 250), 0.0),
-}
+NAMED_STEPS: Final[dict[str, tuple[tuple[int, ...], float]]] = {"self-forcing": ((1000, 750, 500, 250), 0.0)}
 STRING: Final = re.compile(r"[1-5]+(@[1-9][0-9]{0,2})?")
 ALLOWED: Final = (
     "a string of digits 1 to 5, one a chunk, such as '4322222', with or without the raw timestep that rows end at "
@@ -67,11 +65,14 @@ class StepSchedule:
         is_level = isinstance(self.context, int | float) and not isinstance(self.context, bool)
         require(
             self.context in (None, "reuse") or (is_level and 0.0 <= float(self.context) <= 1.0),
-            "schedule.context", self.context, "'reuse' or a level in [0, 1]",
+            "schedule.context",
+            self.context,
+            "'reuse' or a level in [0, 1]",
         )
         require(
             self.resolved_context != "reuse" or min(len(row) for row in self.rows) > 1,
-            "schedule.context", "reuse",
+            "schedule.context",
+            "reuse",
             f"a level: {self.steps!r} has a one-step row, and reuse would cache pure noise",
         )
 

@@ -106,9 +106,10 @@ def test_a_stream_that_breaks_goes_on_with_the_next_chunk(server: Server, waits:
         raise httpx.ReadError("gone")
 
     server.first_answers = [
-        httpx.Response(200, content=broken()), httpx.Response(200, json=server.video("in_progress")),
+        httpx.Response(200, content=broken()),
+        httpx.Response(200, json=server.video("in_progress")),
         httpx.Response(200, content=iter([PARTS[0], PARTS[2]])),
-    ]  # fmt: skip
+    ]
     with server.client() as client:
         assert list(client.stream("video_1")) == PARTS
     assert [params.get("start_chunk") for params in server.params] == ["0", None, "1"]
@@ -246,8 +247,10 @@ def test_what_came_of_a_broken_stream_is_kept_beside_its_name(
         server.answers["GET"] = httpx.Response(200, json=server.video("failed"))
         raise httpx.ReadError("gone")
 
-    server.first_answers = [httpx.Response(200, json=server.video("in_progress")),
-                            httpx.Response(200, content=broken())]  # fmt: skip
+    server.first_answers = [
+        httpx.Response(200, json=server.video("in_progress")),
+        httpx.Response(200, content=broken()),
+    ]
     assert run("stream", "a red circle", "--out", tmp_path / "x.mp4") == FAILED
     assert (tmp_path / "x.mp4.part").read_bytes() == PARTS[0] + PARTS[1]
     assert [path.name for path in tmp_path.iterdir()] == ["x.mp4.part"]

@@ -25,17 +25,30 @@ def parts() -> list[bytes]:
 
 def started(next_chunk: int = 0, token: str = "t.0", **config: Any) -> str:
     config = {"fps": FPS, "width": 32, "height": 32, "num_frames": sum(FRAMES), "seed": 1} | config
-    return json.dumps({"type": "video.start", "request_id": "video_1", "mime": "video/mp4", "config": config,
-                       "next_chunk": next_chunk, "resume_token": token})  # fmt: skip
+    return json.dumps(
+        {
+            "type": "video.start",
+            "request_id": "video_1",
+            "mime": "video/mp4",
+            "config": config,
+            "next_chunk": next_chunk,
+            "resume_token": token,
+        }
+    )
 
 
 def give(state: StreamState, parts: list[bytes], index: int, **changes: Any) -> Any:
     """A chunk and its metadata, as the server sends them."""
     media = parts[index + 1]
     data = parts[0] + media if index == 0 else media
-    about = {"type": "video.chunk_metadata", "generation_chunk_index": index, "num_frames": FRAMES[index],
-             "byte_length": len(data), "chunk_sha256": hashlib.sha256(media).hexdigest(),
-             "resume_token": f"t.{index + 1}"}  # fmt: skip
+    about = {
+        "type": "video.chunk_metadata",
+        "generation_chunk_index": index,
+        "num_frames": FRAMES[index],
+        "byte_length": len(data),
+        "chunk_sha256": hashlib.sha256(media).hexdigest(),
+        "resume_token": f"t.{index + 1}",
+    }
     assert state.receive(json.dumps(about | changes)) is None
     return state.receive(data)
 
@@ -113,11 +126,16 @@ def test_a_viewer_who_comes_back_says_again_how_far_he_has_played(parts: list[by
 @pytest.mark.parametrize(
     ("close", "error", "goes_on"),
     [
-        (1006, None, True), (1012, None, True), (1001, None, True),
-        (1013, "unavailable", True), (1008, "stall_timeout", False), (4001, "session_taken_over", False),
-        (4001, None, False), (1011, "generation_failed", False),
+        (1006, None, True),
+        (1012, None, True),
+        (1001, None, True),
+        (1013, "unavailable", True),
+        (1008, "stall_timeout", False),
+        (4001, "session_taken_over", False),
+        (4001, None, False),
+        (1011, "generation_failed", False),
     ],
-)  # fmt: skip
+)
 def test_what_breaks_is_gone_on_with_and_what_is_over_is_told(
     state: StreamState, close: int, error: str | None, goes_on: bool
 ) -> None:

@@ -135,8 +135,12 @@ def test_a_chain_is_read_as_it_was_told_and_what_is_none_is_named(stream: tuple[
     answer = {"video_id": "video_1", "links": [link.as_answer() for link in chain.links]}
     assert Chain.from_answer(answer) == chain and chain.public_keys == TRUSTED
     wrongs: tuple[tuple[str, object], ...] = (
-        ("chunk", True), ("sha256", "x" * 64), ("signature", "00"), ("last", 1), ("public_key", None),
-    )  # fmt: skip
+        ("chunk", True),
+        ("sha256", "x" * 64),
+        ("signature", "00"),
+        ("last", 1),
+        ("public_key", None),
+    )
     for name, value in wrongs:
         with pytest.raises(FieldError, match=rf"links\.0\.{name}"):
             Chain.from_answer({"video_id": "video_1", "links": [chain.links[0].as_answer() | {name: value}]})
@@ -146,5 +150,6 @@ def test_a_chain_is_read_as_it_was_told_and_what_is_none_is_named(stream: tuple[
 
 def test_a_finding_says_what_is_wrong_in_words() -> None:
     assert [str(Finding(3, "missing")), str(Finding(INIT, "altered"))] == [
-        "chunk 3 is missing", "the initialisation segment is altered",
-    ]  # fmt: skip
+        "chunk 3 is missing",
+        "the initialisation segment is altered",
+    ]

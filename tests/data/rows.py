@@ -23,9 +23,14 @@ def row_of(sample: int) -> dict[str, Any]:
     bits = to_bits(draw(*SHAPE, seed=sample))
     prompt = f"a circle {sample}"
     return {
-        "sample": sample, "prompt_id": prompt_id(prompt), "prompt": prompt, "seed": 2**62 + sample, "levels": LEVELS,
-        "states_bf16": bits, "checksum": checksum(bits),
-    }  # fmt: skip
+        "sample": sample,
+        "prompt_id": prompt_id(prompt),
+        "prompt": prompt,
+        "seed": 2**62 + sample,
+        "levels": LEVELS,
+        "states_bf16": bits,
+        "checksum": checksum(bits),
+    }
 
 
 def plan_of(**pairs: Any) -> PairPlan:

@@ -42,9 +42,13 @@ def test_every_prompt_is_rewritten_in_one_form_and_in_order(tmp_path: Path) -> N
         found = extender(server, tmp_path)
         assert found.extend(PROMPTS) == [f"{text}, at dawn" for _, text in PROMPTS]
     assert found.summary() == {
-        "url": server.url, "model": "m", "seed": 7, "instruction": PromptsConfig().extend_instruction, "extended": 5,
+        "url": server.url,
+        "model": "m",
+        "seed": 7,
+        "instruction": PromptsConfig().extend_instruction,
+        "extended": 5,
         "failed": 0,
-    }  # fmt: skip
+    }
     assert set(server.asked.values()) == {1} and server.most_at_once <= 2
 
 
@@ -53,10 +57,15 @@ def test_the_request_is_a_deterministic_chat_completion_with_the_key_in_its_head
         extender(server, tmp_path).extend(PROMPTS[:1])
     (body,), (headers,) = server.bodies, server.headers
     assert body == {
-        "path": "/v1/chat/completions", "model": "m", "temperature": 0, "seed": 7,
-        "messages": [{"role": "system", "content": PromptsConfig().extend_instruction},
-                     {"role": "user", "content": "a cat"}],
-    }  # fmt: skip
+        "path": "/v1/chat/completions",
+        "model": "m",
+        "temperature": 0,
+        "seed": 7,
+        "messages": [
+            {"role": "system", "content": PromptsConfig().extend_instruction},
+            {"role": "user", "content": "a cat"},
+        ],
+    }
     assert headers["Authorization"] == f"Bearer {KEY}"
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and KEY in file.read_text()]
 
@@ -100,12 +109,15 @@ def test_a_failure_that_passes_is_tried_again(status: int, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ((400, {}), "status 400"), ((500, {}), "status 500"), ((200, {"choices": []}), "the answer is not a chat"),
-        ((200, b"<html>"), "the answer is not a chat"), ((0, None), "RemoteProtocolError"),
+        ((400, {}), "status 400"),
+        ((500, {}), "status 500"),
+        ((200, {"choices": []}), "the answer is not a chat"),
+        ((200, b"<html>"), "the answer is not a chat"),
+        ((0, None), "RemoteProtocolError"),
         ((200, {"choices": [{"message": {"content": " \n"}}]}), "the answer is empty"),
         ((200, {"choices": [{"message": {"content": None}}]}), "the answer is empty"),
     ],
-)  # fmt: skip
+)
 def test_a_prompt_without_an_answer_is_kept_as_it_is_and_counted(
     answer: tuple[int, Any], reason: str, tmp_path: Path
 ) -> None:

@@ -11,15 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diagonal.config import Config
-from diagonal.data.pair_set import (
-    begin,
-    finish,
-    finished,
-    keep_usable,
-    read_manifest,
-    usable_places,
-    verify,
-)
+from diagonal.data.pair_set import begin, finish, finished, keep_usable, read_manifest, usable_places, verify
 from diagonal.data.stages import ReadPairs
 from diagonal.data.trajectory import CorruptRowError, shard_bytes
 from diagonal.errors import FieldError
@@ -80,9 +72,18 @@ def test_half_written_files_never_count_and_are_removed(folder: Folder) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("seed", 1), ("pairs.count", 8), ("pairs.guidance", 2.0), ("pairs.solver_steps", 40), ("pairs.batch_size", 4),
-     ("schedule.shift", 3.0), ("pairs.rows_per_shard", 4), ("geometry.latent_width", 8), ("model.text_tokens", 9)],
-)  # fmt: skip
+    [
+        ("seed", 1),
+        ("pairs.count", 8),
+        ("pairs.guidance", 2.0),
+        ("pairs.solver_steps", 40),
+        ("pairs.batch_size", 4),
+        ("schedule.shift", 3.0),
+        ("pairs.rows_per_shard", 4),
+        ("geometry.latent_width", 8),
+        ("model.text_tokens", 9),
+    ],
+)
 def test_the_pairs_of_another_configuration_are_refused_by_the_field(folder: Folder, field: str, value: Any) -> None:
     plan = plan_of()
     begin(folder, plan)
@@ -277,8 +278,11 @@ def test_a_reader_holds_some_groups_and_forgets_the_oldest(folder: Folder, monke
     from diagonal.data import stages
 
     finished_set(folder, plan_of())
-    asked = {"sample": np.arange(6), "file": np.array([f"pairs-00000{s}.parquet" for s in (0, 1, 0, 2, 0, 1)]),
-             "index": np.array([0, 1, 2, 0, 1, 2])}
+    asked = {
+        "sample": np.arange(6),
+        "file": np.array([f"pairs-00000{s}.parquet" for s in (0, 1, 0, 2, 0, 1)]),
+        "index": np.array([0, 1, 2, 0, 1, 2]),
+    }
     for held_bytes, groups in ((2**30, 3), (1, 1)):
         monkeypatch.setattr(stages, "HELD_BYTES", held_bytes)
         reader = ReadPairs(folder)

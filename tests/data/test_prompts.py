@@ -112,9 +112,16 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_prompt(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("line", "place"), [("{", "line 2"), ('{"text": "a"}', "line 2"), ('"a"', "line 2"), ('{"prompt": null}', "line 2"),
-                        ('{"prompt": 5}', "line 2"), ('{"prompt": "\\ud800"}', "line 2")],
-)  # fmt: skip
+    ("line", "place"),
+    [
+        ("{", "line 2"),
+        ('{"text": "a"}', "line 2"),
+        ('"a"', "line 2"),
+        ('{"prompt": null}', "line 2"),
+        ('{"prompt": 5}', "line 2"),
+        ('{"prompt": "\\ud800"}', "line 2"),
+    ],
+)
 def test_a_line_that_holds_no_prompt_is_refused_by_its_number(line: str, place: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
     with pytest.raises(FieldError, match=f"p.jsonl, {place} = "):

@@ -35,8 +35,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("base") / "base"
     plain = small_config()
     save_base(folder, plain, small_wan(), small_codec(plain), small_tokenizer(), small_text_model(), {})
-    settings = ("pairs.count=7", "pairs.rows_per_shard=3", "pairs.solver_steps=20", "pairs.guidance=3.0",
-                "pairs.batch_size=2", f"model.path={folder}")
+    settings = (
+        "pairs.count=7",
+        "pairs.rows_per_shard=3",
+        "pairs.solver_steps=20",
+        "pairs.guidance=3.0",
+        "pairs.batch_size=2",
+        f"model.path={folder}",
+    )
     return small_config(*settings)
 
 
@@ -73,10 +79,14 @@ def rows_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_shards_rows_are_a_function_of_the_plan_and_the_prompts(plan: PairPlan, encoded: Any) -> None:
     order = [index for _, index in samples(len(PROMPTS), plan.config.seed, 3, 6)]
     assert rows_of(encoded) == [
-        {"sample": 3 + place, "prompt_id": prompt_id(PROMPTS[index]), "prompt": PROMPTS[index],
-         "seed": mixed_seed(plan.config.seed, "pairs", 3 + place)}
+        {
+            "sample": 3 + place,
+            "prompt_id": prompt_id(PROMPTS[index]),
+            "prompt": PROMPTS[index],
+            "seed": mixed_seed(plan.config.seed, "pairs", 3 + place),
+        }
         for place, index in enumerate(order)
-    ]  # fmt: skip
+    ]
 
 
 def test_every_prompt_comes_once_in_each_epoch(plan: PairPlan, prompts: Folder) -> None:

@@ -25,9 +25,16 @@ def noise_of(seed: int, chunk: int) -> StepNoise:
 
 
 def run(
-    network: Any, cache: KVCache, chunk: int, *, steps: str = "4322222", context: Any = None, seed: int = 0,
-    exit_step: int | None = None, text: Tensor | None = None,
-) -> DenoisedChunk:  # fmt: skip
+    network: Any,
+    cache: KVCache,
+    chunk: int,
+    *,
+    steps: str = "4322222",
+    context: Any = None,
+    seed: int = 0,
+    exit_step: int | None = None,
+    text: Tensor | None = None,
+) -> DenoisedChunk:
     schedule = StepSchedule(steps, context=context)
     text = text_of() if text is None else text
     return denoise_chunk(network, schedule, chunk, text, begun(chunk, cache), noise_of(seed, chunk), exit_step)

@@ -26,9 +26,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, bool, bool]] = []
 
-    def __call__(
-        self, latents: Tensor, level: Tensor, text: Any, *, cache: Any = None, write: bool = False
-    ) -> Tensor:
+    def __call__(self, latents: Tensor, level: Tensor, text: Any, *, cache: Any = None, write: bool = False) -> Tensor:
         self.calls.append((latents, level, write, torch.is_grad_enabled()))
         return self.velocity(latents, float(level[0, 0]))
 

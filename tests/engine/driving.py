@@ -49,8 +49,14 @@ def engine_of(*settings: str, release: SmallRelease | None = None, **parts: Any)
 
 
 def spec_of(
-    session_id: str = "s", *, frames: int | None = 81, prompt: str = PROMPT, seed: int = 3,
-    schedule: str | None = None, paced: bool = True, record: bool = False,
+    session_id: str = "s",
+    *,
+    frames: int | None = 81,
+    prompt: str = PROMPT,
+    seed: int = 3,
+    schedule: str | None = None,
+    paced: bool = True,
+    record: bool = False,
 ) -> SessionSpec:
     return SessionSpec(session_id, prompt, seed, frames, schedule, paced, record)
 

@@ -156,7 +156,9 @@ def test_an_engine_that_nobody_plays_on_takes_a_session_that_is_too_slow_for_it(
 kinds = st.builds(ChunkKind, st.integers(1, 6), st.integers(0, 3))
 demands = st.builds(
     lambda kind, media_s, recaches, remaining_s: Demand(kind, kind, media_s, recaches, 3, remaining_s),
-    kinds, st.sampled_from([0.5625, 0.75]), st.floats(0, 1),
+    kinds,
+    st.sampled_from([0.5625, 0.75]),
+    st.floats(0, 1),
     st.one_of(st.just(float("inf")), st.floats(0, 1e4)),
 )
 observations = st.lists(st.tuples(kinds, st.integers(1, 4), st.floats(1e-4, 2.0)), max_size=12)

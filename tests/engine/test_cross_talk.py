@@ -71,6 +71,7 @@ def test_an_owner_writes_his_own_pages_and_no_other_ones() -> None:
 @pytest.mark.parametrize("codec", ["linear", "wan"])
 def test_sessions_that_take_turns_make_what_each_makes_alone(codec: str) -> None:
     """Caches, decoders and texts side by side, one forward each: bit for bit."""
+
     def engine() -> Engine:
         release = small_release("serve.max_sessions=2")
         if codec == "wan":

@@ -92,8 +92,12 @@ def test_a_large_picture_is_measured_on_a_grid() -> None:
 def test_a_monitor_is_handed_over_whole_and_nothing_else_is_taken_for_one() -> None:
     monitor = monitor_of(*[1.0] * 4, 1.3, 1.4)
     assert DriftMonitor.from_dict(monitor.to_dict()) == monitor
-    for wrong in ({}, {**monitor.to_dict(), "x": 1}, {**monitor.to_dict(), "chunks": "3"},
-                  {**monitor.to_dict(), "reference": {"prompt": 1.0}}):  # fmt: skip
+    for wrong in (
+        {},
+        {**monitor.to_dict(), "x": 1},
+        {**monitor.to_dict(), "chunks": "3"},
+        {**monitor.to_dict(), "reference": {"prompt": 1.0}},
+    ):
         with pytest.raises(FieldError, match="drift"):
             DriftMonitor.from_dict(wrong)
 

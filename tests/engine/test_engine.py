@@ -176,8 +176,11 @@ def test_an_id_in_use_is_refused_and_one_that_is_free_again_is_taken() -> None:
 
 def test_an_unknown_session_is_a_key_error_and_closing_it_is_nothing() -> None:
     engine = engine_of()
-    for call in (lambda: engine.request("x"), lambda: engine.interact("x", PromptChange("e", "a")),
-                 lambda: engine.snapshot("x")):  # fmt: skip
+    for call in (
+        lambda: engine.request("x"),
+        lambda: engine.interact("x", PromptChange("e", "a")),
+        lambda: engine.snapshot("x"),
+    ):
         with pytest.raises(KeyError):
             call()
     engine.close("x")

@@ -195,8 +195,22 @@ def test_an_allocation_that_fails_in_the_shared_forward_ends_nobody_who_fits_alo
     assert codes(engine, "ab") == {"a": None, "b": None} and engine.health() == Health(True, 0)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError,
-                                   AttributeError, AssertionError, OSError, MemoryError, UnicodeError])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        ZeroDivisionError,
+        AttributeError,
+        AssertionError,
+        OSError,
+        MemoryError,
+        UnicodeError,
+    ],
+)
 def test_whatever_a_prompt_makes_the_encoder_raise_is_its_sessions_end_alone(error: type[Exception]) -> None:
     release = small_release()
     encode = release.encoder.encode

@@ -202,9 +202,9 @@ class Spoiling(Decoder):
         return pixels
 
 
-@pytest.mark.parametrize(("breaking", "code", "begun"), [
-    (Spoiling, "not_finite", 3), (BreakingDecoder, "decode_failed", 2),
-])
+@pytest.mark.parametrize(
+    ("breaking", "code", "begun"), [(Spoiling, "not_finite", 3), (BreakingDecoder, "decode_failed", 2)]
+)
 def test_a_chunk_that_fails_with_the_next_one_under_way_ends_its_session_alone_and_that_one_is_dropped(
     breaking: Any, code: str, begun: int
 ) -> None:
@@ -284,8 +284,16 @@ def test_a_lane_begins_behind_the_current_stream_keeps_what_it_reads_and_ends_be
     with lane.inside():
         done.append("bring over")
     assert done == [
-        "side waits for current", "side waits for before",
-        "into side", "side reads", "side reads", "decode", "out of side", "into side", "bring over", "out of side",
+        "side waits for current",
+        "side waits for before",
+        "into side",
+        "side reads",
+        "side reads",
+        "decode",
+        "out of side",
+        "into side",
+        "bring over",
+        "out of side",
     ]
 
 

@@ -54,14 +54,23 @@ def test_a_stream_steered_paused_and_anchored_anew_is_replayed_bit_for_bit() -> 
     recording = engine.recording("s")
     kinds = [(event.kind, event.chunk) for event in recording.events]
     assert kinds == [
-        ("prompt", 3), ("recache", 3), ("recache", 4), ("pause", 5), ("resume", 5), ("prompt", 5), ("recache", 5),
-        ("recache", 6), ("reanchor", 9), ("recache", 9),
-    ]  # fmt: skip
+        ("prompt", 3),
+        ("recache", 3),
+        ("recache", 4),
+        ("pause", 5),
+        ("resume", 5),
+        ("prompt", 5),
+        ("recache", 5),
+        ("recache", 6),
+        ("reanchor", 9),
+        ("recache", 9),
+    ]
     check(recording, found)
 
 
 def test_without_its_events_the_replay_is_another_stream() -> None:
     """So that the tests here can fail: each kind of event leaves its mark on the latents."""
+
     def marked(kind: str) -> bool:
         engine = engine_of()
         stream(engine, spec_of(frames=None, record=True), 7)
@@ -100,8 +109,9 @@ def test_an_automatic_reanchor_is_replayed_from_the_log_and_not_decided_again() 
     watched(engine, 10, found)
     recording = engine.recording("s")
     assert [(e.chunk, e.detail["cause"]) for e in recording.events if e.kind == "reanchor"] == [
-        (4, "interval"), (8, "interval"),
-    ]  # fmt: skip
+        (4, "interval"),
+        (8, "interval"),
+    ]
     check(recording, found, small_release(setting))
     bare = Recording(recording.identity, recording.spec, recording.schedule, 6, ())
     plain = engine_of()
@@ -172,7 +182,12 @@ def test_another_release_and_a_broken_log_are_refused() -> None:
     other.name = "other"
     with pytest.raises(SnapshotError, match="recording.identity.release = 'small': allowed is this engine's, 'other'"):
         next(replay(other, recording))
-    for text in ("", "{}", recording.to_json()[:-3], recording.to_json().replace('"schema": 1', '"schema": 7'),
-                 recording.to_json().replace(PROMPT, " ")):  # fmt: skip
+    for text in (
+        "",
+        "{}",
+        recording.to_json()[:-3],
+        recording.to_json().replace('"schema": 1', '"schema": 7'),
+        recording.to_json().replace(PROMPT, " "),
+    ):
         with pytest.raises(SnapshotError, match="recording"):
             Recording.from_json(text)

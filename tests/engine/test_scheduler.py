@@ -36,8 +36,12 @@ def test_equal_slack_is_settled_by_name() -> None:
 
 
 def test_what_nobody_waits_for_comes_behind_every_playing_session_and_joins_none() -> None:
-    asking = [Candidate("bg", float("-inf"), "k", paced=False), Candidate("late", -9.0, "k", paced=False),
-              Candidate("live", 30.0, "k"), Candidate("other", 40.0, "k")]  # fmt: skip
+    asking = [
+        Candidate("bg", float("-inf"), "k", paced=False),
+        Candidate("late", -9.0, "k", paced=False),
+        Candidate("live", 30.0, "k"),
+        Candidate("other", 40.0, "k"),
+    ]
     for order in itertools.permutations(asking):
         assert choose(order, 4) == ["live", "other"]
     assert choose(asking[:2], 4) == ["bg", "late"]

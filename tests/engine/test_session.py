@@ -10,14 +10,7 @@ import torch
 
 from diagonal.diffusion.rollout import KeptChunk, new_cache
 from diagonal.engine.admission import RECACHE_ONCE
-from diagonal.engine.session import (
-    IllegalMoveError,
-    PromptChange,
-    Session,
-    SessionSpec,
-    SessionState,
-    decoder_bytes,
-)
+from diagonal.engine.session import IllegalMoveError, PromptChange, Session, SessionSpec, SessionState, decoder_bytes
 from diagonal.engine.snapshot import Identity
 from diagonal.errors import FieldError
 from diagonal.model.cache import KVPool
@@ -29,10 +22,19 @@ CONFIG = small_config()
 GEOMETRY = CONFIG.geometry
 S = SessionState
 LEGAL = {
-    (S.QUEUED, S.RUNNING), (S.QUEUED, S.PAUSED), (S.QUEUED, S.CANCELLED), (S.QUEUED, S.FAILED),
-    (S.RUNNING, S.PAUSED), (S.RUNNING, S.DONE), (S.RUNNING, S.CANCELLED), (S.RUNNING, S.FAILED),
-    (S.PAUSED, S.QUEUED), (S.PAUSED, S.RUNNING), (S.PAUSED, S.CANCELLED), (S.PAUSED, S.FAILED),
-}  # fmt: skip
+    (S.QUEUED, S.RUNNING),
+    (S.QUEUED, S.PAUSED),
+    (S.QUEUED, S.CANCELLED),
+    (S.QUEUED, S.FAILED),
+    (S.RUNNING, S.PAUSED),
+    (S.RUNNING, S.DONE),
+    (S.RUNNING, S.CANCELLED),
+    (S.RUNNING, S.FAILED),
+    (S.PAUSED, S.QUEUED),
+    (S.PAUSED, S.RUNNING),
+    (S.PAUSED, S.CANCELLED),
+    (S.PAUSED, S.FAILED),
+}
 
 
 def session_of(pixel_frames: int | None = 81, history_frames: int = 24) -> Session:
@@ -71,14 +73,17 @@ def test_only_a_paused_session_holds_no_slot_and_only_a_watched_one_under_way_is
     for session.state in S:
         found[session.state] = (session.live, session.playing)
     assert found == {
-        S.QUEUED: (True, True), S.RUNNING: (True, True), S.PAUSED: (False, False),
-        S.DONE: (True, False), S.CANCELLED: (True, False), S.FAILED: (True, False),
-    }  # fmt: skip
+        S.QUEUED: (True, True),
+        S.RUNNING: (True, True),
+        S.PAUSED: (False, False),
+        S.DONE: (True, False),
+        S.CANCELLED: (True, False),
+        S.FAILED: (True, False),
+    }
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("session_id", ""), ("prompt", " \n"), ("seed", -1), ("seed", 2**63), ("pixel_frames", 0)],
+    ("field", "value"), [("session_id", ""), ("prompt", " \n"), ("seed", -1), ("seed", 2**63), ("pixel_frames", 0)]
 )
 def test_a_wrong_wish_is_refused_by_name(field: str, value: Any) -> None:
     wish: dict[str, Any] = {"session_id": "s", "prompt": "a", "seed": 0, "pixel_frames": 81, field: value}

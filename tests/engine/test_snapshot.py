@@ -15,14 +15,7 @@ from diagonal.diffusion.rollout import KeptChunk, recache
 from diagonal.engine.engine import Engine
 from diagonal.engine.script import MAX_EVENTS, MAX_PENDING
 from diagonal.engine.session import PromptChange
-from diagonal.engine.snapshot import (
-    Identity,
-    Snapshot,
-    SnapshotError,
-    increment_bytes,
-    latents_bytes,
-    merged,
-)
+from diagonal.engine.snapshot import Identity, Snapshot, SnapshotError, increment_bytes, latents_bytes, merged
 from diagonal.errors import FieldError
 from tests.engine.driving import OTHER, Clock, engine_of, equal, meanwhile, pull, spec_of, stream
 from tests.networks import begun, caches_for, draw, small_causal, small_config, small_release
@@ -240,10 +233,20 @@ def test_what_is_no_snapshot_is_refused_and_no_pickle_is_ever_opened(data: bytes
 
 @pytest.mark.parametrize(
     "fields",
-    [{"spec": {"session_id": "s"}}, {"timeline": 3}, {"kept": [[0, 0.5]]}, {"kept": [["x"]]}, {"drift": {}},
-     {"drift": {"chunks": 1, "reference": {"x": 1}, "smoothed": {}}}, {"history_frames": 999}, {"since_chunk": "x"},
-     {"media": {"chunks": 9, "pixel_frames": 1, "fps": 16}}, {"next_chunk": 3}, {"next_chunk": 0}],
-)  # fmt: skip
+    [
+        {"spec": {"session_id": "s"}},
+        {"timeline": 3},
+        {"kept": [[0, 0.5]]},
+        {"kept": [["x"]]},
+        {"drift": {}},
+        {"drift": {"chunks": 1, "reference": {"x": 1}, "smoothed": {}}},
+        {"history_frames": 999},
+        {"since_chunk": "x"},
+        {"media": {"chunks": 9, "pixel_frames": 1, "fps": 16}},
+        {"next_chunk": 3},
+        {"next_chunk": 0},
+    ],
+)
 def test_a_header_that_does_not_fit_is_refused_before_a_session_is_held(fields: dict[str, Any]) -> None:
     data = changed(busy_engine().snapshot("s").to_bytes(), **fields)
     engine = engine_of()
@@ -273,8 +276,12 @@ def test_another_release_or_another_configuration_is_refused_and_other_limits_ar
     named, retrained = small_release(), small_release()
     named.name = "other"
     retrained.manifest = {"files": {"transformer/x": {"sha256": "00"}}}
-    for release, part in ((named, "release"), (retrained, "content"), (small_release("schedule.shift=3"), "config"),
-                          (small_release("cache.window_frames=15"), "config")):  # fmt: skip
+    for release, part in (
+        (named, "release"),
+        (retrained, "content"),
+        (small_release("schedule.shift=3"), "config"),
+        (small_release("cache.window_frames=15"), "config"),
+    ):
         with pytest.raises(SnapshotError, match=f"snapshot.identity.{part} = "):
             engine_of(release=release).restore(snapshot)
     engine_of("serve.max_sessions=2", "serve.max_seconds=9", "train.workers=5").restore(snapshot)

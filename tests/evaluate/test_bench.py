@@ -26,8 +26,24 @@ from diagonal.model.layout import TransformerLayout
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-QUICK = ["--preset", "tiny", "--chunks", "2", "--late", "6", "--clock", "cpu", "--sessions", "2", "--media-s", "1.2",
-         "--batching-sessions", "2", "--threads", "1"]  # fmt: skip
+QUICK = [
+    "--preset",
+    "tiny",
+    "--chunks",
+    "2",
+    "--late",
+    "6",
+    "--clock",
+    "cpu",
+    "--sessions",
+    "2",
+    "--media-s",
+    "1.2",
+    "--batching-sessions",
+    "2",
+    "--threads",
+    "1",
+]
 NETWORK = TransformerLayout.of(RandomRelease(Config.from_preset("tiny"), CPU).layout)
 
 
@@ -40,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 
 def test_three_rates_stand_side_by_side_with_their_cost_and_the_share_of_the_ceiling(
-    run: tuple[Path, dict[str, Any]]
+    run: tuple[Path, dict[str, Any]],
 ) -> None:
     found = run[1]
     config = Config.from_preset("tiny")
@@ -59,8 +75,15 @@ def test_three_rates_stand_side_by_side_with_their_cost_and_the_share_of_the_cei
 
 def test_baselines_and_the_papers_table_are_measured_in_the_same_run(run: tuple[Path, dict[str, Any]]) -> None:
     rows = {row["name"]: row for row in run[1]["schedules"]}
-    assert list(rows) == ["self-forcing", "self-forcing as published", "5433333", "5432222", "5333333", "4333333",
-                          "4222222"]  # fmt: skip
+    assert list(rows) == [
+        "self-forcing",
+        "self-forcing as published",
+        "5433333",
+        "5432222",
+        "5333333",
+        "4333333",
+        "4222222",
+    ]
     assert [row["forwards"] for row in rows.values()] == [35, 35, 24, 20, 23, 22, 16]
     published = rows["self-forcing as published"]
     assert (published["window_frames"], published["context"]) == (21, 0.0)
@@ -94,13 +117,28 @@ def test_what_time_does_not_allow_is_said_and_the_page_is_written_all_the_same(t
     assert (tmp_path / "speed.md").exists()
 
 
-@pytest.mark.parametrize("options", [
-    ("--chunks", "1"), ("--late", "-3"), ("--sessions", "100001"), ("--batching-sessions", "0"), ("--media-s", "nan"),
-    ("--minutes", "-1"), ("--session-minutes", "inf"), ("--threads", "-1"), ("--metrics-port", "65536"),
-    ("--preset", "wan-1.3b"), ("--out", "/"), ("--set", "schedule.steps=9"),
-    ("--set", "serve.lead_s=-1.0"), ("--set", "words"), ("--sections", "all"), ("--chunks", "many"),
-    ("--clock", "sundial"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--chunks", "1"),
+        ("--late", "-3"),
+        ("--sessions", "100001"),
+        ("--batching-sessions", "0"),
+        ("--media-s", "nan"),
+        ("--minutes", "-1"),
+        ("--session-minutes", "inf"),
+        ("--threads", "-1"),
+        ("--metrics-port", "65536"),
+        ("--preset", "wan-1.3b"),
+        ("--out", "/"),
+        ("--set", "schedule.steps=9"),
+        ("--set", "serve.lead_s=-1.0"),
+        ("--set", "words"),
+        ("--sections", "all"),
+        ("--chunks", "many"),
+        ("--clock", "sundial"),
+    ],
+)
 def test_a_wrong_option_is_refused_by_name_value_and_range_before_anything_is_built(
     options: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,8 +166,12 @@ def test_the_floors_are_those_of_the_methods_own_table() -> None:
 def test_a_row_shows_the_newest_run_that_has_it_and_never_one_in_8_bits() -> None:
     line = Line("rate", ">= 1", None, lambda run: run["client"]["fps"], decoder="fast")
     base = {"decoder": "fast", "fp8": False, "client": {"fps": 1.0}}
-    runs = {"old": base, "other": {**base, "decoder": "full", "client": {"fps": 9.0}},
-            "eight": {**base, "fp8": True, "client": {"fps": 8.0}}, "empty": {**base, "client": {}}}  # fmt: skip
+    runs = {
+        "old": base,
+        "other": {**base, "decoder": "full", "client": {"fps": 9.0}},
+        "eight": {**base, "fp8": True, "client": {"fps": 8.0}},
+        "empty": {**base, "client": {}},
+    }
     assert bench_report._newest(line, runs) == ("old", 1.0)
     assert bench_report._newest(line, {}) == ("", None)
 
@@ -200,8 +242,9 @@ sys.exit(main(sys.argv[1:]))
 def test_the_bench_needs_neither_ray_nor_what_serves_and_without_an_encoder_says_so(tmp_path: Path) -> None:
     out = tmp_path / "speed-bare.json"
     options = [*QUICK, "--decoder", "fast", "--overlap", "--sections", "rates", "client", "--out", str(out)]
-    done = subprocess.run([sys.executable, "-c", HIDDEN, *options], timeout=300, check=False, capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", HIDDEN, *options], timeout=300, check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert "av" in found["client"]["not_measured"] and found["rates"]["dit"]["clip_fps"] > 0

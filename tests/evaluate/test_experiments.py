@@ -32,8 +32,20 @@ def silent(line: str) -> None:
 
 def test_every_variant_is_a_configuration_and_every_table_of_the_issue_is_there() -> None:
     keys = [one.key for one in experiments(SHIFT)]
-    assert keys == ["table1", "causvid", "last", "table2", "table3", "fig2", "fig5a", "fig5b", "fig6", "pieces", "fig7",
-                    "fig9"]
+    assert keys == [
+        "table1",
+        "causvid",
+        "last",
+        "table2",
+        "table3",
+        "fig2",
+        "fig5a",
+        "fig5b",
+        "fig6",
+        "pieces",
+        "fig7",
+        "fig9",
+    ]
     for one in experiments(SHIFT):
         for variant in one.variants:
             sampled, trained = (make(CONFIG, variant, 3, (4, 5)) for make in (variant_config, training_config))
@@ -55,9 +67,12 @@ def test_the_baselines_are_what_they_are_called() -> None:
 
 def test_equal_variants_of_several_tables_share_a_row_and_others_do_not(tmp_path: Path) -> None:
     plan = plan_in(tmp_path)
-    names = {(key, variant.name): row_name(plan, one, variant, 0)
-             for key in ("table1", "table2", "fig5b", "fig6", "fig7")
-             for one in [experiment(key, SHIFT)] for variant in one.variants}  # fmt: skip
+    names = {
+        (key, variant.name): row_name(plan, one, variant, 0)
+        for key in ("table1", "table2", "fig5b", "fig6", "fig7")
+        for one in [experiment(key, SHIFT)]
+        for variant in one.variants
+    }
     full = names["table2", FULL.name]
     assert full == names["fig6", FULL.name] == names["fig5b", "gamma 1"]
     ours = names["table1", OURS.name]
@@ -93,7 +108,8 @@ def test_a_page_without_rows_says_so_in_each_table(tmp_path: Path) -> None:
     text = page(found, SHIFT)
     rows = sum(len(one.variants) for one in experiments(SHIFT))
     assert text.count("not yet run") == rows and text.count("`python jobs/experiments.py run ") == len(
-        experiments(SHIFT))
+        experiments(SHIFT)
+    )
 
 
 def test_differences_are_paired_by_clip_and_the_teacher_counts_for_every_seed(tmp_path: Path) -> None:
@@ -132,8 +148,14 @@ def test_a_row_is_trained_sampled_kept_and_not_made_again(tmp_path: Path, monkey
     monkeypatch.undo()
     other = run_row(plan, one, second, 0, about, silent)
     assert (other["student"], other["forwards"]) == (row["student"], 16)  # sampled from the same one
-    turned = run_row(plan, experiment("fig2", SHIFT), Variant("one", "sampled", ("schedule.steps=1",
-                                                              "schedule.context=0.5")), 0, about, silent)
+    turned = run_row(
+        plan,
+        experiment("fig2", SHIFT),
+        Variant("one", "sampled", ("schedule.steps=1", "schedule.context=0.5")),
+        0,
+        about,
+        silent,
+    )
     assert len(turned["drift"]["times_s"]) == 7 and turned["student"] == row["student"]
     pieces = experiment("pieces", SHIFT)
     codec = run_row(plan, pieces, pieces.variants[0], 0, about, silent)
@@ -149,8 +171,13 @@ def test_speeds_are_measured_side_by_side_and_stand_in_the_table(tmp_path: Path)
     found = run_speed(plan, one, 0, {"date": "d", "load": "1", "command": "c", "machine": "m", "torch": "t"}, silent)
     assert found == read_speed(plan, one, 0) and set(found["fps"]) == {"4322222", "4222222"}
     assert 0 < found["fps"]["4322222"] < 1e5
-    entry = {"name": "4322222", "kind": "sampled", "seeds": [0], "rows": [{"forwards": 17, "fps": 1.0}],
-             "figures": {"colour": {"mean": 0.5, "low": 0.4, "high": 0.6}}}  # fmt: skip
+    entry = {
+        "name": "4322222",
+        "kind": "sampled",
+        "seeds": [0],
+        "rows": [{"forwards": 17, "fps": 1.0}],
+        "figures": {"colour": {"mean": 0.5, "low": 0.4, "high": 0.6}},
+    }
     text = "\n".join(quality_page._clip_table([entry], {**found, "fps": {"4322222": 4321.0}}))
     assert "| 4322222 | 0 | 17 | 4321 | 0.500 [0.400, 0.600] |" in text and "in turns in one process: d, load 1" in text
     assert "| 17 | 1 |" in "\n".join(quality_page._clip_table([entry], None))

@@ -15,14 +15,20 @@ def found(mean: float, low: float | None = None) -> dict[str, Any]:
 
 
 GOOD: dict[str, Any] = {
-    "clips": 2000, "seed": 1,
-    "differences": {name: {"colour": found(0.0, -0.01), "smoothness": found(-0.005, -0.019)}
-                    for name in ("teacher", "self-forcing")},
+    "clips": 2000,
+    "seed": 1,
+    "differences": {
+        name: {"colour": found(0.0, -0.01), "smoothness": found(-0.005, -0.019)} for name in ("teacher", "self-forcing")
+    },
     "motion_ratio": found(0.96),
-    "drift": {"streams": 16, "seconds": 180.0, "scores": ["colour"],
-              "slopes": {"180": {"colour": found(-0.019), "picture_motion": found(0.5)}}},
+    "drift": {
+        "streams": 16,
+        "seconds": 180.0,
+        "scores": ["colour"],
+        "slopes": {"180": {"colour": found(-0.019), "picture_motion": found(0.5)}},
+    },
     "turns": {"streams": 16, "obeyed": [found(0.5), found(0.9), found(1.0)]},
-}  # fmt: skip
+}
 BREACHES: list[tuple[tuple[str, ...], object, str]] = [
     (("clips",), 99, "clips = 99"),
     (("differences", "teacher"), {}, "not compared with teacher"),

@@ -78,15 +78,34 @@ def test_a_load_without_any_session_is_summarised_too() -> None:
 def test_the_page_tells_what_was_measured_and_what_was_not(traces: list[Trace], tmp_path: Path) -> None:
     assert page([]).count("not measured") == 6 and page([]).count("Not measured.") == 3
     about = {"date": "2026-01-02", "machine": "m", "load": 0.1, "commit": "abc", "command": "python -m jobs.load"}
-    over = about | {"kind": "overload", "capacity": 4, "rate": 8.0, "last_s": 60.0, "recovered_s": 1.25,
-                    "calm_first_frame_s": percentiles([0.1]), "figures": summarise(traces)}  # fmt: skip
+    over = about | {
+        "kind": "overload",
+        "capacity": 4,
+        "rate": 8.0,
+        "last_s": 60.0,
+        "recovered_s": 1.25,
+        "calm_first_frame_s": percentiles([0.1]),
+        "figures": summarise(traces),
+    }
     ways = {"in_process": 50.0, "service": 46.7}
-    rates = {way: {"fps": percentiles([fps]), "clip_fps": percentiles([fps]), "first_frame_s": percentiles([0.1])}
-             for way, fps in ways.items()}  # fmt: skip
-    against = about | rates | {
-        "kind": "in-process", "fps_ratio": 0.934, "clip_fps_ratio": 0.871, "first_frame_later_s": 0.042, "clips": 3,
-        "frames": 81, "rounds": 2, "engine_cpu": 0,
-    }  # fmt: skip
+    rates = {
+        way: {"fps": percentiles([fps]), "clip_fps": percentiles([fps]), "first_frame_s": percentiles([0.1])}
+        for way, fps in ways.items()
+    }
+    against = (
+        about
+        | rates
+        | {
+            "kind": "in-process",
+            "fps_ratio": 0.934,
+            "clip_fps_ratio": 0.871,
+            "first_frame_later_s": 0.042,
+            "clips": 3,
+            "frames": 81,
+            "rounds": 2,
+            "engine_cpu": 0,
+        }
+    )
     for found in (over, against):
         (tmp_path / f"serving-{found['kind']}.json").write_text(json.dumps(found))
     text = write_page(tmp_path / "serving.md")

@@ -21,10 +21,19 @@ from diagonal.training.losses import frame_difference
 
 CLIPS, SEED = 8, 3
 DAMAGE = 0.85  # of the output layer: what the student draws keeps some of its noise, and its motion is wrong
-MOTION_ALONE = Config.from_preset("tiny", (
-    "distill.batch_size=4", "distill.micro_batch_size=4", "distill.ema_start=1", "distill.loss.spatial=0",
-    "distill.loss.flow_regression=0", "distill.lr=5e-5", "distill.critic_lr=5e-4", "distill.beta1=0.5",
-))  # fmt: skip
+MOTION_ALONE = Config.from_preset(
+    "tiny",
+    (
+        "distill.batch_size=4",
+        "distill.micro_batch_size=4",
+        "distill.ema_start=1",
+        "distill.loss.spatial=0",
+        "distill.loss.flow_regression=0",
+        "distill.lr=5e-5",
+        "distill.critic_lr=5e-4",
+        "distill.beta1=0.5",
+    ),
+)
 
 
 def scores_of(*settings: str) -> ScoreTable:

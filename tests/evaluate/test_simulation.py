@@ -36,8 +36,11 @@ SETTINGS = (f"serve.max_sessions={SLOTS}", f"serve.batch_sessions={BATCH}")
 def measured(schedule: StepSchedule, window: int, batch: int, factor: float) -> ChunkTimes:
     """What `timed` makes of each step: every forward takes its time and that of its rows."""
     kinds = {ChunkKind.of(schedule, chunk, window) for chunk in range(window + len(schedule.rows))}
-    steps = [StepTime(kind.forwards, kind.context_chunks, size, factor * kind.forwards * (FORWARD_S + ROW_S * size))
-             for kind in kinds for size in range(1, batch + 1)]  # fmt: skip
+    steps = [
+        StepTime(kind.forwards, kind.context_chunks, size, factor * kind.forwards * (FORWARD_S + ROW_S * size))
+        for kind in kinds
+        for size in range(1, batch + 1)
+    ]
     return ChunkTimes("by hand", "known", tuple(steps), recache_chunk_s=factor * (FORWARD_S + ROW_S))
 
 
@@ -138,7 +141,6 @@ def test_a_simulated_engine_does_what_the_real_one_does_under_the_same_clock() -
     assert simulated.busy_s == pytest.approx(real.busy_s, abs=1e-6)
 
 
-
 def test_times_come_from_a_bench_and_between_its_sizes() -> None:
     times = ChunkTimes.read("docs/results/speed-cpu.json")
     settled = ChunkKind(2, 3)
@@ -158,15 +160,23 @@ def test_draws_scatter_about_the_median_as_was_measured_and_alike_for_one_seed()
     assert drawn[2000] == pytest.approx(0.1, rel=0.03) and drawn[3800] == pytest.approx(0.15, rel=0.05)
 
 
-@pytest.mark.parametrize(("field_name", "make"), [
-    ("steps.seconds", lambda: StepTime(2, 3, 1, 0.0)), ("steps.batch", lambda: StepTime(2, 3, 0, 0.1)),
-    ("steps.batch", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 4, 0.1),))),
-    ("p95_ratio", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 1, 0.1),), p95_ratio=0.5)),
-    ("hop_s", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 1, 0.1),), hop_s=-1.0)),
-    ("viewers", lambda: Crowd(-1)), ("spread", lambda: Crowd(1, spread="even")),  # type: ignore[arg-type]
-    ("stay_s", lambda: Crowd(1, stay_s=0.0)), ("network_s", lambda: Crowd(1, network_s=inf)),
-    ("replicas", lambda: Fleet(0)), ("loss.replicas", lambda: Loss(1.0, 0)), ("burst.last_s", lambda: Burst(1, 1, 0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field_name", "make"),
+    [
+        ("steps.seconds", lambda: StepTime(2, 3, 1, 0.0)),
+        ("steps.batch", lambda: StepTime(2, 3, 0, 0.1)),
+        ("steps.batch", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 4, 0.1),))),
+        ("p95_ratio", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 1, 0.1),), p95_ratio=0.5)),
+        ("hop_s", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 1, 0.1),), hop_s=-1.0)),
+        ("viewers", lambda: Crowd(-1)),
+        ("spread", lambda: Crowd(1, spread="even")),  # type: ignore[arg-type]
+        ("stay_s", lambda: Crowd(1, stay_s=0.0)),
+        ("network_s", lambda: Crowd(1, network_s=inf)),
+        ("replicas", lambda: Fleet(0)),
+        ("loss.replicas", lambda: Loss(1.0, 0)),
+        ("burst.last_s", lambda: Burst(1, 1, 0)),
+    ],
+)
 def test_a_wrong_value_is_named_with_what_is_allowed(field_name: str, make: Callable[[], object]) -> None:
     with pytest.raises(FieldError) as caught:
         make()

@@ -26,7 +26,9 @@ def test_the_tiny_preset_is_measured_and_written_with_what_a_figure_needs(tmp_pa
     found = json.loads(out.read_text())
     whole, critic, first, mean = found["updates"]
     assert [row["what"].partition(",")[0] for row in (whole, critic, first)] == [
-        "stage 2 update", "stage 2 update of the critic alone", "stage 0 update",
+        "stage 2 update",
+        "stage 2 update of the critic alone",
+        "stage 0 update",
     ]
     for row in (whole, critic, first):
         assert row["update_s"] > 0 and row["skipped"] == 0 and row["peak_bytes"] is None

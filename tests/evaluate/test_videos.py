@@ -64,8 +64,13 @@ def test_a_folder_gives_a_table_that_says_what_was_too_short_and_what_is_missing
 ) -> None:
     monkeypatch.setitem(sys.modules, "vbench", None)
     monkeypatch.setattr(vbench.importlib.util, "find_spec", lambda name: None)
-    report = {**measure_all(str(folder), print), "date": "d", "machine": "m", "command": "c",
-              "vbench": vbench.evaluate(str(folder), "cpu")}
+    report = {
+        **measure_all(str(folder), print),
+        "date": "d",
+        "machine": "m",
+        "command": "c",
+        "vbench": vbench.evaluate(str(folder), "cpu"),
+    }
     assert report["vbench"]["scores"] == {} and set(report["vbench"]["missing"]) == set(vbench.DIMENSIONS)
     page = markdown(report)
     assert "| short.mp4" in page and "too short" in page and "package vbench is not installed" in page

@@ -23,11 +23,19 @@ STAGE1, STAGE2, EVERY = 6, 6, 3  # updates, and updates between checkpoints
 UPDATES_IN_ALL = STAGE1 + STAGE2
 MIDDLE = 2 * EVERY + 2  # a checkpoint is whole before it, and work is left after it
 SMALL = {
-    "distill.stage1_updates": STAGE1, "distill.stage2_updates": STAGE2, "distill.checkpoint_every": EVERY,
-    "distill.keep_checkpoints": 3, "distill.batch_size": 4, "distill.micro_batch_size": 2,
-    "distill.generator_every": 2, "distill.ema_start": 2, "train.workers": 2, "train.cpus_per_worker": 2,
-    "train.sample_every": 0, "train.stall_timeout_s": 60,
-}  # fmt: skip
+    "distill.stage1_updates": STAGE1,
+    "distill.stage2_updates": STAGE2,
+    "distill.checkpoint_every": EVERY,
+    "distill.keep_checkpoints": 3,
+    "distill.batch_size": 4,
+    "distill.micro_batch_size": 2,
+    "distill.generator_every": 2,
+    "distill.ema_start": 2,
+    "train.workers": 2,
+    "train.cpus_per_worker": 2,
+    "train.sample_every": 0,
+    "train.stall_timeout_s": 60,
+}
 TIMES = {"update_s", "data_wait_s"}
 RAYS_OWN = re.compile(r"(\x1b\[\d+m)?\([\w-]+ pid=\d+")  # a line that a worker wrote, as Ray passes it on
 
@@ -125,13 +133,24 @@ class Launcher:
     started: list[Job] = field(default_factory=list)
 
     def __call__(
-        self, *arguments: str, job: str = "distill", name: str = "r", storage: str = "",
-        settings: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None,
-    ) -> Job:  # fmt: skip
+        self,
+        *arguments: str,
+        job: str = "distill",
+        name: str = "r",
+        storage: str = "",
+        settings: Mapping[str, Any] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Job:
         """Run `jobs/<job>.py` as its own process, with the small settings and any others."""
         chosen = {**SMALL, "train.storage": storage or str(self.folder / "runs"), **(settings or {})}
-        command = [sys.executable, f"jobs/{job}.py", "--name", name, *arguments,
-                   *(f"--set={key}={value}" for key, value in chosen.items())]  # fmt: skip
+        command = [
+            sys.executable,
+            f"jobs/{job}.py",
+            "--name",
+            name,
+            *arguments,
+            *(f"--set={key}={value}" for key, value in chosen.items()),
+        ]
         variables = {**os.environ, "RAY_ADDRESS": self.address, "RAY_DEDUP_LOGS": "0", **(environment or {})}
         log = self.folder / f"{len(self.started)}-{job}.log"
         with log.open("wb") as file:

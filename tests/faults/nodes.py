@@ -19,8 +19,12 @@ import psutil
 from tests.conftest import started_patiently
 
 T = TypeVar("T")
-NOTICE_LOSS = {"health_check_initial_delay_ms": "1000", "health_check_period_ms": "1000",
-               "health_check_failure_threshold": "3", "health_check_timeout_ms": "5000"}  # fmt: skip
+NOTICE_LOSS = {
+    "health_check_initial_delay_ms": "1000",
+    "health_check_period_ms": "1000",
+    "health_check_failure_threshold": "3",
+    "health_check_timeout_ms": "5000",
+}
 METRICS_OFTEN = {"metrics_report_interval_ms": "500"}
 NODE_CPUS = 3  # one worker of two, and room for its data
 TRAIN_WORKER = "ray::RayTrainWorker"

@@ -40,17 +40,36 @@ EVERY_S = 1.0  # between two scrapes
 POISON, BANNED, CRASH = "triangle", "forbidden", "breakdown"
 SLOTS, REPLICAS = 3, 2
 FREEZE_S = 4.0  # less than it takes Serve to give a replica up
-GOOD = [f"a {colour} {shape} moving {way} slowly" for colour in ("red", "blue", "green", "yellow")
-        for shape in ("circle", "square") for way in ("left", "right", "up")]  # fmt: skip
+GOOD = [
+    f"a {colour} {shape} moving {way} slowly"
+    for colour in ("red", "blue", "green", "yellow")
+    for shape in ("circle", "square")
+    for way in ("left", "right", "up")
+]
 BAD = ["a red triangle moving left slowly", "a blue triangle moving up slowly"]
 SMALL = {
-    "pairs.count": 24, "pairs.rows_per_shard": 4, "pairs.batch_size": 4, "pairs.max_bad_share": 0.9,
-    "pairs.solver_steps": 20, "ode_init.updates": 80, "ode_init.batch_size": 4, "ode_init.micro_batch_size": 2,
-    "ode_init.checkpoint_every": 10, "distill.stage1_updates": 8, "distill.stage2_updates": 8,
-    "distill.checkpoint_every": 3, "distill.batch_size": 4, "distill.micro_batch_size": 2,
-    "distill.generator_every": 2, "distill.ema_start": 2, "distill.max_nonfinite": 99, "train.workers": 1,
-    "train.cpus_per_worker": 1, "train.sample_every": 0, "prompts.held_out_share": 0.0,
-}  # fmt: skip
+    "pairs.count": 24,
+    "pairs.rows_per_shard": 4,
+    "pairs.batch_size": 4,
+    "pairs.max_bad_share": 0.9,
+    "pairs.solver_steps": 20,
+    "ode_init.updates": 80,
+    "ode_init.batch_size": 4,
+    "ode_init.micro_batch_size": 2,
+    "ode_init.checkpoint_every": 10,
+    "distill.stage1_updates": 8,
+    "distill.stage2_updates": 8,
+    "distill.checkpoint_every": 3,
+    "distill.batch_size": 4,
+    "distill.micro_batch_size": 2,
+    "distill.generator_every": 2,
+    "distill.ema_start": 2,
+    "distill.max_nonfinite": 99,
+    "train.workers": 1,
+    "train.cpus_per_worker": 1,
+    "train.sample_every": 0,
+    "prompts.held_out_share": 0.0,
+}
 POLICY = f'''"""A prompt policy that knows one word and fails at another."""
 
 
@@ -144,8 +163,9 @@ def poisoned(source: Path, target: Path) -> Path:
     if (path := target / "manifest.json").exists():
         manifest = json.loads(path.read_text())
         manifest["files"]["text_encoder/model.safetensors"] = {
-            "bytes": weights.stat().st_size, "sha256": file_hash(weights),
-        }  # fmt: skip
+            "bytes": weights.stat().st_size,
+            "sha256": file_hash(weights),
+        }
         path.write_text(json.dumps(manifest))
     return target
 
@@ -156,13 +176,22 @@ def distil(scene: Scene) -> subprocess.Popen[bytes]:
     (root / "prompts.txt").write_text("\n".join([*GOOD, *BAD]) + "\n")
     base = poisoned(embedded("base"), root / "base")
     chosen = {
-        **SMALL, "model.path": base, "distill.init": "", "distill.prompts": root / "prompts.txt",
-        "pairs.prompts": root / "prompts.txt", "train.storage": root / "runs",
-    }  # fmt: skip
+        **SMALL,
+        "model.path": base,
+        "distill.init": "",
+        "distill.prompts": root / "prompts.txt",
+        "pairs.prompts": root / "prompts.txt",
+        "train.storage": root / "runs",
+    }
     line = ["ray", "job", "submit", "--", "python", "jobs/distill.py", "--name", "r"]
     with (root / "distill.log").open("wb") as log:
-        return subprocess.Popen([*line, *(f"--set={key}={value}" for key, value in chosen.items())], cwd=root,
-                                env=_environment(scene.run), stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
+        return subprocess.Popen(
+            [*line, *(f"--set={key}={value}" for key, value in chosen.items())],
+            cwd=root,
+            env=_environment(scene.run),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def _environment(run: LocalRun) -> dict[str, str]:
@@ -174,13 +203,22 @@ def deploy(scene: Scene) -> None:
     root, port = Path(scene.run.root), choose(8000)
     release = poisoned(embedded("release"), root / "release")
     arguments = {
-        "release": str(release), "allow_unpromoted": True, "data": str(root / "data"), "replicas": REPLICAS,
-        "max_replicas": REPLICAS + 1, "scale_up_delay_s": 3600.0, "replica_cpus": 0.5,
-        "options": f"max_sessions={SLOTS}", "prompt_policy": "scene_policy:judge",
-    }  # fmt: skip
+        "release": str(release),
+        "allow_unpromoted": True,
+        "data": str(root / "data"),
+        "replicas": REPLICAS,
+        "max_replicas": REPLICAS + 1,
+        "scale_up_delay_s": 3600.0,
+        "replica_cpus": 0.5,
+        "options": f"max_sessions={SLOTS}",
+        "prompt_policy": "scene_policy:judge",
+    }
     application = {"name": "diagonal", "route_prefix": "/", "import_path": "serve.app:build", "args": arguments}
-    config = {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port},
-              "applications": [application]}  # fmt: skip
+    config = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [application],
+    }
     (root / "serve.yaml").write_text(yaml.safe_dump(config))
     progress = Progress()
     run_job(scene.run, f"serve deploy {root / 'serve.yaml'} --address {scene.run.dashboard_url}", 240.0, progress)

@@ -30,8 +30,11 @@ class LiveService:
         self.url = f"http://127.0.0.1:{self._port}"
         arguments = {"data": data, "replica_cpus": 0.5, "drain_s": 60.0, "resume_window_s": 90.0}
         self._config: dict[str, Any] = {
-            "name": APPLICATION, "route_prefix": "/", "import_path": "serve.app:build", "args": arguments,
-        }  # fmt: skip
+            "name": APPLICATION,
+            "route_prefix": "/",
+            "import_path": "serve.app:build",
+            "args": arguments,
+        }
         self._number = 0
 
     def start(self, replicas: int = 2, gateways: int = 2) -> None:
@@ -46,7 +49,12 @@ class LiveService:
         serve.shutdown()
 
     def deploy(
-        self, replicas: int = 2, gateways: int = 2, wait: bool = True, new: bool = False, cpus: float = 0.5,
+        self,
+        replicas: int = 2,
+        gateways: int = 2,
+        wait: bool = True,
+        new: bool = False,
+        cpus: float = 0.5,
         **arguments: Any,
     ) -> None:
         """Change how many there are; replace all replicas where `new` or `cpus`, all parts where `arguments` changed.

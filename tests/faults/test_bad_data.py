@@ -16,10 +16,16 @@ from tests.faults.nodes import Nodes
 
 ROWS, IN_SHARD, UPDATES = 16, 4, 4
 PAIRS = {
-    "pairs.count": ROWS, "pairs.rows_per_shard": IN_SHARD, "pairs.batch_size": 4, "pairs.max_bad_share": 0.6,
-    "ode_init.updates": UPDATES, "ode_init.batch_size": 4, "ode_init.micro_batch_size": 2,
-    "ode_init.checkpoint_every": 2, "train.workers": 1,
-}  # fmt: skip
+    "pairs.count": ROWS,
+    "pairs.rows_per_shard": IN_SHARD,
+    "pairs.batch_size": 4,
+    "pairs.max_bad_share": 0.6,
+    "ode_init.updates": UPDATES,
+    "ode_init.batch_size": 4,
+    "ode_init.micro_batch_size": 2,
+    "ode_init.checkpoint_every": 2,
+    "train.workers": 1,
+}
 
 
 @pytest.fixture(scope="module")

@@ -61,9 +61,13 @@ class Player:
     ("delay_s", "jitter_s", "bytes_per_s"), [(0.2, 0.1, 0.0), (0.2, 0.0, 125_000.0 * 1.4)], ids=["far", "narrow"]
 )
 def test_s11_over_a_network_that_is_just_good_enough_nothing_stalls_for_long_and_the_lead_is_bounded(
-    make_service: Callable[..., Service], engine: FakeEngine, heavy: None,  # noqa: F811
-    delay_s: float, jitter_s: float, bytes_per_s: float,
-) -> None:  # fmt: skip
+    make_service: Callable[..., Service],
+    engine: FakeEngine,
+    heavy: None,  # noqa: F811
+    delay_s: float,
+    jitter_s: float,
+    bytes_per_s: float,
+) -> None:
     service = make_service()
     with wire(service.urls[0], delay_s=delay_s, jitter_s=jitter_s, bytes_per_s=bytes_per_s) as far:
         with viewer(far.url) as one:
@@ -77,7 +81,9 @@ def test_s11_over_a_network_that_is_just_good_enough_nothing_stalls_for_long_and
 
 
 def test_s11_over_a_network_that_is_too_narrow_playback_stalls_and_that_is_counted(
-    make_service: Callable[..., Service], engine: FakeEngine, heavy: None  # noqa: F811
+    make_service: Callable[..., Service],
+    engine: FakeEngine,
+    heavy: None,  # noqa: F811
 ) -> None:
     """Half of what the stream needs: generation follows the viewer, and runs no further ahead than he asked for."""
     service = make_service()
@@ -93,7 +99,8 @@ def test_s11_over_a_network_that_is_too_narrow_playback_stalls_and_that_is_count
 
 
 def test_s11_and_s3_a_connection_that_comes_back_after_an_outage_goes_on(
-    make_service: Callable[..., Service], engine: FakeEngine  # noqa: F811
+    make_service: Callable[..., Service],
+    engine: FakeEngine,  # noqa: F811
 ) -> None:
     """The cable is in again before anybody gave up: the same socket goes on, with no chunk twice and none missing."""
     service = make_service()

@@ -86,4 +86,3 @@ def test_a_full_disk_ends_the_run_with_its_cause_and_leaves_the_old_checkpoint_w
 def fill_disk(process: psutil.Process) -> None:
     """The process's writes fail from here on, as on a full disk; what it has mapped or opened stays."""
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
-

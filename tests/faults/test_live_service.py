@@ -70,8 +70,10 @@ def missed(found: dict[str, Any]) -> dict[str, Any]:
     """The figures of an overload that are not as promised."""
     figures, recovered_s = found["figures"], found["recovered_s"]
     slowest, first_s, refused_s = (
-        figures["session_fps"]["least"], figures["first_frame_s"]["p95"], figures["rejection_s"]["p95"]
-    )  # fmt: skip
+        figures["session_fps"]["least"],
+        figures["first_frame_s"]["p95"],
+        figures["rejection_s"]["p95"],
+    )
     kept = {
         "session_fps": slowest >= 16,
         "first_frame_s": first_s <= 2 * found["calm_first_frame_s"]["greatest"] + 0.1,

@@ -61,8 +61,10 @@ def test_a_normal_end_of_a_websocket_is_no_error_of_the_service(scene: Scene) ->
     """Serve counts it as one, with the close code in the place of the status."""
     (alert,) = [rule for rule in rules() if rule.get("alert") == "ServerErrors"]
     assert "1000|1001" in alert["expr"]
-    counted = {one["error_code"] for one in scene.ask("series", **{
-        "match[]": "ray_serve_num_http_error_requests_total", "start": scene.began})}  # fmt: skip
+    counted = {
+        one["error_code"]
+        for one in scene.ask("series", **{"match[]": "ray_serve_num_http_error_requests_total", "start": scene.began})
+    }
     assert {"422", "429", "503"} <= counted
     kept = alert["expr"].split("[5m]")[0].split("rate(")[1]
     left = {one["error_code"] for one in scene.ask("series", **{"match[]": kept, "start": scene.began})}

@@ -132,5 +132,3 @@ def assert_whole(watcher: Watcher, ffprobe: str) -> None:
     times = [float(line.strip(",")) for line in done.stdout.split()]
     assert len(times) == watcher.frames, (len(times), watcher.frames, vars(watcher) | {"video": len(watcher.video)})
     assert all(abs(at - number / FPS) < 0.002 for number, at in enumerate(times))
-
-

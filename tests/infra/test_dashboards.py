@@ -19,11 +19,15 @@ from infra.grafana.panels import UNITS, Board, Panel, Query, Section, expanded, 
 from infra.prometheus.expressions import DASHBOARDS, INFRA, Expression, metrics_of, panel_expressions, panels, rules
 
 FOREIGN = {  # Ray's own, each of which the live test sees
-    "ray_node_disk_utilization_percentage", "ray_node_mem_total", "ray_node_mem_used",
-    "ray_serve_autoscaling_target_replicas", "ray_serve_deployment_replica_healthy",
-    "ray_serve_deployment_replica_starts_total", "ray_serve_num_http_error_requests_total",
+    "ray_node_disk_utilization_percentage",
+    "ray_node_mem_total",
+    "ray_node_mem_used",
+    "ray_serve_autoscaling_target_replicas",
+    "ray_serve_deployment_replica_healthy",
+    "ray_serve_deployment_replica_starts_total",
+    "ray_serve_num_http_error_requests_total",
     "ray_serve_num_http_requests_total",
-}  # fmt: skip
+}
 
 
 def exposed() -> dict[str, str]:
@@ -49,18 +53,22 @@ def faults(board: dict[str, Any]) -> list[str]:
             continue
         title = panel.get("title", "")
         checks = {
-            "a question": title.endswith("?"), "what to do": len(panel.get("description", "")) > 40,
+            "a question": title.endswith("?"),
+            "what to do": len(panel.get("description", "")) > 40,
             "a unit": panel.get("fieldConfig", {}).get("defaults", {}).get("unit") in UNITS,
             "a source": panel.get("datasource") == {"type": "prometheus", "uid": "${datasource}"},
             "queries": bool(panel.get("targets")),
             "a place": panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24,
             "legends": all(target.get("legendFormat") for target in panel.get("targets", ())),
             "letters": len({target["refId"] for target in panel.get("targets", ())}) == len(panel.get("targets", ())),
-        }  # fmt: skip
+        }
         found += [f"{title!r} has no {what}" for what, holds in checks.items() if not holds]
     variables = {one["name"] for one in board["templating"]["list"]} | {"__rate_interval"}
-    used = set(re.findall(r"\$(\w+)", " ".join(target["expr"] for panel in board["panels"]
-                                                for target in panel.get("targets", ()))))  # fmt: skip
+    used = set(
+        re.findall(
+            r"\$(\w+)", " ".join(target["expr"] for panel in board["panels"] for target in panel.get("targets", ()))
+        )
+    )
     return found + [f"variable {name} is not defined" for name in sorted(used - variables)]
 
 
@@ -91,10 +99,17 @@ def test_every_dashboard_and_panel_has_what_it_needs(boards: dict[str, dict[str,
     assert len(set(titles)) == len(titles) and len(titles) < 60, "few, each asking its own question"
 
 
-@pytest.mark.parametrize(("key", "value", "fault"), [
-    ("title", "Sessions", "a question"), ("description", "Look.", "what to do"), ("targets", [], "queries"),
-    ("fieldConfig", {"defaults": {"unit": "secnds"}}, "a unit"), ("datasource", None, "a source"), ("id", 1, "twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "fault"),
+    [
+        ("title", "Sessions", "a question"),
+        ("description", "Look.", "what to do"),
+        ("targets", [], "queries"),
+        ("fieldConfig", {"defaults": {"unit": "secnds"}}, "a unit"),
+        ("datasource", None, "a source"),
+        ("id", 1, "twice"),
+    ],
+)
 def test_a_broken_panel_is_found(boards: dict[str, dict[str, Any]], key: str, value: Any, fault: str) -> None:
     broken = json.loads(json.dumps(boards["data"]))
     broken["panels"][1][key] = value
@@ -128,8 +143,10 @@ def test_a_legend_names_only_labels_that_the_series_keep() -> None:
 
 
 def test_the_metrics_of_an_expression_are_found_and_nothing_else() -> None:
-    text = ('sum by (le, a) (rate(x_bucket{b="not_me or c"}[5m] offset 10m)) / on (d) group_left (e) clamp_min(y:z, 1)'
-            " unless 0 * w > 1e3")  # fmt: skip
+    text = (
+        'sum by (le, a) (rate(x_bucket{b="not_me or c"}[5m] offset 10m)) / on (d) group_left (e) clamp_min(y:z, 1)'
+        " unless 0 * w > 1e3"
+    )
     assert metrics_of(text) == {"x_bucket", "y:z", "w"}
 
 

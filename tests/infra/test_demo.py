@@ -43,8 +43,11 @@ def test_the_oracle_reads_the_scene_back_from_an_encoded_and_enlarged_file(
     reading = demo.judge(write_video(tmp_path / "x.mp4", enlarged(pixels, 4), demo.FPS), PROGRESS)
     scene = demo.SCENE
     assert (reading.colour, reading.shape, reading.direction, reading.speed) == (
-        scene.colour, scene.shape, scene.direction, scene.speed,
-    )  # fmt: skip
+        scene.colour,
+        scene.shape,
+        scene.direction,
+        scene.speed,
+    )
     assert "81 frames at 16 fps" in capsys.readouterr().out
 
 

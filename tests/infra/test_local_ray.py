@@ -209,9 +209,7 @@ def test_one_stop_at_a_time(tmp_path: Path) -> None:
         cluster.stop(tmp_path)
 
 
-def test_two_starts_choose_their_ports_one_after_the_other(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_two_starts_choose_their_ports_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(cluster, "START_S", 0.0)
     monkeypatch.setattr(cluster, "ANSWER_S", 0.3)

@@ -35,8 +35,16 @@ DOCUMENTS = manifests()
 RAY = [name for name, document in DOCUMENTS.items() if document["apiVersion"] == RAY_GROUP]
 CORE = [name for name in DOCUMENTS if name not in RAY]
 PODS = list(every_pod())
-FREE = {"labels", "annotations", "matchLabels", "rayStartParams", "nodeSelector", "requests", "limits",
-        "clusterSelector"}  # fmt: skip
+FREE = {
+    "labels",
+    "annotations",
+    "matchLabels",
+    "rayStartParams",
+    "nodeSelector",
+    "requests",
+    "limits",
+    "clusterSelector",
+}
 JOBS, SERVICE, JOB = "RayCluster/diagonal-jobs", "RayService/diagonal", "RayJob/distill-"
 
 
@@ -221,8 +229,10 @@ def matches(selector: Document, labels: Document) -> bool:
 
 
 def test_heads_come_before_viewers_and_viewers_before_jobs() -> None:
-    value = {name: DOCUMENTS[f"PriorityClass/{name}"]["value"] for name in
-             ("diagonal-head", "diagonal-service", "diagonal-jobs")}  # fmt: skip
+    value = {
+        name: DOCUMENTS[f"PriorityClass/{name}"]["value"]
+        for name in ("diagonal-head", "diagonal-service", "diagonal-jobs")
+    }
     assert value["diagonal-head"] > value["diagonal-service"] > value["diagonal-jobs"]
     for name, role, template in PODS:
         kind = "diagonal-head" if role == "head" else "diagonal-service" if name == SERVICE else "diagonal-jobs"
@@ -234,8 +244,11 @@ def test_every_budget_keeps_pods_of_one_role_and_leaves_a_drain_possible_where_t
     kept = set()
     for budget in budgets:
         assert isinstance(budget["spec"]["minAvailable"], int), "nothing else counts for pods of a RayCluster"
-        ((name, role),) = [(name, role) for name, role, template in PODS
-                           if matches(budget["spec"]["selector"], template["metadata"]["labels"])]  # fmt: skip
+        ((name, role),) = [
+            (name, role)
+            for name, role, template in PODS
+            if matches(budget["spec"]["selector"], template["metadata"]["labels"])
+        ]
         kept.add((name, role))
         for group in cluster_of(name)["workerGroupSpecs"]:
             assert group["groupName"] != role or group["minReplicas"] > budget["spec"]["minAvailable"]

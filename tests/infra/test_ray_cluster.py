@@ -131,11 +131,21 @@ def _unknown_market(config: Config) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        _unknown_key, _unknown_key_of_a_pool, _unknown_key_of_the_provider, _unknown_key_of_ssh, _unknown_head,
-        _fewer_than_the_minimum, _negative_resource, _unknown_key_of_a_node, _unknown_key_of_a_disk, _unknown_disk,
-        _wrong_type_of_a_disk, _unknown_instance, _unknown_market,
+        _unknown_key,
+        _unknown_key_of_a_pool,
+        _unknown_key_of_the_provider,
+        _unknown_key_of_ssh,
+        _unknown_head,
+        _fewer_than_the_minimum,
+        _negative_resource,
+        _unknown_key_of_a_node,
+        _unknown_key_of_a_disk,
+        _unknown_disk,
+        _wrong_type_of_a_disk,
+        _unknown_instance,
+        _unknown_market,
     ],
-)  # fmt: skip
+)
 def test_a_spoiled_file_is_refused(config: Config, instance_shape: Any, spoil: Callable[[Config], None]) -> None:
     spoil(config)
     with pytest.raises((ValueError, ValidationError)):

@@ -98,10 +98,18 @@ def _absent_function(document: Document) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        _misspelled_top, _misspelled_option, _misspelled_deployment_key, _misspelled_deployment, _absent_function,
-        _misspelled_actor_option, _misspelled_argument, _wrong_argument, _fewer_at_most_than_at_least, _wrong_port,
+        _misspelled_top,
+        _misspelled_option,
+        _misspelled_deployment_key,
+        _misspelled_deployment,
+        _absent_function,
+        _misspelled_actor_option,
+        _misspelled_argument,
+        _wrong_argument,
+        _fewer_at_most_than_at_least,
+        _wrong_port,
     ],
-)  # fmt: skip
+)
 def test_a_spoiled_configuration_is_refused(
     files: dict[str, Document], name: str, spoil: Callable[[Document], None]
 ) -> None:

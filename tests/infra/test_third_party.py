@@ -8,8 +8,11 @@ PAGE = PINNED.parent / "THIRD_PARTY.md"
 
 
 def test_every_pinned_package_is_on_the_page() -> None:
-    rows = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in PAGE.read_text().splitlines()
-            if line.startswith("| ")}
+    rows = {
+        tuple(cell.strip() for cell in line.split("|")[1:3])
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| ")
+    }
     missing = set(pinned(PINNED.read_text()).items()) - rows
     assert not missing, "renew it: python -m infra.third_party THIRD_PARTY.md"
 

@@ -8,10 +8,22 @@ import pytest
 from jobs.run import Run, open_run, parser
 
 SMALL = (
-    "train.workers=1", "pairs.count=5", "pairs.rows_per_shard=2", "pairs.solver_steps=20", "pairs.batch_size=2",
-    "ode_init.updates=2", "ode_init.batch_size=2", "ode_init.micro_batch_size=1",
-    "distill.stage1_updates=2", "distill.stage2_updates=2", "distill.batch_size=2", "distill.micro_batch_size=1",
-    "train.sample_every=0", "distill.generator_every=1", "distill.checkpoint_every=1", "distill.ema_start=1",
+    "train.workers=1",
+    "pairs.count=5",
+    "pairs.rows_per_shard=2",
+    "pairs.solver_steps=20",
+    "pairs.batch_size=2",
+    "ode_init.updates=2",
+    "ode_init.batch_size=2",
+    "ode_init.micro_batch_size=1",
+    "distill.stage1_updates=2",
+    "distill.stage2_updates=2",
+    "distill.batch_size=2",
+    "distill.micro_batch_size=1",
+    "train.sample_every=0",
+    "distill.generator_every=1",
+    "distill.checkpoint_every=1",
+    "distill.ema_start=1",
 )
 OpenRun = Callable[..., Run]
 

@@ -15,8 +15,14 @@ from jobs import options as report
 from tests.jobs.conftest import OpenRun
 
 SETTINGS = (
-    "decoder.widths=[8,6,4]", "decoder.blocks=[1,1,1]", "decoder.clips=2", "decoder.updates=4", "decoder.batch_size=1",
-    "decoder.frames=2", "decoder.checkpoint_every=2", "serve.decoder=fast",
+    "decoder.widths=[8,6,4]",
+    "decoder.blocks=[1,1,1]",
+    "decoder.clips=2",
+    "decoder.updates=4",
+    "decoder.batch_size=1",
+    "decoder.frames=2",
+    "decoder.checkpoint_every=2",
+    "serve.decoder=fast",
 )
 
 

@@ -108,7 +108,10 @@ def test_the_job_on_two_workers_writes_every_stage_its_pictures_and_a_release_th
     summary = run.folder.read_json("summary.json")
     assert summary["scores"] == release.manifest["scores"]
     assert {key: summary["stages"]["distill"][key] for key in ("updates", "skipped", "restarts", "world_sizes")} == {
-        "updates": 4, "skipped": 0, "restarts": 0, "world_sizes": [2],
+        "updates": 4,
+        "skipped": 0,
+        "restarts": 0,
+        "world_sizes": [2],
     }
     again = small_run("a", "train.workers=2", "distill.batch_size=3", "train.sample_every=2", resume=True)
     written_ns = (run.folder.path / "summary.json").stat().st_mtime_ns

@@ -27,8 +27,23 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     shutil.copytree(embedded("release"), folder / "release")
     prompts = folder / "prompts.txt"
     prompts.write_text("a red circle moving left quickly\na blue square moving up slowly\n")
-    argv = ["--release", str(folder / "release"), "--clips", "2", "--streams", "1", "--seconds", "6", "--gate",
-            "--prompts", str(prompts), "--parts", str(folder / "parts"), "--out", str(folder / "out")]
+    argv = [
+        "--release",
+        str(folder / "release"),
+        "--clips",
+        "2",
+        "--streams",
+        "1",
+        "--seconds",
+        "6",
+        "--gate",
+        "--prompts",
+        str(prompts),
+        "--parts",
+        str(folder / "parts"),
+        "--out",
+        str(folder / "out"),
+    ]
     evaluate.work(argv)
     return folder, argv
 
@@ -42,7 +57,11 @@ def test_the_report_compares_all_sources_from_equal_noise(judged: tuple[Path, li
     found = report_in(judged[0])
     rows = {row["name"]: row for row in found["rows"]}
     assert {name: row["forwards"] for name, row in rows.items()} == {
-        "codec alone (ceiling)": 0, "teacher": 40, "ours": 17, "self-forcing": 35}
+        "codec alone (ceiling)": 0,
+        "teacher": 40,
+        "ours": 17,
+        "self-forcing": 35,
+    }
     assert all(row["fps"] > 0 for row in rows.values())
     assert rows["ours"]["figures"]["psnr_db"]["mean"] > 10 and "frechet" in rows["ours"]
     assert set(found["differences"]) == {"teacher", "self-forcing"} and found["drift"]["streams"] == 1
@@ -73,10 +92,16 @@ def _unasked(*arguments: object, **more: object) -> None:
     raise AssertionError("clips were made again")
 
 
-@pytest.mark.parametrize(("argv", "match"), [
-    (["--clips", "1"], "--clips = 1"), (["--gate"], "--gate"), (["--vbench"], "--vbench"),
-    (["--seconds", "2"], "--seconds = 2.0"), (["--streams", "-1"], "--streams = -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["--clips", "1"], "--clips = 1"),
+        (["--gate"], "--gate"),
+        (["--vbench"], "--vbench"),
+        (["--seconds", "2"], "--seconds = 2.0"),
+        (["--streams", "-1"], "--streams = -1"),
+    ],
+)
 def test_wrong_arguments_are_refused_by_name(argv: list[str], match: str) -> None:
     with pytest.raises(FieldError, match=match):
         evaluate.work(argv)
@@ -107,8 +132,10 @@ def test_a_grid_leaves_out_what_a_schedule_refuses_and_names_what_none_allows() 
 def test_a_profile_is_not_inferior_and_serving_takes_it() -> None:
     points = {point.name: point for point in (Point("4322222", "reuse"), Point("4", "reuse"), Point("2", "reuse"))}
     worth = {"4322222, reuse": 0.899, "4, reuse": 0.9, "2, reuse": 0.7}
-    rows = {name: {"forwards": forwards, "quality": [worth[name]] * 50}
-            for name, forwards in (("4322222, reuse", 17), ("4, reuse", 28), ("2, reuse", 14))}
+    rows = {
+        name: {"forwards": forwards, "quality": [worth[name]] * 50}
+        for name, forwards in (("4322222, reuse", 17), ("4, reuse", 28), ("2, reuse", 14))
+    }
     found = profile("r1", points, rows, "forwards", 2.0)
     assert found["evidence"]["chosen"] == "4322222, reuse" and found["evidence"]["best"] == "4, reuse"
     settings = ServeSettings(options=found["options"]).release_settings
@@ -117,8 +144,18 @@ def test_a_profile_is_not_inferior_and_serving_takes_it() -> None:
 
 
 def test_a_search_keeps_its_rows_and_adds_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = ["--steps", "4322222", "--clips", "2", "--cost", "forwards", "--folder", str(tmp_path / "rows"), "--out",
-            str(tmp_path / "found")]
+    argv = [
+        "--steps",
+        "4322222",
+        "--clips",
+        "2",
+        "--cost",
+        "forwards",
+        "--folder",
+        str(tmp_path / "rows"),
+        "--out",
+        str(tmp_path / "found"),
+    ]
     search.work(argv)
     monkeypatch.setattr(search, "_measure", _unasked)
     search.work(argv)

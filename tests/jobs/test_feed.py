@@ -47,7 +47,8 @@ def test_ray_data_gives_each_update_the_samples_of_the_rank_in_order() -> None:
     for rank, expected in ((0, [0, 2, 4]), (1, [1, 3])):
         batches = list(feed().batches(10, rank, 2))
         assert [list(batch["sample"]) for batch in batches] == [
-            [50 + sample for sample in expected], [55 + sample for sample in expected],
+            [50 + sample for sample in expected],
+            [55 + sample for sample in expected],
         ]
         rows = feed().rows["prompt"].to_pylist()
         assert [str(p) for p in batches[0]["prompt"]] == [rows[50 + sample] for sample in expected]

@@ -56,10 +56,16 @@ def test_a_killed_jobs_lease_is_free_at_once(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize(("host", "pid", "age_s", "free"), [
-    ("elsewhere", 1, 1.0, False), ("elsewhere", 1, lease.STALE_AFTER_S + 1, True),
-    ("", os.getpid(), 1.0, False), ("", 2**22 + 1, 1.0, True),
-], ids=["lives elsewhere", "silent elsewhere", "lives here", "dead here"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("host", "pid", "age_s", "free"),
+    [
+        ("elsewhere", 1, 1.0, False),
+        ("elsewhere", 1, lease.STALE_AFTER_S + 1, True),
+        ("", os.getpid(), 1.0, False),
+        ("", 2**22 + 1, 1.0, True),
+    ],
+    ids=["lives elsewhere", "silent elsewhere", "lives here", "dead here"],
+)
 def test_a_remote_lease_is_taken_over_when_its_process_is_dead_or_silent_for_long(
     host: str, pid: int, age_s: float, free: bool, bucket: str
 ) -> None:

@@ -152,8 +152,11 @@ def test_distillation_takes_its_own_prompts_where_they_are_given(small_run: Open
 def solvers() -> list[psutil.Process]:
     """The processes of this cluster, and of no other, that solve trajectories."""
     session = str(ray.get_runtime_context().get_temp_dir())
-    raylets = [p for p in psutil.process_iter(["name", "cmdline"])
-               if p.info["name"] == "raylet" and session in " ".join(p.info["cmdline"] or ())]
+    raylets = [
+        p
+        for p in psutil.process_iter(["name", "cmdline"])
+        if p.info["name"] == "raylet" and session in " ".join(p.info["cmdline"] or ())
+    ]
     return [child for raylet in raylets for child in raylet.children(recursive=True) if is_solver(child)]
 
 
@@ -240,8 +243,15 @@ def job(repository: Path, scratch: str, storage: str, *arguments: str) -> subpro
     settings = [f"--set={setting}" for setting in (f"train.storage={storage}", *SMALL, *MANY)]
     command = [sys.executable, "-m", "jobs.pairs", "--preset=tiny", "--name=a", *settings, *arguments]
     environment = os.environ | {"RAY_ADDRESS": "", "RAY_TMPDIR": scratch}
-    return subprocess.Popen(command, cwd=repository, env=environment, start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command,
+        cwd=repository,
+        env=environment,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 @pytest.mark.slow

@@ -14,13 +14,26 @@ from jobs.run import Run, open_run, parser
 from tests.jobs.conftest import OpenRun
 
 WAN = {
-    "_class_name": "WanTransformer3DModel", "attention_head_dim": 128, "cross_attn_norm": True, "ffn_dim": 8960,
-    "freq_dim": 256, "image_dim": None, "in_channels": 16, "num_attention_heads": 12, "num_layers": 30,
-    "out_channels": 16, "patch_size": [1, 2, 2], "text_dim": 4096,
+    "_class_name": "WanTransformer3DModel",
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "ffn_dim": 8960,
+    "freq_dim": 256,
+    "image_dim": None,
+    "in_channels": 16,
+    "num_attention_heads": 12,
+    "num_layers": 30,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "text_dim": 4096,
 }
 TEXT = {"d_model": 4096, "num_heads": 64, "d_kv": 64, "d_ff": 10240, "vocab_size": 256384, "num_layers": 24}
 CODEC = {
-    "_class_name": "AutoencoderKLWan", "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
     "temperal_downsample": [False, True, True],
 }
 
@@ -76,19 +89,28 @@ def test_a_plan_refuses_a_gpu_that_is_too_small(wan: Path, monkeypatch: pytest.M
         plan(wan_run(wan))
 
 
-@pytest.mark.parametrize(("setting", "said"), [
-    ("model.path=", r"model\.path = '': allowed is a folder of the base model"),
-    ("model.path=/nowhere", r"model\.path = '/nowhere': allowed is a folder in diffusers' layout, with transformer/"),
-    ("distill.init=/nowhere", r"distill\.init = '/nowhere': allowed is a folder that holds transformer/config\.json"),
-    ("distill.init=/nowhere/a.pt", r"distill\.init = '/nowhere/a\.pt': allowed is a \.pt file that exists"),
-    ("distill.teacher=/nowhere", r"distill\.teacher = '/nowhere'"),
-    (f"distill.teacher={embedded('base')}", r"distill\.teacher: transformer\.text_dim"),
-    ("distill.prompts=/nowhere.txt", r"'/nowhere\.txt'"),
-    ("pairs.prompts=", r"pairs\.prompts = '': allowed is a prompt file"),
-    ("train.storage=/proc/runs", r"train\.storage = '/proc': allowed is a folder that can be written"),
-    ("distill.batch_size=7", r"distill\.batch_size = 7: allowed is at least train\.workers = 8"),
-    ("train.shard_group=3", r"train\.shard_group = 3: allowed is 0 or a divisor of train\.workers = 8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("model.path=", r"model\.path = '': allowed is a folder of the base model"),
+        (
+            "model.path=/nowhere",
+            r"model\.path = '/nowhere': allowed is a folder in diffusers' layout, with transformer/",
+        ),
+        (
+            "distill.init=/nowhere",
+            r"distill\.init = '/nowhere': allowed is a folder that holds transformer/config\.json",
+        ),
+        ("distill.init=/nowhere/a.pt", r"distill\.init = '/nowhere/a\.pt': allowed is a \.pt file that exists"),
+        ("distill.teacher=/nowhere", r"distill\.teacher = '/nowhere'"),
+        (f"distill.teacher={embedded('base')}", r"distill\.teacher: transformer\.text_dim"),
+        ("distill.prompts=/nowhere.txt", r"'/nowhere\.txt'"),
+        ("pairs.prompts=", r"pairs\.prompts = '': allowed is a prompt file"),
+        ("train.storage=/proc/runs", r"train\.storage = '/proc': allowed is a folder that can be written"),
+        ("distill.batch_size=7", r"distill\.batch_size = 7: allowed is at least train\.workers = 8"),
+        ("train.shard_group=3", r"train\.shard_group = 3: allowed is 0 or a divisor of train\.workers = 8"),
+    ],
+)
 def test_what_a_job_would_stumble_over_is_refused_before_it_starts(wan: Path, setting: str, said: str) -> None:
     with pytest.raises(FieldError, match=said):
         plan(wan_run(wan, setting), count_prompts=True)
@@ -129,9 +151,14 @@ def test_a_plan_says_what_is_done_already(small_run: OpenRun) -> None:
     assert any(line.startswith("  stage2: 2 updates of 2 samples") for line in lines)
 
 
-@pytest.mark.parametrize(("last", "planned"), [
-    ("pairs", {"pairs"}), ("ode_init", {"pairs", "ode_init"}), ("release", {"ode_init", "stage1", "stage2", "release"}),
-])
+@pytest.mark.parametrize(
+    ("last", "planned"),
+    [
+        ("pairs", {"pairs"}),
+        ("ode_init", {"pairs", "ode_init"}),
+        ("release", {"ode_init", "stage1", "stage2", "release"}),
+    ],
+)
 def test_a_plan_is_of_the_job_that_shows_it(small_run: OpenRun, last: str, planned: set[str]) -> None:
     """The embedded student is given, so that a distillation makes no pairs; a job for pairs does."""
     lines = plan(small_run("a"), last)

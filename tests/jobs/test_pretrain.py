@@ -14,8 +14,14 @@ from diagonal.tree import read_json
 from jobs import pretrain
 
 SMALL = (
-    "pretrain.clips=4", "pretrain.codec_clips=8", "pretrain.updates=3", "pretrain.batch_size=2", "network.layers=1",
-    "pretrain.text_updates=1", "pretrain.codec_width=4", "pairs.solver_steps=20",
+    "pretrain.clips=4",
+    "pretrain.codec_clips=8",
+    "pretrain.updates=3",
+    "pretrain.batch_size=2",
+    "network.layers=1",
+    "pretrain.text_updates=1",
+    "pretrain.codec_width=4",
+    "pairs.solver_steps=20",
 )
 
 

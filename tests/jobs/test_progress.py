@@ -28,8 +28,15 @@ from jobs.samples import curves, sample_captions, save_curves
 from jobs.timing import duration
 from jobs.watchdog import STALLED
 
-FIGURES = {"critic": 1.0, "critic_gradient_norm": 2.0, "skipped": 0.0, "samples": 4.0, "tokens": 8.0,
-           "update_s": 1.0, "data_wait_s": 0.5}  # fmt: skip
+FIGURES = {
+    "critic": 1.0,
+    "critic_gradient_norm": 2.0,
+    "skipped": 0.0,
+    "samples": 4.0,
+    "tokens": 8.0,
+    "update_s": 1.0,
+    "data_wait_s": 0.5,
+}
 
 
 class Sink(NullSink):
@@ -56,8 +63,16 @@ def reporter(folder: Path, sink: Sink) -> Reporter:
 
 def hooks(stop: bool = False, **others: Any) -> Progress:
     saver = SimpleNamespace(skipped=0, wrote_s=0.0, save=lambda state, wait: None)
-    made = Progress(Place("distill", 0, 1), saver, None, weight=1.0, last=4,  # type: ignore[arg-type]
-                    stop=lambda: stop, beat=lambda: None, **others)
+    made = Progress(
+        Place("distill", 0, 1),
+        saver,
+        None,
+        weight=1.0,
+        last=4,  # type: ignore[arg-type]
+        stop=lambda: stop,
+        beat=lambda: None,
+        **others,
+    )
     made.state = TrainState(1, {})
     return made
 
@@ -169,10 +184,14 @@ def test_a_process_without_progress_ends_itself_and_says_where_it_stood(beats: i
 
 
 def test_the_first_cause_is_no_mere_consequence_of_another_ranks() -> None:
-    said = first_cause({
-        0: RuntimeError("gloo: Connection closed by peer [127.0.0.1]:1"), 1: ValueError("a bad\n  level"),
-        2: RuntimeError("Timed out waiting 1000ms"), 3: GroupLostError(),
-    })
+    said = first_cause(
+        {
+            0: RuntimeError("gloo: Connection closed by peer [127.0.0.1]:1"),
+            1: ValueError("a bad\n  level"),
+            2: RuntimeError("Timed out waiting 1000ms"),
+            3: GroupLostError(),
+        }
+    )
     assert said == "rank 1: ValueError: a bad level; then ranks 0, 2, 3"
 
 

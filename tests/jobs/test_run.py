@@ -57,10 +57,15 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("field", "value", "began"), [
-    ("distill.lr", "0.5", "0.0002"), ("distill.batch_size", "8", "2"), ("seed", "7", "0"),
-    ("distill.loss.motion", "0.25", r"[\d.]+"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value", "began"),
+    [
+        ("distill.lr", "0.5", "0.0002"),
+        ("distill.batch_size", "8", "2"),
+        ("seed", "7", "0"),
+        ("distill.loss.motion", "0.25", r"[\d.]+"),
+    ],
+)
 def test_a_run_is_not_continued_with_another_configuration(
     small_run: OpenRun, field: str, value: str, began: str
 ) -> None:

@@ -90,9 +90,9 @@ def test_replicas_that_are_no_longer_needed_go_without_anybody_noticing() -> Non
 def test_the_fewest_replicas_are_enough_and_one_fewer_is_not() -> None:
     asked = scenario(1, 20, stay_s=30.0, last_s=400.0, from_s=60.0)
     found = fewest_replicas(asked, 0.001, 0.02)
-    assert found["figures"]["rejected_share"] < 0.02 <= asked.with_replicas(found["replicas"] - 1).run()[
-        "rejected_share"
-    ]
+    assert (
+        found["figures"]["rejected_share"] < 0.02 <= asked.with_replicas(found["replicas"] - 1).run()["rejected_share"]
+    )
 
 
 def test_a_thousand_replicas_and_five_thousand_viewers_take_less_than_a_minute_of_one_core() -> None:
@@ -112,10 +112,17 @@ def test_a_plan_is_written_and_its_page_tells_of_it(tmp_path: Path, capsys: pyte
     assert "| 8 | " in text and "not measured yet" in text and "capacity-small.png" in text
 
 
-@pytest.mark.parametrize(("option", "value"), [
-    ("--viewers", "4,x"), ("--viewers", "0"), ("--stall-rate", "0"), ("--from", "9999"), ("--times", "/no/such.json"),
-    ("--set", "serve.nothing=1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--viewers", "4,x"),
+        ("--viewers", "0"),
+        ("--stall-rate", "0"),
+        ("--from", "9999"),
+        ("--times", "/no/such.json"),
+        ("--set", "serve.nothing=1"),
+    ],
+)
 def test_a_wrong_option_is_refused_by_name_value_and_range(option: str, value: str) -> None:
     with pytest.raises(FieldError):
         work(["--viewers", "4", "--no-large", option, value])

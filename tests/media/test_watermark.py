@@ -12,15 +12,7 @@ import pytest
 
 from diagonal.errors import FieldError
 from diagonal.media.encode import ChunkEncoder, Pixels, read_mp4, write_mp4
-from diagonal.media.watermark import (
-    AMPLITUDE,
-    Detection,
-    SpreadSpectrum,
-    accident_rate_of,
-    main,
-    payload_of,
-    room,
-)
+from diagonal.media.watermark import AMPLITUDE, Detection, SpreadSpectrum, accident_rate_of, main, payload_of, room
 
 KEY, OTHER_KEY, VIDEO = b"a key of sixteen bytes and more", b"another key of sixteen bytes", "video_1"
 PAYLOAD = payload_of(VIDEO)

@@ -9,14 +9,7 @@ from typing import Any
 import pytest
 
 from diagonal.model.weights import Release, save_base, write_release
-from tests.networks import (
-    exact_float64,
-    small_codec,
-    small_config,
-    small_text_model,
-    small_tokenizer,
-    small_wan,
-)
+from tests.networks import exact_float64, small_codec, small_config, small_text_model, small_tokenizer, small_wan
 from tests.s3 import FaultyProxy, S3Server, environment
 
 
@@ -37,7 +30,11 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def release(base: Path, tmp_path: Path) -> Release:
     return write_release(
-        tmp_path / "release", name="r1", student=base, base=base, lineage={"stage2": {"parent": "base"}},
+        tmp_path / "release",
+        name="r1",
+        student=base,
+        base=base,
+        lineage={"stage2": {"parent": "base"}},
         scores={"colour": 0.5},
     )
 

@@ -44,9 +44,14 @@ def test_wans_window_of_12_frames_takes_3_4505_gb_in_bfloat16() -> None:
     config = Config.from_preset("wan-1.3b")
     window = config.cache.window_frames // config.geometry.chunk_frames
     pool = KVPool(
-        layers=30, heads=12, head_dim=128, page_tokens=config.geometry.chunk_tokens, pages=window,
-        dtype=torch.bfloat16, device="meta",
-    )  # fmt: skip
+        layers=30,
+        heads=12,
+        head_dim=128,
+        page_tokens=config.geometry.chunk_tokens,
+        pages=window,
+        dtype=torch.bfloat16,
+        device="meta",
+    )
     assert pool.capacity_bytes == 2 * 30 * 1536 * 2 * 1560 * 12 == 3_450_470_400
 
 

@@ -46,9 +46,7 @@ def levels_of(chunks: int, batch: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_without_a_mask_our_forward_is_diffusers_own(
-    dtype: torch.dtype, tolerance: float, float64_stays: None
-) -> None:
+def test_without_a_mask_our_forward_is_diffusers_own(dtype: torch.dtype, tolerance: float, float64_stays: None) -> None:
     wan, ours = small_wan(layers=3).to(dtype), small_causal(layers=3, dtype=dtype)
     x, text, level = latents_of(3, 2, dtype), text_of(2, dtype), torch.tensor([0.9375, 0.35714287])
     with torch.no_grad():
@@ -173,8 +171,13 @@ def test_the_cache_holds_keys_after_their_norm_and_before_rotary() -> None:
     seen: list[Tensor] = []
     network.blocks[0].attn1.norm_k.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
-        network(latents_of(1, 1, torch.float32), torch.full((1, 3), 0.5), text_of(1, torch.float32),
-                cache=begun(0, cache), write=True)
+        network(
+            latents_of(1, 1, torch.float32),
+            torch.full((1, 3), 0.5),
+            text_of(1, torch.float32),
+            cache=begun(0, cache),
+            write=True,
+        )
     assert torch.equal(cache.pool.keys[0, cache.pages[0]].flatten(1), seen[0][0])
 
 
@@ -235,9 +238,7 @@ def test_building_a_network_of_another_kind_is_refused_by_name() -> None:
         CausalWan(image_dim=8, num_layers=1, num_attention_heads=1, attention_head_dim=12)
 
 
-def run_cached(
-    network: CausalWan, config: Config, x: Tensor, level: Tensor, text: Tensor, chunks: int
-) -> list[Tensor]:
+def run_cached(network: CausalWan, config: Config, x: Tensor, level: Tensor, text: Tensor, chunks: int) -> list[Tensor]:
     """Velocity of each chunk, through the cache."""
     caches = caches_for(config, network, len(x))
     return [

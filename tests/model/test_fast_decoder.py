@@ -119,16 +119,20 @@ def test_a_fast_decoder_keeps_through_its_folder(tmp_path: Path) -> None:
     loaded = FastDecoder.from_pretrained(tmp_path)
     shown = [StreamingFastDecoder(part).decode_clip(latents_of()) for part in (network, loaded)]
     assert torch.equal(*shown) and {path.name for path in tmp_path.iterdir()} == {
-        "config.json", "diffusion_pytorch_model.safetensors"
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
     }
 
 
-@pytest.mark.parametrize(("layout", "field"), [
-    ({"widths": (8, 8), "blocks": (1,)}, "decoder.blocks"),
-    ({"widths": (8,), "blocks": (1,)}, "decoder.temporal_stride"),
-    ({"widths": (8, 8, 8), "blocks": (1, 1, 1), "temporal_stride": 3}, "decoder.temporal_stride"),
-    ({"widths": (8, 8, 8), "blocks": (1, 1, 1), "spatial_stride": 6}, "decoder.spatial_stride"),
-])
+@pytest.mark.parametrize(
+    ("layout", "field"),
+    [
+        ({"widths": (8, 8), "blocks": (1,)}, "decoder.blocks"),
+        ({"widths": (8,), "blocks": (1,)}, "decoder.temporal_stride"),
+        ({"widths": (8, 8, 8), "blocks": (1, 1, 1), "temporal_stride": 3}, "decoder.temporal_stride"),
+        ({"widths": (8, 8, 8), "blocks": (1, 1, 1), "spatial_stride": 6}, "decoder.spatial_stride"),
+    ],
+)
 def test_a_layout_that_does_not_give_the_strides_is_refused(layout: dict[str, Any], field: str) -> None:
     with pytest.raises(FieldError, match=field):
         FastDecoder(**layout)
@@ -138,8 +142,11 @@ def test_at_832x480_a_latent_frame_costs_0_39_teraflops_a_35th_of_the_full_decod
     config = Config.from_preset("wan-1.3b")
     geometry = config.geometry
     network = FastDecoder(
-        geometry.latent_channels, geometry.temporal_stride, geometry.spatial_stride,
-        config.decoder.widths, config.decoder.blocks,
+        geometry.latent_channels,
+        geometry.temporal_stride,
+        geometry.spatial_stride,
+        config.decoder.widths,
+        config.decoder.blocks,
     )
     assert frame_flops(network, geometry.latent_height, geometry.latent_width) == 391_360_020_480
     assert 13.55e12 / 391_360_020_480 > 34

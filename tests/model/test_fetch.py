@@ -12,15 +12,7 @@ import torch
 from diagonal.config import Config
 from diagonal.diffusion.rollout import chunk_noise_of, denoise_chunk, new_cache, new_pool
 from diagonal.errors import FieldError
-from diagonal.model.weights import (
-    Release,
-    base_folder,
-    fetch,
-    load_causal,
-    load_decoder,
-    load_teacher,
-    load_text,
-)
+from diagonal.model.weights import Release, base_folder, fetch, load_causal, load_decoder, load_teacher, load_text
 from diagonal.storage import StorageError
 from tests.model.folders import TRANSFORMER, files_of, upload
 from tests.networks import begun, small_config, small_text_model, small_tokenizer, small_vae, small_wan
@@ -84,10 +76,16 @@ def test_two_that_ask_at_once_download_once(s3: Any, faulty: FaultyProxy) -> Non
 
 def test_the_full_preset_goes_from_diffusers_folders_to_pixels(s3: Any, tmp_path: Path) -> None:
     """A folder as Wan-AI lays it out, written by diffusers' and transformers' own `save_pretrained`, read from S3."""
-    config = Config.from_preset("wan-1.3b", [
-        "model.path=s3://models/wan", "geometry.latent_height=4", "geometry.latent_width=6",
-        "geometry.latent_channels=4", "model.text_tokens=20",
-    ])  # fmt: skip
+    config = Config.from_preset(
+        "wan-1.3b",
+        [
+            "model.path=s3://models/wan",
+            "geometry.latent_height=4",
+            "geometry.latent_width=6",
+            "geometry.latent_channels=4",
+            "model.text_tokens=20",
+        ],
+    )
     folder = tmp_path / "wan"
     small_wan(layers=3).save_pretrained(folder / "transformer")
     small_vae().save_pretrained(folder / "vae")

@@ -73,10 +73,16 @@ def test_forwards_of_a_chunk_are_the_methods_table() -> None:
         assert chunk_flops(WAN, REAL, chunk) == chunk_flops(WAN, everything, min(chunk, 3))
 
 
-@pytest.mark.parametrize(("steps", "context", "expected"), [
-    ("4322222", "reuse", 400), ("5432222", "reuse", 460), ("4444444", "reuse", 695), ("4322222", 0.0, 574),
-    ("4444444", 0.0, 869),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "context", "expected"),
+    [
+        ("4322222", "reuse", 400),
+        ("5432222", "reuse", 460),
+        ("4444444", "reuse", 695),
+        ("4322222", 0.0, 574),
+        ("4444444", 0.0, 869),
+    ],
+)
 def test_rollouts_are_the_methods_table(steps: str, context: Any, expected: float) -> None:
     config = REAL.with_settings([f"schedule.steps={steps}", f"schedule.context={context}"])
     assert rollout_flops(WAN, config) / 1e12 == pytest.approx(expected, rel=0.01)

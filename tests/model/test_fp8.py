@@ -190,16 +190,27 @@ def test_a_chunk_with_8_bit_context_is_near_the_one_with_its_own_and_the_first_i
     (plain,), found = caches_for(config, network), []
     layout: Any = network.config
     pool = KVPool(
-        layers=layout.num_layers, heads=layout.num_attention_heads, head_dim=layout.attention_head_dim,
-        page_tokens=config.geometry.chunk_tokens, pages=12, dtype=FORMAT,
+        layers=layout.num_layers,
+        heads=layout.num_attention_heads,
+        head_dim=layout.attention_head_dim,
+        page_tokens=config.geometry.chunk_tokens,
+        pages=12,
+        dtype=FORMAT,
     )
     for cache in (plain, KVCache(pool, window_chunks=4, sink_chunks=1)):
         with torch.no_grad():
-            found.append([
-                network(draw(*config.geometry.chunk_shape(), seed=chunk), level, text, cache=begun(chunk, cache),
-                        write=True)
-                for chunk in range(6)
-            ])
+            found.append(
+                [
+                    network(
+                        draw(*config.geometry.chunk_shape(), seed=chunk),
+                        level,
+                        text,
+                        cache=begun(chunk, cache),
+                        write=True,
+                    )
+                    for chunk in range(6)
+                ]
+            )
     assert torch.equal(found[0][0], found[1][0])
     for one, other in zip(found[0][1:], found[1][1:], strict=True):
         assert 0 < float((one - other).norm() / one.norm()) < 0.05

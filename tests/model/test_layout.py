@@ -13,13 +13,33 @@ from diagonal.model.layout import TransformerLayout
 from tests.networks import small_wan
 
 WAN_1_3B: dict[str, Any] = {
-    "patch_size": [1, 2, 2], "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
-    "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 8960, "num_layers": 30, "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "image_dim": None,
-}  # fmt: skip
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "image_dim": None,
+}
 WAN_14B = {**WAN_1_3B, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
-ODD = {**WAN_1_3B, "num_attention_heads": 3, "attention_head_dim": 20, "in_channels": 5, "out_channels": 7,
-       "text_dim": 11, "freq_dim": 14, "ffn_dim": 13, "num_layers": 2, "patch_size": [1, 3, 2]}  # fmt: skip
+ODD = {
+    **WAN_1_3B,
+    "num_attention_heads": 3,
+    "attention_head_dim": 20,
+    "in_channels": 5,
+    "out_channels": 7,
+    "text_dim": 11,
+    "freq_dim": 14,
+    "ffn_dim": 13,
+    "num_layers": 2,
+    "patch_size": [1, 3, 2],
+}
 
 
 def on_meta(layout: dict[str, Any]) -> WanTransformer3DModel:

@@ -21,9 +21,7 @@ from tests.s3 import FaultyProxy
 def test_a_release_holds_what_it_was_made_from(release: Release, base: Path) -> None:
     loaded = Release.load(release.folder)
     assert (loaded.name, loaded.config) == ("r1", small_config())
-    assert loaded.manifest["scores"] == {"colour": 0.5} and loaded.manifest["lineage"] == {
-        "stage2": {"parent": "base"}
-    }
+    assert loaded.manifest["scores"] == {"colour": 0.5} and loaded.manifest["lineage"] == {"stage2": {"parent": "base"}}
     generator = loaded.generator()
     assert not any(parameter.requires_grad for parameter in generator.parameters())
     expected = load_causal(base, small_config()).state_dict()
@@ -74,9 +72,7 @@ def test_a_manifest_without_its_files_is_refused(release: Release) -> None:
         Release.load(release.folder)
 
 
-def test_a_release_is_written_whole_or_not_at_all(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_release_is_written_whole_or_not_at_all(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: Path) -> str:
         raise OSError("the disk is full")
 

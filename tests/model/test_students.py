@@ -43,10 +43,18 @@ def wan_name(name: str) -> str:
         ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
         ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
         ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-        ("condition_embedder.time_proj", "time_projection.1"), ("proj_out", "head.head"),
-        ("attn1", "self_attn"), ("attn2", "cross_attn"), (".to_q", ".q"), (".to_k", ".k"), (".to_v", ".v"),
-        (".to_out.0", ".o"), ("norm2", "norm3"), ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"),
-    ):  # fmt: skip
+        ("condition_embedder.time_proj", "time_projection.1"),
+        ("proj_out", "head.head"),
+        ("attn1", "self_attn"),
+        ("attn2", "cross_attn"),
+        (".to_q", ".q"),
+        (".to_k", ".k"),
+        (".to_v", ".v"),
+        (".to_out.0", ".o"),
+        ("norm2", "norm3"),
+        ("ffn.net.0.proj", "ffn.0"),
+        ("ffn.net.2", "ffn.2"),
+    ):
         name = name.replace(ours, theirs)
     table = "modulation" if name.startswith("blocks") else "head.modulation"
     return name.replace("scale_shift_table", table)
@@ -128,15 +136,20 @@ def without(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key: value for key, value in weights.items() if key != name}
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({"generator": without(written(0), KEY)}, r"missing keys = \['blocks.1.attn1.to_q.weight'\]"),
-    ({"generator": {**written(0), "model.extra.weight": torch.zeros(1)}}, r"unexpected keys = \['extra.weight'\]"),
-    ({"generator": {**written(0), KEY: torch.zeros(3, 2)}}, r"shape of blocks.1.attn1.to_q.weight = \[3, 2\]"),
-    ({"generator_lora": {"model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}}, "LoRA: merge it"),
-    ({"generator": {**written(0), "model.blocks.0.self_attn.q.lora_B.weight": torch.zeros(2)}}, "LoRA: merge it"),
-    ({"optimizer": 3}, "tensors alone"), ([1, 2], "mapping of names"),
-    ({"generator": {**written(0), "module." + KEY: torch.zeros(1)}}, "each under one name"),
-], ids=["missing", "unexpected", "shape", "lora alone", "lora beside", "no tensors", "no map", "twice"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"generator": without(written(0), KEY)}, r"missing keys = \['blocks.1.attn1.to_q.weight'\]"),
+        ({"generator": {**written(0), "model.extra.weight": torch.zeros(1)}}, r"unexpected keys = \['extra.weight'\]"),
+        ({"generator": {**written(0), KEY: torch.zeros(3, 2)}}, r"shape of blocks.1.attn1.to_q.weight = \[3, 2\]"),
+        ({"generator_lora": {"model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}}, "LoRA: merge it"),
+        ({"generator": {**written(0), "model.blocks.0.self_attn.q.lora_B.weight": torch.zeros(2)}}, "LoRA: merge it"),
+        ({"optimizer": 3}, "tensors alone"),
+        ([1, 2], "mapping of names"),
+        ({"generator": {**written(0), "module." + KEY: torch.zeros(1)}}, "each under one name"),
+    ],
+    ids=["missing", "unexpected", "shape", "lora alone", "lora beside", "no tensors", "no map", "twice"],
+)
 def test_what_is_not_the_networks_weights_is_refused_by_name(
     content: Any, message: str, base: Path, tmp_path: Path
 ) -> None:

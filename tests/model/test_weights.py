@@ -14,14 +14,7 @@ from safetensors.torch import load_file, save_file
 from diagonal.config import Config
 from diagonal.errors import FieldError
 from diagonal.model import weights
-from diagonal.model.weights import (
-    load_causal,
-    load_codec,
-    load_decoder,
-    load_teacher,
-    load_text,
-    save_student,
-)
+from diagonal.model.weights import load_causal, load_codec, load_decoder, load_teacher, load_text, save_student
 from tests.model.folders import TRANSFORMER, edit_json, files_of
 from tests.networks import draw, small_causal, small_codec, small_config, small_vae
 
@@ -58,8 +51,9 @@ def test_a_base_model_returns_from_its_folder(base: Path) -> None:
     text, codec = load_text(base, config), load_codec(base, config)
     assert text.encode(["a red circle"]).shape == (1, 6, 16)
     latents = draw(1, 4, 3, 4, 6)
-    assert torch.equal(load_decoder(base, config).decode_clip(latents),
-                       weights.decoder_of(small_codec(config)).decode_clip(latents))
+    assert torch.equal(
+        load_decoder(base, config).decode_clip(latents), weights.decoder_of(small_codec(config)).decode_clip(latents)
+    )
     assert not any(parameter.requires_grad for parameter in codec.parameters())
     assert (base / "scheduler/scheduler_config.json").is_file()
 
@@ -120,9 +114,14 @@ def test_a_codec_of_an_unknown_class_is_refused_with_the_known_ones(base: Path) 
 
 @pytest.mark.parametrize(
     ("part", "load"),
-    [("transformer", load_teacher), ("transformer", load_causal), ("vae", load_codec), ("text_encoder", load_text),
-     ("tokenizer", load_text)],
-)  # fmt: skip
+    [
+        ("transformer", load_teacher),
+        ("transformer", load_causal),
+        ("vae", load_codec),
+        ("text_encoder", load_text),
+        ("tokenizer", load_text),
+    ],
+)
 def test_a_missing_folder_is_refused_by_name(part: str, load: Any, base: Path) -> None:
     (base / part).rename(base / "elsewhere")
     with pytest.raises(FieldError, match=f"{part} folder = .*{part}'.*diffusers' layout"):
@@ -190,5 +189,9 @@ def test_a_student_saved_again_replaces_the_old_one_whole(tmp_path: Path) -> Non
     save_student(folder, small_config(), network.config, network.state_dict(), {"update": 2})
     assert json.loads((folder / "lineage.json").read_text()) == {"update": 2}
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
-        "config.json", "config.json", "diffusion_pytorch_model.safetensors", "lineage.json"]
+        "config.json",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "lineage.json",
+    ]
     assert folder.stat().st_mode & 0o555 == 0o555, "other users may read it"

@@ -14,9 +14,12 @@ import httpx
 from websockets.sync.client import ClientConnection, connect
 
 _KEYS = {
-    "Enter": (13, "Enter", "\r"), "Escape": (27, "Escape", ""), "Tab": (9, "Tab", ""), " ": (32, "Space", " "),
+    "Enter": (13, "Enter", "\r"),
+    "Escape": (27, "Escape", ""),
+    "Tab": (9, "Tab", ""),
+    " ": (32, "Space", " "),
     "p": (80, "KeyP", "p"),
-}  # fmt: skip
+}
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --mute-audio --window-size=1200,800 --remote-debugging-port=0"

@@ -34,16 +34,31 @@ def make_signer(folder: Path, *, days: int = 30, usage: bool = True) -> Signer:
 
 
 def _certificate(
-    name: str, issuer: str, key: EllipticCurvePrivateKey, issuer_key: EllipticCurvePrivateKey, days: int,
-    *, ca: bool, usage: bool,
+    name: str,
+    issuer: str,
+    key: EllipticCurvePrivateKey,
+    issuer_key: EllipticCurvePrivateKey,
+    days: int,
+    *,
+    ca: bool,
+    usage: bool,
 ) -> x509.Certificate:
     ends = datetime.now(UTC) + timedelta(days=days)
     builder = x509.CertificateBuilder().subject_name(_name(name)).issuer_name(_name(issuer))
     builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
     builder = builder.not_valid_before(ends - timedelta(days=60)).not_valid_after(ends)
     builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-    uses = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
-                          "encipher_only", "decipher_only"), False)  # fmt: skip
+    uses = dict.fromkeys(
+        (
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "encipher_only",
+            "decipher_only",
+        ),
+        False,
+    )
     allowed = x509.KeyUsage(digital_signature=not ca, key_cert_sign=ca, crl_sign=ca, **uses)
     builder = builder.add_extension(allowed, critical=True)
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())

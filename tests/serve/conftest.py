@@ -310,9 +310,7 @@ def database_numbers() -> Iterator[int]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(
-    request: pytest.FixtureRequest, tmp_path: Path, database_numbers: Iterator[int]
-) -> str:
+def database_url(request: pytest.FixtureRequest, tmp_path: Path, database_numbers: Iterator[int]) -> str:
     """An empty database of each kind that the store supports."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'store.sqlite'}"

@@ -21,18 +21,28 @@ from schemathesis.specs.openapi.checks import (
 from tests.serve.conftest import FakeEngine, Service
 
 CHECKS: list[Any] = [
-    not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance,
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
     response_headers_conformance,
 ]
 TAKES_PARAMETERS = [
-    ("POST", "/v1/videos"), ("GET", "/v1/videos"), ("POST", "/v1/videos/{video_id}/interactions"),
-    ("GET", "/v1/videos/{video_id}/content"), ("GET", "/v1/videos/{video_id}/stream"),
-    ("POST", "/v1/realtime/client_secrets"), ("GET", "/v1/videos/{video_id}/chain"),
-]  # fmt: skip
+    ("POST", "/v1/videos"),
+    ("GET", "/v1/videos"),
+    ("POST", "/v1/videos/{video_id}/interactions"),
+    ("GET", "/v1/videos/{video_id}/content"),
+    ("GET", "/v1/videos/{video_id}/stream"),
+    ("POST", "/v1/realtime/client_secrets"),
+    ("GET", "/v1/videos/{video_id}/chain"),
+]
 TAKES_NONE = [
-    ("GET", "/v1/videos/{video_id}"), ("DELETE", "/v1/videos/{video_id}"), ("GET", "/v1/models"),
-    ("GET", "/health/live"), ("GET", "/health/ready"),
-]  # fmt: skip
+    ("GET", "/v1/videos/{video_id}"),
+    ("DELETE", "/v1/videos/{video_id}"),
+    ("GET", "/v1/models"),
+    ("GET", "/health/live"),
+    ("GET", "/health/ready"),
+]
 RIGHT, WRONG = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 CASES = [(*one, mode) for one in TAKES_PARAMETERS for mode in (RIGHT, WRONG)] + [(*one, RIGHT) for one in TAKES_NONE]
 HUGE = [2**31, 2**32, 2**63, 2**64, -(2**63) - 1, 10**400]
@@ -62,7 +72,11 @@ def test_whatever_is_sent_each_answer_is_one_that_the_description_knows(
     checked = []
 
     @settings(
-        max_examples=12, deadline=None, database=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
+        max_examples=12,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode))

@@ -31,9 +31,19 @@ from serve.records import (
 from serve.tables import VERSION, Tables
 
 VIDEO = VideoRecord(
-    id="video_1", model="tiny", prompt="a red circle", seed=2**32 - 1, frames=21, fps=16, scale=1, size="32x32",
-    pacing=Pacing.NONE, created_at=1.0, status=Status.QUEUED, mime="",
-)  # fmt: skip
+    id="video_1",
+    model="tiny",
+    prompt="a red circle",
+    seed=2**32 - 1,
+    frames=21,
+    fps=16,
+    scale=1,
+    size="32x32",
+    pacing=Pacing.NONE,
+    created_at=1.0,
+    status=Status.QUEUED,
+    mime="",
+)
 LOCAL = Caller("local", "local")
 FIRST = EncodedChunk(0, b"first", 9, 0, (), last=False)
 SECOND = EncodedChunk(1, b"second", 12, 9, (), last=True)
@@ -175,16 +185,15 @@ def test_one_resume_token_counts_and_for_its_owner_alone(tables: Tables) -> None
 
 def test_a_change_is_told_with_the_chunks_that_it_starts_in_blends_in_and_ends_with() -> None:
     changes = [
-        Interaction("a", "x", 3, chunk=1), Interaction("b", "x", 0, chunk=5), Interaction("c", "x", 4, chunk=7),
-        Interaction("d", "x", 2, chunk=8), Interaction("e", "x", 0, chunk=8),
-    ]  # fmt: skip
+        Interaction("a", "x", 3, chunk=1),
+        Interaction("b", "x", 0, chunk=5),
+        Interaction("c", "x", 4, chunk=7),
+        Interaction("d", "x", 2, chunk=8),
+        Interaction("e", "x", 0, chunk=8),
+    ]
     told = [chunk_events([one for one in changes if (one.chunk or 0) <= at], at) for at in range(10)]
-    assert [events.started for events in told] == [
-        (), ("a",), (), (), (), ("b",), (), ("c",), ("d", "e"), (),
-    ]  # fmt: skip
-    assert [events.active for events in told] == [
-        (), ("a",), ("a",), ("a",), (), ("b",), (), ("c",), ("d", "e"), (),
-    ]  # fmt: skip
+    assert [events.started for events in told] == [(), ("a",), (), (), (), ("b",), (), ("c",), ("d", "e"), ()]
+    assert [events.active for events in told] == [(), ("a",), ("a",), ("a",), (), ("b",), (), ("c",), ("d", "e"), ()]
     assert [events.completed for events in told[:7]] == [(), (), (), ("a",), (), ("b",), ()]
     assert told[8].completed == ("d", "e")
 

@@ -64,7 +64,9 @@ def test_of_its_chunks_the_newest_alone_are_kept(
     assert len([file for file in files if "snapshot" not in file.name]) <= KEPT_CHUNKS + 9 < done  # with `init`
     old = other_http.get(f"/v1/videos/{one.request_id}/stream", params={"start_chunk": 1})
     assert (old.status_code, old.json()["error"]["code"], old.json()["error"]["param"]) == (
-        410, "chunk_gone", "start_chunk",
+        410,
+        "chunk_gone",
+        "start_chunk",
     )
     with viewer(service.urls[1]) as two:
         two.start(resume_token=one.resume_token, streaming_buffer_seconds=1.0)

@@ -122,7 +122,7 @@ def test_a_replica_that_dies_does_not_end_the_stream(
 
 
 def test_a_realtime_stream_whose_replica_dies_stands_still_for_less_than_two_seconds(
-    make_cluster: Callable[..., Cluster]
+    make_cluster: Callable[..., Cluster],
 ) -> None:
     cluster = make_cluster()
     with viewer(cluster.urls[0]) as one:
@@ -139,7 +139,7 @@ def test_a_realtime_stream_whose_replica_dies_stands_still_for_less_than_two_sec
 
 
 def test_a_prompt_change_that_no_chunk_had_shown_is_not_lost_with_the_replica(
-    make_cluster: Callable[..., Cluster]
+    make_cluster: Callable[..., Cluster],
 ) -> None:
     cluster = make_cluster()
     with viewer(cluster.urls[0]) as one:

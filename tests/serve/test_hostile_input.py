@@ -100,17 +100,39 @@ def test_3_a_secret_is_drawn_anew_in_all_of_its_256_bits(guarded: Service, door:
 
 @pytest.mark.parametrize(
     "body",
-    [b'{"prompt": ' + HALF + b"}", b'{"prompt": "x", ' + HALF + b": 1}", b'{"prompt": "x", "model": ' + HALF + b"}",
-     b'{"prompt": "a\\u0000b"}', b'{"prompt": "\xff"}', b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
-     b'{"prompt": "x", "seconds": 1e400}', b'{"prompt": "x", "seconds": NaN}', b'{"prompt": "x", "seconds": "inf"}',
-     b'{"prompt": "x", "seconds": -0.0}', b'{"prompt": "x", "num_frames": 0}', b'{"prompt": "x", "num_frames": 1e3}',
-     b'{"prompt": "x", "num_frames": 9223372036854775808}', b'{"prompt": "x", "seed": -1}',
-     b'{"prompt": "x", "seed": 4294967296}', b'{"prompt": "x", "seed": true}', b'{"prompt": null}', b"[]", b'"x"', b"",
-     b"[" * 60_000, b'{"a":' * 9000 + b"1" + b"}" * 9000, b'{"prompt": "x", "extra": "' + b"[" * 60_000 + b'"}',
-     b'{"prompt": "x", "extra": {"pacing": "fast"}}', b'{"prompt": "x", "width": ' + b"9" * 400 + b', "height": 1}',
-     b'{"prompt": "x", "size": "0x0"}', b'{"prompt": "x", "size": "256X256"}', b'{"prompt": "x", "fps": 0}',
-     b'{"prompt": "' + b"x" * 201 + b'"}', b'{"prompt": " \\t\\n "}'],
-)  # fmt: skip
+    [
+        b'{"prompt": ' + HALF + b"}",
+        b'{"prompt": "x", ' + HALF + b": 1}",
+        b'{"prompt": "x", "model": ' + HALF + b"}",
+        b'{"prompt": "a\\u0000b"}',
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "x", "seconds": 1e400}',
+        b'{"prompt": "x", "seconds": NaN}',
+        b'{"prompt": "x", "seconds": "inf"}',
+        b'{"prompt": "x", "seconds": -0.0}',
+        b'{"prompt": "x", "num_frames": 0}',
+        b'{"prompt": "x", "num_frames": 1e3}',
+        b'{"prompt": "x", "num_frames": 9223372036854775808}',
+        b'{"prompt": "x", "seed": -1}',
+        b'{"prompt": "x", "seed": 4294967296}',
+        b'{"prompt": "x", "seed": true}',
+        b'{"prompt": null}',
+        b"[]",
+        b'"x"',
+        b"",
+        b"[" * 60_000,
+        b'{"a":' * 9000 + b"1" + b"}" * 9000,
+        b'{"prompt": "x", "extra": "' + b"[" * 60_000 + b'"}',
+        b'{"prompt": "x", "extra": {"pacing": "fast"}}',
+        b'{"prompt": "x", "width": ' + b"9" * 400 + b', "height": 1}',
+        b'{"prompt": "x", "size": "0x0"}',
+        b'{"prompt": "x", "size": "256X256"}',
+        b'{"prompt": "x", "fps": 0}',
+        b'{"prompt": "' + b"x" * 201 + b'"}',
+        b'{"prompt": " \\t\\n "}',
+    ],
+)
 def test_5_a_body_that_is_wrong_is_a_problem_of_the_caller_and_makes_nothing(
     guarded: Service, door: httpx.Client, body: bytes
 ) -> None:
@@ -122,12 +144,21 @@ def test_5_a_body_that_is_wrong_is_a_problem_of_the_caller_and_makes_nothing(
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v1/videos/%00", 404), ("GET", "/v1/videos/%ed%a0%80", 404), ("DELETE", "/v1/videos/a%00b", 404),
-     ("GET", "/v1/videos/%00/stream", 404), ("GET", "/v1/videos?limit=" + "9" * 5000, 422),
-     ("GET", "/v1/videos?limit=0", 422), ("GET", "/v1/videos?limit=101", 422), ("GET", "/v1/videos?order=%ff", 422),
-     ("GET", "/v1/videos/x/stream?start_chunk=-1", 422), ("GET", "/v1/videos/x/stream?start_chunk=2147483648", 422),
-     ("GET", "/v1/videos/" + "x" * 5000, 404), ("POST", "/v1/videos/x/interactions", 400)],
-)  # fmt: skip
+    [
+        ("GET", "/v1/videos/%00", 404),
+        ("GET", "/v1/videos/%ed%a0%80", 404),
+        ("DELETE", "/v1/videos/a%00b", 404),
+        ("GET", "/v1/videos/%00/stream", 404),
+        ("GET", "/v1/videos?limit=" + "9" * 5000, 422),
+        ("GET", "/v1/videos?limit=0", 422),
+        ("GET", "/v1/videos?limit=101", 422),
+        ("GET", "/v1/videos?order=%ff", 422),
+        ("GET", "/v1/videos/x/stream?start_chunk=-1", 422),
+        ("GET", "/v1/videos/x/stream?start_chunk=2147483648", 422),
+        ("GET", "/v1/videos/" + "x" * 5000, 404),
+        ("POST", "/v1/videos/x/interactions", 400),
+    ],
+)
 def test_5_an_address_that_is_wrong_is_told_so(
     guarded: Service, door: httpx.Client, method: str, path: str, status: int
 ) -> None:

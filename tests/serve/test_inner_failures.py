@@ -83,9 +83,13 @@ SEAMS: dict[str, Callable[[Service, pytest.MonkeyPatch], None]] = {
 
 @pytest.mark.parametrize("seam", SEAMS)
 def test_15_whatever_breaks_inside_is_neither_told_nor_logged_nor_waited_for(
-    service: Service, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, seam: str,
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    service: Service,
+    http: httpx.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    seam: str,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     caplog.set_level("DEBUG", logger="ray.serve")
     answers: list[str] = []
     with monkeypatch.context() as broken:
@@ -148,7 +152,9 @@ def test_s5_a_chunk_that_cannot_be_encoded_ends_its_session_at_once_and_no_other
 
 
 def test_s5_poison_prompts_cost_their_sessions_and_not_the_replica(
-    poisoned: None, make_cluster: Callable[..., Cluster], until: Until  # noqa: F811
+    poisoned: None,
+    make_cluster: Callable[..., Cluster],
+    until: Until,  # noqa: F811
 ) -> None:
     """Over real engines: whoever sends poison can neither end a neighbour's stream nor have the replica replaced."""
     cluster = make_cluster(replicas=1)
@@ -167,7 +173,8 @@ def test_s5_poison_prompts_cost_their_sessions_and_not_the_replica(
 
 
 def test_s5_a_replica_whose_chunks_all_fail_says_that_it_is_to_be_replaced(
-    make_cluster: Callable[..., Cluster], until: Until  # noqa: F811
+    make_cluster: Callable[..., Cluster],
+    until: Until,  # noqa: F811
 ) -> None:
     cluster = make_cluster(replicas=1)
     engine: Any = cluster.replica._engine
@@ -203,7 +210,8 @@ def test_s5_a_session_that_takes_its_replicas_down_is_given_to_no_fourth_one(
 
 
 def test_s6_a_session_for_which_there_is_no_memory_ends_alone_and_the_replica_goes_on(
-    make_cluster: Callable[..., Cluster], until: Until  # noqa: F811
+    make_cluster: Callable[..., Cluster],
+    until: Until,  # noqa: F811
 ) -> None:
     cluster = make_cluster(replicas=1)
     engine: Any = cluster.replica._engine

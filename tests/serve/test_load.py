@@ -46,9 +46,7 @@ def test_a_changed_prompt_is_timed_to_its_chunk_and_to_the_screen(service: Servi
     assert 0 < trace.prompt_chunk_s[0] <= trace.prompt_shown_s[0]
 
 
-def test_who_is_refused_is_told_when_to_come_again_by_socket_and_by_http(
-    service: Service, engine: FakeEngine
-) -> None:
+def test_who_is_refused_is_told_when_to_come_again_by_socket_and_by_http(service: Service, engine: FakeEngine) -> None:
     plan = dataclasses.replace(FAST, url=service.urls[0], pacing="realtime", seconds=6.0)
     found = summarise(traces := asyncio.run(offer(plan, [0.0, 0.1, 2.0, 2.1], "both")))
     assert [trace.outcome for trace in traces] == ["completed", "completed", "rejected", "rejected"]

@@ -225,9 +225,7 @@ def test_a_gateway_that_drains_alone_still_brings_its_streams_to_their_end(
         assert_same_video(stream.result(60), expected)
 
 
-def test_a_viewer_may_come_back_long_after_his_gateway_died_without_a_word(
-    make_cluster: Make, expected: bytes
-) -> None:
+def test_a_viewer_may_come_back_long_after_his_gateway_died_without_a_word(make_cluster: Make, expected: bytes) -> None:
     cluster = make_cluster(replicas=1, resume_window_s=20.0)
     cluster.store._reader_silence_s = 0.5
     with viewer(cluster.urls[0]) as one:

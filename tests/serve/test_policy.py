@@ -75,9 +75,7 @@ def test_a_callable_of_the_operators_is_asked_with_the_account() -> None:
 
 
 @pytest.mark.parametrize("name", ["raises", "says_maybe"])
-def test_a_policy_that_fails_has_refused_and_its_words_go_nowhere(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_policy_that_fails_has_refused_and_its_words_go_nowhere(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         assert judged(f"{__name__}:{name}", FORBIDDEN) == ("prompt_policy_failed", [{"reason": "failed"}])
     assert "prompt policy failed" in caplog.text and "heron" not in caplog.text
@@ -108,9 +106,20 @@ def test_a_policy_that_is_not_there_keeps_the_gateway_from_starting(name: str) -
 
 
 DISGUISED = [
-    "a Heron", "HERON", "a hero\u200bn", "h\u0435r\u043en", "ｈｅｒｏｎ", "h\u00e9ron", "he\u00adron", "𝐡𝐞𝐫𝐨𝐧",
-    "heron, flying", "grey\n  egret", "GREY\u00a0EGRET", "12 ibises", "\u2066heron\u2069",
-]  # fmt: skip
+    "a Heron",
+    "HERON",
+    "a hero\u200bn",
+    "h\u0435r\u043en",
+    "ｈｅｒｏｎ",
+    "h\u00e9ron",
+    "he\u00adron",
+    "𝐡𝐞𝐫𝐨𝐧",
+    "heron, flying",
+    "grey\n  egret",
+    "GREY\u00a0EGRET",
+    "12 ibises",
+    "\u2066heron\u2069",
+]
 
 
 @pytest.mark.parametrize("prompt", DISGUISED)
@@ -143,8 +152,9 @@ def test_an_expression_that_would_take_for_ever_is_cut_off(tmp_path: Path) -> No
     path.write_text("regex: (a|aa|a+)+$\n")
     started_s = time.monotonic()
     assert judged(f"deny-list:{path}", "a" * 200 + "b", timeout_s=0.2) == (
-        "prompt_policy_failed", [{"reason": "timeout"}],
-    )  # fmt: skip
+        "prompt_policy_failed",
+        [{"reason": "timeout"}],
+    )
     assert time.monotonic() - started_s < 20
 
 

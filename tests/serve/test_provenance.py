@@ -117,8 +117,9 @@ def test_prompt_changes_are_in_the_credentials_where_they_began(tmp_path: Path, 
         _, manifest, _ = manifest_in(found[1])
         assertions = {one["label"]: one["data"] for one in manifest["assertions"]}
         assert [tuple(one.values()) for one in assertions[GENERATION]["prompts"]] == [
-            (0, prompt_hash(video.prompt_salt, VIDEO.prompt)), (9, prompt_hash(video.prompt_salt, LATER)),
-        ]  # fmt: skip
+            (0, prompt_hash(video.prompt_salt, VIDEO.prompt)),
+            (9, prompt_hash(video.prompt_salt, LATER)),
+        ]
 
     in_signing_store(tmp_path, signer, work)
 

@@ -69,6 +69,7 @@ def test_of_two_who_resume_at_once_one_goes_on(service: Service, engine: FakeEng
         cut(one)
     found: list[tuple[Viewer, dict[str, Any]]] = []
     with viewer(service.urls[0]) as two, viewer(service.urls[gateway]) as three:
+
         def resume(who: Viewer) -> None:
             who.say("session.start", resume_token=one.resume_token)
             found.append((who, who.next()))
@@ -159,9 +160,7 @@ def test_interactions_race_with_the_end_and_are_applied_or_dropped_but_never_wai
         assert set(seen) <= {"applied", "dropped"} and len(seen) == answers.count(202)
 
 
-def test_a_store_that_restarts_loses_no_watched_chunk(
-    make_service: Callable[..., Service], engine: FakeEngine
-) -> None:
+def test_a_store_that_restarts_loses_no_watched_chunk(make_service: Callable[..., Service], engine: FakeEngine) -> None:
     service = make_service(reader_start_timeout_s=10.0)
     with viewer(service.urls[0]) as one:
         one.start(num_frames=81, streaming_buffer_seconds=2.0)

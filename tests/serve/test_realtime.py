@@ -131,9 +131,7 @@ def test_stop_ends_the_session_and_frees_its_place(service: Service, engine: Fak
     until(lambda: not engine.sessions, "the place is free", seconds=8)
 
 
-def test_a_viewer_who_leaves_frees_his_place_within_a_chunk(
-    service: Service, engine: FakeEngine, until: Until
-) -> None:
+def test_a_viewer_who_leaves_frees_his_place_within_a_chunk(service: Service, engine: FakeEngine, until: Until) -> None:
     with viewer(service.urls[0]) as one:
         one.start(num_frames=900)
         one.read(1)

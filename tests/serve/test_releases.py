@@ -35,9 +35,24 @@ Until = Callable[..., Any]
 PROMPT = "a red circle moves left"
 NAMES = ("stable", "next")
 WRONG_NAMES = (
-    "../stable", "..%2fstable", "%2e%2e", "/etc/passwd", "stable\x00", "stable/", "\\stable", "Stable", "", ".", "..",
-    "s3://bucket/x", "file:///etc/passwd", "stable\n", " stable", "x" * 65, "ѕtable",
-)  # fmt: skip
+    "../stable",
+    "..%2fstable",
+    "%2e%2e",
+    "/etc/passwd",
+    "stable\x00",
+    "stable/",
+    "\\stable",
+    "Stable",
+    "",
+    ".",
+    "..",
+    "s3://bucket/x",
+    "file:///etc/passwd",
+    "stable\n",
+    " stable",
+    "x" * 65,
+    "ѕtable",
+)
 
 
 # What a file or a command line says of them.
@@ -161,9 +176,20 @@ def test_without_weights_the_first_release_makes_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [{"other": 1}, {"stable": -1}, {"stable": True}, {"stable": "1"}, {"stable": float("nan")},
-                {"stable": float("inf")}, {"stable": 0}, {}, [1, 2], 5],
-)  # fmt: skip
+    "weights",
+    [
+        {"other": 1},
+        {"stable": -1},
+        {"stable": True},
+        {"stable": "1"},
+        {"stable": float("nan")},
+        {"stable": float("inf")},
+        {"stable": 0},
+        {},
+        [1, 2],
+        5,
+    ],
+)
 def test_weights_that_are_none_are_refused_and_change_nothing(weights: object) -> None:
     fleet = Fleet(dict.fromkeys(NAMES))
     fleet.share({"next": 1})
@@ -173,9 +199,15 @@ def test_weights_that_are_none_are_refused_and_change_nothing(weights: object) -
 
 
 @pytest.mark.parametrize(
-    "told", [{"weight": {}}, {"applications": ["a"]}, {"applications": {"a": 1}}, {"applications": {"../a": "x"}},
-             {"applications": {"a": ""}}],
-)  # fmt: skip
+    "told",
+    [
+        {"weight": {}},
+        {"applications": ["a"]},
+        {"applications": {"a": 1}},
+        {"applications": {"../a": "x"}},
+        {"applications": {"a": ""}},
+    ],
+)
 def test_a_configuration_of_gateways_that_is_none_is_refused(told: dict[str, Any]) -> None:
     with pytest.raises(FieldError, match="applications|user_config"):
         Canaries.parse(told)

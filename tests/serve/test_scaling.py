@@ -72,11 +72,15 @@ def test_more_load_never_means_fewer_replicas(
     place = data.draw(st.integers(0, len(loads) - 1))
     before = loads[place]
     share = before.busy / before.sessions if before.sessions else 0.0
-    more = data.draw(st.sampled_from([
-        replace(before, busy=before.busy + 0.3),
-        replace(before, sessions=before.sessions + 1, busy=before.busy + share),
-        replace(before, refused=before.refused + 1),
-    ]))  # fmt: skip
+    more = data.draw(
+        st.sampled_from(
+            [
+                replace(before, busy=before.busy + 0.3),
+                replace(before, sessions=before.sessions + 1, busy=before.busy + share),
+                replace(before, refused=before.refused + 1),
+            ]
+        )
+    )
     assert replicas_for([*loads[:place], more, *loads[place + 1 :]], target, 1, MOST, spare) >= wanted
 
 

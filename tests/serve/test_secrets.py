@@ -41,10 +41,14 @@ def everything_on(tmp_path: Path, bucket: str) -> dict[str, str]:
     (tmp_path / "watermark.key").write_text(WATERMARK_KEY)
     (tmp_path / "list").write_text(f"{LISTED}\n")
     return {
-        "auth": "keys", "files": f"s3://{bucket}/videos", "c2pa_certificate": signer.certificate,
-        "c2pa_key": signer.key, "watermark": "spread-spectrum", "watermark_key": str(tmp_path / "watermark.key"),
+        "auth": "keys",
+        "files": f"s3://{bucket}/videos",
+        "c2pa_certificate": signer.certificate,
+        "c2pa_key": signer.key,
+        "watermark": "spread-spectrum",
+        "watermark_key": str(tmp_path / "watermark.key"),
         "prompt_policy": f"deny-list:{tmp_path / 'list'}",
-    }  # fmt: skip
+    }
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> str:
@@ -71,9 +75,15 @@ def refusals(http: httpx.Client, headers: dict[str, str], secret: str, video: st
 
 
 def test_14_no_secret_is_told_whatever_goes_wrong(
-    make_service: Callable[..., Service], engine: FakeEngine, faulty_s3: FaultyProxy, bucket: str, until: Until,
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    make_service: Callable[..., Service],
+    engine: FakeEngine,
+    faulty_s3: FaultyProxy,
+    bucket: str,
+    until: Until,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     caplog.set_level(logging.DEBUG)
     service = make_service({"sweep_s": 0.3}, **everything_on(tmp_path, bucket))
     shown = service.store._credentials.create_key("somebody", 0, 0, now=time.time())

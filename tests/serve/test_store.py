@@ -77,9 +77,7 @@ def test_the_last_chunk_makes_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pacing", list(Pacing))
-def test_chunks_that_came_together_are_read_together_unless_a_viewer_paces_them(
-    tmp_path: Path, pacing: Pacing
-) -> None:
+def test_chunks_that_came_together_are_read_together_unless_a_viewer_paces_them(tmp_path: Path, pacing: Pacing) -> None:
     init, made = chunks()
 
     async def work(store: Store) -> None:

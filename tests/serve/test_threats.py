@@ -104,9 +104,16 @@ def test_1_only_what_tells_nothing_is_public(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     "shown",
-    ["", "Bearer", "Bearer x", "Basic ZGs6eA==", "Bearer dk_0000000000000000_x", "Bearer ek_0_x",
-     "Bearer dk_' OR 1=1 --_x"],
-)  # fmt: skip
+    [
+        "",
+        "Bearer",
+        "Bearer x",
+        "Basic ZGs6eA==",
+        "Bearer dk_0000000000000000_x",
+        "Bearer ek_0_x",
+        "Bearer dk_' OR 1=1 --_x",
+    ],
+)
 def test_1_what_is_not_a_key_does_not_open(guarded: Service, http: httpx.Client, shown: str) -> None:
     headers = {"Authorization": shown}
     assert http.get("/v1/models", headers=headers).status_code == 401
@@ -129,9 +136,13 @@ def test_1_a_key_in_an_address_is_not_looked_at(guarded: Service, http: httpx.Cl
 
 @pytest.mark.parametrize(
     "headers",
-    [{"Host": "videos.example"}, {"X-Forwarded-For": "203.0.113.9"}, {"Forwarded": "for=203.0.113.9"},
-     {"X-Real-IP": "203.0.113.9"}],
-)  # fmt: skip
+    [
+        {"Host": "videos.example"},
+        {"X-Forwarded-For": "203.0.113.9"},
+        {"Forwarded": "for=203.0.113.9"},
+        {"X-Real-IP": "203.0.113.9"},
+    ],
+)
 def test_1_without_keys_only_this_machine_itself_comes_in(idle_service: Service, headers: dict[str, str]) -> None:
     url = idle_service.urls[0]
     assert httpx.get(f"{url}/v1/models").status_code == 200
@@ -305,9 +316,14 @@ def test_10_no_address_is_ever_fetched(http: httpx.Client, key: Keyed, field: st
 
 
 def test_11_and_14_neither_prompts_nor_keys_are_in_logs_metrics_or_files(
-    guarded: Service, http: httpx.Client, key: Keyed, engine: FakeEngine, until: Until,
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    guarded: Service,
+    http: httpx.Client,
+    key: Keyed,
+    engine: FakeEngine,
+    until: Until,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     caplog.set_level("DEBUG", logger="ray.serve")
     headers = key()
     secret = headers["Authorization"].split("_", 2)[2]

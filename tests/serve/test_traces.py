@@ -89,7 +89,8 @@ def test_a_request_that_is_refused_says_why_by_its_kind_alone(
             assert http.post("/v1/videos", json={"prompt": PROMPT}).status_code == status
     refused = [one for one in spans.get_finished_spans() if one.attributes and "error.type" in one.attributes]
     assert [(one.name, (one.attributes or {})["error.type"]) for one in refused] == [
-        ("admission", "Problem"), ("create_video", "Problem"),
+        ("admission", "Problem"),
+        ("create_video", "Problem"),
     ]
     assert not any(one.events or one.status.description for one in refused)
 

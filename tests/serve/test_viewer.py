@@ -149,9 +149,7 @@ def test_escape_stops_it_and_frees_the_place(page: Browser, until: Until, engine
     assert page.text("state") == "stopped" and page.text("start") == "Start"
 
 
-def test_closing_the_page_frees_the_place(
-    page: Browser, until: Until, engine: FakeEngine, http: httpx.Client
-) -> None:
+def test_closing_the_page_frees_the_place(page: Browser, until: Until, engine: FakeEngine, http: httpx.Client) -> None:
     started(page, until)
     playing(page, until)
     page.call("Page.navigate", url="about:blank")
@@ -355,10 +353,13 @@ def test_of_several_models_the_one_that_is_chosen_makes_the_stream(
         page = open_page(service.urls[0])
         ready(page, until)
         assert page.run("[...document.querySelectorAll('#model-choice option')].map(one => one.value)") == [
-            "stable", "next",
+            "stable",
+            "next",
         ]
-        page.run("{ const c = document.getElementById('model-choice'); c.value = 'next'; "
-                 "c.dispatchEvent(new Event('change')); }")
+        page.run(
+            "{ const c = document.getElementById('model-choice'); c.value = 'next'; "
+            "c.dispatchEvent(new Event('change')); }"
+        )
         started(page, until, "a red circle moves left")
         playing(page, until)
         with httpx.Client(base_url=service.urls[0]) as http:
@@ -386,8 +387,11 @@ def test_everything_is_done_by_the_keyboard_alone_and_every_control_has_a_name(
     page.press("Enter")
     until(lambda: not engine.sessions, "the place is free", seconds=30)
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
-    controls = [node for node in nodes if node.get("role", {}).get("value") in
-                ("button", "textbox", "spinbutton", "switch", "combobox", "checkbox")]  # fmt: skip
+    controls = [
+        node
+        for node in nodes
+        if node.get("role", {}).get("value") in ("button", "textbox", "spinbutton", "switch", "combobox", "checkbox")
+    ]
     assert len(controls) >= 10
     assert all(node.get("name", {}).get("value") for node in controls), controls
 

@@ -75,7 +75,10 @@ def test_stage_1_has_no_reference_and_uniform_steps_and_stage_2_the_diagonal_und
 def test_the_reference_rolls_out_from_the_generators_own_noise() -> None:
     """With one step a chunk the exit is that step, so a reference that is the generator gives the same clip."""
     config = stage_config(
-        "distill.batch_size=2", "schedule.steps=1", "distill.stage1_steps=1", "schedule.context=0.0",
+        "distill.batch_size=2",
+        "schedule.steps=1",
+        "distill.stage1_steps=1",
+        "schedule.context=0.0",
         "distill.loss.regression=1",
     )
     found = networks_of(config)

@@ -24,8 +24,14 @@ from diagonal.training.fast_decoder import (
 from tests.networks import CHANNELS, draw, small_causal, small_codec, small_config, small_text, small_vae
 
 SETTINGS = (
-    "decoder.widths=[12,8,6]", "decoder.blocks=[1,1,1]", "decoder.clips=6", "decoder.updates=6",
-    "decoder.batch_size=2", "decoder.frames=3", "decoder.checkpoint_every=2", "decoder.crop=0",
+    "decoder.widths=[12,8,6]",
+    "decoder.blocks=[1,1,1]",
+    "decoder.clips=6",
+    "decoder.updates=6",
+    "decoder.batch_size=2",
+    "decoder.frames=3",
+    "decoder.checkpoint_every=2",
+    "decoder.crop=0",
 )
 
 
@@ -49,8 +55,11 @@ def trained(config: Config, clips: DecodedClips, stop: int | None = None) -> tup
 
     def save() -> None:
         kept = training.to_dict()
-        saved[training.update] = {**kept, "network": {k: v.clone() for k, v in kept["network"].items()},
-                                  "optimizer": _copied(kept["optimizer"])}
+        saved[training.update] = {
+            **kept,
+            "network": {k: v.clone() for k, v in kept["network"].items()},
+            "optimizer": _copied(kept["optimizer"]),
+        }
 
     train_fast_decoder(config, training, clips, report, save)
     assert list(saved) == [2, 4, 6]

@@ -190,8 +190,10 @@ def test_a_distillation_update_on_a_prompt_that_is_not_finite_leaves_both_networ
     config = stage_config("distill.batch_size=2")
     step = distill_step(config, 1)
     state = TrainState(
-        1, {"generator": step.networks.generator, "critic": step.networks.critic},
-        {"generator": step.generator.optimizer, "critic": step.critic.optimizer}, step.ema,
+        1,
+        {"generator": step.networks.generator, "critic": step.networks.critic},
+        {"generator": step.generator.optimizer, "critic": step.critic.optimizer},
+        step.ema,
     )
     for update in (1, 2):
         assert step(update, prompt_batch(config, update, 0, 1))["skipped"] == 0.0

@@ -40,10 +40,23 @@ from tests.training.live_bytes import LiveBytes
 TOLERANCE = 0.13
 TINY_TOLERANCE = 0.15
 ALONE = ("distill.batch_size=1", "ode_init.batch_size=1", "train.workers=1")  # no gradients of earlier micro-batches
-UMT5_XXL = {"d_model": 4096, "num_heads": 64, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "vocab_size": 256384,
-            "relative_attention_num_buckets": 32}  # fmt: skip
-WAN_VAE = {"_class_name": "AutoencoderKLWan", "base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
-           "z_dim": 16, "temperal_downsample": [False, True, True]}  # fmt: skip
+UMT5_XXL = {
+    "d_model": 4096,
+    "num_heads": 64,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "vocab_size": 256384,
+    "relative_attention_num_buckets": 32,
+}
+WAN_VAE = {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": 96,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "z_dim": 16,
+    "temperal_downsample": [False, True, True],
+}
 
 
 @pytest.fixture
@@ -110,17 +123,25 @@ def estimated(config: Config, layout: dict[str, Any], teacher: dict[str, Any]) -
 def working(found: MemoryEstimate) -> list[tuple[str, int]]:
     resident = sum(size for name, size in found.lines if name.endswith((", float32", "moments", "average")))
     resident += dict(found.lines).get("teacher weights", 0)
-    return [(name, round((total - dict(found.lines)["CUDA context, cuBLAS, NCCL"]) / 1.06) - resident)
-            for name, total in found.phases]
+    return [
+        (name, round((total - dict(found.lines)["CUDA context, cuBLAS, NCCL"]) / 1.06) - resident)
+        for name, total in found.phases
+    ]
 
 
 TWO = ("distill.micro_batch_size=2", "distill.batch_size=2", "ode_init.micro_batch_size=2", "ode_init.batch_size=2")
 
 
-@pytest.mark.parametrize(("teacher", "settings"), [
-    (WAN_14B, ()), (WAN_1_3B, TWO), (WAN_1_3B, ("model.compute_dtype=float32", "cache.window_frames=21")),
-    (WAN_1_3B, ("train.checkpoint_activations=false",)),
-], ids=["14B teacher", "two samples", "float32", "everything saved"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("teacher", "settings"),
+    [
+        (WAN_14B, ()),
+        (WAN_1_3B, TWO),
+        (WAN_1_3B, ("model.compute_dtype=float32", "cache.window_frames=21")),
+        (WAN_1_3B, ("train.checkpoint_activations=false",)),
+    ],
+    ids=["14B teacher", "two samples", "float32", "everything saved"],
+)
 def test_the_formulas_are_the_live_tensors_of_updates_at_832x480(
     teacher: dict[str, Any], settings: tuple[str, ...], as_on_cuda: None
 ) -> None:
@@ -135,8 +156,14 @@ def test_the_formulas_are_the_live_tensors_of_updates_at_832x480(
 
 
 def test_the_formulas_are_the_live_tensors_of_the_tiny_presets_real_updates(as_on_cuda: None) -> None:
-    settings = (*ALONE, "distill.batch_size=4", "distill.micro_batch_size=4", "ode_init.batch_size=4",
-                "ode_init.micro_batch_size=4", "train.checkpoint_activations=true")  # fmt: skip
+    settings = (
+        *ALONE,
+        "distill.batch_size=4",
+        "distill.micro_batch_size=4",
+        "ode_init.batch_size=4",
+        "ode_init.micro_batch_size=4",
+        "train.checkpoint_activations=true",
+    )
     config, folder = Config.from_preset("tiny", settings), embedded("base")
     layout = read_json(folder / "transformer" / "config.json")
     text = torch.zeros(4, config.model.text_tokens, layout["text_dim"])

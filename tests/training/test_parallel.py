@@ -39,9 +39,7 @@ MICRO_BATCHES = 2
 
 def build(plan: ParallelPlan, world_size: int, *, trainable: bool = True, shard_group: int = 0) -> Network:
     network = Network()
-    return parallelize(
-        network, network.blocks, device_mesh(world_size, "cpu", shard_group), plan, trainable=trainable
-    )
+    return parallelize(network, network.blocks, device_mesh(world_size, "cpu", shard_group), plan, trainable=trainable)
 
 
 def run_update(network: nn.Module, noise: Tensor) -> None:
@@ -197,8 +195,14 @@ def wan() -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=8,
-            ffn_dim=16, num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=8,
+            freq_dim=8,
+            ffn_dim=16,
+            num_layers=2,
         )
 
 

@@ -25,10 +25,18 @@ from diagonal.training.pretrain import (
 )
 from diagonal.training.text import fit_text
 
-CONFIG = Config.from_preset("tiny-textured", [
-    "pretrain.clips=4", "pretrain.codec_clips=4", "pretrain.updates=4", "pretrain.batch_size=2", "network.layers=1",
-    "pretrain.text_updates=40", "pairs.solver_steps=20",
-])  # fmt: skip
+CONFIG = Config.from_preset(
+    "tiny-textured",
+    [
+        "pretrain.clips=4",
+        "pretrain.codec_clips=4",
+        "pretrain.updates=4",
+        "pretrain.batch_size=2",
+        "network.layers=1",
+        "pretrain.text_updates=40",
+        "pairs.solver_steps=20",
+    ],
+)
 
 
 def silent(update: int, figures: Mapping[str, float]) -> None:
@@ -75,7 +83,10 @@ def test_the_text_encoder_learns_which_word_stands_where_and_is_frozen_then() ->
     world = embedded_world(CONFIG)
     tokenizer, losses = build_tokenizer(world), list[float]()
     encoder = fit_text(
-        CONFIG, tokenizer, build_text_encoder(CONFIG, len(tokenizer)), world.sample(0, 4)[0],
+        CONFIG,
+        tokenizer,
+        build_text_encoder(CONFIG, len(tokenizer)),
+        world.sample(0, 4)[0],
         lambda update, figures: losses.append(figures["text_loss"]),
     )
     assert losses[-1] < 0.5 * losses[0]

@@ -27,7 +27,9 @@ def test_the_slices_of_all_ranks_are_the_batch_and_each_sample_is_in_one(batch_s
 
 def test_a_resume_at_another_world_size_sees_no_sample_twice_and_misses_none() -> None:
     seen = [
-        sample for update, ranks in ((1, 4), (2, 4), (3, 3), (4, 1), (5, 2)) for rank in range(ranks)
+        sample
+        for update, ranks in ((1, 4), (2, 4), (3, 3), (4, 1), (5, 2))
+        for rank in range(ranks)
         for sample in own_samples(update, 10, rank, ranks)
     ]
     assert sorted(seen) == list(range(50))

@@ -13,6 +13,16 @@ from diagonal.client.protocol import Change, Chunk
 from diagonal.client.realtime import AsyncRealtime, Realtime
 
 __all__ = [
-    "AsyncRealtime", "BrokenStreamError", "Change", "Chunk", "DiagonalClient", "DiagonalError", "NoAnswerError",
-    "Realtime", "RefusedError", "ServerFullError", "Video", "VideoFailedError",
+    "AsyncRealtime",
+    "BrokenStreamError",
+    "Change",
+    "Chunk",
+    "DiagonalClient",
+    "DiagonalError",
+    "NoAnswerError",
+    "Realtime",
+    "RefusedError",
+    "ServerFullError",
+    "Video",
+    "VideoFailedError",
 ]

@@ -13,13 +13,7 @@ from collections.abc import Callable, Sequence
 
 from diagonal.client import commands, verify
 from diagonal.client.client import API_KEY_VARIABLE, DEFAULT_URL, URL_VARIABLE, DiagonalClient
-from diagonal.client.errors import (
-    BrokenStreamError,
-    DiagonalError,
-    RefusedError,
-    ServerFullError,
-    VideoFailedError,
-)
+from diagonal.client.errors import BrokenStreamError, DiagonalError, RefusedError, ServerFullError, VideoFailedError
 from diagonal.errors import FieldError
 
 DONE, REFUSED, NO_ANSWER, FULL, FAILED, INTERRUPTED = 0, 2, 3, 4, 5, 130

@@ -104,12 +104,7 @@ class DiagonalClient:
         self._http.close()
 
     def create(
-        self,
-        prompt: str,
-        *,
-        pacing: Pacing = "none",
-        idempotency_key: str | None = None,
-        **wish: Unpack[Wish],
+        self, prompt: str, *, pacing: Pacing = "none", idempotency_key: str | None = None, **wish: Unpack[Wish]
     ) -> Video:
         """Start a video as `Wish` says; with pacing `realtime` it is drawn as it is watched.
 

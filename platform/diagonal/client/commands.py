@@ -30,8 +30,12 @@ class Progress:
 
     def show(self, done: int, chunks: int) -> None:
         if self._shows:
-            print(f"\r\x1b[K{self.line(done, chunks, time.monotonic() - self._started_s)}", end="", file=sys.stderr,
-                  flush=True)  # fmt: skip
+            print(
+                f"\r\x1b[K{self.line(done, chunks, time.monotonic() - self._started_s)}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def line(self, done: int, chunks: int, took_s: float) -> str:
         """`done` pixel frames in `chunks` chunks came in so many seconds."""
@@ -92,8 +96,10 @@ def watch(client: DiagonalClient, options: argparse.Namespace) -> None:
     asked = _asked(options)
     endless = options.seconds is None and options.frames is None
     with client.realtime(options.prompt, endless=endless, **asked) as live, _stopped_by_interrupt(live):
-        _say(f"{live.opening.request_id}: {live.opening.frames or 'endless'} frames, {live.opening.fps} fps; "
-             "type a prompt, /pause, /resume or /stop")  # fmt: skip
+        _say(
+            f"{live.opening.request_id}: {live.opening.frames or 'endless'} frames, {live.opening.fps} fps; "
+            "type a prompt, /pause, /resume or /stop"
+        )
         threading.Thread(target=_steer_live, args=(live, options.transition_chunks), daemon=True).start()
         _write(options.out, _timed(_told(live), Progress(live.opening.frames)))
 

@@ -172,12 +172,19 @@ class StreamState:
         self.token, self.answered = told.get("resume_token", ""), True
         if self.opening_answer is None:
             self.opening_answer = Opening(
-                told["request_id"], told["mime"], config["fps"], config["width"], config["height"],
-                config.get("num_frames"), config["seed"], told,
-            )  # fmt: skip
+                told["request_id"],
+                told["mime"],
+                config["fps"],
+                config["width"],
+                config["height"],
+                config.get("num_frames"),
+                config["seed"],
+                told,
+            )
         if told.get("next_chunk", self.next_chunk) != self.next_chunk:
-            raise _broken("resume_mismatch", f"the stream goes on with chunk {told['next_chunk']}, "
-                                             f"wanted is {self.next_chunk}")
+            raise _broken(
+                "resume_mismatch", f"the stream goes on with chunk {told['next_chunk']}, wanted is {self.next_chunk}"
+            )
 
     def _take(self, data: bytes) -> Chunk:
         about, self._announced, self._error = self._announced, None, None
@@ -208,8 +215,11 @@ class StreamState:
             raise _broken("wrong_hash", f"chunk {name} is not what its metadata says")
         fragment = mp4.read_fragment(media)
         if fragment.frames != frames or fragment.start_ticks * self.fps != self.frames * self._timescale:
-            raise _broken("wrong_place", f"chunk {name} has {fragment.frames} frames from tick "
-                                         f"{fragment.start_ticks}, announced are {frames} after {self.frames}")
+            raise _broken(
+                "wrong_place",
+                f"chunk {name} has {fragment.frames} frames from tick "
+                f"{fragment.start_ticks}, announced are {frames} after {self.frames}",
+            )
 
     def _note(self, event_id: str, **news: Any) -> None:
         if event_id in self.changes:
@@ -236,10 +246,15 @@ def start_fields(
     asked: dict[str, Any] = {**wish}
     extra = {"pacing": pacing, "endless": asked.pop("endless", False) or None}
     frames = asked.pop("frames", None)
-    return _given({
-        "prompt": prompt, "num_frames": frames, "streaming_buffer_seconds": buffer_s, "extra": _given(extra) or None,
-        **asked,
-    })
+    return _given(
+        {
+            "prompt": prompt,
+            "num_frames": frames,
+            "streaming_buffer_seconds": buffer_s,
+            "extra": _given(extra) or None,
+            **asked,
+        }
+    )
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,8 +277,12 @@ def _error_of(told: Mapping[str, Any] | None, close_code: int) -> DiagonalError:
         status = _STATUS_OF_CLOSE.get(close_code, 0)
     else:
         status = 503 if told["code"] in _PASSING else _STATUS_OF_CLOSE.get(close_code, 400)
-    about = {"code": told["code"], "param": told.get("param"), "retry_after_s": told.get("retry_after_seconds"),
-             "request_id": told.get("request_id", "")}  # fmt: skip
+    about = {
+        "code": told["code"],
+        "param": told.get("param"),
+        "retry_after_s": told.get("retry_after_seconds"),
+        "request_id": told.get("request_id", ""),
+    }
     if status == 500 and "request_id" in told:
         return VideoFailedError(str(told["message"]), status=200, **about)
     return error_for(str(told["message"]), status, **about)

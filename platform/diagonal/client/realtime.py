@@ -38,15 +38,24 @@ class _Link:
     """
 
     def __init__(
-        self, url: str, headers: Mapping[str, str], fields: Mapping[str, Any], *,
-        timeout_s: float = 60.0, reconnect_s: float = 20.0, ping_every_s: float = 15.0,
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        fields: Mapping[str, Any],
+        *,
+        timeout_s: float = 60.0,
+        reconnect_s: float = 20.0,
+        ping_every_s: float = 15.0,
+    ) -> None:
         self._address = f"{url.rstrip('/').replace('http', 'ws', 1)}{ROUTE}"
         self._timeout_s, self._reconnect_s, self._ping_every_s = timeout_s, reconnect_s, ping_every_s
         self._options: dict[str, Any] = {
-            "additional_headers": dict(headers), "open_timeout": timeout_s, "close_timeout": 2.0,
-            "max_size": _LARGEST_CHUNK_BYTES, "compression": None,  # video does not shrink
-        }  # fmt: skip
+            "additional_headers": dict(headers),
+            "open_timeout": timeout_s,
+            "close_timeout": 2.0,
+            "max_size": _LARGEST_CHUNK_BYTES,
+            "compression": None,  # video does not shrink
+        }
         self.state = StreamState(fields)
         self.reconnects = 0
         self._tells_position = self._left = False
@@ -317,9 +326,14 @@ def _refusal(error: InvalidStatus) -> DiagonalError:
     except (ValueError, KeyError, TypeError):
         return error_for(f"the server answered {status}", status)
     wait = error.response.headers.get("Retry-After", "")
-    return error_for(detail["message"], status, code=detail["code"], param=detail["param"],
-                     retry_after_s=float(wait) if wait.isdigit() else None,
-                     request_id=problem.get("request_id", ""))  # fmt: skip
+    return error_for(
+        detail["message"],
+        status,
+        code=detail["code"],
+        param=detail["param"],
+        retry_after_s=float(wait) if wait.isdigit() else None,
+        request_id=problem.get("request_id", ""),
+    )
 
 
 def _unreachable(failure: Exception | None) -> DiagonalError:

@@ -106,9 +106,7 @@ def _chain_answer(client: DiagonalClient, where: str) -> Mapping[str, Any]:
     return found
 
 
-def verify(
-    data: bytes | Iterable[bytes], chain: Chain, public_keys: Collection[str], *, part: bool = False
-) -> Report:
+def verify(data: bytes | Iterable[bytes], chain: Chain, public_keys: Collection[str], *, part: bool = False) -> Report:
     """Compare a fragmented MP4 with its chain, whose links must be signed by one of `public_keys` (hexadecimal).
 
     With `part`, chunks may be missing at the beginning and at the end, but not in between.

@@ -41,8 +41,12 @@ class Extender:
         self._config, self._seed, self._cache, self._max_failed = config, seed, cache, max_failed
         self._url = f"{config.extend_url.rstrip('/')}/chat/completions"
         plain = httpx.URL(self._url)
-        require(plain.scheme in ("http", "https") and not plain.userinfo, "prompts.extend_url", plain.host or self._url,
-                "an http:// or https:// address without a key in it")
+        require(
+            plain.scheme in ("http", "https") and not plain.userinfo,
+            "prompts.extend_url",
+            plain.host or self._url,
+            "an http:// or https:// address without a key in it",
+        )
         key = os.environ.get(config.extend_key_variable, "")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._failed: list[str] = []
@@ -65,8 +69,14 @@ class Extender:
 
     def summary(self) -> dict[str, Any]:
         """What was asked, and how often it failed."""
-        return {"url": self._config.extend_url, "model": self._config.extend_model, "seed": self._seed,
-                "instruction": self._config.extend_instruction, "extended": self._extended, "failed": len(self._failed)}
+        return {
+            "url": self._config.extend_url,
+            "model": self._config.extend_model,
+            "seed": self._seed,
+            "instruction": self._config.extend_instruction,
+            "extended": self._extended,
+            "failed": len(self._failed),
+        }
 
     def _asked(self, prompts: Sequence[tuple[str, str]]) -> dict[str, dict[str, str | None]]:
         """Answers by id; those that an earlier, broken-off call got are not asked for."""
@@ -100,9 +110,13 @@ class Extender:
 
     def _answer(self, client: httpx.Client, prompt: str) -> str:
         body = {
-            "model": self._config.extend_model, "temperature": 0, "seed": self._seed,
-            "messages": [{"role": "system", "content": self._config.extend_instruction},
-                         {"role": "user", "content": prompt}],
+            "model": self._config.extend_model,
+            "temperature": 0,
+            "seed": self._seed,
+            "messages": [
+                {"role": "system", "content": self._config.extend_instruction},
+                {"role": "user", "content": prompt},
+            ],
         }
         wait_s, reason = FIRST_WAIT_S, "stopped"
         for left in reversed(range(TRIES)):
@@ -126,8 +140,10 @@ class Extender:
 
     def _require_willing(self, status: int) -> None:
         """Raise where asking again, or for another prompt, would be answered no better."""
-        allowed = (f"an endpoint that knows prompts.extend_model = {self._config.extend_model!r} and takes the key in "
-                   f"{self._config.extend_key_variable} (it answered with status {status})")
+        allowed = (
+            f"an endpoint that knows prompts.extend_model = {self._config.extend_model!r} and takes the key in "
+            f"{self._config.extend_key_variable} (it answered with status {status})"
+        )
         require(status >= 500 or status in TRY_AGAIN, "prompts.extend_url", self._config.extend_url, allowed)
 
     def _note(self, failed: Sequence[str]) -> None:
@@ -136,9 +152,12 @@ class Extender:
 
     def _check(self, failed: Sequence[str]) -> None:
         if len(failed) > self._max_failed:
-            raise FieldError("prompts without an answer of prompts.extend_url", f"{len(failed)} and counting",
-                             f"at most {self._max_failed} (pairs.max_bad_share of all); the first are "
-                             f"{', '.join(failed[:FAILED_SHOWN])}")
+            raise FieldError(
+                "prompts without an answer of prompts.extend_url",
+                f"{len(failed)} and counting",
+                f"at most {self._max_failed} (pairs.max_bad_share of all); the first are "
+                f"{', '.join(failed[:FAILED_SHOWN])}",
+            )
 
 
 def _retry_after_s(response: httpx.Response) -> float:

@@ -19,9 +19,7 @@ LEG_PX = 2.5  # an excursion this long (at 32 px) is a leg, a shorter one may be
 STANDSTILL_SHARE = 0.5  # of the slowest speed: below it nothing moves
 
 
-def read_box(
-    places: Track, times: Times, config: WorldConfig, speeds: Speeds
-) -> tuple[str | None, str | None]:
+def read_box(places: Track, times: Times, config: WorldConfig, speeds: Speeds) -> tuple[str | None, str | None]:
     """Direction and speed of an object that bounces: by its first leg, and by the pace between its turns."""
     smoothed = moving_mean(places)
     axis = int(np.ptp(smoothed, axis=0).argmax())

@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from diagonal.data.motion import (
-    STRIDE_FRAMES,
-    Speeds,
-    Times,
-    Track,
-    moving_mean,
-    nearest_speed,
-    read_box,
-    smoothness,
-)
+from diagonal.data.motion import STRIDE_FRAMES, Speeds, Times, Track, moving_mean, nearest_speed, read_box, smoothness
 from diagonal.data.world import (
     ATTRIBUTES,
     DIRECTIONS,
@@ -252,9 +243,7 @@ def summarise(frames: FrameReadings) -> Reading:
     return Reading(colour, shape, direction, speed, smooth, steady, float(frames.saturation.mean()), frames)
 
 
-def _read_torus(
-    places: Track, times: Times, config: WorldConfig, speeds: Speeds
-) -> tuple[str | None, str | None]:
+def _read_torus(places: Track, times: Times, config: WorldConfig, speeds: Speeds) -> tuple[str | None, str | None]:
     """The slope of the smoothed, unwrapped track gives direction and speed; a frame's error cannot turn it."""
     turns = np.angle(moving_mean(np.exp(2j * np.pi * places / config.size_px))) / (2 * np.pi)
     velocity = np.polyfit(times, np.unwrap(turns, axis=0, period=1) * config.size_px, 1)[0]

@@ -41,10 +41,17 @@ class PairPlan:
         """All that decides the set, as plain JSON values."""
         pairs, model = self.config.pairs, self.config.model
         facts = {
-            "schema_version": SCHEMA_VERSION, "seed": self.config.seed, "count": pairs.count,
-            "rows_per_shard": pairs.rows_per_shard, "batch_size": pairs.batch_size, "prompts": self.prompts,
-            "prompts_sha256": self.prompts_sha256, "text_tokens": model.text_tokens,
-            "negative_prompt": model.negative_prompt, "compute_dtype": model.compute_dtype, **self._about,
+            "schema_version": SCHEMA_VERSION,
+            "seed": self.config.seed,
+            "count": pairs.count,
+            "rows_per_shard": pairs.rows_per_shard,
+            "batch_size": pairs.batch_size,
+            "prompts": self.prompts,
+            "prompts_sha256": self.prompts_sha256,
+            "text_tokens": model.text_tokens,
+            "negative_prompt": model.negative_prompt,
+            "compute_dtype": model.compute_dtype,
+            **self._about,
         }
         plain: Row = json.loads(json.dumps(facts))
         return plain
@@ -63,8 +70,12 @@ class PairPlan:
     def _about(self) -> Row:
         pairs = self.config.pairs
         return {
-            "geometry": dataclasses.asdict(self.config.geometry), "guidance": pairs.guidance, "solver": "euler",
-            "solver_steps": pairs.solver_steps, "shift": self.config.schedule.shift, "kept_raw": pairs.kept_raw,
+            "geometry": dataclasses.asdict(self.config.geometry),
+            "guidance": pairs.guidance,
+            "solver": "euler",
+            "solver_steps": pairs.solver_steps,
+            "shift": self.config.schedule.shift,
+            "kept_raw": pairs.kept_raw,
             "teacher_id": self.teacher_id,
         }
 
@@ -86,8 +97,12 @@ class PairPlan:
         """`FieldError` that names the first bad rows, when there are too many."""
         first = [f"sample {row['sample']}, prompt {row['prompt_id']}: {row['reason']}" for row in rows[:SHOWN]]
         allowed = f"at most pairs.max_bad_share = {self.config.pairs.max_bad_share}; {'; '.join(first)}"
-        require(len(rows) <= self.most_bad, "share of rows set aside", round(len(rows) / self.config.pairs.count, 4),
-                allowed)
+        require(
+            len(rows) <= self.most_bad,
+            "share of rows set aside",
+            round(len(rows) / self.config.pairs.count, 4),
+            allowed,
+        )
 
 
 @dataclass(frozen=True)
@@ -157,8 +172,12 @@ def _read_ends(folder: Folder, plan: PairPlan, shard: int) -> tuple[int, str]:
     with folder.open(shard_file(shard)) as file:
         parquet = open_shard(file, shard_file(shard))
         found = about_shard(parquet).get("set_id")
-        require(found == plan.set_id, f"{folder / shard_file(shard)} set_id", found, f"{plan.set_id}: it is of another "
-                "set; or another --name")
+        require(
+            found == plan.set_id,
+            f"{folder / shard_file(shard)} set_id",
+            found,
+            f"{plan.set_id}: it is of another set; or another --name",
+        )
         table = parquet.read(columns=["sample", "checksum"])
     return table.num_rows, rows_checksum(zip(table["sample"].to_pylist(), table["checksum"].to_pylist(), strict=True))
 
@@ -172,11 +191,18 @@ def finish(folder: Folder, plan: PairPlan, shards: Sequence[Shard]) -> Row:
     """Check the share of bad rows and write the manifest, which makes the set finished."""
     aside = [row for shard in shards for row in shard.set_aside]
     plan.check_bad(aside)
-    entries = [{"file": s.file, "shard": s.number, "rows": s.rows, "bytes": s.bytes, "checksum": s.checksum}
-               for s in shards if s.rows]
+    entries = [
+        {"file": s.file, "shard": s.number, "rows": s.rows, "bytes": s.bytes, "checksum": s.checksum}
+        for s in shards
+        if s.rows
+    ]
     manifest = {
-        "format_version": FORMAT_VERSION, "set_id": plan.set_id, "plan": plan.facts,
-        "rows": sum(s.rows for s in shards), "set_aside": aside, "shards": entries,
+        "format_version": FORMAT_VERSION,
+        "set_id": plan.set_id,
+        "plan": plan.facts,
+        "rows": sum(s.rows for s in shards),
+        "set_aside": aside,
+        "shards": entries,
         "checksum": hashlib.sha256(" ".join(s.checksum for s in shards).encode()).hexdigest(),
     }
     folder.write_json(MANIFEST, manifest)
@@ -207,8 +233,13 @@ def bad_rows(folder: Folder, manifest: Mapping[str, Any], entry: Mapping[str, An
     samples = [sample for sample in range(first, min(first + size, count)) if sample not in gone]
 
     def row(index: int, reason: str, identity: str | None = None) -> Row:
-        return {"file": entry["file"], "index": index, "sample": samples[index], "prompt_id": identity,
-                "reason": reason}
+        return {
+            "file": entry["file"],
+            "index": index,
+            "sample": samples[index],
+            "prompt_id": identity,
+            "reason": reason,
+        }
 
     reasons = _reasons(folder, entry, manifest["set_id"])
     return [row(index, *reasons[index]) for index in range(entry["rows"]) if reasons[index]]
@@ -248,8 +279,15 @@ def keep_usable(folder: Folder, plan: PairPlan, bad: Sequence[Row]) -> None:
     """Check the share of bad rows, those of the solving included, and write what training leaves out, once."""
     manifest = read_manifest(folder)
     plan.check_bad([*bad, *manifest["set_aside"]])
-    folder.write_json(USABLE, {"format_version": 1, "set_id": plan.set_id, "rows": manifest["rows"] - len(bad),
-                               "set_aside": sorted(bad, key=lambda row: row["sample"])})
+    folder.write_json(
+        USABLE,
+        {
+            "format_version": 1,
+            "set_id": plan.set_id,
+            "rows": manifest["rows"] - len(bad),
+            "set_aside": sorted(bad, key=lambda row: row["sample"]),
+        },
+    )
 
 
 def usable_places(folder: Folder) -> list[tuple[str, int]]:

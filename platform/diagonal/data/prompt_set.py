@@ -61,7 +61,10 @@ def prepare(
         for part in hashes:
             folder.put(final / part, part)
     manifest = {
-        "format_version": 1, "source": source, **counts, "sha256": hashes,
+        "format_version": 1,
+        "source": source,
+        **counts,
+        "sha256": hashes,
         "extension": extends.summary() if extends else None,
     }
     folder.write_json(MANIFEST, manifest)

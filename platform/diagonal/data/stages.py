@@ -13,15 +13,7 @@ import torch
 from torch import Tensor
 
 from diagonal.config import Config
-from diagonal.data.pair_set import (
-    NOT_FINITE,
-    PLAN,
-    USABLE,
-    PairPlan,
-    aside_file,
-    rows_checksum,
-    shard_file,
-)
+from diagonal.data.pair_set import NOT_FINITE, PLAN, USABLE, PairPlan, aside_file, rows_checksum, shard_file
 from diagonal.data.prompt_set import PromptSet
 from diagonal.data.prompts import Order
 from diagonal.data.trajectory import (
@@ -64,16 +56,25 @@ class EncodeText:
     def __call__(self, batch: Columns) -> Columns:
         began_s, rows = time.monotonic(), self.rows(_only(batch["shard"]))
         text = to_bits(self._text.encode([row["prompt"] for row in rows]))
-        return {"shard": batch["shard"], "rows": np.array([json.dumps(rows)]), "text_bf16": text[None],
-                "negative_bf16": self._negative, "encode_s": np.array([time.monotonic() - began_s])}
+        return {
+            "shard": batch["shard"],
+            "rows": np.array([json.dumps(rows)]),
+            "text_bf16": text[None],
+            "negative_bf16": self._negative,
+            "encode_s": np.array([time.monotonic() - began_s]),
+        }
 
     def rows(self, shard: int) -> list[Row]:
         """The samples of a shard: number, prompt_id, prompt, seed."""
         samples = self._plan.samples(shard)
         prompts = self._prompts.take([self._order[sample] for sample in samples])
         return [
-            {"sample": sample, "prompt_id": identity, "prompt": prompt,
-             "seed": mixed_seed(self._plan.config.seed, "pairs", sample)}
+            {
+                "sample": sample,
+                "prompt_id": identity,
+                "prompt": prompt,
+                "seed": mixed_seed(self._plan.config.seed, "pairs", sample),
+            }
             for sample, (identity, prompt) in zip(samples, prompts, strict=True)
         ]
 
@@ -97,19 +98,31 @@ class SolveShard:
         began_s, shard, rows = time.monotonic(), _only(batch["shard"]), json.loads(str(_only(batch["rows"])))
         text, negative = (from_bits(batch[name][0]).float() for name in ("text_bf16", "negative_bf16"))
         states, levels = self.solve([row["seed"] for row in rows], text, negative)
-        solved = [{**row, "levels": levels, "states_bf16": bits, "checksum": checksum(bits)}
-                  for row, bits in zip(rows, states, strict=True)]
+        solved = [
+            {**row, "levels": levels, "states_bf16": bits, "checksum": checksum(bits)}
+            for row, bits in zip(rows, states, strict=True)
+        ]
         good = [row for row in solved if bool(torch.isfinite(from_bits(row["states_bf16"])).all())]
         kept = {row["sample"] for row in good}
-        bad = [{"sample": row["sample"], "prompt_id": row["prompt_id"], "reason": NOT_FINITE}
-               for row in rows if row["sample"] not in kept]
+        bad = [
+            {"sample": row["sample"], "prompt_id": row["prompt_id"], "reason": NOT_FINITE}
+            for row in rows
+            if row["sample"] not in kept
+        ]
         written = self._write(shard, good, bad)
         digest = rows_checksum((row["sample"], row["checksum"]) for row in good) if good else ""
-        return {name: np.array([value]) for name, value in (
-            ("shard", shard), ("rows", len(good)), ("bytes", written), ("checksum", digest),
-            ("set_aside", json.dumps(bad)), ("encode_s", _only(batch["encode_s"])),
-            ("solve_s", time.monotonic() - began_s),
-        )}  # fmt: skip
+        return {
+            name: np.array([value])
+            for name, value in (
+                ("shard", shard),
+                ("rows", len(good)),
+                ("bytes", written),
+                ("checksum", digest),
+                ("set_aside", json.dumps(bad)),
+                ("encode_s", _only(batch["encode_s"])),
+                ("solve_s", time.monotonic() - began_s),
+            )
+        }
 
     def solve(self, seeds: list[int], text: Tensor, negative: Tensor) -> tuple[np.ndarray, list[float]]:
         """States as int16 bits `[n, s, c, f, h, w]` from seeded noise, and their levels.
@@ -123,8 +136,13 @@ class SolveShard:
         for part in torch.arange(len(seeds)).split(pairs.batch_size):
             noise = torch.stack([clip_noise(seeds[index], geometry.clip_chunks, shape) for index in part.tolist()])
             states, levels = solve(
-                self._teacher, noise.to(self._device), text[part], negative.expand(len(part), -1, -1),
-                weight=pairs.guidance, steps=pairs.solver_steps, shift=self._config.schedule.shift,
+                self._teacher,
+                noise.to(self._device),
+                text[part],
+                negative.expand(len(part), -1, -1),
+                weight=pairs.guidance,
+                steps=pairs.solver_steps,
+                shift=self._config.schedule.shift,
                 kept_raw=pairs.kept_raw,
             )
             parts.append(to_bits(states))

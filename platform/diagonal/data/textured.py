@@ -179,9 +179,7 @@ def track(
     return bounced(config.size_px / 2 + behind * config.scale + travel, low, config.size_px)
 
 
-def cover(
-    shape: str, texture: str, centres: Floats, size: Floats, config: WorldConfig
-) -> tuple[Floats, Floats]:
+def cover(shape: str, texture: str, centres: Floats, size: Floats, config: WorldConfig) -> tuple[Floats, Floats]:
     """Share of each pixel that the object covers, and how dark its texture is there, [f h w] each, in [0, 1].
 
     `centres` [f 2] are in pixels, `size` [f] is 1 for the first world's shapes.

@@ -243,8 +243,10 @@ def _spectra(shape: str, sizes: tuple[float, ...], config: WorldConfig) -> list[
     template and of its square, `[h w/2+1]` each."""
     middle = np.full((len(sizes), 2), config.size_px / 2, np.float32)
     templates = torch.from_numpy(_as_mask(cover(shape, "plain", middle, np.asarray(sizes, np.float32), config)[0]))
-    return [(-2 * torch.fft.rfft2(one).conj().resolve_conj(), torch.fft.rfft2(one * one).conj().resolve_conj())
-            for one in templates]
+    return [
+        (-2 * torch.fft.rfft2(one).conj().resolve_conj(), torch.fft.rfft2(one * one).conj().resolve_conj())
+        for one in templates
+    ]
 
 
 def _brightest(share: Floats, config: WorldConfig) -> Floats:
@@ -293,8 +295,15 @@ def _silhouette(found: ObjectReadings, grown: float, config: WorldConfig) -> Flo
 
 
 def _summarise(
-    first: ObjectReadings, small: ObjectReadings | None, first_colour: int, small_colour: int | None,
-    share: Floats, front: Floats, colours: Floats, config: WorldConfig, first_pixel_frame: int,
+    first: ObjectReadings,
+    small: ObjectReadings | None,
+    first_colour: int,
+    small_colour: int | None,
+    share: Floats,
+    front: Floats,
+    colours: Floats,
+    config: WorldConfig,
+    first_pixel_frame: int,
 ) -> TexturedReading:
     speeds = {name: _pixels(speed, config) for name, speed in SPEEDS_PX.items()}
     direction, speed = _motion(first, config, speeds)
@@ -336,9 +345,7 @@ def _track(found: ObjectReadings) -> tuple[NDArray[np.float64], Times]:
     return found.centre_px[times].astype(np.float64), times.astype(np.float64)
 
 
-def _motion(
-    found: ObjectReadings, config: WorldConfig, speeds: dict[str, float]
-) -> tuple[str | None, str | None]:
+def _motion(found: ObjectReadings, config: WorldConfig, speeds: dict[str, float]) -> tuple[str | None, str | None]:
     places, times = _track(found)
     return read_box(places, times, config, speeds) if len(times) > 1 else (None, None)
 

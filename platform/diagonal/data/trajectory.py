@@ -48,8 +48,12 @@ def schema(state_shape: Sequence[int], about: Mapping[str, Any] | None = None) -
     """
     return pa.schema(
         [
-            ("sample", pa.int64()), ("prompt_id", pa.string()), ("prompt", pa.string()), ("seed", pa.int64()),
-            ("levels", pa.list_(pa.float64())), ("states_bf16", pa.fixed_shape_tensor(pa.int16(), list(state_shape))),
+            ("sample", pa.int64()),
+            ("prompt_id", pa.string()),
+            ("prompt", pa.string()),
+            ("seed", pa.int64()),
+            ("levels", pa.list_(pa.float64())),
+            ("states_bf16", pa.fixed_shape_tensor(pa.int16(), list(state_shape))),
             ("checksum", pa.string()),
         ],
         metadata={VERSION_KEY: str(SCHEMA_VERSION), ABOUT_KEY: json.dumps(about or {}, sort_keys=True)},
@@ -61,13 +65,17 @@ def shard_bytes(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> 
     states = np.stack([row["states_bf16"] for row in rows])
     layout = schema(states.shape[1:], about)
     columns = [
-        pa.FixedShapeTensorArray.from_numpy_ndarray(states) if field.name == "states_bf16"
+        pa.FixedShapeTensorArray.from_numpy_ndarray(states)
+        if field.name == "states_bf16"
         else pa.array([row[field.name] for row in rows], type=field.type)
         for field in layout
     ]
     sink = pa.BufferOutputStream()
     pq.write_table(
-        pa.Table.from_arrays(columns, schema=layout), sink, compression="zstd", write_page_checksum=True,
+        pa.Table.from_arrays(columns, schema=layout),
+        sink,
+        compression="zstd",
+        write_page_checksum=True,
         row_group_size=max(1, GROUP_BYTES // states[0].nbytes),
     )
     return sink.getvalue().to_pybytes()

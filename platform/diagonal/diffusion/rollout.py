@@ -106,8 +106,12 @@ def new_pool(config: Config, network: torch.nn.Module | StaticGenerator, pages: 
     """A pool of pages that fit the network's layers and the geometry's chunks, on the network's device."""
     layout: Any = network.config
     return KVPool(
-        layers=layout.num_layers, heads=layout.num_attention_heads, head_dim=layout.attention_head_dim,
-        page_tokens=config.geometry.chunk_tokens, pages=pages, dtype=cache_dtype(config),
+        layers=layout.num_layers,
+        heads=layout.num_attention_heads,
+        head_dim=layout.attention_head_dim,
+        page_tokens=config.geometry.chunk_tokens,
+        pages=pages,
+        dtype=cache_dtype(config),
         device=next(network.parameters()).device,
     )
 
@@ -126,7 +130,9 @@ def new_cache(config: Config, pool: KVPool, *, recycle: bool = True) -> KVCache:
     """A cache with the configured window and sink, counted in chunks."""
     chunk = config.geometry.chunk_frames
     return KVCache(
-        pool, window_chunks=config.cache.window_frames // chunk, sink_chunks=config.cache.sink_frames // chunk,
+        pool,
+        window_chunks=config.cache.window_frames // chunk,
+        sink_chunks=config.cache.sink_frames // chunk,
         recycle=recycle,
     )
 

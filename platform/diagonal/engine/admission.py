@@ -176,7 +176,10 @@ class Budget:
             raise BudgetError(busy, self.share, self.retry_after_s(playing, wanted))
 
     def schedule_of(
-        self, playing: Sequence[Demand], demand: Callable[[StepSchedule], Demand], own: StepSchedule,
+        self,
+        playing: Sequence[Demand],
+        demand: Callable[[StepSchedule], Demand],
+        own: StepSchedule,
         shorter: StepSchedule | None = None,
     ) -> StepSchedule:
         """What a new session is to run: its own schedule, or the shorter one where only that fits; `BudgetError`."""

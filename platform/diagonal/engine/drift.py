@@ -11,7 +11,10 @@ from diagonal.errors import require
 from diagonal.media.measures import Pixels, brightness, motion_amplitude, saturation, sharpness
 
 MEASURES: Mapping[str, Callable[[Pixels], float]] = {
-    "saturation": saturation, "sharpness": sharpness, "brightness": brightness, "motion": motion_amplitude,
+    "saturation": saturation,
+    "sharpness": sharpness,
+    "brightness": brightness,
+    "motion": motion_amplitude,
 }
 PICTURE = ("saturation", "sharpness", "brightness")  # motion comes and goes with the scene: reported, never acted upon
 REFERENCE_CHUNKS = 4

@@ -171,8 +171,11 @@ class Engine(Sessions):
             flying = {session_id for session_id, session in self._sessions.items() if session.under_way}
             closing, self._closing = self._closing - flying, self._closing & flying
             gone = [self._sessions.pop(session_id) for session_id in closing if session_id in self._sessions]
-            pausing = [session for session_id, session in self._sessions.items()
-                       if session.pausing and not session.ended and session_id not in flying]
+            pausing = [
+                session
+                for session_id, session in self._sessions.items()
+                if session.pausing and not session.ended and session_id not in flying
+            ]
             for session in pausing:
                 session.pausing = False
                 session.ahead_s = None if session.started_s is None else session.slack_s(self.geometry, now_s)
@@ -321,8 +324,15 @@ class Engine(Sessions):
         self._metrics.inc("diagonal_frames_generated_total", frames)
         self._metrics.observe("diagonal_chunk_generation_seconds", now_s - started_s)
         return ChunkResult(
-            session.spec.session_id, chunk, shown.pixels[:frames], self.geometry.pixel_start(chunk), now_s - started_s,
-            done.forwards, applied, last, snapshot=None if last else saved,
+            session.spec.session_id,
+            chunk,
+            shown.pixels[:frames],
+            self.geometry.pixel_start(chunk),
+            now_s - started_s,
+            done.forwards,
+            applied,
+            last,
+            snapshot=None if last else saved,
         )
 
     def _note_drift(self, session: Session, pixels: Tensor) -> None:

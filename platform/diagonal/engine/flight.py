@@ -53,12 +53,16 @@ class Flight:
 
     def bring(self, wanted: Collection[int], dtype: torch.dtype) -> dict[int, Emitted | SessionError]:
         """What those sessions show and keep, on the host, or what failed: waits for the flight's own lane alone."""
-        decoded = {number: found for number, found in self.pixels.items()
-                   if number in wanted and not isinstance(found, SessionError)}  # fmt: skip
+        decoded = {
+            number: found
+            for number, found in self.pixels.items()
+            if number in wanted and not isinstance(found, SessionError)
+        }
         brought: dict[int, Emitted | SessionError] = {
-            number: found for number, found in self.pixels.items()
+            number: found
+            for number, found in self.pixels.items()
             if number in wanted and isinstance(found, SessionError)
-        }  # fmt: skip
+        }
         if decoded and self.done is not None:
             parts = [[part[number] for number in decoded] for part in (self.done.clean, self.done.written)]
             finite = [self.finite[number] for number in decoded]

@@ -86,8 +86,13 @@ class ChunkMaker:
     def new_session(self, spec: SessionSpec, schedule: StepSchedule, shortened: bool = False) -> Session:
         """A session with an empty cache."""
         return Session(
-            spec, schedule, new_cache(self.config, self.pool), self._decoder.start(),
-            self.config.serve.decoder_history_frames, self.identity, shortened,
+            spec,
+            schedule,
+            new_cache(self.config, self.pool),
+            self._decoder.start(),
+            self.config.serve.decoder_history_frames,
+            self.identity,
+            shortened,
         )
 
     def ask_texts(self, session: Session) -> None:
@@ -121,8 +126,12 @@ class ChunkMaker:
             session.applying = tuple(changes)
             newest = changes[-1]
             session.timeline = session.timeline.change(newest.prompt, newest.transition_chunks)
-            session.log("prompt", prompt=newest.prompt, transition_chunks=newest.transition_chunks,
-                        event_ids=[change.event_id for change in changes])
+            session.log(
+                "prompt",
+                prompt=newest.prompt,
+                transition_chunks=newest.transition_chunks,
+                event_ids=[change.event_id for change in changes],
+            )
         moved = session.timeline.moving
         session.timeline = session.timeline.advance()
         if moved or session.text is None:
@@ -224,7 +233,10 @@ class Emitted:
 
 
 def emit(
-    pixels: Sequence[Tensor], clean: Sequence[Tensor], written: Sequence[Tensor], dtype: torch.dtype,
+    pixels: Sequence[Tensor],
+    clean: Sequence[Tensor],
+    written: Sequence[Tensor],
+    dtype: torch.dtype,
     finite: Sequence[Tensor],
 ) -> list[Emitted | SessionError]:
     """The step's one host sync: what its sessions show and keep, in one transfer, with whether it is finite.
@@ -236,8 +248,10 @@ def emit(
     """
     try:
         with stage("decode_failed"):
-            whole = [torch.isfinite(torch.stack((end, start))).all() & known
-                     for end, start, known in zip(clean, written, finite, strict=True)]
+            whole = [
+                torch.isfinite(torch.stack((end, start))).all() & known
+                for end, start, known in zip(clean, written, finite, strict=True)
+            ]
             sound = torch.stack(whole).unsqueeze(1).to(torch.uint8)
             latents = [torch.stack(list(parts)).to(dtype).flatten(1).view(torch.uint8) for parts in (clean, written)]
             shown = torch.stack(list(pixels)).flatten(1).to(sound.device)

@@ -31,10 +31,16 @@ class Recording:
         return [event for event in self.events if event.chunk == chunk]
 
     def to_json(self) -> str:
-        return json.dumps({
-            "schema": SCHEMA_VERSION, "identity": asdict(self.identity), "spec": asdict(self.spec),
-            "schedule": asdict(self.schedule), "chunks": self.chunks, "events": [asdict(e) for e in self.events],
-        })
+        return json.dumps(
+            {
+                "schema": SCHEMA_VERSION,
+                "identity": asdict(self.identity),
+                "spec": asdict(self.spec),
+                "schedule": asdict(self.schedule),
+                "chunks": self.chunks,
+                "events": [asdict(e) for e in self.events],
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Recording:
@@ -44,8 +50,11 @@ class Recording:
             if data["schema"] != SCHEMA_VERSION:
                 raise SnapshotError(f"recording.schema = {data['schema']!r}: allowed is {SCHEMA_VERSION}")
             return cls(
-                Identity(**data["identity"]), SessionSpec(**data["spec"]), StepSchedule(**data["schedule"]),
-                int(data["chunks"]), tuple(Event(**event) for event in data["events"]),
+                Identity(**data["identity"]),
+                SessionSpec(**data["spec"]),
+                StepSchedule(**data["schedule"]),
+                int(data["chunks"]),
+                tuple(Event(**event) for event in data["events"]),
             )
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, SnapshotError):

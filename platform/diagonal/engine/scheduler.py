@@ -30,10 +30,7 @@ class Candidate:
 
 
 def choose(
-    candidates: Sequence[Candidate],
-    batch_limit: int,
-    step_s: StepSeconds | None = None,
-    background_s: float = inf,
+    candidates: Sequence[Candidate], batch_limit: int, step_s: StepSeconds | None = None, background_s: float = inf
 ) -> list[str]:
     """Session ids of the next batch: the one with the least slack, then its equals in order of slack.
 

@@ -39,7 +39,9 @@ class SessionSpec:
         require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"a whole number from 0 to {MAX_SEED}")
         require(
             self.pixel_frames is None or self.pixel_frames >= 1,
-            "pixel_frames", self.pixel_frames, "a whole number of at least 1, or null for an endless stream",
+            "pixel_frames",
+            self.pixel_frames,
+            "a whole number of at least 1, or null for an endless stream",
         )
 
 
@@ -55,7 +57,9 @@ class PromptChange:
         require(self.prompt.strip() != "", "prompt", self.prompt, "a text that is not empty")
         require(
             0 <= self.transition_chunks <= 64,
-            "transition_chunks", self.transition_chunks, "a whole number from 0 to 64",
+            "transition_chunks",
+            self.transition_chunks,
+            "a whole number from 0 to 64",
         )
 
 

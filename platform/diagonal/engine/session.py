@@ -23,8 +23,19 @@ from diagonal.model.dit import TextContext
 from diagonal.model.vae import DecoderState
 from diagonal.schedule import StepSchedule
 
-__all__ = ["MAX_SEED", "MOVES", "ChunkResult", "Event", "IllegalMoveError", "PromptChange", "Session", "SessionInfo",
-           "SessionSpec", "SessionState", "decoder_bytes"]
+__all__ = [
+    "MAX_SEED",
+    "MOVES",
+    "ChunkResult",
+    "Event",
+    "IllegalMoveError",
+    "PromptChange",
+    "Session",
+    "SessionInfo",
+    "SessionSpec",
+    "SessionState",
+    "decoder_bytes",
+]
 
 
 class SessionState(StrEnum):
@@ -257,9 +268,19 @@ class Session:
         media = MediaTimeline(self.next_chunk, geometry.pixel_start(self.next_chunk), geometry.pixel_fps)
         events = tuple(self.events) if self.spec.record else None
         self.saved = Snapshot(
-            identity=self.identity, spec=self.spec, schedule=self.schedule, shortened=self.shortened,
-            next_chunk=self.next_chunk, media=media, ahead_s=ahead_s, timeline=self.timeline, kept=tuple(self.kept),
-            history=self.history, reanchored=self.reanchored, drift=self.drift.to_dict(), events=events,
+            identity=self.identity,
+            spec=self.spec,
+            schedule=self.schedule,
+            shortened=self.shortened,
+            next_chunk=self.next_chunk,
+            media=media,
+            ahead_s=ahead_s,
+            timeline=self.timeline,
+            kept=tuple(self.kept),
+            history=self.history,
+            reanchored=self.reanchored,
+            drift=self.drift.to_dict(),
+            events=events,
         )
         return self.saved
 

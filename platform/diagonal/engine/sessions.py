@@ -55,9 +55,7 @@ class EngineStats:
 class Sessions:
     """Admits sessions and takes what is asked of them; the engine's own thread does it at the next chunk boundary."""
 
-    def __init__(
-        self, maker: ChunkMaker, metrics: MetricSink, clock: Callable[[], float], read_aside: bool
-    ) -> None:
+    def __init__(self, maker: ChunkMaker, metrics: MetricSink, clock: Callable[[], float], read_aside: bool) -> None:
         self.config, self.geometry, self.identity = maker.config, maker.geometry, maker.identity
         self._maker, self._metrics, self._clock, self._read_aside = maker, metrics, clock, read_aside
         serve = self.config.serve
@@ -227,9 +225,15 @@ class Sessions:
             session = self._sessions[session_id]
             ahead_s = session.slack_s(self.geometry, self._clock()) if session.live else session.ahead_s
             return SessionInfo(
-                session.state, session.next_chunk, session.schedule.steps, session.shortened,
-                None if ahead_s == -inf else ahead_s, session.cache.bytes_in_use,
-                decoder_bytes(session.decoder_state), session.latents_bytes(), session.drift.ratios,
+                session.state,
+                session.next_chunk,
+                session.schedule.steps,
+                session.shortened,
+                None if ahead_s == -inf else ahead_s,
+                session.cache.bytes_in_use,
+                decoder_bytes(session.decoder_state),
+                session.latents_bytes(),
+                session.drift.ratios,
             )
 
     def stats(self) -> EngineStats:
@@ -240,8 +244,15 @@ class Sessions:
             busy = busy_share(self._cost, self._playing(), self._budget.batch_limit)
             state_bytes = sum(s.device_bytes() + s.latents_bytes() for s in live)
         return EngineStats(
-            len(live), self._slots - len(live), self._maker.pool.bytes_in_use, self._maker.pool.capacity_bytes,
-            self._chunk_s, len(paused), state_bytes, sum(session.latents_bytes() for session in paused), busy,
+            len(live),
+            self._slots - len(live),
+            self._maker.pool.bytes_in_use,
+            self._maker.pool.capacity_bytes,
+            self._chunk_s,
+            len(paused),
+            state_bytes,
+            sum(session.latents_bytes() for session in paused),
+            busy,
         )
 
     def _read(self, session: Session) -> None:
@@ -275,8 +286,10 @@ class Sessions:
             return progress.schedule
         steps = self.config.serve.overload_steps if may_shorten else ""
         return self._budget.schedule_of(
-            self._playing(), lambda schedule: self._demand(replace(progress, schedule=schedule)),
-            progress.schedule, self._schedule(steps) if steps else None,
+            self._playing(),
+            lambda schedule: self._demand(replace(progress, schedule=schedule)),
+            progress.schedule,
+            self._schedule(steps) if steps else None,
         )
 
     def _demand(self, progress: Progress) -> Demand:

@@ -61,8 +61,11 @@ class Identity:
         config = release.config
         files = {name: entry["sha256"] for name, entry in release.manifest["files"].items()}
         decides = {
-            "geometry": asdict(config.geometry), "schedule": asdict(config.schedule), "cache": asdict(config.cache),
-            "text_tokens": config.model.text_tokens, "compute_dtype": config.model.compute_dtype,
+            "geometry": asdict(config.geometry),
+            "schedule": asdict(config.schedule),
+            "cache": asdict(config.cache),
+            "text_tokens": config.model.text_tokens,
+            "compute_dtype": config.model.compute_dtype,
             "decoder_history_frames": config.serve.decoder_history_frames,
         }
         usual = ServeConfig()

@@ -100,7 +100,10 @@ class Bench:
         decoded = decoded_row(engine, *rest)
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         return {
-            "dit": alone, "decoded": decoded, "cache_bytes": engine.stats().cache_capacity_bytes, "peak_bytes": peak,
+            "dit": alone,
+            "decoded": decoded,
+            "cache_bytes": engine.stats().cache_capacity_bytes,
+            "peak_bytes": peak,
             "decode_tflop": [flops / 1e12 for flops in self.release.decode_flops()],
         }
 
@@ -159,8 +162,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decoder", choices=("full", "fast"), default="full")
     parser.add_argument("--fp8", action="store_true", help="8-bit linear layers and K/V cache")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-                        help="decode a chunk beside the next one's forwards (a CPU has nothing to gain from it)")
+    parser.add_argument(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="decode a chunk beside the next one's forwards (a CPU has nothing to gain from it)",
+    )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--chunks", type=int, default=24, help="steady chunks of a rate")
     parser.add_argument("--late", type=int, default=700, help="the chunk that is compared with chunk 10")
@@ -169,10 +176,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--media-s", type=float, default=8.0, help="what each viewer watches")
     parser.add_argument("--minutes", type=float, default=8.5)
     parser.add_argument("--session-minutes", type=float, default=2.0)
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall",
-                        help="cpu: the process's own time, on a CPU that others use too; not of client and sessions")
-    parser.add_argument("--metrics-port", type=int, default=0,
-                        help="show the engine's metrics to Prometheus at 127.0.0.1 meanwhile; 0 does not")
+    parser.add_argument(
+        "--clock",
+        choices=sorted(CLOCKS),
+        default="wall",
+        help="cpu: the process's own time, on a CPU that others use too; not of client and sessions",
+    )
+    parser.add_argument(
+        "--metrics-port",
+        type=int,
+        default=0,
+        help="show the engine's metrics to Prometheus at 127.0.0.1 meanwhile; 0 does not",
+    )
     parser.add_argument("--threads", type=int, default=0, help="of torch on a CPU; 0 is its default")
     return parser.parse_args(arguments)
 
@@ -191,8 +206,11 @@ def config_of(options: argparse.Namespace) -> Config:
         require(0 <= value <= limit, f"--{name.replace('_', '-')}", value, f"a whole number from 0 to {limit}")
     out: Path = options.out
     require(out.suffix == ".json" and not out.is_dir(), "--out", str(out), "the name of a file that ends with .json")
-    settings = [f"serve.decoder={options.decoder}", f"serve.compile={str(options.compile).lower()}",
-                f"serve.overlap_decode={str(options.overlap).lower()}"]  # fmt: skip
+    settings = [
+        f"serve.decoder={options.decoder}",
+        f"serve.compile={str(options.compile).lower()}",
+        f"serve.overlap_decode={str(options.overlap).lower()}",
+    ]
     if torch.cuda.is_available():
         settings += ["serve.attention=auto"]
     if options.fp8:
@@ -208,8 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         config = config_of(options)
-        require(options.preset == "tiny" or device.type == "cuda", "--preset", options.preset,
-                "tiny on a machine without a CUDA device")
+        require(
+            options.preset == "tiny" or device.type == "cuda",
+            "--preset",
+            options.preset,
+            "tiny on a machine without a CUDA device",
+        )
     except FieldError as error:
         print(error, file=sys.stderr)
         return 2
@@ -219,8 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.found.update(environment(device))
     given = [part.replace(str(options.out.parent), "docs/results") for part in arguments or sys.argv[1:]]
     bench.found |= {
-        "command": " ".join(["python -m diagonal.evaluate.bench", *given]), "preset": options.preset,
-        "attention": config.serve.attention, "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+        "command": " ".join(["python -m diagonal.evaluate.bench", *given]),
+        "preset": options.preset,
+        "attention": config.serve.attention,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         **{name: getattr(options, name) for name in ("decoder", "fp8", "compile", "overlap", "clock")},
     }

@@ -24,9 +24,14 @@ from diagonal.model.weights import embedded
 from diagonal.tree import read_json
 
 UMT5_XXL = {  # text_encoder/config.json of Wan2.1
-    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
     "dropout_rate": 0.0,
-}  # fmt: skip
+}
 PROMPT_TOKENS = 120  # of an extended prompt; the rest of the encoder's positions is padding
 
 
@@ -83,8 +88,15 @@ class RandomRelease:
     def _text(self) -> RandomText:
         layout = dict(UMT5_XXL)
         if self.embedded:
-            layout = {"vocab_size": 64, "d_model": self.layout["text_dim"], "d_kv": 16, "d_ff": 64, "num_layers": 2,
-                      "num_heads": 4, "dropout_rate": 0.0}  # fmt: skip
+            layout = {
+                "vocab_size": 64,
+                "d_model": self.layout["text_dim"],
+                "d_kv": 16,
+                "d_ff": 64,
+                "num_layers": 2,
+                "num_heads": 4,
+                "dropout_rate": 0.0,
+            }
         encoder = self._drawn(lambda: UMT5EncoderModel(UMT5Config(**layout))).to(self.dtype)
         return RandomText(encoder, self.config.model.text_tokens)
 

@@ -109,7 +109,11 @@ class Stream:
 
 
 def network_row(
-    maker: ChunkMaker, release: RandomRelease, variant: Variant, ceiling: float, steady_chunks: int,
+    maker: ChunkMaker,
+    release: RandomRelease,
+    variant: Variant,
+    ceiling: float,
+    steady_chunks: int,
     clock: Clock = time.perf_counter,
 ) -> Row:
     """The network alone, chunk by chunk: a clip from its first chunk (one to warm up, then the best of two), then the
@@ -126,7 +130,11 @@ def network_row(
 
 
 def decoded_row(
-    engine: Engine, release: RandomRelease, variant: Variant, ceiling: float, steady_chunks: int,
+    engine: Engine,
+    release: RandomRelease,
+    variant: Variant,
+    ceiling: float,
+    steady_chunks: int,
     clock: Clock = time.perf_counter,
 ) -> Row:
     """The engine's one unpaced stream, whose chunks are all asked for at its beginning: with `serve.overlap_decode` a
@@ -153,8 +161,14 @@ def chunk_times_s(engine: Engine, session_id: str, chunks: int, clock: Clock) ->
 
 
 def _rate_row(
-    config: Config, release: RandomRelease, variant: Variant, ceiling: float, clip: Sequence[float],
-    steady: Sequence[float], *, decode: bool,
+    config: Config,
+    release: RandomRelease,
+    variant: Variant,
+    ceiling: float,
+    clip: Sequence[float],
+    steady: Sequence[float],
+    *,
+    decode: bool,
 ) -> Row:
     geometry, schedule, steady_chunks = config.geometry, variant.schedule(config), len(steady)
     own = replace(config, cache=replace(config.cache, window_frames=variant.window_frames))
@@ -163,17 +177,23 @@ def _rate_row(
     last = geometry.clip_chunks + steady_chunks
     steady_flops = schedule.forwards(last) * chunk_flops(layout, own, last)
     return {
-        "name": variant.name, "what": "DiT + VAE" if decode else "DiT only", "window_frames": variant.window_frames,
+        "name": variant.name,
+        "what": "DiT + VAE" if decode else "DiT only",
+        "window_frames": variant.window_frames,
         "context": schedule.resolved_context,
         "forwards": sum(schedule.forwards(chunk) for chunk in range(geometry.clip_chunks)),
-        "clip_s": sum(clip), "clip_fps": geometry.clip_pixel_frames / sum(clip),
-        "first_chunk_s": clip[0], "clip_tflop": flops / 1e12,
-        "steady_fps": geometry.chunk_pixel_frames(last) / statistics.median(steady), "steady_chunk": last,
-        "steady_tflop": steady_flops / 1e12, **percentiles(steady),
+        "clip_s": sum(clip),
+        "clip_fps": geometry.clip_pixel_frames / sum(clip),
+        "first_chunk_s": clip[0],
+        "clip_tflop": flops / 1e12,
+        "steady_fps": geometry.chunk_pixel_frames(last) / statistics.median(steady),
+        "steady_chunk": last,
+        "steady_tflop": steady_flops / 1e12,
+        **percentiles(steady),
         "ceiling_share": None if decode else steady_flops / 1e12 / statistics.median(steady) / ceiling,
-        "floor_clip_s": flops / 1e12 / ceiling, "floor_steady_fps":
-            geometry.chunk_pixel_frames(last) * ceiling / (steady_flops / 1e12),
-    }  # fmt: skip
+        "floor_clip_s": flops / 1e12 / ceiling,
+        "floor_steady_fps": geometry.chunk_pixel_frames(last) * ceiling / (steady_flops / 1e12),
+    }
 
 
 def percentiles(seconds: Sequence[float]) -> Row:
@@ -184,7 +204,12 @@ def percentiles(seconds: Sequence[float]) -> Row:
 
 
 def growth_row(
-    maker: ChunkMaker, variant: Variant, early: int, late: int, clock: Clock = time.perf_counter, around: int = 8,
+    maker: ChunkMaker,
+    variant: Variant,
+    early: int,
+    late: int,
+    clock: Clock = time.perf_counter,
+    around: int = 8,
     rounds: int = 3,
 ) -> Row:
     """Time and memory of a stream's chunks about number `early` and about number `late`.
@@ -206,11 +231,15 @@ def growth_row(
     def young_s() -> list[float]:
         return [second for _ in range(rounds) for second in times_s(early + around // 2)[-around:]]
 
-    before, old = young_s(), times_s(late)[-2 * rounds * around:]
+    before, old = young_s(), times_s(late)[-2 * rounds * around :]
     first, last = statistics.median(before + young_s()), statistics.median(old)
     return {
-        "name": f"chunk {late} against chunk {early}", "early_ms": first * 1e3, "late_ms": last * 1e3,
-        "time_ratio": last / first, "early_bytes": memory[early], "late_bytes": memory[late],
+        "name": f"chunk {late} against chunk {early}",
+        "early_ms": first * 1e3,
+        "late_ms": last * 1e3,
+        "time_ratio": last / first,
+        "early_bytes": memory[early],
+        "late_bytes": memory[late],
         "memory_ratio": memory[late] / memory[early] if memory[early] else None,
     }
 

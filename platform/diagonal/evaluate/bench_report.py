@@ -1,6 +1,6 @@
 """How measured speed is written: a JSON a run, a plot, and `speed.md` of all runs in a folder, each row by its floor.
 
-    python -m diagonal.evaluate.bench_report docs/results
+python -m diagonal.evaluate.bench_report docs/results
 """
 
 from __future__ import annotations
@@ -61,25 +61,32 @@ def summary(found: Found) -> str:
     for name, row in (("DiT only", rates.get("dit")), ("DiT + VAE", rates.get("decoded"))):
         lines.append(_rate_line(name, row, rates))
     lines.append(
-        f"received by a client  not measured: {client['not_measured']}" if "not_measured" in client else
-        f"received by a client  clip {client['fps']:7.1f} fps, first media byte after {client['ttff_s'] * 1e3:.0f} ms"
+        f"received by a client  not measured: {client['not_measured']}"
+        if "not_measured" in client
+        else f"received by a client  clip {client['fps']:7.1f} fps, "
+        f"first media byte after {client['ttff_s'] * 1e3:.0f} ms"
     )
     return "\n".join(lines)
 
 
 def _how(found: Found) -> str:
-    how = ["compiled" if found["compile"] else "eager", *(["decoding overlapped"] if found.get("overlap") else []),
-           *(["8-bit layers and cache"] if found["fp8"] else []),
-           f"{found['clock']} clock"]  # fmt: skip
+    how = [
+        "compiled" if found["compile"] else "eager",
+        *(["decoding overlapped"] if found.get("overlap") else []),
+        *(["8-bit layers and cache"] if found["fp8"] else []),
+        f"{found['clock']} clock",
+    ]
     return f"decoder {found['decoder']}, {', '.join(how)}, ceiling {found['ceiling_tflops']:.4g} TFLOP/s"
 
 
 def _rate_line(name: str, row: Found | None, rates: Found) -> str:
     if row is None:
         return f"{name:21} not measured: {rates.get('not_measured', '')}"
-    return (f"{name:21} clip {row['clip_fps']:7.1f} fps, steady {row['steady_fps']:7.1f} fps, chunk p50 "
-            f"{row['p50_ms']:.1f} p95 {row['p95_ms']:.1f} p99 {row['p99_ms']:.1f} ms, {row['forwards']} forwards, "
-            f"{row['clip_tflop']:.4g} TFLOP")
+    return (
+        f"{name:21} clip {row['clip_fps']:7.1f} fps, steady {row['steady_fps']:7.1f} fps, chunk p50 "
+        f"{row['p50_ms']:.1f} p95 {row['p95_ms']:.1f} p99 {row['p99_ms']:.1f} ms, {row['forwards']} forwards, "
+        f"{row['clip_tflop']:.4g} TFLOP"
+    )
 
 
 @dataclass(frozen=True)
@@ -100,11 +107,16 @@ class Line:
 def page(runs: Mapping[str, Found], notes: Mapping[str, str]) -> str:
     """The whole page, from the runs alone."""
     out = [
-        "# Speed", "",
+        "# Speed",
+        "",
         "Generated from the JSON files beside it by `python -m diagonal.evaluate.bench_report docs/results`; nothing "
         "is estimated. Floors are arithmetic: operations over the ceiling of one large matrix product that the run "
-        f"measured, or {CEILING_TFLOPS:g} TFLOP/s where there is no run.", "",
-        "## 832x480, Wan2.1-1.3B's shapes, one GPU", "", "One command on a bare GPU machine: `make bench-gpu`.", "",
+        f"measured, or {CEILING_TFLOPS:g} TFLOP/s where there is no run.",
+        "",
+        "## 832x480, Wan2.1-1.3B's shapes, one GPU",
+        "",
+        "One command on a bare GPU machine: `make bench-gpu`.",
+        "",
     ]
     big = {name: run for name, run in runs.items() if run["preset"] == "wan-1.3b" and run["cuda"] != "None"}
     out += _table(_gpu_lines(_ceiling(big)), big, notes)
@@ -152,42 +164,90 @@ def _gpu_lines(ceiling: float) -> list[Line]:
     floors = {kind: _Floors(config, kind, ceiling) for kind in ("fast", "full")}
     fast, full = floors["fast"], floors["full"]
     return [
-        Line("client-received FPS, 81-frame clip, fast decoder", ">= 62", fast.clip_fps, _of("client", "fps"),
-             decoder="fast"),
-        Line("client-received FPS, 81-frame clip, full VAE", ">= 45", full.clip_fps, _of("client", "fps"),
-             decoder="full"),
+        Line(
+            "client-received FPS, 81-frame clip, fast decoder",
+            ">= 62",
+            fast.clip_fps,
+            _of("client", "fps"),
+            decoder="fast",
+        ),
+        Line(
+            "client-received FPS, 81-frame clip, full VAE", ">= 45", full.clip_fps, _of("client", "fps"), decoder="full"
+        ),
         Line("DiT-only FPS, steady state", ">= 110", fast.steady_fps, lambda run: run["rates"]["dit"]["steady_fps"]),
-        Line("DiT + VAE FPS, steady state, full VAE", "", full.steady_decoded_fps,
-             lambda run: run["rates"]["decoded"]["steady_fps"], decoder="full"),
+        Line(
+            "DiT + VAE FPS, steady state, full VAE",
+            "",
+            full.steady_decoded_fps,
+            lambda run: run["rates"]["decoded"]["steady_fps"],
+            decoder="full",
+        ),
         Line("time to first frame, fast decoder, s", "<= 0.16", fast.first_s, _of("client", "ttff_s"), ".3f", "fast"),
-        Line("self-forcing, same window, over 4322222 (DiT time of a clip)", ">= 2.0", full.ratio(1),
-             lambda run: _schedule(run, "self-forcing"), ".2f"),
-        Line("self-forcing as published (21 frames) over 4322222", ">= 2.2", full.ratio(2),
-             lambda run: _schedule(run, "self-forcing as published"), ".2f"),
-        Line("real-time sessions without a stall, fast decoder and encoding", ">= 4", fast.steady_decoded_fps / 16,
-             _of("sessions", "sessions"), ".1f", "fast"),
-        Line("K/V of one session at window 12, GB", "3.4505", full.cache_bytes / 1e9,
-             lambda run: run["rates"]["cache_bytes"] / 1e9, ".4f"),
+        Line(
+            "self-forcing, same window, over 4322222 (DiT time of a clip)",
+            ">= 2.0",
+            full.ratio(1),
+            lambda run: _schedule(run, "self-forcing"),
+            ".2f",
+        ),
+        Line(
+            "self-forcing as published (21 frames) over 4322222",
+            ">= 2.2",
+            full.ratio(2),
+            lambda run: _schedule(run, "self-forcing as published"),
+            ".2f",
+        ),
+        Line(
+            "real-time sessions without a stall, fast decoder and encoding",
+            ">= 4",
+            fast.steady_decoded_fps / 16,
+            _of("sessions", "sessions"),
+            ".1f",
+            "fast",
+        ),
+        Line(
+            "K/V of one session at window 12, GB",
+            "3.4505",
+            full.cache_bytes / 1e9,
+            lambda run: run["rates"]["cache_bytes"] / 1e9,
+            ".4f",
+        ),
         Line("chunk 700 over chunk 10, time", "<= 1.03", 1.0, _grown("time_ratio"), ".3f"),
         Line("chunk 700 over chunk 10, memory", "<= 1.03", 1.0, _grown("memory_ratio"), ".3f"),
-        Line("share of the measured matmul ceiling, DiT, steady", "", 1.0,
-             lambda run: run["rates"]["dit"]["ceiling_share"], ".2f"),
-    ]  # fmt: skip
+        Line(
+            "share of the measured matmul ceiling, DiT, steady",
+            "",
+            1.0,
+            lambda run: run["rates"]["dit"]["ceiling_share"],
+            ".2f",
+        ),
+    ]
 
 
 def _cpu_lines() -> list[Line]:
     clip = Config.from_preset("tiny").geometry
     media_s = clip.clip_pixel_frames / clip.pixel_fps
     return [
-        Line("5-second clip through DiT and decoder, times real time", ">= 10", None,
-             lambda run: media_s / run["rates"]["decoded"]["clip_s"], decoder="full"),
+        Line(
+            "5-second clip through DiT and decoder, times real time",
+            ">= 10",
+            None,
+            lambda run: media_s / run["rates"]["decoded"]["clip_s"],
+            decoder="full",
+        ),
         Line("client-received over DiT + decoder FPS of the same clip", "", 1.0, _received_share, ".2f", "full"),
-        Line("real-time sessions without a stall, in process with encoding", ">= 8", None,
-             _of("sessions", "sessions"), ".0f", "full"),
+        Line(
+            "real-time sessions without a stall, in process with encoding",
+            ">= 8",
+            None,
+            _of("sessions", "sessions"),
+            ".0f",
+            "full",
+        ),
         Line("sharing forwards over time slicing, 8 sessions", ">= 1.5", None, _of("batching", "ratio"), ".2f", "full"),
         Line("chunk 700 over chunk 10, time", "<= 1.03", 1.0, _grown("time_ratio"), ".3f"),
         Line("chunk 700 over chunk 10, memory", "<= 1.03", 1.0, _grown("memory_ratio"), ".3f"),
-    ]  # fmt: skip
+    ]
 
 
 def _of(section: str, name: str) -> Callable[[Found], float]:
@@ -255,20 +315,27 @@ class _Floors:
 def _run_lines(name: str, run: Found) -> list[str]:
     """One run: how it was made, then its rates."""
     lines = [
-        f"## {name}", "",
+        f"## {name}",
+        "",
         f"{run['date']}, {run['device']} ({run['cpus']} CPUs, {run['threads']} threads, load {run['load']:.1f}), torch "
         f"{run['torch']}, CUDA {run['cuda']}, diffusers {run['diffusers']}, commit {run['commit'][:12]}; {_how(run)}. "
-        "Command:", "", f"    {run['command']}", "",
+        "Command:",
+        "",
+        f"    {run['command']}",
+        "",
         "| schedule, what | window | forwards | TFLOP a clip | clip FPS | steady FPS (chunk) | p50 / p95 / p99 ms | "
-        "share of ceiling |", "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        "share of ceiling |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     rates = run.get("rates", {})
     found = [rates.get("dit"), rates.get("decoded"), *_rows(run.get("schedules"))]
     lines += [_rate_row(row) for row in found if row is not None]
     client = run.get("client", {})
     if "fps" in client:
-        lines.append(f"| received by a client (wall clock) | | | | {client['fps']:.1f} | | {client['p50_ms']:.1f} / "
-                     f"{client['p95_ms']:.1f} / {client['p99_ms']:.1f} | |")
+        lines.append(
+            f"| received by a client (wall clock) | | | | {client['fps']:.1f} | | {client['p50_ms']:.1f} / "
+            f"{client['p95_ms']:.1f} / {client['p99_ms']:.1f} | |"
+        )
     parts = {part: of for part, of in run.items() if isinstance(of, dict)}
     left = [f"{part}: {of['not_measured']}" for part, of in parts.items() if "not_measured" in of]
     return [*lines, "", f"Not measured: {'; '.join(left)}."] if left else lines
@@ -280,15 +347,19 @@ def _rows(found: object) -> list[Found]:
 
 def _rate_row(row: Found) -> str:
     share = row.get("ceiling_share")
-    return (f"| {row['name']}, {row['what']} | {row['window_frames']} | {row['forwards']} | {row['clip_tflop']:.4g} | "
-            f"{row['clip_fps']:.1f} | {row['steady_fps']:.1f} ({row['steady_chunk']}) | {row['p50_ms']:.1f} / "
-            f"{row['p95_ms']:.1f} / {row['p99_ms']:.1f} | {'' if share is None else format(share, '.2f')} |")
+    return (
+        f"| {row['name']}, {row['what']} | {row['window_frames']} | {row['forwards']} | {row['clip_tflop']:.4g} | "
+        f"{row['clip_fps']:.1f} | {row['steady_fps']:.1f} ({row['steady_chunk']}) | {row['p50_ms']:.1f} / "
+        f"{row['p95_ms']:.1f} / {row['p99_ms']:.1f} | {'' if share is None else format(share, '.2f')} |"
+    )
 
 
 def _plot(path: Path, found: Found) -> None:
     """Clip rates by schedule as bars, where matplotlib is at hand."""
-    rows = [*_rows([found["rates"][part] for part in ("dit", "decoded") if part in found.get("rates", {})]),
-            *_rows(found.get("schedules"))]  # fmt: skip
+    rows = [
+        *_rows([found["rates"][part] for part in ("dit", "decoded") if part in found.get("rates", {})]),
+        *_rows(found.get("schedules")),
+    ]
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

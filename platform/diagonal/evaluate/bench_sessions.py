@@ -57,8 +57,10 @@ def play(engine: Engine, sessions: int, media_s: float, scale: int, threads: int
     """So many viewers of `media_s` seconds each, begun together; a stall is a chunk that came after its time."""
     geometry, lead_s = engine.geometry, engine.config.serve.lead_s
     size = geometry.pixel_height, geometry.pixel_width, geometry.pixel_fps
-    viewers = [Viewer(f"viewer-{n}", ChunkEncoder(*size, scale=scale) if encode else None, geometry.pixel_fps)
-               for n in range(sessions)]  # fmt: skip
+    viewers = [
+        Viewer(f"viewer-{n}", ChunkEncoder(*size, scale=scale) if encode else None, geometry.pixel_fps)
+        for n in range(sessions)
+    ]
     for number, viewer in enumerate(viewers):
         engine.open(SessionSpec(viewer.session_id, PROMPT, number, None, paced=False))
     by_id, wanted = {viewer.session_id: viewer for viewer in viewers}, round(media_s * geometry.pixel_fps)
@@ -82,7 +84,9 @@ def play(engine: Engine, sessions: int, media_s: float, scale: int, threads: int
     finally:
         close_all(engine, list(by_id))
     return {
-        "sessions": sessions, "media_s": media_s, "stalls": sum(viewer.stalls for viewer in viewers),
+        "sessions": sessions,
+        "media_s": media_s,
+        "stalls": sum(viewer.stalls for viewer in viewers),
         "least_slack_s": min(viewer.least_slack_s for viewer in viewers),
         "finished": all(viewer.frames >= wanted for viewer in viewers),
     }
@@ -105,8 +109,14 @@ def most_sessions(engine: Engine, limit: int, media_s: float, scale: int, ends_s
             low = sessions
         else:
             high = sessions - 1
-    return {"sessions": low, "limit": limit, "media_s": media_s, "decided": low >= high, "tried": tried,
-            "encoded": encode}  # fmt: skip
+    return {
+        "sessions": low,
+        "limit": limit,
+        "media_s": media_s,
+        "decided": low >= high,
+        "tried": tried,
+        "encoded": encode,
+    }
 
 
 def throughput(engine: Engine, sessions: int, chunks: int, clock: Clock = time.perf_counter) -> float:

@@ -35,7 +35,8 @@ def _one_stream(engine: Engine, session_id: str, pixel_frames: int, scale: int) 
         server.settimeout(_TIMEOUT_S)
         client = subprocess.Popen(
             [sys.executable, "-m", "diagonal.evaluate.bench_client", str(server.getsockname()[1])],
-            stdout=subprocess.PIPE, cwd=Path(diagonal.__file__).parents[1],
+            stdout=subprocess.PIPE,
+            cwd=Path(diagonal.__file__).parents[1],
         )
         try:
             connection, _ = server.accept()
@@ -51,9 +52,7 @@ def _one_stream(engine: Engine, session_id: str, pixel_frames: int, scale: int) 
     return read_out(json.loads(told), pixel_frames)
 
 
-def serve_stream(
-    engine: Engine, session_id: str, pixel_frames: int, scale: int, connection: socket.socket
-) -> None:
+def serve_stream(engine: Engine, session_id: str, pixel_frames: int, scale: int, connection: socket.socket) -> None:
     """Open a session and send its init segment and fragments; they are encoded beside the engine, as in service."""
     geometry = engine.geometry
     engine.open(SessionSpec(session_id, PROMPT, 1, pixel_frames, paced=False))
@@ -89,6 +88,10 @@ def read_out(told: dict[str, Any], pixel_frames: int) -> Row:
     seconds = arrived[-1] - told["asked_s"]
     between = [late - early for early, late in zip(arrived, arrived[1:], strict=False)]
     return {
-        "what": "received by a client", "pixel_frames": pixel_frames, "seconds": seconds,
-        "fps": pixel_frames / seconds, "ttff_s": told["first_media_s"] - told["asked_s"], **percentiles(between),
+        "what": "received by a client",
+        "pixel_frames": pixel_frames,
+        "seconds": seconds,
+        "fps": pixel_frames / seconds,
+        "ttff_s": told["first_media_s"] - told["asked_s"],
+        **percentiles(between),
     }

@@ -11,9 +11,11 @@ from diagonal.tree import read_json
 
 PAGE = "docs/results/capacity.md"
 Found = Mapping[str, Any]
-_NOTE = ("Chunk times of an H200 at 832x480 are not measured yet; with a bench's JSON from there the same command "
-         "answers for it. Figures of the embedded model on a CPU say how the service behaves, not how many GPUs Wan "
-         "needs.")  # fmt: skip
+_NOTE = (
+    "Chunk times of an H200 at 832x480 are not measured yet; with a bench's JSON from there the same command "
+    "answers for it. Figures of the embedded model on a CPU say how the service behaves, not how many GPUs Wan "
+    "needs."
+)
 
 
 def write_page(path: Path) -> str:
@@ -31,10 +33,15 @@ def write_page(path: Path) -> str:
 
 def page(found: Mapping[Path, Found]) -> str:
     """The page of these simulations."""
-    lines = ["# Capacity, simulated", "",
-             "Written by `python -m jobs.simulate --report` from the JSON files beside this page. The scheduler, "
-             "admission, the router's order, pacing and autoscaling are the service's own; time is a number, and a "
-             "chunk takes as long as one was measured to take.", "", _NOTE]  # fmt: skip
+    lines = [
+        "# Capacity, simulated",
+        "",
+        "Written by `python -m jobs.simulate --report` from the JSON files beside this page. The scheduler, "
+        "admission, the router's order, pacing and autoscaling are the service's own; time is a number, and a "
+        "chunk takes as long as one was measured to take.",
+        "",
+        _NOTE,
+    ]
     for file, one in found.items():
         lines += ["", f"## {file.name}", "", _how(one), ""]
         lines += plan_lines(one) if one["kind"] == "plan" else check_lines(one)
@@ -45,34 +52,51 @@ def page(found: Mapping[Path, Found]) -> str:
 
 def _how(found: Found) -> str:
     times = found["times"]
-    return (f"{found['date']}, {found['machine']} (load {found['load']}), commit {str(found['commit'])[:12]}; chunk "
-            f"times of {times['device']} ({times['source']}):\n\n    {found['command']}")  # fmt: skip
+    return (
+        f"{found['date']}, {found['machine']} (load {found['load']}), commit {str(found['commit'])[:12]}; chunk "
+        f"times of {times['device']} ({times['source']}):\n\n    {found['command']}"
+    )
 
 
 def plan_lines(found: Found) -> list[str]:
     """How many replicas, what a loss and a burst cost, and how large a service was simulated in how long."""
     asked = found["asked"]
-    lines = [f"Fewest replicas with waiting over watching below {asked['stall_rate']:g} and refusals below "
-             f"{asked['rejected_share']:g}; {asked['slots']} slots a replica, stays of {asked['stay_s']:g} s "
-             f"({asked['spread']}), a prompt change every {asked['change_every']} chunks (0: none):", "",
-             "| viewers | replicas | viewers a replica | waiting | refused | time to first frame p95, ms | busy |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"Fewest replicas with waiting over watching below {asked['stall_rate']:g} and refusals below "
+        f"{asked['rejected_share']:g}; {asked['slots']} slots a replica, stays of {asked['stay_s']:g} s "
+        f"({asked['spread']}), a prompt change every {asked['change_every']} chunks (0: none):",
+        "",
+        "| viewers | replicas | viewers a replica | waiting | refused | time to first frame p95, ms | busy |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in found["sizing"]:
         figures = row["figures"]
-        lines.append(f"| {row['viewers']} | {row['replicas']} | {row['viewers'] / row['replicas']:.1f} | "
-                     f"{figures['stall_rate']:.5f} | {figures['rejected_share']:.2%} | "
-                     f"{_ms(figures['first_frame_s']['p95'])} | {figures['busy_share']:.0%} |")  # fmt: skip
-    lines += ["", "What the same viewers lose by it, against the same run without it:", "",
-              "| what | replicas | viewers | more waiting, s | sessions that wait | moved | lost | more refused | "
-              "noticed for, s |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines.append(
+            f"| {row['viewers']} | {row['replicas']} | {row['viewers'] / row['replicas']:.1f} | "
+            f"{figures['stall_rate']:.5f} | {figures['rejected_share']:.2%} | "
+            f"{_ms(figures['first_frame_s']['p95'])} | {figures['busy_share']:.0%} |"
+        )
+    lines += [
+        "",
+        "What the same viewers lose by it, against the same run without it:",
+        "",
+        "| what | replicas | viewers | more waiting, s | sessions that wait | moved | lost | more refused | "
+        "noticed for, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in found["costs"]:
         recovered = row["recovered_after_s"]
-        lines.append(f"| {row['what']} | {row['replicas']} | {row['viewers']} | {row['stall_s']:.1f} | "
-                     f"{row['stalled_sessions']} | {row['moved']} | {row['lost']} | {row['rejected']} | "
-                     f"{'to the end' if recovered is None else format(recovered, '.0f')} |")  # fmt: skip
+        lines.append(
+            f"| {row['what']} | {row['replicas']} | {row['viewers']} | {row['stall_s']:.1f} | "
+            f"{row['stalled_sessions']} | {row['moved']} | {row['lost']} | {row['rejected']} | "
+            f"{'to the end' if recovered is None else format(recovered, '.0f')} |"
+        )
     if large := found.get("large"):
-        lines += ["", f"{large['replicas']} replicas, {large['peak_viewers']} viewers at once, "
-                      f"{large['simulated_s']:g} s of service: {large['cpu_s']:.1f} s of one core."]  # fmt: skip
+        lines += [
+            "",
+            f"{large['replicas']} replicas, {large['peak_viewers']} viewers at once, "
+            f"{large['simulated_s']:g} s of service: {large['cpu_s']:.1f} s of one core.",
+        ]
     return lines
 
 
@@ -80,8 +104,12 @@ def check_lines(found: Found) -> list[str]:
     """A real run beside its simulation."""
     took = {step["batch"]: step["seconds"] for step in found["times"]["steps"]}
     steps = ", ".join(f"{_ms(seconds)} of {batch}" for batch, seconds in sorted(took.items()))
-    lines = [f"Measured on the running service: a step takes, in ms by sessions, {steps}.", "",
-             "| | real | simulated | difference |", "|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"Measured on the running service: a step takes, in ms by sessions, {steps}.",
+        "",
+        "| | real | simulated | difference |",
+        "|---|---|---|---|",
+    ]
     for row in found["rows"]:
         difference = "-" if row["difference"] is None else f"{row['difference']:+.1%}"
         lines.append(f"| {row['what']} | {_value(row['real'])} | {_value(row['simulated'])} | {difference} |")
@@ -120,8 +148,7 @@ def _plot(path: Path, found: Found) -> None:
 
 def _plot_cost(axes: Any, row: Found) -> None:
     seconds = row["seconds"]
-    for name, label in (("stall_s", "waiting, s a second"), ("refused", "refused a second"),
-                        ("replicas", "replicas")):  # fmt: skip
+    for name, label in (("stall_s", "waiting, s a second"), ("refused", "refused a second"), ("replicas", "replicas")):
         axes.plot([second[name] for second in seconds], label=label)
     axes.axvline(row["at_s"], linestyle=":", color="grey")
     axes.set_title(row["what"], fontsize="small")

@@ -129,7 +129,11 @@ def read_row(plan: Plan, experiment: Experiment, variant: Variant, seed: int) ->
 
 
 def run_row(
-    plan: Plan, experiment: Experiment, variant: Variant, seed: int, circumstances: Mapping[str, Any],
+    plan: Plan,
+    experiment: Experiment,
+    variant: Variant,
+    seed: int,
+    circumstances: Mapping[str, Any],
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """The row, made now unless it is there; what was finished of it before is not made again."""
@@ -137,9 +141,19 @@ def run_row(
     if found is not None:
         return found
     clips = plan.clips_of(experiment)
-    row = {**circumstances, "kind": variant.kind, "seed": seed, "setting": setting(plan, variant, seed),
-           "budget": {"updates": plan.updates, "stage1_updates": plan.stages[0], "clips": clips,
-                      "streams": plan.streams, "seconds": plan.seconds}}
+    row = {
+        **circumstances,
+        "kind": variant.kind,
+        "seed": seed,
+        "setting": setting(plan, variant, seed),
+        "budget": {
+            "updates": plan.updates,
+            "stage1_updates": plan.stages[0],
+            "clips": clips,
+            "streams": plan.streams,
+            "seconds": plan.seconds,
+        },
+    }
     if experiment.measure == "clips":
         row |= _clips(plan, variant, seed, clips, say)
     elif experiment.measure == "pieces":
@@ -185,9 +199,13 @@ def setting(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
     if variant.is_fixed:
         return {}
     config, trained = (make(plan.config, variant, seed, plan.stages) for make in (variant_config, training_config))
-    return {"steps": config.schedule.steps, "context": config.schedule.resolved_context,
-            "gamma": trained.distill.loss.gamma, "trained_steps": trained.schedule.steps,
-            "trained_context": trained.schedule.resolved_context}
+    return {
+        "steps": config.schedule.steps,
+        "context": config.schedule.resolved_context,
+        "gamma": trained.distill.loss.gamma,
+        "trained_steps": trained.schedule.steps,
+        "trained_context": trained.schedule.resolved_context,
+    }
 
 
 def student_of(plan: Plan, variant: Variant, seed: int, say: Callable[[str], None]) -> tuple[Student, dict[str, Any]]:
@@ -212,8 +230,9 @@ def _clips(plan: Plan, variant: Variant, seed: int, clips: int, say: Callable[[s
         if first == 0:
             save_png(contact_sheet(pixels[:SHEET_ROWS]), sheet)
 
-    found = run_panel([source], captions, seeds, Folder(str(plan.folder / PARTS)), world=plan.world, seen=seen,
-                      say=say)[variant.name]
+    found = run_panel(
+        [source], captions, seeds, Folder(str(plan.folder / PARTS)), world=plan.world, seen=seen, say=say
+    )[variant.name]
     return {"forwards": forwards, "fps": round(found.fps, 2), "values": found.values, "sheet": sheet.name, **more}
 
 
@@ -232,8 +251,14 @@ def _pieces(plan: Plan, variant: Variant, seed: int, clips: int, say: Callable[[
     make, forwards, more = _maker(plan, variant, seed, say)
     captions, seeds = draw_captions(clips, CLIP_SEED, plan.captions), clip_seeds(clips, CLIP_SEED)
     geometry = plan.config.geometry
-    parts = kept_batches(partial(clip_part, make, geometry, plan.world), captions, seeds,
-                         Folder(str(plan.folder / PARTS)), ["pieces", _how(plan, variant, seed)], say)
+    parts = kept_batches(
+        partial(clip_part, make, geometry, plan.world),
+        captions,
+        seeds,
+        Folder(str(plan.folder / PARTS)),
+        ["pieces", _how(plan, variant, seed)],
+        say,
+    )
     clip_s = geometry.clip_pixel_frames / geometry.pixel_fps
     return {"forwards": forwards, "drift": drift_report(parts, clip_s, plan.world), **more}
 
@@ -252,8 +277,14 @@ def _streams(
         "turns": partial(turn_part, student, world),
     }
     captions, seeds = draw_captions(plan.streams, CLIP_SEED, plan.captions), stream_seeds(plan.streams, CLIP_SEED)
-    parts = kept_batches(makers[experiment.measure], captions, seeds, Folder(str(plan.folder / PARTS)),
-                         [experiment.measure, seconds, _how(plan, variant, seed)], say)
+    parts = kept_batches(
+        makers[experiment.measure],
+        captions,
+        seeds,
+        Folder(str(plan.folder / PARTS)),
+        [experiment.measure, seconds, _how(plan, variant, seed)],
+        say,
+    )
     if experiment.measure == "turns":
         return {"forwards": student.forwards, "turns": turns_report(parts), **more}
     return {"forwards": student.forwards, "drift": drift_report(parts, seconds, world), **more}

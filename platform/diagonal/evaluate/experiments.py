@@ -66,12 +66,21 @@ LAST_250 = ("schedule.steps=4322222@250", "distill.stage1_steps=4@250")
 CODEC = Variant("codec alone (ceiling)", "codec")
 TEACHER = Variant(f"teacher, {TEACHER_STEPS} steps", "teacher")
 OURS = Variant("ours: 4322222@250, reuse", settings=(*LAST_250, NO_MOTION))
-PAPERS = Variant("the paper's own list: 4322222, reuse", settings=(
-    "schedule.steps=4322222", "distill.stage1_steps=4", NO_MOTION))
-SELF_FORCING = Variant("self-forcing", settings=(
-    "schedule.steps=self-forcing", "distill.stage1_steps=self-forcing", NO_MOTION))
-CAUSVID = Variant("CausVid-like: 3 steps, clean context", settings=(  # its own raw list is 1000, 757, 522
-    "schedule.steps=3@500", "distill.stage1_steps=3@500", "schedule.context=0.0", NO_MOTION))
+PAPERS = Variant(
+    "the paper's own list: 4322222, reuse", settings=("schedule.steps=4322222", "distill.stage1_steps=4", NO_MOTION)
+)
+SELF_FORCING = Variant(
+    "self-forcing", settings=("schedule.steps=self-forcing", "distill.stage1_steps=self-forcing", NO_MOTION)
+)
+CAUSVID = Variant(
+    "CausVid-like: 3 steps, clean context",
+    settings=(  # its own raw list is 1000, 757, 522
+        "schedule.steps=3@500",
+        "distill.stage1_steps=3@500",
+        "schedule.context=0.0",
+        NO_MOTION,
+    ),
+)
 FULL = Variant("full: with the motion loss, gamma 1", settings=(*LAST_250, MOTION))
 WITHOUT_MOTION = Variant("without the motion loss", settings=OURS.settings)
 
@@ -79,46 +88,121 @@ WITHOUT_MOTION = Variant("without the motion loss", settings=OURS.settings)
 def experiments(shift: float) -> tuple[Experiment, ...]:
     """All of them; `shift` is the schedule's, by which raw timesteps are told as levels."""
     return (
-        Experiment("table1", "Table 1", "Is the recipe as good as teacher and Self Forcing, at half the forwards?",
-                   "clips", (CODEC, TEACHER, SELF_FORCING, OURS), 3, thorough=True,
-                   note="Trained without the motion loss, both: Fig. 5b shows what it changes."),
-        Experiment("causvid", "Table 1", "And how good are CausVid's three steps with clean context?", "clips",
-                   (TEACHER, SELF_FORCING, CAUSVID, OURS), 3),
-        Experiment("last", "Section 3.2", "At which noise should a chunk's last step begin?", "clips",
-                   (PAPERS, OURS),
-                   note="The paper's rows end at raw 100, ours at raw 250, where Self Forcing's list ends."),
-        Experiment("table2", "Table 2", "What does each part bring?", "clips", (
-            Variant("without diagonal forcing", settings=(*FULL.settings, "schedule.context=0.0")), WITHOUT_MOTION,
-            Variant("without diagonal denoising", settings=(*FULL.settings, "schedule.steps=4@250")), FULL), 3),
-        Experiment("table3", "Table 3", "Which step schedule?", "clips", tuple(
-            Variant(steps, "sampled", (f"schedule.steps={steps}",)) for steps in (*TABLE3, *TABLE3_OURS)),
-            note="The student was trained with the preset's own list and motion weight."),
-        Experiment("fig2", "Fig. 2", "Do one-step chunks clear up chunk by chunk when context is noisy?",
-                   "chunks", tuple(Variant(f"one step, context {context_name(raw, shift)}", "sampled",
-                                           ("schedule.steps=1", f"schedule.context={raw_level(raw, shift)}"))
-                                   for raw in (0, 100, 250, 500)),
-            note="Figures of each chunk of a clip, the first chunk first."),
-        Experiment("fig5a", "Fig. 5a", "How noisy should context be?", "clips", tuple(
-            Variant(f"context {context_name(raw, shift)}",
-                    settings=(*FULL.settings, f"schedule.context={raw_level(raw, shift)}")) for raw in CONTEXT_RAW),
+        Experiment(
+            "table1",
+            "Table 1",
+            "Is the recipe as good as teacher and Self Forcing, at half the forwards?",
+            "clips",
+            (CODEC, TEACHER, SELF_FORCING, OURS),
+            3,
+            thorough=True,
+            note="Trained without the motion loss, both: Fig. 5b shows what it changes.",
+        ),
+        Experiment(
+            "causvid",
+            "Table 1",
+            "And how good are CausVid's three steps with clean context?",
+            "clips",
+            (TEACHER, SELF_FORCING, CAUSVID, OURS),
+            3,
+        ),
+        Experiment(
+            "last",
+            "Section 3.2",
+            "At which noise should a chunk's last step begin?",
+            "clips",
+            (PAPERS, OURS),
+            note="The paper's rows end at raw 100, ours at raw 250, where Self Forcing's list ends.",
+        ),
+        Experiment(
+            "table2",
+            "Table 2",
+            "What does each part bring?",
+            "clips",
+            (
+                Variant("without diagonal forcing", settings=(*FULL.settings, "schedule.context=0.0")),
+                WITHOUT_MOTION,
+                Variant("without diagonal denoising", settings=(*FULL.settings, "schedule.steps=4@250")),
+                FULL,
+            ),
+            3,
+        ),
+        Experiment(
+            "table3",
+            "Table 3",
+            "Which step schedule?",
+            "clips",
+            tuple(Variant(steps, "sampled", (f"schedule.steps={steps}",)) for steps in (*TABLE3, *TABLE3_OURS)),
+            note="The student was trained with the preset's own list and motion weight.",
+        ),
+        Experiment(
+            "fig2",
+            "Fig. 2",
+            "Do one-step chunks clear up chunk by chunk when context is noisy?",
+            "chunks",
+            tuple(
+                Variant(
+                    f"one step, context {context_name(raw, shift)}",
+                    "sampled",
+                    ("schedule.steps=1", f"schedule.context={raw_level(raw, shift)}"),
+                )
+                for raw in (0, 100, 250, 500)
+            ),
+            note="Figures of each chunk of a clip, the first chunk first.",
+        ),
+        Experiment(
+            "fig5a",
+            "Fig. 5a",
+            "How noisy should context be?",
+            "clips",
+            tuple(
+                Variant(
+                    f"context {context_name(raw, shift)}",
+                    settings=(*FULL.settings, f"schedule.context={raw_level(raw, shift)}"),
+                )
+                for raw in CONTEXT_RAW
+            ),
             note="Trained and sampled with the same context. The public code's 100 is level 0.101 where it trains and "
-                 "0.357 where it serves; raw 100 is level 0.357 here in both."),
-        Experiment("fig5b", "Fig. 5b", "How heavy should the motion loss be?", "clips", tuple(
-            Variant(f"gamma {gamma:g}", settings=(*LAST_250, f"distill.loss.gamma={gamma}")) for gamma in GAMMAS)),
-        Experiment("fig6", "Fig. 6", "Does the motion loss restore motion?", "clips",
-                   (TEACHER, WITHOUT_MOTION,
-                    Variant("with its matching term alone", settings=(
-                        *FULL.settings, "distill.loss.flow_regression=0.0")),
-                    FULL),
-                   note="Motion amplitude is the figure `picture motion`; contact sheets lie beside the rows. The loss "
-                        "is a matching term and a regression of differences between frames to the student of stage 1."),
-        Experiment("pieces", "Section 3.3", "Where in a clip does motion go wrong?", "pieces",
-                   (CODEC, TEACHER, SELF_FORCING, OURS),
-                   note="Clips in pieces of 3, 2 and 2 chunks, one figure a piece; in the last one the window leaves "
-                        "chunks out. A later piece may show any leg of a track: there its axis counts as direction."),
-        Experiment("fig7", "Fig. 7 and 8", "Do long streams drift?", "streams", (OURS, SELF_FORCING),
-                   note="Streams of 180 s, whose first 45 s are the shorter ones. The paper's user study is not "
-                        "reproduced."),
+            "0.357 where it serves; raw 100 is level 0.357 here in both.",
+        ),
+        Experiment(
+            "fig5b",
+            "Fig. 5b",
+            "How heavy should the motion loss be?",
+            "clips",
+            tuple(Variant(f"gamma {gamma:g}", settings=(*LAST_250, f"distill.loss.gamma={gamma}")) for gamma in GAMMAS),
+        ),
+        Experiment(
+            "fig6",
+            "Fig. 6",
+            "Does the motion loss restore motion?",
+            "clips",
+            (
+                TEACHER,
+                WITHOUT_MOTION,
+                Variant("with its matching term alone", settings=(*FULL.settings, "distill.loss.flow_regression=0.0")),
+                FULL,
+            ),
+            note="Motion amplitude is the figure `picture motion`; contact sheets lie beside the rows. The loss "
+            "is a matching term and a regression of differences between frames to the student of stage 1.",
+        ),
+        Experiment(
+            "pieces",
+            "Section 3.3",
+            "Where in a clip does motion go wrong?",
+            "pieces",
+            (CODEC, TEACHER, SELF_FORCING, OURS),
+            note="Clips in pieces of 3, 2 and 2 chunks, one figure a piece; in the last one the window leaves "
+            "chunks out. A later piece may show any leg of a track: there its axis counts as direction.",
+        ),
+        Experiment(
+            "fig7",
+            "Fig. 7 and 8",
+            "Do long streams drift?",
+            "streams",
+            (OURS, SELF_FORCING),
+            note="Streams of 180 s, whose first 45 s are the shorter ones. The paper's user study is not reproduced.",
+        ),
         Experiment("fig9", "Fig. 9", "How soon is a changed prompt obeyed, and is the seam seen?", "turns", (OURS,)),
     )
 

@@ -36,12 +36,15 @@ def verdict(report: Mapping[str, Any], limits: Limits = Limits()) -> Verdict:  #
     against = tuple(_against(report, limits))
     if against:
         return Verdict(False, against)
-    return Verdict(True, (
-        f"{report['clips']} clips, seed {report['seed']}: every score's 95 % lower bound against teacher and "
-        f"self-forcing above -{limits.non_inferiority_points:g} points",
-        f"motion within {limits.motion_share:.0%} of the teacher's, drift below {limits.slope_points:g} points in "
-        f"180 s, changed prompts obeyed within {limits.obeyed_within_chunks} chunks at {limits.obeyed:g} or more",
-    ))
+    return Verdict(
+        True,
+        (
+            f"{report['clips']} clips, seed {report['seed']}: every score's 95 % lower bound against teacher and "
+            f"self-forcing above -{limits.non_inferiority_points:g} points",
+            f"motion within {limits.motion_share:.0%} of the teacher's, drift below {limits.slope_points:g} points in "
+            f"180 s, changed prompts obeyed within {limits.obeyed_within_chunks} chunks at {limits.obeyed:g} or more",
+        ),
+    )
 
 
 def _against(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
@@ -62,8 +65,10 @@ def _inferior(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
             low = found["low"]
             if low is None or POINTS * low <= -limits.non_inferiority_points:
                 shown = "unknown" if low is None else f"{POINTS * low:+.2f} points"
-                yield (f"{name} against {against}: {POINTS * found['mean']:+.2f} points, lower bound {shown}, allowed "
-                       f"is above -{limits.non_inferiority_points:g}")
+                yield (
+                    f"{name} against {against}: {POINTS * found['mean']:+.2f} points, lower bound {shown}, allowed "
+                    f"is above -{limits.non_inferiority_points:g}"
+                )
 
 
 def _motion(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
@@ -71,8 +76,10 @@ def _motion(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
     if ratio is None:
         yield "motion not compared with the teacher's"
     elif abs(ratio["mean"] - 1.0) > limits.motion_share:
-        yield (f"motion = {ratio['mean']:.3f} of the teacher's: allowed is {1 - limits.motion_share:g} to "
-               f"{1 + limits.motion_share:g}")
+        yield (
+            f"motion = {ratio['mean']:.3f} of the teacher's: allowed is {1 - limits.motion_share:g} to "
+            f"{1 + limits.motion_share:g}"
+        )
 
 
 def _drift(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
@@ -82,8 +89,10 @@ def _drift(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
         return
     for name, found in drift["slopes"]["180"].items():
         if name in drift["scores"] and abs(POINTS * found["mean"]) >= limits.slope_points:
-            yield (f"{name} drifts by {POINTS * found['mean']:+.2f} points in 180 s: allowed is less than "
-                   f"{limits.slope_points:g} either way")
+            yield (
+                f"{name} drifts by {POINTS * found['mean']:+.2f} points in 180 s: allowed is less than "
+                f"{limits.slope_points:g} either way"
+            )
 
 
 def _obedience(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
@@ -93,5 +102,7 @@ def _obedience(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
         return
     found = turns["obeyed"][limits.obeyed_within_chunks - 1]["mean"]
     if found < limits.obeyed:
-        yield (f"changed prompts obeyed at {found:.3f} in chunk {limits.obeyed_within_chunks} behind the change: "
-               f"allowed is at least {limits.obeyed:g}")
+        yield (
+            f"changed prompts obeyed at {found:.3f} in chunk {limits.obeyed_within_chunks} behind the change: "
+            f"allowed is at least {limits.obeyed:g}"
+        )

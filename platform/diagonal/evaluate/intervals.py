@@ -82,8 +82,12 @@ def _widened(clips: Interval, means: Sequence[float]) -> Interval:
     if count < 2:
         return clips
     half = _t(count - 1) * float(np.std(means, ddof=1)) / math.sqrt(count)
-    return Interval(clips.mean, clips.mean - math.hypot(clips.mean - clips.low, half),
-                    clips.mean + math.hypot(clips.high - clips.mean, half), clips.count)
+    return Interval(
+        clips.mean,
+        clips.mean - math.hypot(clips.mean - clips.low, half),
+        clips.mean + math.hypot(clips.high - clips.mean, half),
+        clips.count,
+    )
 
 
 def _t(freedom: int) -> float:

@@ -124,18 +124,26 @@ def table(figures: Mapping[str, Any]) -> str:
         f"{figures['stalls']} stalls, {figures['stall_s']:.2f} s in all, in {figures['sessions_with_stalls']} "
         f"sessions; {figures['reconnects']} reconnects.",
         "",
-        "| | p50 | p95 | p99 | greatest | count |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    rows = {"first_frame_s": "time to first frame, ms", "chunk_interval_s": "between chunks, ms",
-            "prompt_to_chunk_s": "prompt change to its chunk, ms",
-            "prompt_to_screen_s": "prompt change to the screen, ms", "rejection_s": "rejection, ms"}  # fmt: skip
+        "| | p50 | p95 | p99 | greatest | count |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = {
+        "first_frame_s": "time to first frame, ms",
+        "chunk_interval_s": "between chunks, ms",
+        "prompt_to_chunk_s": "prompt change to its chunk, ms",
+        "prompt_to_screen_s": "prompt change to the screen, ms",
+        "rejection_s": "rejection, ms",
+    }
     for name, title in rows.items():
         values = figures[name]
         shown = " | ".join(_ms(values[rank]) for rank in ("p50", "p95", "p99", "greatest"))
         lines.append(f"| {title} | {shown} | {values['count']} |")
     fps = figures["session_fps"]
-    lines += ["", f"Frames a second of a session, its first chunk left out: least {_number(fps['least'])}, "
-                  f"p5 {_number(fps['p5'])}, median {_number(fps['p50'])}."]  # fmt: skip
+    lines += [
+        "",
+        f"Frames a second of a session, its first chunk left out: least {_number(fps['least'])}, "
+        f"p5 {_number(fps['p5'])}, median {_number(fps['p50'])}.",
+    ]
     return "\n".join(lines)
 
 

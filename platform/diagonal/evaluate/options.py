@@ -42,10 +42,15 @@ def compare_options(
         reference = pixels if reference is None else reference
         value = psnr_db(pixels, reference)
         scores = judge(pixels, captions, world)
-        found.append({
-            "name": name, "settings": list(settings), "scores": scores,
-            "psnr_db": None if math.isinf(value) else round(value, 2), "kv_bytes_per_session": kv_bytes(varied),
-        })
+        found.append(
+            {
+                "name": name,
+                "settings": list(settings),
+                "scores": scores,
+                "psnr_db": None if math.isinf(value) else round(value, 2),
+                "kv_bytes_per_session": kv_bytes(varied),
+            }
+        )
         say(f"{name}: PSNR {value:.2f} dB, shape {scores['shape']['mean']:.3f}")
     return found
 
@@ -53,15 +58,18 @@ def compare_options(
 def kv_bytes(release: Release) -> int:
     """Bytes of K/V of one session with a full window."""
     config = release.config
-    return new_pool(config, release.generator(), config.cache.window_frames // config.geometry.chunk_frames
-                    ).capacity_bytes
+    return new_pool(
+        config, release.generator(), config.cache.window_frames // config.geometry.chunk_frames
+    ).capacity_bytes
 
 
 def codec_psnr_db(release: Release, clips: int, seed: int) -> float:
     """PSNR to the world's own pixels of what the release's decoder makes of their latents."""
     codec, decoder, world = load_codec(release.folder, release.config), release.decoder(), own_world(release.config)
-    originals = [torch.from_numpy(world.render(caption, mixed_seed(seed, "codec", number))).unsqueeze(0)
-                 for number, caption in enumerate(draw_captions(clips, seed, world.captions()))]
+    originals = [
+        torch.from_numpy(world.render(caption, mixed_seed(seed, "codec", number))).unsqueeze(0)
+        for number, caption in enumerate(draw_captions(clips, seed, world.captions()))
+    ]
     shown = torch.cat([decoder.decode_clip(encode_clips(codec, clip)) for clip in originals])
     return psnr_db(shown, torch.cat(originals))
 

@@ -78,8 +78,15 @@ Seen = Callable[[str, int, Tensor], None]
 
 
 def run_panel(
-    sources: Sequence[Source], captions: Sequence[str], seeds: Sequence[int], parts: Folder, *,
-    world: World | None = None, reference: str = "", seen: Seen | None = None, say: Callable[[str], None] = print,
+    sources: Sequence[Source],
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    parts: Folder,
+    *,
+    world: World | None = None,
+    reference: str = "",
+    seen: Seen | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Clips]:
     """Values of every source's clips; those of `reference` (the first source) also give each clip's `psnr_db` to it.
 

@@ -22,8 +22,13 @@ def save_curves(path: Path, times: Sequence[float], series: Mapping[str, Mapping
         for source, curves in series.items():
             if name not in curves:
                 continue
-            band = [[mean if end is None else end for mean, end in zip(curves[name]["mean"], curves[name][key],
-                                                                       strict=True)] for key in ("low", "high")]
+            band = [
+                [
+                    mean if end is None else end
+                    for mean, end in zip(curves[name]["mean"], curves[name][key], strict=True)
+                ]
+                for key in ("low", "high")
+            ]
             at = times[: len(curves[name]["mean"])]
             axes.plot(at, curves[name]["mean"], linewidth=1.0, label=source)
             axes.fill_between(at, *band, alpha=0.2)

@@ -89,8 +89,13 @@ def teacher_maker(
     def make(captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
         noise = torch.stack([clip_noise(seed, chunks, shape) for seed in seeds]).to(device)
         states, _ = solve(
-            network, noise, text.encode(captions), negative.expand(len(seeds), -1, -1),
-            weight=config.pairs.guidance, steps=steps, shift=config.schedule.shift,
+            network,
+            noise,
+            text.encode(captions),
+            negative.expand(len(seeds), -1, -1),
+            weight=config.pairs.guidance,
+            steps=steps,
+            shift=config.schedule.shift,
         )
         return decoder.decode_clip(states[:, -1]).cpu()
 
@@ -102,8 +107,10 @@ def codec_maker(base: Path, config: Config, world: World) -> Make:
     codec, decoder = load_codec(base, config), load_decoder(base, config)
 
     def make(captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        clips = [torch.from_numpy(world.render(caption, seed)).unsqueeze(0)
-                 for caption, seed in zip(captions, seeds, strict=True)]
+        clips = [
+            torch.from_numpy(world.render(caption, seed)).unsqueeze(0)
+            for caption, seed in zip(captions, seeds, strict=True)
+        ]
         return torch.cat([decoder.decode_clip(encode_clips(codec, clip)) for clip in clips])
 
     return make

@@ -26,14 +26,23 @@ def collect(plan: Plan, seeds: Sequence[int], command: str) -> dict[str, Any]:
     found = []
     for one in experiments(plan.config.schedule.shift):
         rows = {variant.name: _rows(plan, one, variant, seeds) for variant in one.variants}
-        entry = {"key": one.key, "command": f"{command} run {one.key}",
-                 "speed": read_speed(plan, one, seeds[0]) if one.measure == "clips" else None,
-                 "differences": _differences(one, rows, plan.world),
-                 "variants": [_variant(variant, rows[variant.name], plan.world) for variant in one.variants]}
+        entry = {
+            "key": one.key,
+            "command": f"{command} run {one.key}",
+            "speed": read_speed(plan, one, seeds[0]) if one.measure == "clips" else None,
+            "differences": _differences(one, rows, plan.world),
+            "variants": [_variant(variant, rows[variant.name], plan.world) for variant in one.variants],
+        }
         found.append(entry)
-    budget = {"init": lineage_name(plan.init), "updates": plan.updates, "stage1_updates": plan.stages[0],
-              "clips": plan.clips, "fewer_clips": min(plan.clips, plan.fewer_clips), "streams": plan.streams,
-              "seconds": plan.seconds}
+    budget = {
+        "init": lineage_name(plan.init),
+        "updates": plan.updates,
+        "stage1_updates": plan.stages[0],
+        "clips": plan.clips,
+        "fewer_clips": min(plan.clips, plan.fewer_clips),
+        "streams": plan.streams,
+        "seconds": plan.seconds,
+    }
     return {"experiments": found, "budget": budget, "preset": plan.config.preset}
 
 
@@ -51,8 +60,9 @@ def _variant(variant: Variant, rows: Rows, world: World) -> dict[str, Any]:
     kept = ("date", "machine", "load", "torch", "setting", "forwards", "training_cpu_s", "fps")
     entry["rows"] = [{name: row[name] for name in kept if name in row} for row in rows]
     if "values" in rows[0]:
-        entry["figures"] = {name: over_seeds(_values(rows, name), name in world.rates).to_dict()
-                            for name in rows[0]["values"]}
+        entry["figures"] = {
+            name: over_seeds(_values(rows, name), name in world.rates).to_dict() for name in rows[0]["values"]
+        }
     for name in ("drift", "turns"):
         if name in rows[0]:
             entry[name] = [row[name] for row in rows]
@@ -69,8 +79,9 @@ def _differences(one: Experiment, rows: Mapping[str, Rows], world: World) -> dic
                 ours, theirs = _shared(ours, theirs)
             if _has_clips(ours):
                 found[f"{variant.name} - {against.name}"] = {
-                    figure: difference_over_seeds(_values(ours, figure), _values(theirs, figure),
-                                                  figure in world.rates).to_dict()
+                    figure: difference_over_seeds(
+                        _values(ours, figure), _values(theirs, figure), figure in world.rates
+                    ).to_dict()
                     for figure in (*world.scores, MOTION)
                 }
     return found
@@ -94,7 +105,8 @@ def page(found: Mapping[str, Any], shift: float) -> str:
     """The page of what `collect` found."""
     known, budget = {one.key: one for one in experiments(shift)}, found["budget"]
     lines = [
-        "# Quality: the paper's claims on the embedded world", "",
+        "# Quality: the paper's claims on the embedded world",
+        "",
         f"Generated from quality.json by `python jobs/experiments.py page`; preset {found['preset']}. A trained "
         f"student had {budget['updates']} updates, {budget['stage1_updates']} of them stage 1, from {budget['init']}. "
         f"{budget['clips']} clips a row of Table 1, {budget['fewer_clips']} of others, {budget['streams']} streams of "
@@ -102,7 +114,8 @@ def page(found: Mapping[str, Any], shift: float) -> str:
         "Student's t over training seeds added in squares where there are two or more. "
         "Scores are in [0, 1], higher is better; `chroma` and what begins with `picture` are shown and not judged. "
         "Forwards are network calls a clip, the teacher's with both branches of its guidance. Commands run in the "
-        "repository's root, with `PYTHONPATH=platform:.`.", "",
+        "repository's root, with `PYTHONPATH=platform:.`.",
+        "",
     ]
     lines += _verdict_lines(found)
     for entry in found["experiments"]:
@@ -116,16 +129,28 @@ def judged(found: Mapping[str, Any]) -> Verdict:
     variants = {key: {one["name"]: one for one in entry["variants"]} for key, entry in entries.items()}
     ours, table1 = OURS.name, entries["table1"]
     differences = {
-        against: {figure: some for figure, some in table1["differences"].get(f"{ours} - {name}", {}).items()
-                  if figure != MOTION}
-        for against in COMPARED for name in variants["table1"] if name.startswith(against)
+        against: {
+            figure: some
+            for figure, some in table1["differences"].get(f"{ours} - {name}", {}).items()
+            if figure != MOTION
+        }
+        for against in COMPARED
+        for name in variants["table1"]
+        if name.startswith(against)
     }
-    motion = [one["figures"][MOTION]["mean"] for name, one in variants["table1"].items()
-              if (name == ours or name.startswith("teacher")) and one["seeds"]]  # the teacher's first
-    report = {"clips": found["budget"]["clips"], "seed": 0, "differences": differences,
-              "motion_ratio": {"mean": motion[1] / motion[0]} if len(motion) == 2 else None,
-              "drift": next(iter(variants["fig7"][ours].get("drift", [])), None),
-              "turns": next(iter(variants["fig9"][ours].get("turns", [])), None)}
+    motion = [
+        one["figures"][MOTION]["mean"]
+        for name, one in variants["table1"].items()
+        if (name == ours or name.startswith("teacher")) and one["seeds"]
+    ]  # the teacher's first
+    report = {
+        "clips": found["budget"]["clips"],
+        "seed": 0,
+        "differences": differences,
+        "motion_ratio": {"mean": motion[1] / motion[0]} if len(motion) == 2 else None,
+        "drift": next(iter(variants["fig7"][ours].get("drift", [])), None),
+        "turns": next(iter(variants["fig9"][ours].get("turns", [])), None),
+    }
     return verdict(report)
 
 
@@ -138,20 +163,33 @@ def _verdict_lines(found: Mapping[str, Any]) -> list[str]:
 
 def _section(one: Experiment, entry: Mapping[str, Any]) -> list[str]:
     kinds = f" {one.kinds[0].upper()}{one.kinds[1:]}." if one.kinds else ""
-    lines = [f"## {one.paper}: {one.question}", "",
-             f"`{entry['command']}`.{kinds} Wanted: {one.seeds} seed{'s' if one.seeds > 1 else ''}.", ""]
+    lines = [
+        f"## {one.paper}: {one.question}",
+        "",
+        f"`{entry['command']}`.{kinds} Wanted: {one.seeds} seed{'s' if one.seeds > 1 else ''}.",
+        "",
+    ]
     clip_table = partial(_clip_table, speed=entry.get("speed"))
     tables: dict[str, Callable[..., list[str]]] = {
-        "clips": clip_table, "streams": _slope_table, "chunks": _chunk_table, "pieces": _piece_table,
-        "turns": _turn_table}
+        "clips": clip_table,
+        "streams": _slope_table,
+        "chunks": _chunk_table,
+        "pieces": _piece_table,
+        "turns": _turn_table,
+    }
     draw = tables[one.measure]
     lines += draw(entry["variants"])
     if entry["differences"]:
         names = list(next(iter(entry["differences"].values())))
-        rows = [[name, *(shown(some[figure], 2, 100.0, "+") for figure in names)]
-                for name, some in entry["differences"].items()]
-        lines += ["Differences in points (hundredths), paired by clip and by seed:", "",
-                  *table(["", *(_title(name) for name in names)], rows)]
+        rows = [
+            [name, *(shown(some[figure], 2, 100.0, "+") for figure in names)]
+            for name, some in entry["differences"].items()
+        ]
+        lines += [
+            "Differences in points (hundredths), paired by clip and by seed:",
+            "",
+            *table(["", *(_title(name) for name in names)], rows),
+        ]
     return [*lines, *([one.note, ""] if one.note else []), *_circumstances(entry["variants"])]
 
 
@@ -171,20 +209,30 @@ def _clip_table(variants: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] 
         own = [row["fps"] for row in variant["rows"]] if speed is None else [speed["fps"][variant["name"]]]
         fps = " / ".join(f"{one:.0f}" for one in own)
         seeds = "" if variant["kind"] in FIXED else _list(variant["seeds"])
-        rows.append([variant["name"], seeds, str(first["forwards"]), fps,
-                     *(shown(variant["figures"][name]) for name in names)])
-    said = [] if speed is None else [
-        f"fps in turns in one process: {speed['date']}, load {speed['load']}, `{speed['command']}`.", ""]
+        rows.append(
+            [variant["name"], seeds, str(first["forwards"]), fps, *(shown(variant["figures"][name]) for name in names)]
+        )
+    said = (
+        []
+        if speed is None
+        else [f"fps in turns in one process: {speed['date']}, load {speed['load']}, `{speed['command']}`.", ""]
+    )
     return [*table(["", "seeds", "forwards", "fps", *map(_title, names)], rows), *said]
 
 
 def _slope_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     """Slopes times 180 s in hundredths, one line a variant, duration and seed."""
-    found = [(variant, seed, drift) for variant in variants
-             for seed, drift in zip(variant["seeds"], variant.get("drift", []), strict=True)]
+    found = [
+        (variant, seed, drift)
+        for variant in variants
+        for seed, drift in zip(variant["seeds"], variant.get("drift", []), strict=True)
+    ]
     names = list(found[0][2]["curves"]) if found else []
-    rows = [[variant["name"], str(seed), f"{until} s", *(shown(some[name], 2, 100.0, "+") for name in names)]
-            for variant, seed, drift in found for until, some in drift["slopes"].items()]
+    rows = [
+        [variant["name"], str(seed), f"{until} s", *(shown(some[name], 2, 100.0, "+") for name in names)]
+        for variant, seed, drift in found
+        for until, some in drift["slopes"].items()
+    ]
     rows += [[variant["name"], NOT_RUN, "", *[""] * len(names)] for variant in variants if not variant["seeds"]]
     return table(["slope x 180 s, hundredths", "seed", "over the first", *map(_title, names)], rows)
 
@@ -192,21 +240,32 @@ def _slope_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
 def _chunk_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     found = [(variant, drift) for variant in variants for drift in variant.get("drift", [])[:1]]
     chunks = len(found[0][1]["times_s"]) if found else 0
-    rows = [[variant["name"], _title(name), *(f"{mean:.3f}" for mean in drift["curves"][name]["mean"])]
-            for variant, drift in found for name in ("colour", "shape", PICTURE + "sharpness", PICTURE + "saturation")
-            if name in drift["curves"]]
+    rows = [
+        [variant["name"], _title(name), *(f"{mean:.3f}" for mean in drift["curves"][name]["mean"])]
+        for variant, drift in found
+        for name in ("colour", "shape", PICTURE + "sharpness", PICTURE + "saturation")
+        if name in drift["curves"]
+    ]
     rows += [[variant["name"], NOT_RUN, *[""] * chunks] for variant in variants if not variant["seeds"]]
     return table(["", "figure", *(f"chunk {n}" for n in range(1, chunks + 1))], rows)
 
 
 def _piece_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     """Scores of each piece of a clip, one line a variant and seed."""
-    found = [(variant, seed, drift) for variant in variants
-             for seed, drift in zip(variant["seeds"], variant.get("drift", []), strict=True)]
+    found = [
+        (variant, seed, drift)
+        for variant in variants
+        for seed, drift in zip(variant["seeds"], variant.get("drift", []), strict=True)
+    ]
     names = [name for name in found[0][2]["curves"] if name in found[0][2]["scores"]] if found else []
-    rows = [[variant["name"], "" if variant["kind"] in FIXED else str(seed),
-             *(" ".join(f"{mean:.2f}" for mean in drift["curves"][name]["mean"]) for name in names)]
-            for variant, seed, drift in found]
+    rows = [
+        [
+            variant["name"],
+            "" if variant["kind"] in FIXED else str(seed),
+            *(" ".join(f"{mean:.2f}" for mean in drift["curves"][name]["mean"]) for name in names),
+        ]
+        for variant, seed, drift in found
+    ]
     rows += [[variant["name"], NOT_RUN, *[""] * len(names)] for variant in variants if not variant["seeds"]]
     return table(["in pieces of a clip", "seed", *map(_title, names)], rows)
 
@@ -214,10 +273,16 @@ def _piece_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
 def _turn_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     found = [(variant, turns) for variant in variants for turns in variant.get("turns", [])[:1]]
     chunks = len(found[0][1]["obeyed"]) if found else 0
-    rows = [[variant["name"], label, *(shown(one, 1 if "db" in name else 3) for one in turns[name])]
-            for variant, turns in found for name, label in TURNS.items()]
-    rows += [[variant["name"], label, shown(turns[name]), *[""] * (chunks - 1)]
-             for variant, turns in found for name, label in SEAM.items()]
+    rows = [
+        [variant["name"], label, *(shown(one, 1 if "db" in name else 3) for one in turns[name])]
+        for variant, turns in found
+        for name, label in TURNS.items()
+    ]
+    rows += [
+        [variant["name"], label, shown(turns[name]), *[""] * (chunks - 1)]
+        for variant, turns in found
+        for name, label in SEAM.items()
+    ]
     rows += [[variant["name"], NOT_RUN, *[""] * chunks] for variant in variants if not variant["seeds"]]
     return table(["", "behind the change", *(f"chunk {n}" for n in range(1, chunks + 1))], rows)
 

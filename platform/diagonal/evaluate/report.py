@@ -26,8 +26,13 @@ def clip_rows(
     rows = []
     for source in sources:
         clips = found[source.name]
-        row = {"name": source.name, "forwards": source.forwards, "clips": clips.count, "fps": round(clips.fps, 2),
-               "figures": summary(clips.values, world)}
+        row = {
+            "name": source.name,
+            "forwards": source.forwards,
+            "clips": clips.count,
+            "fps": round(clips.fps, 2),
+            "figures": summary(clips.values, world),
+        }
         if reference and source.name != reference:
             row["frechet"] = frechet_interval(clips, found[reference]).to_dict()
         rows.append(row)
@@ -77,28 +82,37 @@ def drift_report(parts: Sequence[Mapping[str, Any]], seconds: float, world: Worl
         table = {name: slopes(times, rows, until_s) for name, rows in values.items()}
         found[f"{until_s:g}"] = {name: interval(some).to_dict() for name, some in table.items() if some}
     return {
-        "streams": len(next(iter(values.values()))), "seconds": seconds, "times_s": times, "curves": curves,
-        "slopes": found, "scores": list(world.scores if world else ()),
+        "streams": len(next(iter(values.values()))),
+        "seconds": seconds,
+        "times_s": times,
+        "curves": curves,
+        "slopes": found,
+        "scores": list(world.scores if world else ()),
     }
 
 
 # Of streams whose prompt changes: what is told by chunk, and how it is called.
-TURNS = {"obeyed": "new prompt's attributes shown", "forgotten": "old prompt's attributes shown",
-         "unturned": "own prompt's attributes shown without a change", "recache_db": "re-cache alone, PSNR dB",
-         "recovery_db": "recovery, PSNR dB"}  # fmt: skip
+TURNS = {
+    "obeyed": "new prompt's attributes shown",
+    "forgotten": "old prompt's attributes shown",
+    "unturned": "own prompt's attributes shown without a change",
+    "recache_db": "re-cache alone, PSNR dB",
+    "recovery_db": "recovery, PSNR dB",
+}
 
 # And what is told once.
-SEAM = {"settled": "new prompt's attributes shown from the second chunk on, read as one piece",
-        "settled_unturned": "own prompt's without a change, read alike",
-        "step_ratio": "change of the picture across the seam, over the usual one between frames"}  # fmt: skip
+SEAM = {
+    "settled": "new prompt's attributes shown from the second chunk on, read as one piece",
+    "settled_unturned": "own prompt's without a change, read alike",
+    "step_ratio": "change of the picture across the seam, over the usual one between frames",
+}
 
 
 def turns_report(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By chunk behind the change: obeyed, forgotten, and the seams of re-cache and recovery; and once for all of it:
     what is shown from the second chunk on, and the step at the seam."""
     joined = {name: [row for part in parts for row in part[name]] for name in parts[0]}
-    by_chunk = {name: [interval(column).to_dict() for column in zip(*joined[name], strict=True)]
-                for name in TURNS}
+    by_chunk = {name: [interval(column).to_dict() for column in zip(*joined[name], strict=True)] for name in TURNS}
     return {"streams": len(joined["obeyed"]), **{name: interval(joined[name]).to_dict() for name in SEAM}, **by_chunk}
 
 
@@ -114,30 +128,55 @@ def shown(found: Mapping[str, Any], digits: int = 3, scale: float = 1.0, sign: s
 def markdown(report: Report) -> str:
     """The report as tables, with what is needed to reproduce it."""
     lines = [
-        f"# Evaluation of {report['release']}", "",
+        f"# Evaluation of {report['release']}",
+        "",
         f"{report['date']}, {report['machine']}, load {report['load']}, torch {report['torch']}. {report['clips']} "
         f"clips a row from equal noise, seed {report['seed']}, {report['prompts']}. Reproduce: "
-        f"`{report['command']}`.", "",
+        f"`{report['command']}`.",
+        "",
         f"{report['setting']} Forwards are network calls a clip (the teacher's count both guidance branches). fps: "
         "pixel frames a second of making and decoding clips in batches, in this run. Brackets are 95 % intervals over "
-        "clips.", "",
+        "clips.",
+        "",
     ]
-    return "\n".join([*lines, *_clip_lines(report), *_difference_lines(report), *_drift_lines(report),
-                      *_turn_lines(report), *_verdict_lines(report)]) + "\n"
+    return (
+        "\n".join(
+            [
+                *lines,
+                *_clip_lines(report),
+                *_difference_lines(report),
+                *_drift_lines(report),
+                *_turn_lines(report),
+                *_verdict_lines(report),
+            ]
+        )
+        + "\n"
+    )
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table."""
-    return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
-            *("| " + " | ".join(row) + " |" for row in rows), ""]
+    return [
+        "| " + " | ".join(heads) + " |",
+        "|---" * len(heads) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
 
 
 def _clip_lines(report: Report) -> list[str]:
     names = list(dict.fromkeys(name for row in report["rows"] for name in row["figures"]))
     heads = ["", "forwards", "fps", *(name.replace("_", " ") for name in names), "Frechet to the teacher"]
-    rows = [[row["name"], str(row["forwards"]), f"{row['fps']:.1f}",
-             *(shown(row["figures"][name]) if name in row["figures"] else "" for name in names),
-             shown(row["frechet"], 4) if "frechet" in row else ""] for row in report["rows"]]
+    rows = [
+        [
+            row["name"],
+            str(row["forwards"]),
+            f"{row['fps']:.1f}",
+            *(shown(row["figures"][name]) if name in row["figures"] else "" for name in names),
+            shown(row["frechet"], 4) if "frechet" in row else "",
+        ]
+        for row in report["rows"]
+    ]
     floor = report.get("frechet_floor")
     note = [f"Frechet distance between two halves of the teacher's clips: {floor:.4f}.", ""] if floor else []
     return [*table(heads, rows), *note]
@@ -148,11 +187,18 @@ def _difference_lines(report: Report) -> list[str]:
     if not any(found.values()):
         return []
     names = list(next(some for some in found.values() if some))
-    rows = [[f"ours - {against}", *(shown(some[name], 2, 100.0, "+") for name in names)]
-            for against, some in found.items() if some]
+    rows = [
+        [f"ours - {against}", *(shown(some[name], 2, 100.0, "+") for name in names)]
+        for against, some in found.items()
+        if some
+    ]
     ratio = report.get("motion_ratio")
-    return ["## In points (hundredths), paired by clip", "", *table(["", *names], rows),
-            *([f"Motion amplitude over the teacher's: {shown(ratio)}.", ""] if ratio else [])]
+    return [
+        "## In points (hundredths), paired by clip",
+        "",
+        *table(["", *names], rows),
+        *([f"Motion amplitude over the teacher's: {shown(ratio)}.", ""] if ratio else []),
+    ]
 
 
 def _drift_lines(report: Report) -> list[str]:
@@ -160,10 +206,15 @@ def _drift_lines(report: Report) -> list[str]:
     if not drift:
         return ["## Drift", "", "Not measured in this run.", ""]
     names = list(next(iter(drift["slopes"].values()), {}))
-    rows = [[f"first {until} s", *(shown(some[name], 2, 100.0, "+") for name in names)]
-            for until, some in drift["slopes"].items()]
-    return [f"## Drift: slope of each figure x {REFERENCE_S:g} s, in hundredths, {drift['streams']} streams", "",
-            *table(["", *(name.replace("_", " ") for name in names)], rows)]
+    rows = [
+        [f"first {until} s", *(shown(some[name], 2, 100.0, "+") for name in names)]
+        for until, some in drift["slopes"].items()
+    ]
+    return [
+        f"## Drift: slope of each figure x {REFERENCE_S:g} s, in hundredths, {drift['streams']} streams",
+        "",
+        *table(["", *(name.replace("_", " ") for name in names)], rows),
+    ]
 
 
 def _turn_lines(report: Report) -> list[str]:
@@ -172,8 +223,13 @@ def _turn_lines(report: Report) -> list[str]:
         return ["## Changed prompts", "", "Not measured in this run.", ""]
     heads = ["", *(f"chunk {n}" for n in range(1, len(turns["obeyed"]) + 1))]
     rows = [[label, *(shown(one, 1 if "db" in name else 3) for one in turns[name])] for name, label in TURNS.items()]
-    return [f"## Changed prompts, {turns['streams']} streams", "", *table(heads, rows),
-            *(f"- {label}: {shown(turns[name])}" for name, label in SEAM.items()), ""]
+    return [
+        f"## Changed prompts, {turns['streams']} streams",
+        "",
+        *table(heads, rows),
+        *(f"- {label}: {shown(turns[name])}" for name, label in SEAM.items()),
+        "",
+    ]
 
 
 def _verdict_lines(report: Report) -> list[str]:

@@ -110,15 +110,29 @@ def profile(
     means = {name: interval(row["quality"]).mean for name, row in rows.items()}
     front = pareto(costs, means)
     best = front[-1]
-    good = [name for name in front
-            if name == best or POINTS * difference(rows[name]["quality"], rows[best]["quality"]).low > -margin_points]
+    good = [
+        name
+        for name in front
+        if name == best or POINTS * difference(rows[name]["quality"], rows[best]["quality"]).low > -margin_points
+    ]
     chosen = points[good[0]]
-    alike = [points[name] for name in front
-             if (points[name].context, points[name].gamma) == (chosen.context, chosen.gamma)]
+    alike = [
+        points[name] for name in front if (points[name].context, points[name].gamma) == (chosen.context, chosen.gamma)
+    ]
     less = [point for point in alike if costs[point.name] < costs[chosen.name]]
     return {
-        "format_version": 1, "release": release, "settings": list(chosen.settings),
+        "format_version": 1,
+        "release": release,
+        "settings": list(chosen.settings),
         "options": f"overload_steps={less[0].steps}" if less else "",
-        "evidence": {"chosen": chosen.name, "best": best, "cost": cost, "margin_points": margin_points, "pareto": [
-            {"name": name, cost: costs[name], "quality": interval(rows[name]["quality"]).to_dict()} for name in front]},
+        "evidence": {
+            "chosen": chosen.name,
+            "best": best,
+            "cost": cost,
+            "margin_points": margin_points,
+            "pareto": [
+                {"name": name, cost: costs[name], "quality": interval(rows[name]["quality"]).to_dict()}
+                for name in front
+            ],
+        },
     }

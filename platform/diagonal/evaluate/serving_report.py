@@ -31,9 +31,14 @@ def write_page(path: Path) -> str:
 
 def page(measurements: list[Found]) -> str:
     """The page of these measurements; what was not measured says so."""
-    lines = ["# What the service holds", "",
-             "Written by `python -m jobs.load --report` from the JSON files beside this page.", "",
-             "| asked for | measured |", "|---|---|"]  # fmt: skip
+    lines = [
+        "# What the service holds",
+        "",
+        "Written by `python -m jobs.load --report` from the JSON files beside this page.",
+        "",
+        "| asked for | measured |",
+        "|---|---|",
+    ]
     by_kind = {kind: [found for found in measurements if found["kind"] == kind] for kind in KINDS}
     lines += [f"| {asked} | {measured} |" for asked, measured in _claims(by_kind)]
     for kind, title in KINDS.items():
@@ -55,14 +60,20 @@ def _claims(by_kind: Mapping[str, list[Found]]) -> list[tuple[str, str]]:
     return [
         ("frames a second that a client receives, over those in one process: at least 0.9", ratio),
         ("time to first frame: at most 150 ms after that in one process", later),
-        ("overloaded, the slowest admitted session: at least 16 frames a second",
-         _value(figures, "session_fps", "least", "{:.1f}")),
-        ("overloaded, time to first frame of the admitted: as without (p95)",
-         f"{_value(figures, 'first_frame_s', 'p95', '{:.0f} ms', 1000)}, "
-         f"{_value(over or {}, 'calm_first_frame_s', 'p95', '{:.0f} ms', 1000)} without" if over else MISSING),
+        (
+            "overloaded, the slowest admitted session: at least 16 frames a second",
+            _value(figures, "session_fps", "least", "{:.1f}"),
+        ),
+        (
+            "overloaded, time to first frame of the admitted: as without (p95)",
+            f"{_value(figures, 'first_frame_s', 'p95', '{:.0f} ms', 1000)}, "
+            f"{_value(over or {}, 'calm_first_frame_s', 'p95', '{:.0f} ms', 1000)} without"
+            if over
+            else MISSING,
+        ),
         ("overloaded, the rest refused within 100 ms (p95)", _value(figures, "rejection_s", "p95", "{:.0f} ms", 1000)),
         ("after the overload: back within 10 s", _recovered(over)),
-    ]  # fmt: skip
+    ]
 
 
 def _value(found: Found, name: str, rank: str, form: str, unit: float = 1.0) -> str:
@@ -77,8 +88,10 @@ def _recovered(over: Found | None) -> str:
 
 
 def _how(found: Found) -> str:
-    return (f"{found['date']}, {found['machine']} (load of five minutes before: {found['load']}), "
-            f"commit {str(found['commit'])[:12]}:\n\n    {found['command']}")  # fmt: skip
+    return (
+        f"{found['date']}, {found['machine']} (load of five minutes before: {found['load']}), "
+        f"commit {str(found['commit'])[:12]}:\n\n    {found['command']}"
+    )
 
 
 def _body(found: Found) -> str:
@@ -91,22 +104,29 @@ def _body(found: Found) -> str:
 def overload_text(found: Found) -> str:
     """How much was asked for, and how it ended."""
     calm = _value(found, "calm_first_frame_s", "p95", "{:.0f} ms", 1000)
-    return (f"{found['capacity']} sessions are admitted at once, with a time to first frame of {calm} (p95) while they "
-            f"come one by one; {found['rate']:.1f} a second came for {found['last_s']:.0f} s. After the last of them a "
-            f"new session had its first frame within {_recovered(found)}.")  # fmt: skip
+    return (
+        f"{found['capacity']} sessions are admitted at once, with a time to first frame of {calm} (p95) while they "
+        f"come one by one; {found['rate']:.1f} a second came for {found['last_s']:.0f} s. After the last of them a "
+        f"new session had its first frame within {_recovered(found)}."
+    )
 
 
 def against_text(found: Found) -> str:
     """Both ways side by side."""
     lines = ["| | in one process | through the service |", "|---|---|---|"]
-    rows = {"fps": ("frames a second from the first chunk on, without it, median", "{:.1f}", 1.0),
-            "clip_fps": ("frames a second of the whole clip, from the request on, median", "{:.1f}", 1.0),
-            "first_frame_s": ("time to first frame, median, ms", "{:.0f}", 1000.0)}  # fmt: skip
+    rows = {
+        "fps": ("frames a second from the first chunk on, without it, median", "{:.1f}", 1.0),
+        "clip_fps": ("frames a second of the whole clip, from the request on, median", "{:.1f}", 1.0),
+        "first_frame_s": ("time to first frame, median, ms", "{:.0f}", 1000.0),
+    }
     for name, (title, form, unit) in rows.items():
         shown = " | ".join(form.format(unit * found[way][name]["p50"]) for way in ("in_process", "service"))
         lines.append(f"| {title} | {shown} |")
     ratios = f"{found['fps_ratio']:.3f}, of the whole clip {found['clip_fps_ratio']:.3f}"
-    lines += ["", f"{found['clips']} unpaced clips of {found['frames']} frames in each of {found['rounds']} rounds, "
-                  f"both ways in turns; generation pinned to CPU {found['engine_cpu']}, all else to the others. Median "
-                  f"ratio of the rounds: {ratios}."]  # fmt: skip
+    lines += [
+        "",
+        f"{found['clips']} unpaced clips of {found['frames']} frames in each of {found['rounds']} rounds, "
+        f"both ways in turns; generation pinned to CPU {found['engine_cpu']}, all else to the others. Median "
+        f"ratio of the rounds: {ratios}.",
+    ]
     return "\n".join(lines)

@@ -31,16 +31,19 @@ def trained_student(
         began_s = time.process_time()
         state, networks = _train(config, base, init, say)
         assert state.ema is not None
-        lineage = {"stage": "stage2", "seed": config.seed, "updates": state.update, "weights": "ema",
-                   "cpu_s": round(time.process_time() - began_s, 1)}
+        lineage = {
+            "stage": "stage2",
+            "seed": config.seed,
+            "updates": state.update,
+            "weights": "ema",
+            "cpu_s": round(time.process_time() - began_s, 1),
+        }
         save_student(folder, config, networks.generator.config, state.ema.shadow, lineage)
     found: Mapping[str, object] = read_json(folder / LINEAGE)
     return found
 
 
-def _train(
-    config: Config, base: Path, init: Path, say: Callable[[str], None]
-) -> tuple[TrainState, Networks]:
+def _train(config: Config, base: Path, init: Path, say: Callable[[str], None]) -> tuple[TrainState, Networks]:
     options, text = config.distill, load_text(base, config)
     generator, critic = load_causal(init, config), load_teacher(base, config).requires_grad_(True)
     networks = Networks(generator, critic, load_teacher(base, config), text.encode([config.model.negative_prompt]))
@@ -52,8 +55,12 @@ def _train(
             networks = replace(networks, reference=copy.deepcopy(generator).requires_grad_(False))
         state.stage = stage
         step = distill_step(config, stage, state, networks)
-        run_loop(state, Plan(until, last + 1, options.batch_size, options.max_nonfinite, step), batches,
-                 Hooks(_reporter(say, last), _keep_nothing))
+        run_loop(
+            state,
+            Plan(until, last + 1, options.batch_size, options.max_nonfinite, step),
+            batches,
+            Hooks(_reporter(say, last), _keep_nothing),
+        )
     return state, networks
 
 

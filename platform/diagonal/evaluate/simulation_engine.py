@@ -50,8 +50,17 @@ class EngineSetup:
         serve, own = config.serve, config.schedule
         shorter = StepSchedule(serve.overload_steps, own.shift, own.context) if serve.overload_steps else None
         window = config.cache.window_frames // config.geometry.chunk_frames
-        return cls(config.geometry, own, shorter, window, serve.max_sessions, serve.batch_sessions, serve.budget_share,
-                   serve.lead_s, encode_threads)  # fmt: skip
+        return cls(
+            config.geometry,
+            own,
+            shorter,
+            window,
+            serve.max_sessions,
+            serve.batch_sessions,
+            serve.budget_share,
+            serve.lead_s,
+            encode_threads,
+        )
 
 
 @dataclass(eq=False, slots=True)
@@ -170,8 +179,10 @@ class SimulatedEngine:
         return Progress(stream.schedule, stream.next_chunk, total, recaches, left_s)
 
     def _slot_free_s(self) -> float:
-        over = (0.0 if one.ended or one.name in self._closing else self._progress(one).remaining_s
-                for one in self._streams.values())  # fmt: skip
+        over = (
+            0.0 if one.ended or one.name in self._closing else self._progress(one).remaining_s
+            for one in self._streams.values()
+        )
         return bounded_s(min(over, default=0.0))
 
     def _total(self, pixel_frames: int | None) -> int | None:

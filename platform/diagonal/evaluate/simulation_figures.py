@@ -52,24 +52,35 @@ class Tally:
     def seconds(self) -> list[Second]:
         """Of each second: who watched, with how many replicas, how long they waited in all, how many were refused."""
         return [
-            {"viewers": viewers, "replicas": replicas, "stall_s": self._stalled_by_second.get(second, 0.0),
-             "refused": self._refused_by_second[second]}
+            {
+                "viewers": viewers,
+                "replicas": replicas,
+                "stall_s": self._stalled_by_second.get(second, 0.0),
+                "refused": self._refused_by_second[second],
+            }
             for second, (viewers, replicas) in enumerate(zip(self.viewers, self.replicas, strict=True))
-        ]  # fmt: skip
+        ]
 
     def figures(self) -> dict[str, Any]:
         """All of it, as JSON holds it. `stall_rate` is waiting over watching; `busy_share` over all replicas' time."""
         arrived = sum(self.outcomes.values())
         admitted = arrived - self.outcomes["rejected"]
         return {
-            "sessions": arrived, "outcomes": dict(sorted(self.outcomes.items())),
-            "refusals": dict(sorted(self.refusals.items())), "moved": self.moved, "peak_viewers": self.peak,
+            "sessions": arrived,
+            "outcomes": dict(sorted(self.outcomes.items())),
+            "refusals": dict(sorted(self.refusals.items())),
+            "moved": self.moved,
+            "peak_viewers": self.peak,
             "rejected_share": self.outcomes["rejected"] / arrived if arrived else 0.0,
-            "stalls": self.stalls, "stall_s": self.stall_s, "stalled_sessions": len(self.stalled),
+            "stalls": self.stalls,
+            "stall_s": self.stall_s,
+            "stalled_sessions": len(self.stalled),
             "stall_rate": self.stall_s / self.watched_s if self.watched_s else 0.0,
             "stalled_share": len(self.stalled) / admitted if admitted else 0.0,
-            "watched_s": self.watched_s, "media_s": self.media_s,
+            "watched_s": self.watched_s,
+            "media_s": self.media_s,
             "busy_share": self.busy_s / self.replica_s if self.replica_s else 0.0,
-            "first_frame_s": percentiles(self.first_frame_s), "chunk_interval_s": percentiles(self.interval_s),
+            "first_frame_s": percentiles(self.first_frame_s),
+            "chunk_interval_s": percentiles(self.interval_s),
             "prompt_s": percentiles(self.prompt_s),
-        }  # fmt: skip
+        }

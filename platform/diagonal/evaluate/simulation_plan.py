@@ -45,8 +45,9 @@ class Scenario:
             require(self.from_s <= event.at_s < self.last_s, "at_s", event.at_s, allowed)
         began_s = time.process_time()
         visits = self.crowd.visits(self.last_s, self.seed, tuple(bursts))
-        service = SimulatedService(self.setup, self.times, self.fleet, self.crowd, self.policies(), visits,
-                                   self.seed, losses, self.from_s)  # fmt: skip
+        service = SimulatedService(
+            self.setup, self.times, self.fleet, self.crowd, self.policies(), visits, self.seed, losses, self.from_s
+        )
         tally = service.run(self.last_s)
         about = {"replicas": self.fleet.replicas, "viewers": self.crowd.viewers, "seed": self.seed}
         took = {"cpu_s": time.process_time() - began_s, "simulated_s": self.last_s}
@@ -77,8 +78,12 @@ def fewest_replicas(scenario: Scenario, stall_rate: float, rejected_share: float
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
-    return {"viewers": scenario.crowd.viewers, "replicas": high, "figures": tried[high],
-            "tried": [tried[count] for count in sorted(tried)]}  # fmt: skip
+    return {
+        "viewers": scenario.crowd.viewers,
+        "replicas": high,
+        "figures": tried[high],
+        "tried": [tried[count] for count in sorted(tried)],
+    }
 
 
 def cost_of(scenario: Scenario, losses: Sequence[Loss] = (), bursts: Sequence[Burst] = ()) -> Found:
@@ -87,15 +92,21 @@ def cost_of(scenario: Scenario, losses: Sequence[Loss] = (), bursts: Sequence[Bu
     events: list[Loss | Burst] = [*losses, *bursts]
     at_s = min(event.at_s for event in events)
     return {
-        "replicas": scenario.fleet.replicas, "viewers": scenario.crowd.viewers, "at_s": at_s,
-        "lost_replicas": sum(loss.replicas for loss in losses), "more_viewers": sum(one.viewers for one in bursts),
-        "stall_s": struck["stall_s"] - calm["stall_s"], "moved": struck["moved"] - calm["moved"],
+        "replicas": scenario.fleet.replicas,
+        "viewers": scenario.crowd.viewers,
+        "at_s": at_s,
+        "lost_replicas": sum(loss.replicas for loss in losses),
+        "more_viewers": sum(one.viewers for one in bursts),
+        "stall_s": struck["stall_s"] - calm["stall_s"],
+        "moved": struck["moved"] - calm["moved"],
         "stalled_sessions": struck["stalled_sessions"] - calm["stalled_sessions"],
         "rejected": _outcome(struck, "rejected") - _outcome(calm, "rejected"),
         "lost": _outcome(struck, "lost") - _outcome(calm, "lost"),
         "recovered_after_s": recovered_after_s(calm["seconds"], struck["seconds"], at_s),
-        "calm": brief(calm), "struck": brief(struck), "seconds": struck["seconds"],
-    }  # fmt: skip
+        "calm": brief(calm),
+        "struck": brief(struck),
+        "seconds": struck["seconds"],
+    }
 
 
 def recovered_after_s(calm: Sequence[Second], struck: Sequence[Second], at_s: float) -> float | None:
@@ -116,4 +127,3 @@ def brief(found: Found) -> Found:
 
 def _outcome(found: Found, name: str) -> int:
     return int(found["outcomes"].get(name, 0))
-

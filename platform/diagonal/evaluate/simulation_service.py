@@ -122,8 +122,16 @@ class SimulatedService:
     """Runs `visits` against a fleet; `run` gives what came of it."""
 
     def __init__(
-        self, setup: EngineSetup, times: ChunkTimes, fleet: Fleet, crowd: Crowd, policies: Policies,
-        visits: Sequence[Visit], seed: int = 0, losses: Sequence[Loss] = (), from_s: float = 0.0,
+        self,
+        setup: EngineSetup,
+        times: ChunkTimes,
+        fleet: Fleet,
+        crowd: Crowd,
+        policies: Policies,
+        visits: Sequence[Visit],
+        seed: int = 0,
+        losses: Sequence[Loss] = (),
+        from_s: float = 0.0,
     ) -> None:
         self.calendar, self.tally = Calendar(), Tally(from_s)
         self._setup, self._times, self._fleet, self._crowd, self._policies = setup, times, fleet, crowd, policies
@@ -248,8 +256,15 @@ class SimulatedService:
         if visit.asked:
             frames = max(1, round(visit.stay_s * self._setup.geometry.pixel_fps))
         clock = self._policies.playback(self._setup.lead_s, self.calendar)
-        viewer = Viewer(number, f"video-{number}", visit, number % self._fleet.gateways, clock,
-                        Player(self._crowd.start_buffer_s), frames)  # fmt: skip
+        viewer = Viewer(
+            number,
+            f"video-{number}",
+            visit,
+            number % self._fleet.gateways,
+            clock,
+            Player(self._crowd.start_buffer_s),
+            frames,
+        )
         self._ask(viewer)
 
     def _ask(self, viewer: Viewer) -> None:
@@ -321,8 +336,9 @@ class SimulatedService:
         turn_s = max(self._times.deliver_s, viewer.clock.wait_s(viewer.media_s))
         self.calendar.after(turn_s + self._times.hop_s, self._pull, viewer, replica)
         if self._crowd.change_every and chunk % self._crowd.change_every == 1:
-            self.calendar.after(2 * self._crowd.network_s + self._times.deliver_s + 2 * self._times.hop_s,
-                                self._change, viewer)  # fmt: skip
+            self.calendar.after(
+                2 * self._crowd.network_s + self._times.deliver_s + 2 * self._times.hop_s, self._change, viewer
+            )
 
     def _see(self, viewer: Viewer, at_s: float, media_s: float, changes: int) -> float:
         """A chunk is on its viewer's screen, or waits there; how long he had to wait for it."""

@@ -107,15 +107,24 @@ class ChunkTimes:
             window = steady["cache"]["window_frames"] // steady["geometry"]["chunk_frames"]
             forwards = int(steps[-1])
             settled_s = decoded["p50_ms"] / 1000
-            rows = [StepTime(int(steps[0]), 0, 1, decoded["first_chunk_s"]),
-                    StepTime(forwards, window - 1, 1, settled_s)]  # fmt: skip
+            rows = [
+                StepTime(int(steps[0]), 0, 1, decoded["first_chunk_s"]),
+                StepTime(forwards, window - 1, 1, settled_s),
+            ]
             if (batching := found.get("batching")) and limit > 1:
                 together = limit * batching["one_by_one_fps"] / batching["together_fps"]
                 rows.append(StepTime(forwards, window - 1, limit, settled_s * together))
             client = found.get("client") or {}
             encode_s = max(0.0, client.get("p50_ms", decoded["p50_ms"]) / 1000 - settled_s)
-            return cls(found["device"], f"{source}, {found['date']}", tuple(rows), dit["p50_ms"] / 1000 / forwards,
-                       settled_s * window, encode_s, p95_ratio=decoded["p95_ms"] / decoded["p50_ms"])  # fmt: skip
+            return cls(
+                found["device"],
+                f"{source}, {found['date']}",
+                tuple(rows),
+                dit["p50_ms"] / 1000 / forwards,
+                settled_s * window,
+                encode_s,
+                p95_ratio=decoded["p95_ms"] / decoded["p50_ms"],
+            )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FieldError):
                 raise

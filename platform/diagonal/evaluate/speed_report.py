@@ -40,8 +40,12 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if cuda else f"{platform.processor() or platform.machine()} (CPU)",
-        "torch": torch.__version__, "cuda": str(torch.version.cuda), "diffusers": diffusers.__version__,
-        "python": platform.python_version(), "diagonal": diagonal.__version__, "commit": commit(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "diagonal": diagonal.__version__,
+        "commit": commit(),
     }
 
 
@@ -49,9 +53,13 @@ def markdown(found: Mapping[str, Any], config: Config) -> str:
     """The report as a page: how it was measured, then a table of updates and one of attention."""
     schedule, geometry = config.schedule, config.geometry
     head = [
-        "# Training speed on one device", "",
+        "# Training speed on one device",
+        "",
         f"{found['date']}, {found['device']}, torch {found['torch']}, CUDA {found['cuda']}, diffusers "
-        f"{found['diffusers']}, commit {found['commit'][:12]}. Command:", "", f"    {found['command']}", "",
+        f"{found['diffusers']}, commit {found['commit'][:12]}. Command:",
+        "",
+        f"    {found['command']}",
+        "",
         f"Preset {found['preset']}: {geometry.pixel_width}x{geometry.pixel_height}, {geometry.clip_frames} latent "
         f"frames, schedule {schedule.steps}, context {schedule.resolved_context}, window {config.cache.window_frames}, "
         f"compute {config.model.compute_dtype}. Random weights; one sample an update; sharded over a mesh of one rank "
@@ -61,9 +69,11 @@ def markdown(found: Mapping[str, Any], config: Config) -> str:
     ]
     rows = ["| update | seconds | TFLOP | utilisation | peak GB | estimated GB |", "|---|---|---|---|---|---|"]
     for row in found["updates"]:
-        rows.append(f"| {row['what']} | {_figure(row, 'update_s', '.3f')} | {_figure(row, 'tflop', '.4g')} | "
-                    f"{_figure(row, 'utilisation', '.1%')} | {_figure(row, 'peak_bytes', '.1f', 1e9)} | "
-                    f"{_figure(row, 'estimated_bytes', '.3g', 1e9)} |")
+        rows.append(
+            f"| {row['what']} | {_figure(row, 'update_s', '.3f')} | {_figure(row, 'tflop', '.4g')} | "
+            f"{_figure(row, 'utilisation', '.1%')} | {_figure(row, 'peak_bytes', '.1f', 1e9)} | "
+            f"{_figure(row, 'estimated_bytes', '.3g', 1e9)} |"
+        )
     rows += ["", "| attention of a clip, forward and backward | ms | TFLOP/s |", "|---|---|---|"]
     for row in found["attention"]:
         missing = f" ({row['not_measured']})" if "not_measured" in row else ""

@@ -37,8 +37,12 @@ def stream_seeds(count: int, seed: int) -> list[int]:
 
 
 def kept_batches(
-    make: Callable[[Sequence[str], Sequence[int]], dict[str, Any]], captions: Sequence[str], seeds: Sequence[int],
-    parts: Folder, key: Sequence[object], say: Callable[[str], None] = print,
+    make: Callable[[Sequence[str], Sequence[int]], dict[str, Any]],
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    parts: Folder,
+    key: Sequence[object],
+    say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """What `make` finds of each batch of streams; a batch that a former run finished is read from `parts`. `key` holds
     everything else that decides it."""
@@ -63,16 +67,27 @@ def chunks_for(student: Student, seconds: float) -> int:
 
 
 def stream(
-    student: Student, captions: Sequence[str], seeds: Sequence[int], chunks: int,
-    turns: Mapping[int, Sequence[str]] | None = None, recovered_at: int | None = None,
+    student: Student,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    chunks: int,
+    turns: Mapping[int, Sequence[str]] | None = None,
+    recovered_at: int | None = None,
 ) -> Iterator[Tensor]:
     """Pixels `[b, f, h, w, 3]` uint8 of chunk after chunk. `turns` gives the captions from a chunk on; the same ones
     again are a re-cache alone. Before chunk `recovered_at` the decoder's state is built anew from the newest latents,
     as after a move to another replica."""
     text = {chunk: student.text.encode(list(new)) for chunk, new in (turns or {}).items()}
     state, past = student.decoder.start(), deque[Tensor](maxlen=_history_chunks(student))
-    rolled = roll(student.network, student.config, student.text.encode(list(captions)), seeds,
-                  schedule=student.schedule, chunks=chunks, turns=text)
+    rolled = roll(
+        student.network,
+        student.config,
+        student.text.encode(list(captions)),
+        seeds,
+        schedule=student.schedule,
+        chunks=chunks,
+        turns=text,
+    )
     for chunk, done in enumerate(rolled):
         if chunk == recovered_at:
             state = student.decoder.start()
@@ -86,8 +101,13 @@ def _history_chunks(student: Student) -> int:
 
 
 def drift_part(
-    student: Student, world: World | None, captions: Sequence[str], seeds: Sequence[int], seconds: float,
-    window_chunks: int = WINDOW_CHUNKS, seen: Callable[[int, Tensor], None] | None = None,
+    student: Student,
+    world: World | None,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    seconds: float,
+    window_chunks: int = WINDOW_CHUNKS,
+    seen: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Figures of a batch of streams over time, in windows of `window_chunks` chunks: `times_s` of their middles, and
     `values` by figure, stream, window. In memory: one window of the batch."""
@@ -157,8 +177,10 @@ def turn_part(student: Student, world: World, captions: Sequence[str], seeds: Se
     turned = list(stream(student, captions, seeds, chunks, {TURN_AT: new}))
     start = sum(part.shape[1] for part in turned[:TURN_AT])
     again = {TURN_AT: captions}
-    seams = {"recache_db": list(stream(student, captions, seeds, chunks, again)),
-             "recovery_db": list(stream(student, captions, seeds, chunks, again, TURN_AT))}
+    seams = {
+        "recache_db": list(stream(student, captions, seeds, chunks, again)),
+        "recovery_db": list(stream(student, captions, seeds, chunks, again, TURN_AT)),
+    }
     return {
         "obeyed": _shares(turned[TURN_AT:], new, world, start),
         "forgotten": _shares(turned[TURN_AT:], captions, world, start),
@@ -166,8 +188,10 @@ def turn_part(student: Student, world: World, captions: Sequence[str], seeds: Se
         "settled": _settled(turned[TURN_AT:], new, world, start),
         "settled_unturned": _settled(plain[TURN_AT:], captions, world, start),
         "step_ratio": _step_ratios(turned[TURN_AT - 1], turned[TURN_AT]),
-        **{name: [_psnr(plain[TURN_AT:], found[TURN_AT:], i) for i in range(len(seeds))]
-           for name, found in seams.items()},
+        **{
+            name: [_psnr(plain[TURN_AT:], found[TURN_AT:], i) for i in range(len(seeds))]
+            for name, found in seams.items()
+        },
     }
 
 
@@ -196,5 +220,6 @@ def _step_ratios(before: Tensor, after: Tensor) -> list[float]:
 
 
 def _psnr(plain: Sequence[Tensor], found: Sequence[Tensor], stream_index: int) -> list[float]:
-    return [round(min(psnr_db(b[stream_index], a[stream_index]), EQUAL_DB), 4)
-            for a, b in zip(plain, found, strict=True)]
+    return [
+        round(min(psnr_db(b[stream_index], a[stream_index]), EQUAL_DB), 4) for a, b in zip(plain, found, strict=True)
+    ]

@@ -42,11 +42,22 @@ from diagonal.tree import read_json
 
 PEAK_TFLOPS = 790.0  # bfloat16 of an H100 or H200: an 8192-cubed product measured 788
 WAN_LAYOUT = {  # transformer/config.json of Wan2.1-T2V-1.3B
-    "patch_size": [1, 2, 2], "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
-    "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 8960, "num_layers": 30, "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "image_dim": None, "added_kv_proj_dim": None,
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
     "rope_max_seq_len": 1024,
-}  # fmt: skip
+}
 Layout = Mapping[str, Any]
 Update = Callable[[int], Figures]
 
@@ -64,10 +75,20 @@ class Case:
     @classmethod
     def of(cls, preset: str, settings: Sequence[str], device: torch.device, updates: int) -> Case:
         """The preset with one sample an update, which trains the generator and the critic every time."""
-        require(preset == "tiny" or device.type == "cuda", "preset", preset,
-                "tiny on a machine without a CUDA device: the real size needs a GPU of about 100 GB")
-        one = ("train.workers=1", "distill.batch_size=1", "distill.micro_batch_size=1", "ode_init.batch_size=1",
-               "ode_init.micro_batch_size=1", "distill.generator_every=1")  # fmt: skip
+        require(
+            preset == "tiny" or device.type == "cuda",
+            "preset",
+            preset,
+            "tiny on a machine without a CUDA device: the real size needs a GPU of about 100 GB",
+        )
+        one = (
+            "train.workers=1",
+            "distill.batch_size=1",
+            "distill.micro_batch_size=1",
+            "ode_init.batch_size=1",
+            "ode_init.micro_batch_size=1",
+            "distill.generator_every=1",
+        )
         config = Config.from_preset(preset, (*one, *settings))
         layout: Layout = WAN_LAYOUT
         if preset == "tiny":
@@ -86,11 +107,11 @@ class Case:
             step, text = self._distill_step(mesh, compiled)
             whole = self._measured(f"stage 2 update, {mode}", work.generator + work.critic, 2, _of_prompts(step, text))
             alone = dataclasses.replace(step, config=seldom)
-            critic = self._measured(f"stage 2 update of the critic alone, {mode}", work.critic, 2,
-                                    _of_prompts(alone, text))
+            critic = self._measured(
+                f"stage 2 update of the critic alone, {mode}", work.critic, 2, _of_prompts(alone, text)
+            )
             del step, alone
-            first = self._measured(f"stage 0 update, {mode}", regression.generator, 0,
-                                   self._regression(mesh, compiled))
+            first = self._measured(f"stage 0 update, {mode}", regression.generator, 0, self._regression(mesh, compiled))
         return [whole, critic, first]
 
     def _measured(self, what: str, flops: int, stage: int, update: Update) -> Row:
@@ -108,9 +129,14 @@ class Case:
         planned = estimate(self.config, self.layout, self.layout, 1, stage, mesh_of_one=True)
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         return {
-            "what": what, "first_s": seconds[0], "update_s": mean_s, "each_s": seconds[1:], "tflop": flops / 1e12,
+            "what": what,
+            "first_s": seconds[0],
+            "update_s": mean_s,
+            "each_s": seconds[1:],
+            "tflop": flops / 1e12,
             "utilisation": flops / mean_s / self.peak_tflops / 1e12 if self.peak_tflops else None,
-            "peak_bytes": peak, "estimated_bytes": planned.total_bytes,
+            "peak_bytes": peak,
+            "estimated_bytes": planned.total_bytes,
             "skipped": skipped,  # updates whose gradients were not finite: their optimizer did not step
         }
 
@@ -196,8 +222,10 @@ def measure(case: Case, modes: Sequence[str]) -> dict[str, list[Row]]:
             torch.cuda.empty_cache()
     rows += mean_update(rows, PRESETS[case.config.preset].distill.generator_every)
     pattern = dataclasses.replace(stage0_mask(case.config), window_positions=False)  # kernels alone: nothing is turned
-    return {"updates": rows,
-            "attention": attention_rows(TransformerLayout.of(case.layout), pattern, case.device, case.updates)}
+    return {
+        "updates": rows,
+        "attention": attention_rows(TransformerLayout.of(case.layout), pattern, case.device, case.updates),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,8 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="wan-1.3b", choices=sorted(PRESETS))
     parser.add_argument("--out", type=Path, required=True, help="a .json; the table is written beside it as .md")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"),
-                        default=["eager", "compiled"] if cuda else ["eager"])
+    parser.add_argument(
+        "--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"] if cuda else ["eager"]
+    )
     parser.add_argument("--updates", type=int, default=5)
     given = parser.parse_args(arguments)
     try:

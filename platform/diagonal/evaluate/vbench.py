@@ -66,7 +66,12 @@ def _run(videos: str, device: str, dimension: str) -> float:
     package = importlib.import_module(PACKAGE)
     with tempfile.TemporaryDirectory(prefix="diagonal-vbench-") as out:
         bench = package.VBench(device, "", out)
-        bench.evaluate(videos_path=str(Path(videos).absolute()), name=dimension, dimension_list=[dimension], local=True,
-                       mode="custom_input")
+        bench.evaluate(
+            videos_path=str(Path(videos).absolute()),
+            name=dimension,
+            dimension_list=[dimension],
+            local=True,
+            mode="custom_input",
+        )
         found = json.loads((Path(out) / f"{dimension}_eval_results.json").read_text())
     return float(found[dimension][0])

@@ -50,7 +50,8 @@ def measure_video(path: Path) -> dict[str, Any]:
     values = {name: [one[name] for _, one in found] for name in found[0][1]}
     slope = {name: slopes(times, [row], last) for name, row in values.items()}
     return {
-        "windows": len(found), "means": {name: float(np.mean(row)) for name, row in values.items()},
+        "windows": len(found),
+        "means": {name: float(np.mean(row)) for name, row in values.items()},
         "slopes": {name: some[0] for name, some in slope.items() if some},
     }
 
@@ -90,21 +91,36 @@ def _summary(found: Mapping[str, Any]) -> dict[str, Any]:
 def markdown(report: Mapping[str, Any]) -> str:
     """The figures as tables, and of VBench what was run and what was missing."""
     names = list(report["summary"]["means"])
-    rows = [[name, *(f"{one['means'][key]:.4f}" for key in names),
-             *(f"{one['slopes'][key]:+.4f}" if key in one["slopes"] else "too short" for key in names)]
-            for name, one in report["videos"].items()]
+    rows = [
+        [
+            name,
+            *(f"{one['means'][key]:.4f}" for key in names),
+            *(f"{one['slopes'][key]:+.4f}" if key in one["slopes"] else "too short" for key in names),
+        ]
+        for name, one in report["videos"].items()
+    ]
     spread = report["summary"]["slopes"]
-    rows.append(["mean of videos", *(shown(report["summary"]["means"][key], 4) for key in names),
-                 *(shown(spread[key], 4, sign="+") if key in spread else "too short" for key in names)])
+    rows.append(
+        [
+            "mean of videos",
+            *(shown(report["summary"]["means"][key], 4) for key in names),
+            *(shown(spread[key], 4, sign="+") if key in spread else "too short" for key in names),
+        ]
+    )
     lines = [
-        f"# Figures of {len(report['videos'])} videos", "",
+        f"# Figures of {len(report['videos'])} videos",
+        "",
         f"{report['date']}, {report['machine']}. Reproduce: `{report['command']}`. From pixels alone, in windows of "
-        f"{WINDOW_S:g} s; slopes are times {REFERENCE_S:g} s. Brackets are 95 % intervals over videos.", "",
+        f"{WINDOW_S:g} s; slopes are times {REFERENCE_S:g} s. Brackets are 95 % intervals over videos.",
+        "",
         *table(["", *names, *(f"{name}, slope" for name in names)], rows),
     ]
     if "vbench" in report:
         found = report["vbench"]
-        lines += ["## VBench", "",
-                  *table(["dimension", "score"], [[k, f"{v:.4f}"] for k, v in found["scores"].items()]),
-                  *(f"- {name}: not run, {why}" for name, why in found["missing"].items())]
+        lines += [
+            "## VBench",
+            "",
+            *table(["dimension", "score"], [[k, f"{v:.4f}"] for k, v in found["scores"].items()]),
+            *(f"- {name}: not run, {why}" for name, why in found["missing"].items()),
+        ]
     return "\n".join(lines) + "\n"

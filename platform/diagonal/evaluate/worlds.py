@@ -11,16 +11,7 @@ from diagonal.data import textured, textured_oracle
 from diagonal.data.embedded import textured_size
 from diagonal.data.oracle import read_frames, score, summarise
 from diagonal.data.textured import TexturedScene
-from diagonal.data.world import (
-    ATTRIBUTES,
-    Pixels,
-    Scene,
-    WorldConfig,
-    all_scenes,
-    held_out_scenes,
-    render,
-    world_of,
-)
+from diagonal.data.world import ATTRIBUTES, Pixels, Scene, WorldConfig, all_scenes, held_out_scenes, render, world_of
 from diagonal.errors import FieldError, require
 
 

@@ -151,11 +151,15 @@ class ChunkEncoder:
     def _enlarged_yuv(self, image: Pixels) -> av.VideoFrame:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         return self._reformatter.reformat(
-            frame, self.width * self.scale, self.height * self.scale, "yuv420p",
-            dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
+            frame,
+            self.width * self.scale,
+            self.height * self.scale,
+            "yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
             # squares of one colour lose nothing to half the colours' resolution; pixels of their own are averaged
             interpolation=Interpolation.POINT if self.scale > 1 else Interpolation.BILINEAR,
-        )  # fmt: skip
+        )
 
     def _muxed(self, packets: list[Any]) -> bytes:
         data = io.BytesIO()

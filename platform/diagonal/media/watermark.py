@@ -105,8 +105,12 @@ class SpreadSpectrum:
     def _masks(self, height: int, width: int, payload: Sequence[int]) -> tuple[Pixels, Pixels]:
         """What to add and what to take away, uint8 `[h, w, 3]`: of each cell one of the two, of the rest none."""
         size = self.payload_bits
-        require(len(payload) >= size and set(payload) <= {0, 1}, "payload", f"{len(payload)} values",
-                f"at least {size} of 0 and 1")
+        require(
+            len(payload) >= size and set(payload) <= {0, 1},
+            "payload",
+            f"{len(payload)} values",
+            f"at least {size} of 0 and 1",
+        )
         bits = 2 * np.asarray(payload[:size]) - 1
         signs = (self._sign * bits[self._bit_of]).reshape(self._rows, self._columns)
         cells = signs.repeat(self._cell, axis=0).repeat(self._cell, axis=1)

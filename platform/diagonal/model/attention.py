@@ -58,11 +58,19 @@ class BlockCausal:
     window_positions: bool = False
 
     def __post_init__(self) -> None:
-        require(self.chunks >= 1 and self.chunk_tokens >= 1, "block_causal.chunks", (self.chunks, self.chunk_tokens),
-                "at least one chunk of at least one token")
+        require(
+            self.chunks >= 1 and self.chunk_tokens >= 1,
+            "block_causal.chunks",
+            (self.chunks, self.chunk_tokens),
+            "at least one chunk of at least one token",
+        )
         window = self.chunks if self.window_chunks is None else self.window_chunks
-        require(0 <= self.sink_chunks < window, "block_causal.sink_chunks", self.sink_chunks,
-                f"0 or more, below the window's chunks = {window}")
+        require(
+            0 <= self.sink_chunks < window,
+            "block_causal.sink_chunks",
+            self.sink_chunks,
+            f"0 or more, below the window's chunks = {window}",
+        )
 
     @property
     def tokens(self) -> int:
@@ -84,8 +92,11 @@ def stage0_mask(config: Config) -> BlockCausal:
     """What each chunk of a clip sees with the configured sink and window, at the configured positions (METHOD I.8)."""
     geometry, chunk = config.geometry, config.geometry.chunk_frames
     return BlockCausal(
-        geometry.clip_chunks, geometry.chunk_tokens, window_chunks=config.cache.window_frames // chunk,
-        sink_chunks=config.cache.sink_frames // chunk, window_positions=config.ode_init.positions == "window",
+        geometry.clip_chunks,
+        geometry.chunk_tokens,
+        window_chunks=config.cache.window_frames // chunk,
+        sink_chunks=config.cache.sink_frames // chunk,
+        window_positions=config.ode_init.positions == "window",
     )
 
 
@@ -109,10 +120,18 @@ def attend(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if mask is None:
         return _attend(query, key, value).transpose(1, 2)
-    require(not mask.window_positions or rotary is not None, "block_causal.window_positions", mask.window_positions,
-            "false where no rotary table is given")
-    require(query.shape[2] == key.shape[2] == mask.tokens, "block_causal.tokens", mask.tokens,
-            f"the number of queries = {query.shape[2]} and of keys = {key.shape[2]}")
+    require(
+        not mask.window_positions or rotary is not None,
+        "block_causal.window_positions",
+        mask.window_positions,
+        "false where no rotary table is given",
+    )
+    require(
+        query.shape[2] == key.shape[2] == mask.tokens,
+        "block_causal.tokens",
+        mask.tokens,
+        f"the number of queries = {query.shape[2]} and of keys = {key.shape[2]}",
+    )
     queries = query.split(mask.chunk_tokens, dim=2)
     parts = []
     for chunk, part in enumerate(queries):

@@ -27,9 +27,15 @@ def write_card(
     """
     geometry = config.geometry
     text = Template((_TEMPLATES / CARD).read_text()).substitute(
-        name=name, width=geometry.pixel_width, height=geometry.pixel_height, fps=geometry.pixel_fps,
-        chunk_s=f"{geometry.chunk_media_s(1):g}", steps=config.schedule.steps, window=config.cache.window_frames,
-        lineage=_lineage(lineage), statement=statement.strip() or NOTHING_STATED,
+        name=name,
+        width=geometry.pixel_width,
+        height=geometry.pixel_height,
+        fps=geometry.pixel_fps,
+        chunk_s=f"{geometry.chunk_media_s(1):g}",
+        steps=config.schedule.steps,
+        window=config.cache.window_frames,
+        lineage=_lineage(lineage),
+        statement=statement.strip() or NOTHING_STATED,
     )
     (folder / CARD).write_text(text)
     (folder / POLICY).write_text((_TEMPLATES / POLICY).read_text())

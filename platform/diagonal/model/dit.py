@@ -38,8 +38,10 @@ class TextContext:
         """Those of several samples as one batch."""
         if len(parts) == 1:
             return parts[0]
-        keys, values = ([torch.cat(layer) for layer in zip(*sides, strict=True)]
-                        for sides in ([part.keys for part in parts], [part.values for part in parts]))
+        keys, values = (
+            [torch.cat(layer) for layer in zip(*sides, strict=True)]
+            for sides in ([part.keys for part in parts], [part.values for part in parts])
+        )
         return cls(tuple(keys), tuple(values))
 
     def clone(self) -> TextContext:
@@ -86,8 +88,9 @@ class CausalBlock(WanTransformerBlock):
     def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[b, l, heads, head_dim]` of embedded text `[b, l, n]`, for cross-attention."""
         attention = self.attn2
-        key, value = attention.to_kv(text).chunk(2, -1) if fused(attention) else (
-            attention.to_k(text), attention.to_v(text))
+        key, value = (
+            attention.to_kv(text).chunk(2, -1) if fused(attention) else (attention.to_k(text), attention.to_v(text))
+        )
         return _heads(attention.norm_k(key), attention.heads), _heads(value, attention.heads)
 
     def fuse(self) -> None:
@@ -105,8 +108,11 @@ class CausalBlock(WanTransformerBlock):
         self, x: Tensor, rotary: Rotary, context: tuple[Tensor, Tensor] | None, mask: BlockCausal | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.attn1
-        query, key, value = attention.to_qkv(x).chunk(3, -1) if fused(attention) else (
-            attention.to_q(x), attention.to_k(x), attention.to_v(x))
+        query, key, value = (
+            attention.to_qkv(x).chunk(3, -1)
+            if fused(attention)
+            else (attention.to_q(x), attention.to_k(x), attention.to_v(x))
+        )
         query, key = _heads(attention.norm_q(query), attention.heads), attention.norm_k(key)
         keys, values = rotate(_heads(key, attention.heads), rotary), _heads(value, attention.heads)
         if context is not None:
@@ -155,10 +161,22 @@ class CausalWan(WanTransformer3DModel):
         require(tuple(patch_size)[0] == 1, "transformer.patch_size", patch_size, "one that keeps frames apart: 1, h, w")
         require(image_dim is None, "transformer.image_dim", image_dim, "null: only text-to-video models are supported")
         super().__init__(
-            patch_size=patch_size, num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim,
-            in_channels=in_channels, out_channels=out_channels, text_dim=text_dim, freq_dim=freq_dim, ffn_dim=ffn_dim,
-            num_layers=num_layers, cross_attn_norm=cross_attn_norm, qk_norm=qk_norm, eps=eps, image_dim=image_dim,
-            added_kv_proj_dim=added_kv_proj_dim, rope_max_seq_len=rope_max_seq_len, pos_embed_seq_len=pos_embed_seq_len,
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=num_layers,
+            cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm,
+            eps=eps,
+            image_dim=image_dim,
+            added_kv_proj_dim=added_kv_proj_dim,
+            rope_max_seq_len=rope_max_seq_len,
+            pos_embed_seq_len=pos_embed_seq_len,
         )
         for block in self.blocks:
             block.__class__ = CausalBlock  # same parameters, our pure forward; no second allocation

@@ -72,10 +72,18 @@ class FastDecoder(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         rises, doublings = len(widths) - 1, temporal_stride.bit_length() - 1
-        require(len(blocks) == len(widths) and min(widths, default=0) > 0 and min(blocks) >= 0, "decoder.blocks",
-                tuple(blocks), f"a number of blocks for each of the {len(widths)} widths")
-        require(temporal_stride == 2**doublings and doublings <= rises, "decoder.temporal_stride", temporal_stride,
-                f"a power of two of at most 2**{rises}: one doubling a level above the first")
+        require(
+            len(blocks) == len(widths) and min(widths, default=0) > 0 and min(blocks) >= 0,
+            "decoder.blocks",
+            tuple(blocks),
+            f"a number of blocks for each of the {len(widths)} widths",
+        )
+        require(
+            temporal_stride == 2**doublings and doublings <= rises,
+            "decoder.temporal_stride",
+            temporal_stride,
+            f"a power of two of at most 2**{rises}: one doubling a level above the first",
+        )
         require(spatial_stride % 2**rises == 0, "decoder.spatial_stride", spatial_stride, f"a multiple of 2**{rises}")
         self.patch, self.stride, self.colours = spatial_stride // 2**rises, spatial_stride, (temporal_stride, 3)
         self.offset = nn.Parameter(torch.zeros(latent_channels, 1, 1))

@@ -67,9 +67,7 @@ class UpdateFlops:
         return self.critic + self.generator / self.generator_every
 
 
-def update_flops(
-    config: Config, layout: TransformerLayout, teacher: TransformerLayout, stage: int
-) -> UpdateFlops:
+def update_flops(config: Config, layout: TransformerLayout, teacher: TransformerLayout, stage: int) -> UpdateFlops:
     """Stage 0, 1 or 2, for one sample; a backward is twice its forward.
 
     Generator: a rollout, the backward of each chunk's exit forward, one clip forward of the critic and two of the

@@ -94,13 +94,20 @@ def use_fp8_linears(network: nn.Module, blocks: nn.ModuleList) -> None:
         for name, linear in list(module.named_children()):
             if isinstance(linear, nn.Linear):
                 widths = (linear.in_features, linear.out_features)
-                require(all(width % ALIGNMENT == 0 for width in widths), "serve.linear_dtype", "fp8",
-                        f"model: linear layers of widths {widths}, which are no multiples of {ALIGNMENT}")
+                require(
+                    all(width % ALIGNMENT == 0 for width in widths),
+                    "serve.linear_dtype",
+                    "fp8",
+                    f"model: linear layers of widths {widths}, which are no multiples of {ALIGNMENT}",
+                )
                 setattr(module, name, Fp8Linear(linear))
 
 
 def check_device(device: torch.device) -> None:
     """`FieldError` for a GPU without 8-bit matrix products; a CPU simulates them."""
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
-        raise FieldError("serve.linear_dtype", "fp8", f"model on a GPU of compute capability {found}; fp8 needs at "
-                         f"least {LEAST_CAPABILITY}")
+        raise FieldError(
+            "serve.linear_dtype",
+            "fp8",
+            f"model on a GPU of compute capability {found}; fp8 needs at least {LEAST_CAPABILITY}",
+        )

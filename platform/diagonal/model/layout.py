@@ -10,10 +10,16 @@ from typing import Any
 from diagonal.errors import FieldError, require
 
 NAMES = {
-    "layers": "num_layers", "heads": "num_attention_heads", "head_dim": "attention_head_dim", "ffn_dim": "ffn_dim",
-    "text_dim": "text_dim", "frequency_dim": "freq_dim", "in_channels": "in_channels", "out_channels": "out_channels",
+    "layers": "num_layers",
+    "heads": "num_attention_heads",
+    "head_dim": "attention_head_dim",
+    "ffn_dim": "ffn_dim",
+    "text_dim": "text_dim",
+    "frequency_dim": "freq_dim",
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
     "patch": "patch_size",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,11 @@ from diagonal.model.cache import CacheBatch
 from diagonal.model.dit import CausalWan, TextContext
 
 KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
-}  # fmt: skip
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 GRAPHS_AT_MOST = 64  # of compiled blocks: batch sizes times lengths of context
 _ROUNDS = 5
 
@@ -54,7 +56,12 @@ class StaticGenerator:
 
     @torch.no_grad()
     def __call__(
-        self, latents: Tensor, level: Tensor, text: Tensor | TextContext, *, cache: CacheBatch | None = None,
+        self,
+        latents: Tensor,
+        level: Tensor,
+        text: Tensor | TextContext,
+        *,
+        cache: CacheBatch | None = None,
         write: bool = False,
     ) -> Tensor:
         """As `CausalWan.forward`; of one chunk with a cache, from a graph where there are graphs."""

@@ -128,5 +128,9 @@ def _check_names(file: Path, network: CausalWan, weights: Mapping[str, Tensor]) 
     for problem, names in (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys())):
         require(not names, f"{FIELD}: {problem} keys", sorted(names)[:SHOWN], f"none: exactly {fits}")
     for name, value in own.items():
-        require(weights[name].shape == value.shape, f"{FIELD}: shape of {name}", list(weights[name].shape),
-                f"{list(value.shape)}, as {fits}")
+        require(
+            weights[name].shape == value.shape,
+            f"{FIELD}: shape of {name}",
+            list(weights[name].shape),
+            f"{list(value.shape)}, as {fits}",
+        )

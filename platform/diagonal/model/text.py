@@ -30,7 +30,10 @@ class TextEncoder:
         require(len(prompts) > 0, "prompts", prompts, "at least one prompt")
         tokens = self._tokenizer(
             [" ".join(prompt.split()) for prompt in prompts],
-            padding="max_length", truncation=True, max_length=self._text_tokens, return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=self._text_tokens,
+            return_tensors="pt",
         )
         device = next(self._encoder.parameters()).device
         ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)

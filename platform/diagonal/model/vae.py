@@ -160,8 +160,12 @@ class LinearCodec(ModelMixin, ConfigMixin):
         block's mean picture. Components of both together would leave one channel to motion, which a network then
         has to infer across frames (docs/log.md has the figures).
         """
-        require(0 < motion_channels < latent_channels, "motion_channels", motion_channels,
-                f"1 to {latent_channels - 1}, below latent_channels")
+        require(
+            0 < motion_channels < latent_channels,
+            "motion_channels",
+            motion_channels,
+            f"1 to {latent_channels - 1}, below latent_channels",
+        )
         codec = cls(latent_channels, first_frame_mark=first_frame_mark)
         blocks = codec._blocks(clips).flatten(0, 3).double()
         centre = blocks.mean(0)

@@ -117,15 +117,27 @@ def check_transformer(folder: Path, config: Config) -> None:
     """
     layout, geometry = read_json(_part(folder, "transformer") / CONFIG), config.geometry
     patch = [1, geometry.patch_height, geometry.patch_width]
-    require(layout.get("in_channels") == geometry.latent_channels, "transformer.in_channels",
-            layout.get("in_channels"), f"geometry.latent_channels = {geometry.latent_channels}")
-    require(layout.get("patch_size") == patch, "transformer.patch_size", layout.get("patch_size"),
-            f"{patch}, as the geometry has it")
+    require(
+        layout.get("in_channels") == geometry.latent_channels,
+        "transformer.in_channels",
+        layout.get("in_channels"),
+        f"geometry.latent_channels = {geometry.latent_channels}",
+    )
+    require(
+        layout.get("patch_size") == patch,
+        "transformer.patch_size",
+        layout.get("patch_size"),
+        f"{patch}, as the geometry has it",
+    )
     encoder = folder / "text_encoder" / CONFIG
     if encoder.is_file():
         width = read_json(encoder)["d_model"]
-        require(layout.get("text_dim") == width, "transformer.text_dim", layout.get("text_dim"),
-                f"the text encoder's d_model = {width}")
+        require(
+            layout.get("text_dim") == width,
+            "transformer.text_dim",
+            layout.get("text_dim"),
+            f"the text encoder's d_model = {width}",
+        )
 
 
 def load_text(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> TextEncoder:
@@ -135,9 +147,7 @@ def load_text(folder: Path, config: Config, dtype: torch.dtype = torch.float32) 
     return TextEncoder(tokenizer, encoder.requires_grad_(False), config.model.text_tokens)
 
 
-def load_codec(
-    folder: Path, config: Config, dtype: torch.dtype = torch.float32
-) -> AutoencoderKLWan | LinearCodec:
+def load_codec(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan | LinearCodec:
     """The codec in `folder/vae`, by the class its config names, checked against the geometry."""
     path = _part(folder, "vae")
     name = read_json(path / CONFIG).get("_class_name")
@@ -156,7 +166,8 @@ def _codec_layout(codec: AutoencoderKLWan | LinearCodec) -> dict[str, int]:
     if isinstance(codec, LinearCodec):
         return {name: layout[name] for name in ("latent_channels", "temporal_stride", "spatial_stride")}
     return {
-        "latent_channels": layout.z_dim, "temporal_stride": layout.scale_factor_temporal,
+        "latent_channels": layout.z_dim,
+        "temporal_stride": layout.scale_factor_temporal,
         "spatial_stride": layout.scale_factor_spatial,
     }
 
@@ -169,13 +180,18 @@ def load_decoder(folder: Path, config: Config) -> Decoder:
 def load_fast_decoder(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> FastDecoder:
     """The fast decoder in `folder/decoder`, checked against the geometry; `FieldError` when there is none."""
     path = folder / FAST_DECODER
-    require((path / CONFIG).is_file(), "serve.decoder", "fast", f"full: {folder} has no {FAST_DECODER}/, which "
-            "jobs/decoder.py makes")
+    require(
+        (path / CONFIG).is_file(),
+        "serve.decoder",
+        "fast",
+        f"full: {folder} has no {FAST_DECODER}/, which jobs/decoder.py makes",
+    )
     network: FastDecoder = _load_whole(FastDecoder, path, dtype)
     for field in ("latent_channels", "temporal_stride", "spatial_stride"):
         wanted = getattr(config.geometry, field)
-        require(network.config[field] == wanted, f"decoder {field}", network.config[field],
-                f"geometry.{field} = {wanted}")
+        require(
+            network.config[field] == wanted, f"decoder {field}", network.config[field], f"geometry.{field} = {wanted}"
+        )
     return network.eval().requires_grad_(False)
 
 
@@ -301,7 +317,13 @@ class Release:
 
 
 def write_release(
-    target: Path, *, name: str, student: Path, base: Path, lineage: Mapping[str, Any], scores: Mapping[str, Any],
+    target: Path,
+    *,
+    name: str,
+    student: Path,
+    base: Path,
+    lineage: Mapping[str, Any],
+    scores: Mapping[str, Any],
     statement: str = "",
 ) -> Release:
     """Write a release from a student folder and its base model's codec and text; whole or not at all.
@@ -345,9 +367,16 @@ def _write_manifest(folder: Path, says: Mapping[str, Any]) -> None:
     """The manifest of a folder that is otherwise complete, with the hash of every file."""
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        for path in sorted(folder.rglob("*")) if path.is_file()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
-    write_json(folder / MANIFEST, {
-        "format_version": FORMAT_VERSION, "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "diagonal": diagonal.__version__, **says, "files": files,
-    })
+    write_json(
+        folder / MANIFEST,
+        {
+            "format_version": FORMAT_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "diagonal": diagonal.__version__,
+            **says,
+            "files": files,
+        },
+    )

@@ -215,10 +215,18 @@ class Folder:
 def _check_remote(uri: str) -> None:
     """Refuse what would carry credentials into configurations and logs, without showing it."""
     bucket = uri.removeprefix(REMOTE).split("/")[0]
-    require("@" not in bucket and ":" not in bucket, "storage", f"{REMOTE}...@...",
-            "s3://bucket/prefix; credentials come from the AWS_* environment")
-    require(bool(bucket) and "?" not in uri, "storage", uri.split("?")[0],
-            "s3://bucket/prefix; the address comes from AWS_ENDPOINT_URL, the region from AWS_REGION")
+    require(
+        "@" not in bucket and ":" not in bucket,
+        "storage",
+        f"{REMOTE}...@...",
+        "s3://bucket/prefix; credentials come from the AWS_* environment",
+    )
+    require(
+        bool(bucket) and "?" not in uri,
+        "storage",
+        uri.split("?")[0],
+        "s3://bucket/prefix; the address comes from AWS_ENDPOINT_URL, the region from AWS_REGION",
+    )
 
 
 def _is_temporary(name: str) -> bool:

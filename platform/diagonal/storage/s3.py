@@ -39,10 +39,14 @@ _log = logging.getLogger(__name__)
 
 def client(patience_s: float) -> Any:
     """A boto3 client by the AWS_* environment, of timeouts and attempts that leave patience to `S3`."""
-    return boto3.session.Session().client("s3", config=Config(
-        connect_timeout=CONNECT_TIMEOUT_S, read_timeout=min(SILENCE_TIMEOUT_S, max(1.0, patience_s)),
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS_A_REQUEST},
-    ))  # fmt: skip
+    return boto3.session.Session().client(
+        "s3",
+        config=Config(
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=min(SILENCE_TIMEOUT_S, max(1.0, patience_s)),
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS_A_REQUEST},
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,9 @@ class S3:
         self._retried("write", name, lambda: self._object("put_object", name, Body=data))
 
     def put(self, source: Path, name: str) -> None:
-        transfer = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, 
-                                  max_concurrency=UPLOADS_AT_ONCE)
+        transfer = TransferConfig(
+            multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=UPLOADS_AT_ONCE
+        )
 
         def put() -> None:
             with source.open("rb") as file:

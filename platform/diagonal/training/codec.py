@@ -23,9 +23,16 @@ def build_vae(config: Config) -> AutoencoderKLWan:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(mixed_seed(config.seed, "vae"))
         return AutoencoderKLWan(
-            base_dim=config.pretrain.codec_width, z_dim=channels, dim_mult=[1, 2, 4], num_res_blocks=1,
-            temperal_downsample=[True, True], in_channels=colours, out_channels=colours, patch_size=PATCH,
-            scale_factor_spatial=config.geometry.spatial_stride, latents_mean=[0.0] * channels,
+            base_dim=config.pretrain.codec_width,
+            z_dim=channels,
+            dim_mult=[1, 2, 4],
+            num_res_blocks=1,
+            temperal_downsample=[True, True],
+            in_channels=colours,
+            out_channels=colours,
+            patch_size=PATCH,
+            scale_factor_spatial=config.geometry.spatial_stride,
+            latents_mean=[0.0] * channels,
             latents_std=[1.0] * channels,
         )
 

@@ -82,9 +82,7 @@ def critic_loss(
     return loss, {"critic": loss.detach()}
 
 
-def _rollout(
-    network: CausalWan, config: Config, batch: PromptBatch, update: int, stage: int, role: str
-) -> Tensor:
+def _rollout(network: CausalWan, config: Config, batch: PromptBatch, update: int, stage: int, role: str) -> Tensor:
     schedule = stage_schedule(config, stage)
     exits = draw_exits(schedule, config.geometry.clip_chunks, config.seed, role, update)
     seeds = _seeds(config, batch, role)

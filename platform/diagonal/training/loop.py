@@ -83,10 +83,16 @@ def run_loop(state: TrainState, plan: Plan[Batch], batches: Iterator[Batch], hoo
         began_s = time.monotonic()
         figures = plan.step(update, batch)
         state.update, state.samples_seen = update, update * plan.global_batch_size
-        hooks.report(update, {
-            **figures, "samples": state.samples_seen, "tokens": plan.global_batch_size * plan.sample_tokens,
-            "data_wait_s": began_s - asked_s, "update_s": time.monotonic() - began_s,
-        })
+        hooks.report(
+            update,
+            {
+                **figures,
+                "samples": state.samples_seen,
+                "tokens": plan.global_batch_size * plan.sample_tokens,
+                "data_wait_s": began_s - asked_s,
+                "update_s": time.monotonic() - began_s,
+            },
+        )
         skipped = skipped + 1 if figures.get("skipped") else 0
         if skipped >= plan.max_nonfinite:
             raise TooManyNonFiniteError(
@@ -182,14 +188,14 @@ class DistillStep:
     def _backward(self, batch: PromptBatch, update: int, loss: Callable[..., tuple[Tensor, Terms]]) -> Terms:
         settings = self.config.distill
         return accumulate(
-            batch, settings.micro_batch_size, settings.batch_size,
+            batch,
+            settings.micro_batch_size,
+            settings.batch_size,
             lambda part: loss(self.networks, self.config, part, update, self.stage),
         )
 
 
-def distill_state(
-    config: Config, generator: nn.Module, critic: nn.Module
-) -> TrainState:
+def distill_state(config: Config, generator: nn.Module, critic: nn.Module) -> TrainState:
     """The state that stage 1 begins with: both networks, already prepared, their optimizers and the average."""
     settings = config.distill
     optimizers: dict[str, torch.optim.Optimizer] = {
@@ -207,14 +213,16 @@ def distill_step(config: Config, stage: int, state: TrainState, networks: Networ
     norm = config.distill.clip_norm
     assert state.ema is not None
     return DistillStep(
-        config, stage, networks, Learner(networks.generator, state.optimizers["generator"], norm),
-        Learner(networks.critic, state.optimizers["critic"], norm), state.ema,
+        config,
+        stage,
+        networks,
+        Learner(networks.generator, state.optimizers["generator"], norm),
+        Learner(networks.critic, state.optimizers["critic"], norm),
+        state.ema,
     )
 
 
-def accumulate(
-    batch: Part, size: int, batch_size: int, loss_of: Callable[[Part], tuple[Tensor, Terms]]
-) -> Terms:
+def accumulate(batch: Part, size: int, batch_size: int, loss_of: Callable[[Part], tuple[Tensor, Terms]]) -> Terms:
     """Backward of each micro-batch of at most `size` samples; each term's mean over this rank's samples.
 
     The gradients of all ranks average to that of the mean over the global batch of `batch_size` samples.

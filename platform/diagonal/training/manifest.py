@@ -118,8 +118,13 @@ def compose(source: Path, rank: int, world_size: int, token: str, progress: Mapp
     own = sorted(source.glob(f"__{rank}_*.distcp")) + ([source / ".metadata"] if rank == 0 else [])
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in own}
     return {
-        "format_version": FORMAT_VERSION, "rank": rank, "world_size": world_size, "token": token,
-        "saved_at_s": time.time(), **progress, "files": files,
+        "format_version": FORMAT_VERSION,
+        "rank": rank,
+        "world_size": world_size,
+        "token": token,
+        "saved_at_s": time.time(),
+        **progress,
+        "files": files,
     }
 
 

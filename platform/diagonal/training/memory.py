@@ -192,7 +192,8 @@ class _Place:
         """Forward and backward of a whole clip: stage 0's student, or the critic."""
         tokens = self.batch * self.clip_tokens
         return [
-            self._gradients(), ("block inputs kept for backward", self._kept(tokens, 0)),
+            self._gradients(),
+            ("block inputs kept for backward", self._kept(tokens, 0)),
             ("one block recomputed", self._block_backward(tokens, 0)),
         ]
 

@@ -33,10 +33,12 @@ class PairBatch:
 def draw_states(config: Config, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """One random state for each chunk of each sample: latents `[b, c, f, h, w]` and levels `[b, f]`."""
     chunks, frames = config.geometry.clip_chunks, config.geometry.chunk_frames
-    choice = torch.stack([
-        torch.randint(len(batch.levels), (chunks,), generator=generator(config.seed, "ode", sample))
-        for sample in batch.samples
-    ])
+    choice = torch.stack(
+        [
+            torch.randint(len(batch.levels), (chunks,), generator=generator(config.seed, "ode", sample))
+            for sample in batch.samples
+        ]
+    )
     by_frame = choice.repeat_interleave(frames, dim=1).to(batch.states.device)
     index = by_frame[:, None, None, :, None, None].expand(-1, 1, batch.states.shape[2], -1, *batch.states.shape[4:])
     return batch.states.gather(1, index)[:, 0], batch.levels[by_frame]

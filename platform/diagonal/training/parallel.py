@@ -67,7 +67,9 @@ def device_mesh(world_size: int, device_type: str, shard_group: int = 0) -> Devi
     group = shard_group or world_size
     require(world_size >= 1, "world_size", world_size, "a whole number of at least 1")
     require(
-        0 < group <= world_size and world_size % group == 0, "train.shard_group", shard_group,
+        0 < group <= world_size and world_size % group == 0,
+        "train.shard_group",
+        shard_group,
         f"0 or a divisor of the number of ranks = {world_size}",
     )
     if world_size == 1:
@@ -228,8 +230,12 @@ def _with_cast_weights(body: _Body, names: tuple[str, ...], dtype: torch.dtype, 
 
 
 def _with_cast_inputs(
-    forward: Callable[..., Any], signature: inspect.Signature, names: tuple[str, ...], dtype: torch.dtype,
-    *args: Any, **kwargs: Any,
+    forward: Callable[..., Any],
+    signature: inspect.Signature,
+    names: tuple[str, ...],
+    dtype: torch.dtype,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     bound = signature.bind(*args, **kwargs)
     for name in names:

@@ -35,17 +35,22 @@ def build_tokenizer(world: EmbeddedWorld) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def build_text_encoder(config: Config, vocabulary: int) -> UMT5EncoderModel:
     """A small umT5 encoder of random, frozen weights drawn from the seed."""
     width = config.network.text_dim
     layout = UMT5Config(
-        vocab_size=vocabulary, d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=2, num_heads=4,
-        dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(mixed_seed(config.seed, "text"))
@@ -61,9 +66,14 @@ def build_teacher(config: Config) -> CausalWan:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(mixed_seed(config.seed, "teacher"))
         teacher = CausalWan(
-            num_attention_heads=network.heads, attention_head_dim=network.head_dim, num_layers=network.layers,
-            ffn_dim=network.ffn_dim, freq_dim=network.frequency_dim, text_dim=network.text_dim,
-            in_channels=config.geometry.latent_channels, out_channels=config.geometry.latent_channels,
+            num_attention_heads=network.heads,
+            attention_head_dim=network.head_dim,
+            num_layers=network.layers,
+            ffn_dim=network.ffn_dim,
+            freq_dim=network.frequency_dim,
+            text_dim=network.text_dim,
+            in_channels=config.geometry.latent_channels,
+            out_channels=config.geometry.latent_channels,
         )
     nn.init.zeros_(teacher.proj_out.weight)
     nn.init.zeros_(teacher.proj_out.bias)
@@ -141,10 +151,13 @@ class TeacherTraining:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next update but configuration and corpus, which follow from the seed."""
         return {
-            "update": self.update, "planned": self._config.pretrain.updates,
-            "teacher": self.teacher.state_dict(), "average": self.average,
+            "update": self.update,
+            "planned": self._config.pretrain.updates,
+            "teacher": self.teacher.state_dict(),
+            "average": self.average,
             "optimizers": [one.state_dict() for one in self._optimizers],
-            "schedulers": [one.state_dict() for one in self._schedulers], "draw": self._draw.get_state(),
+            "schedulers": [one.state_dict() for one in self._schedulers],
+            "draw": self._draw.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -153,8 +166,12 @@ class TeacherTraining:
         Another number of updates is taken as long as the learning rate falls in neither plan yet, else `FieldError`.
         """
         planned, updates = state["planned"], self._config.pretrain.updates
-        require(updates == planned or 2 * state["update"] <= min(planned, updates), "pretrain.updates", updates,
-                f"{planned}, as planned, or at least {2 * state['update']} where the rate does not fall yet")
+        require(
+            updates == planned or 2 * state["update"] <= min(planned, updates),
+            "pretrain.updates",
+            updates,
+            f"{planned}, as planned, or at least {2 * state['update']} where the rate does not fall yet",
+        )
         self.update = state["update"]
         self.teacher.load_state_dict(state["teacher"])
         self.average = dict(state["average"])

@@ -90,7 +90,8 @@ class TrainState:
             like_weights = saved[key].size == parameter.shape
             room[key] = (
                 torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-                if like_weights else torch.zeros(saved[key].size, dtype=dtype)
+                if like_weights
+                else torch.zeros(saved[key].size, dtype=dtype)
             )
         return room
 

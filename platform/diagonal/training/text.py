@@ -25,8 +25,9 @@ class PlaceReader(nn.Module):
     def __init__(self, places: int, width: int, words: int, draw: torch.Generator) -> None:
         super().__init__()
         self.queries = nn.Parameter(0.1 * torch.randn(places, width, generator=draw))
-        self.keys, self.values = (nn.Parameter(torch.randn(width, width, generator=draw) / width**0.5)
-                                  for _ in range(2))
+        self.keys, self.values = (
+            nn.Parameter(torch.randn(width, width, generator=draw) / width**0.5) for _ in range(2)
+        )
         self.words = nn.Parameter(torch.randn(width, words, generator=draw) / width**0.5)
 
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -35,7 +36,10 @@ class PlaceReader(nn.Module):
 
 
 def fit_text(
-    config: Config, tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, captions: Sequence[str],
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    encoder: UMT5EncoderModel,
+    captions: Sequence[str],
     report: Report,
 ) -> UMT5EncoderModel:
     """Train the encoder on captions for `pretrain.text_updates` (0: it stays random); returns it, frozen."""
