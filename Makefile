@@ -100,7 +100,7 @@ bench-gpu: ## measure every GPU row of docs/results/speed.md on a bare GPU machi
 		--out $(BENCH_FOLDER)/speed-gpu-fast.json $(BENCH_ARGS)
 	-timeout 220 $(BENCH) --decoder full --minutes 3.4 --sections rates client schedules \
 		--out $(BENCH_FOLDER)/speed-gpu-full.json $(BENCH_ARGS)
-	PYTHONPATH=platform $(or $(BENCH_PYTHON),python3) -m diagonal.evaluate.bench_report $(BENCH_FOLDER)
+	PYTHONPATH=platform $(or $(BENCH_PYTHON),python3) -m diagonal.evaluate.bench.page $(BENCH_FOLDER)
 
 check: lint ## ruff and mypy
 	$(VENV)/bin/python -m mypy platform/diagonal jobs serve infra tests

@@ -11,27 +11,27 @@ import pyarrow as pa
 import torch
 
 from diagonal.model.dit import CausalWan
-from diagonal.model.students import load_initial_student
+from diagonal.model.import_checkpoints import load_initial_student
 from diagonal.model.text import TextEncoder
 from diagonal.model.weights import check_transformer, fetch, load_causal, load_teacher
 from diagonal.storage import Folder
 from diagonal.training.distill import Networks, PromptBatch
+from diagonal.training.distributed import is_grouped
 from diagonal.training.loop import Plan, distill_state, distill_step, run_loop
 from diagonal.training.parallel import full_state_dict, full_tensors, parallelize
-from diagonal.training.ranks import is_grouped
 from diagonal.training.state import TrainState
-from jobs.artefacts import base_lineage, initial_student, lineage_of, local_copy, write_student
 from jobs.export import export
-from jobs.feed import Feed, sample_order
-from jobs.fit import check_batch, fit
 from jobs.ode_init import initialise
-from jobs.plan import carry_out
 from jobs.pretrain import pretrain
-from jobs.prompts import training_prompts
-from jobs.run import Run, main, say
-from jobs.samples import sample_captions
-from jobs.summary import summarise
-from jobs.worker import Worker
+from jobs.runs.artefacts import base_lineage, initial_student, lineage_of, local_copy, write_student
+from jobs.runs.plan import carry_out
+from jobs.runs.prompts import training_prompts
+from jobs.runs.run import Run, main, say
+from jobs.runs.summary import summarise
+from jobs.workers.data_feed import Feed, sample_order
+from jobs.workers.ray_train import check_batch, fit
+from jobs.workers.samples import sample_captions
+from jobs.workers.worker import Worker
 
 
 def distill(run: Run) -> Folder:

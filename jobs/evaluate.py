@@ -24,19 +24,19 @@ import diagonal
 from diagonal.config import Config
 from diagonal.data.prompts import read_prompts
 from diagonal.errors import require
-from diagonal.evaluate import gate, report, vbench, videos
-from diagonal.evaluate.panel import Source, digest, run_panel
+from diagonal.evaluate.contact_sheet import contact_sheet, save_png
 from diagonal.evaluate.plots import save_curves
-from diagonal.evaluate.quality import Student, Teacher, clip_seeds, codec_maker, draw_captions
-from diagonal.evaluate.sheet import contact_sheet, save_png
-from diagonal.evaluate.streams import drift_part, kept_batches, stream_seeds, turn_part
-from diagonal.evaluate.worlds import World, world_for
+from diagonal.evaluate.quality import gate, report, vbench, videos
+from diagonal.evaluate.quality.comparison import Source, digest, run_panel
+from diagonal.evaluate.quality.sources import Student, Teacher, clip_seeds, codec_maker, draw_captions
+from diagonal.evaluate.quality.streams import drift_part, kept_batches, stream_seeds, turn_part
+from diagonal.evaluate.quality.worlds import World, world_for
+from diagonal.jsonfile import write_json
 from diagonal.model.weights import Release, base_folder, file_hash
 from diagonal.schedule import StepSchedule
 from diagonal.storage import Folder
-from diagonal.tree import write_json
 from jobs.promote import promote
-from jobs.run import main, say
+from jobs.runs.run import main, say
 
 ROWS_ON_SHEET, SHEET_SIDE_PX = 6, 128
 OURS, TEACHER, SELF_FORCING = "ours", "teacher", "self-forcing"

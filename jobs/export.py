@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diagonal.errors import require
-from diagonal.evaluate.quality import ScoreTable, score_release
-from diagonal.evaluate.report import shown
+from diagonal.evaluate.quality.report import shown
+from diagonal.evaluate.quality.sources import ScoreTable, score_release
 from diagonal.model.weights import LINEAGE, MANIFEST, Release, base_uri
 from diagonal.storage import Folder
-from jobs.artefacts import local_copy, publish_release
-from jobs.run import Run, main, opened, parser, say
+from jobs.runs.artefacts import local_copy, publish_release
+from jobs.runs.run import Run, main, opened, parser, say
 
 
 def export(run: Run) -> Folder:

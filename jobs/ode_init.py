@@ -18,15 +18,15 @@ from diagonal.training.loop import Learner, OdeInitStep, Plan, run_loop
 from diagonal.training.ode_init import PairBatch
 from diagonal.training.parallel import full_tensors, parallelize
 from diagonal.training.state import TrainState
-from jobs.artefacts import base_lineage, write_student
-from jobs.feed import Feed, sample_order
-from jobs.fit import check_batch, fit
 from jobs.pairs import usable_pairs
-from jobs.plan import carry_out
-from jobs.prompts import pair_prompts
-from jobs.run import Run, main, say
-from jobs.samples import sample_captions
-from jobs.worker import Worker
+from jobs.runs.artefacts import base_lineage, write_student
+from jobs.runs.plan import carry_out
+from jobs.runs.prompts import pair_prompts
+from jobs.runs.run import Run, main, say
+from jobs.workers.data_feed import Feed, sample_order
+from jobs.workers.ray_train import check_batch, fit
+from jobs.workers.samples import sample_captions
+from jobs.workers.worker import Worker
 
 CLIP_NORM = 10.0
 

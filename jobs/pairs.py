@@ -34,10 +34,10 @@ from diagonal.errors import require
 from diagonal.metrics import MetricSink
 from diagonal.model.weights import check_transformer
 from diagonal.storage import Folder
-from jobs.plan import carry_out
-from jobs.prompts import pair_prompts, pair_prompts_folder, prompts_sha256
-from jobs.run import JobFailed, Run, connect, main, say
-from jobs.sink import ray_sink
+from jobs.ray_metrics import ray_sink
+from jobs.runs.plan import carry_out
+from jobs.runs.prompts import pair_prompts, pair_prompts_folder, prompts_sha256
+from jobs.runs.run import JobFailed, Run, connect, main, say
 
 ERROR = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Exception): .*)$", re.MULTILINE)
 SEEN_WITHIN_S = 60.0  # network file systems show a new file late

@@ -12,8 +12,9 @@ from diffusers import AutoencoderKLWan
 
 from diagonal.config import Config
 from diagonal.data.embedded import embedded_world
-from diagonal.evaluate.learning import score_learning
-from diagonal.evaluate.quality import ScoreTable, score_teacher
+from diagonal.evaluate.quality.sources import ScoreTable, score_teacher
+from diagonal.evaluate.quality.teacher_scores import score_learning
+from diagonal.jsonfile import write_json
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import LinearCodec
 from diagonal.model.weights import save_base
@@ -27,10 +28,9 @@ from diagonal.training.pretrain import (
     fit_codec,
     train_teacher,
 )
-from diagonal.training.text import fit_text
-from diagonal.tree import write_json
-from jobs.run import Run, main, opened, parser, say
-from jobs.timing import Progress
+from diagonal.training.text_encoder_training import fit_text
+from jobs.runs.console import Progress
+from jobs.runs.run import Run, main, opened, parser, say
 
 SCORED_CLIPS, LEARNING_CLIPS = 216, 48
 CAPTION_STRIDE = 7  # of the captions, the text encoder learns from every seventh

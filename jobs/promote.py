@@ -8,7 +8,7 @@ from typing import Any
 
 from diagonal.model.weights import MANIFEST, Release
 from diagonal.storage import Folder
-from jobs.run import main, say
+from jobs.runs.run import main, say
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:

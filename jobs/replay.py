@@ -12,7 +12,7 @@ from diagonal.engine.replay import replay
 from diagonal.errors import FieldError, require
 from diagonal.media.encode import CODECS, ChunkEncoder, write_fragments
 from diagonal.model.weights import Release
-from jobs.run import main, say
+from jobs.runs.run import main, say
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:

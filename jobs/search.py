@@ -17,17 +17,17 @@ from typing import Any
 
 from diagonal.config import Config
 from diagonal.errors import require
-from diagonal.evaluate.experiment_runs import PARTS, Plan, student_of
+from diagonal.evaluate.experiments.runs import PARTS, Plan, student_of
+from diagonal.evaluate.experiments.search import Point, clip_ms, grid, pareto, parse_context, profile, worth
 from diagonal.evaluate.intervals import interval
-from diagonal.evaluate.panel import FORMAT, Source, digest, run_panel
 from diagonal.evaluate.plots import save_points
-from diagonal.evaluate.quality import Student, clip_seeds, draw_captions, own_world, summary
-from diagonal.evaluate.report import shown, table
-from diagonal.evaluate.search import Point, clip_ms, grid, pareto, parse_context, profile, worth
+from diagonal.evaluate.quality.comparison import FORMAT, Source, digest, run_panel
+from diagonal.evaluate.quality.report import shown, table
+from diagonal.evaluate.quality.sources import Student, clip_seeds, draw_captions, own_world, summary
 from diagonal.model.weights import Release, base_folder, embedded
 from diagonal.storage import Folder
 from jobs.evaluate import circumstances, identity, write_report
-from jobs.run import main, say
+from jobs.runs.run import main, say
 
 COSTS = ("clip_ms", "forwards")
 
@@ -132,8 +132,8 @@ def markdown(report: dict[str, Any]) -> str:
                 f"# Search over {report['release']}",
                 "",
                 f"{report['date']}, {report['machine']}, load {report['load']}. {report['clips']} clips a row "
-                f"from equal noise, seed {report['seed']}. Reproduce: `{report['command']}`. Quality is the mean of the "
-                f"scores; brackets are 95 % intervals over clips. The Pareto set is over {report['cost']}.",
+                f"from equal noise, seed {report['seed']}. Reproduce: `{report['command']}`. Quality is the mean of "
+                f"the scores; brackets are 95 % intervals over clips. The Pareto set is over {report['cost']}.",
                 "",
                 *table(
                     ["Pareto", "", "forwards", "clip ms", "quality", *(name.replace("_", " ") for name in names)], rows

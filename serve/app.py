@@ -12,12 +12,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from diagonal.errors import FieldError, require
-from serve.ingress import GatewayDeployment
-from serve.replica import Replica
-from serve.router import SessionRouter
-from serve.scaling import connection_scaling, session_scaling
+from serve.api.deployment import GatewayDeployment
+from serve.policies.autoscaling import connection_scaling, session_scaling
+from serve.policies.routing import SessionRouter
+from serve.replica.replica import Replica
 from serve.settings import ServeSettings
-from serve.store import Store
+from serve.store.store import Store
 
 _CALLS = 10_000  # most of them wait for a chunk; sessions are bounded by the engine, not by this
 _STREAMS = 1_000

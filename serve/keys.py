@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from diagonal.errors import FieldError
-from serve.credentials import Credentials
 from serve.settings import ServeSettings
-from serve.tables import Tables
+from serve.store.credentials import Credentials
+from serve.store.tables import Tables
 
 DONE, REFUSED = 0, 2
 

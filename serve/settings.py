@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.media.encode import CODECS
-from serve.releases import ReleaseSettings, check_name, parse_releases, parsed
+from serve.policies.traffic import ReleaseSettings, check_name, parse_releases, parsed
 
 AUTH_MODES = ("local", "keys")
 SPREAD_SPECTRUM, DENY_LIST = "spread-spectrum", "deny-list:"
@@ -25,7 +25,7 @@ class ServeSettings:
     """Arguments of `serve.app:build`; limits of the API itself come from the release's own configuration.
 
     `release`: a folder or s3:// URI, '' is the embedded one; `model` names it to callers, '' is its own name.
-    `releases`: several side by side, instead of these two (`serve.releases`). `allow_unpromoted`: also serve a
+    `releases`: several side by side, instead of these two (`serve.policies.traffic`). `allow_unpromoted`: also serve a
     release whose manifest does not say that it was promoted. `options`: other values of the release's own `serve`
     settings, by commas, such as decoder=fast,cache_dtype=fp8. `device`: of each replica, such as cpu or cuda.
     `replicas`, `gateways`: how many of each. With `max_replicas`, `max_gateways` that is how many at least, and there

@@ -19,10 +19,9 @@ RANKS = {
     "schedule": 0,
     "metrics": 0,
     "storage": 0,
-    "tree": 0,
+    "jsonfile": 0,
     "mp4": 0,
     "chain": 0,
-    "sections": 0,
     "config": 1,
     "model": 2,
     "diffusion": 3,
@@ -36,9 +35,11 @@ RANKS = {
     "serve": 7,
 }
 EDGE_LIBRARIES = {"ray", "fastapi", "pydantic", "starlette", "uvicorn"}
-LOOKS_INTO_SERVE = "jobs/service_policies.py"  # a simulation runs the service's own decisions: this file alone
+LOOKS_INTO_SERVE = (
+    "jobs/benchmarks/service_policies.py"  # a simulation runs the service's own decisions: this file alone
+)
 NO_PACKAGE = ("platform", "jobs", "serve")
-LONGEST_FILE, LONGEST_FUNCTION = 450, 60
+LONGEST_FILE, LONGEST_FUNCTION = 550, 120
 MODEL_NUMBERS = {1560, 4680, 32760}
 NETWORK_NAMES = {"network", "generator", "student", "transformer", "model"}
 DRAWS = {
@@ -262,11 +263,11 @@ BREACHES: list[tuple[Check, str, str]] = [
     (imports_go_down, "platform/diagonal/geometry.py", "from diagonal.schedule import StepSchedule"),
     (imports_go_down, "platform/diagonal/media/encode.py", "from diagonal.data.world import render"),
     (imports_go_down, "platform/diagonal/training/loop.py", "from diagonal.engine.session import Session"),
-    (imports_go_down, "platform/diagonal/evaluate/bench.py", "import jobs.distill"),
-    (imports_go_down, "platform/diagonal/evaluate/bench.py", "from diagonal.client import DiagonalClient"),
+    (imports_go_down, "platform/diagonal/evaluate/bench/bench.py", "import jobs.distill"),
+    (imports_go_down, "platform/diagonal/evaluate/bench/bench.py", "from diagonal.client import DiagonalClient"),
     (imports_go_down, "platform/diagonal/client/cli.py", "from diagonal.model import dit"),
     (imports_go_down, "serve/app.py", "from jobs.export import main"),
-    (imports_go_down, "jobs/load.py", "from serve.router import Ranking"),
+    (imports_go_down, "jobs/benchmarks/load.py", "from serve.policies.routing import Ranking"),
     (every_unit_has_a_rank, "platform/diagonal/extras/thing.py", ""),
     (edge_libraries_stay_at_the_edge, CORE, "import ray"),
     (edge_libraries_stay_at_the_edge, CORE, "def f():\n    from ray.util.metrics import Gauge"),
@@ -279,7 +280,11 @@ BREACHES: list[tuple[Check, str, str]] = [
     (no_work_at_import, CORE, DOC + "print('imported')"),
     (no_work_at_import, CORE, DOC + "for x in range(3):\n    y = x"),
     (no_broad_except, CORE, "try:\n    f()\nexcept Exception:\n    pass"),
-    (no_broad_except, "serve/replica.py", "try:\n    f()\nexcept (ValueError, BaseException) as error:\n    pass"),
+    (
+        no_broad_except,
+        "serve/replica/replica.py",
+        "try:\n    f()\nexcept (ValueError, BaseException) as error:\n    pass",
+    ),
     (no_broad_except, CORE, "try:\n    f()\nexcept:\n    pass"),
     (no_second_denoising_loop, CORE, "def f():\n    for level in schedule.levels(0):\n        self.network(x, level)"),
     (no_second_denoising_loop, "jobs/pairs.py", "def f():\n    while go:\n        x = blend(to_clean(x, v, a), e, b)"),
@@ -302,13 +307,21 @@ BREACHES: list[tuple[Check, str, str]] = [
 ]
 INNOCENTS: list[tuple[Check, str, str]] = [
     (imports_go_down, CORE, "from diagonal.schedule import warp\nfrom .noise import generator\nimport platform"),
-    (imports_go_down, "serve/app.py", "from ray import serve\nfrom serve.store import Store\nimport diagonal.config"),
+    (
+        imports_go_down,
+        "serve/app.py",
+        "from ray import serve\nfrom serve.store.store import Store\nimport diagonal.config",
+    ),
     (imports_go_down, "jobs/distill.py", "from diagonal.training import loop"),
-    (imports_go_down, LOOKS_INTO_SERVE, "from serve.router import Ranking"),
+    (imports_go_down, LOOKS_INTO_SERVE, "from serve.policies.routing import Ranking"),
     (imports_go_down, "platform/diagonal/client/cli.py", "from diagonal.config import Config"),
     (edge_libraries_stay_at_the_edge, "jobs/distill.py", "import ray"),
     (no_work_at_import, CORE, DOC + "import math\nTABLE = dict(a=1)\nif __name__ == '__main__':\n    main()"),
-    (no_broad_except, "serve/replica.py", "try:\n    f()\nexcept Exception:  # edge: one session's fault\n    pass"),
+    (
+        no_broad_except,
+        "serve/replica/replica.py",
+        "try:\n    f()\nexcept Exception:  # edge: one session's fault\n    pass",
+    ),
     (no_broad_except, CORE, "try:\n    f()\nexcept (ValueError, KeyError):\n    pass"),
     (no_second_denoising_loop, CORE, "def f():\n    for item in kept:\n        network(item.written, item.level)"),
     *(

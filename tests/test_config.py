@@ -10,7 +10,7 @@ import pytest
 
 from diagonal.config import PRESETS, Config
 from diagonal.errors import FieldError
-from diagonal.tree import read_json, write_json
+from diagonal.jsonfile import read_json, write_json
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

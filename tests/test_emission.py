@@ -17,23 +17,23 @@ from diagonal.data.pair_set import Shard, begin, finish
 from diagonal.data.stages import EncodeText, SolveShard
 from diagonal.metrics import ALL, BY_NAME, exporter
 from jobs import distill, pairs
-from jobs.feed import Feed
-from jobs.progress import Place
-from jobs.prompts import pair_prompts_folder
-from jobs.run import Run, open_run, parser
-from jobs.watchdog import Watchdog
-from jobs.worker import Worker
+from jobs.runs.prompts import pair_prompts_folder
+from jobs.runs.run import Run, open_run, parser
+from jobs.workers.data_feed import Feed
+from jobs.workers.reporting import Place
+from jobs.workers.watchdog import Watchdog
+from jobs.workers.worker import Worker
 from serve.settings import DENY_LIST, ServeSettings
 from tests.data.rows import spoil
 from tests.engine.driving import Clock, engine_of, pull, spec_of, stream, timed
 from tests.engine.test_budget import admitted
 from tests.jobs.conftest import SMALL
-from tests.jobs.test_progress import FIGURES, hooks, reporter
+from tests.jobs.workers.test_reporting import FIGURES, hooks, reporter
 from tests.networks import small_release
 from tests.serve.conftest import FakeEngine, Service, deadline
+from tests.serve.gateway.test_failover import Cluster
 from tests.serve.hostile import new_key
 from tests.serve.sockets import cut, viewer
-from tests.serve.test_failover import Cluster
 from tests.sinks import Recorded
 
 PROMPT, OTHER, FORBIDDEN = "a red circle moves left", "a blue square moves right", "a heron"

@@ -15,7 +15,7 @@ import torch
 
 from diagonal.engine.engine import Engine
 from diagonal.engine.session import PromptChange
-from diagonal.evaluate.quality import Student
+from diagonal.evaluate.quality.sources import Student
 from diagonal.model.weights import Release, embedded
 from tests.engine.driving import pull, spec_of
 

@@ -7,8 +7,8 @@ import torch
 
 from diagonal.diffusion.rollout import rollout
 from diagonal.engine.engine import CapacityError
-from diagonal.engine.script import Timeline
 from diagonal.engine.session import ChunkResult, PromptChange
+from diagonal.engine.specs import Timeline
 from diagonal.errors import FieldError
 from diagonal.model.vae import decoder_of
 from tests.engine.driving import OTHER, PROMPT, Clock, Sink, engine_of, equal, meanwhile, pull, spec_of, stream

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from diagonal.engine.chunk_maker import Emitted, SessionError, emit
 from diagonal.engine.engine import Engine, Health
-from diagonal.engine.generation import Emitted, SessionError, emit
 from tests.engine.driving import BreakingDecoder, Sink, engine_of, equal, pull, spec_of, stream
 from tests.engine.test_isolation import PoisonedText
 from tests.networks import SmallRelease, draw, small_release

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diagonal.engine.generation import ChunkMaker
+from diagonal.engine.chunk_maker import ChunkMaker
 from tests.engine.driving import engine_of, spec_of
 from tests.networks import small_release
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from diagonal.engine.chunk_maker import SessionError
 from diagonal.engine.engine import Engine
-from diagonal.engine.flight import Flight
-from diagonal.engine.generation import SessionError
+from diagonal.engine.in_flight import Flight
 from diagonal.engine.lanes import Lane, lanes
 from diagonal.engine.session import ChunkResult, PromptChange, Session, SessionState
 from diagonal.engine.snapshot import Snapshot

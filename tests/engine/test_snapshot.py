@@ -13,9 +13,9 @@ import torch
 from diagonal.config import Config
 from diagonal.diffusion.rollout import KeptChunk, recache
 from diagonal.engine.engine import Engine
-from diagonal.engine.script import MAX_EVENTS, MAX_PENDING
 from diagonal.engine.session import PromptChange
 from diagonal.engine.snapshot import Identity, Snapshot, SnapshotError, increment_bytes, latents_bytes, merged
+from diagonal.engine.specs import MAX_EVENTS, MAX_PENDING
 from diagonal.errors import FieldError
 from tests.engine.driving import OTHER, Clock, engine_of, equal, meanwhile, pull, spec_of, stream
 from tests.networks import begun, caches_for, draw, small_causal, small_config, small_release

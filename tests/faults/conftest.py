@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs.journal import Record
+from jobs.runs.update_log import Record
 from tests.faults.job import MIDDLE, Launcher
 from tests.faults.nodes import Nodes, start_nodes
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from diagonal.storage import Folder
-from diagonal.training.manifest import Checkpoint, checkpoints
-from jobs.journal import UPDATES, Entry, Record, read_journal
+from diagonal.training.checkpoint_manifest import Checkpoint, checkpoints
+from jobs.runs.update_log import UPDATES, Entry, Record, read_journal
 from tests.faults.nodes import until
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from serve import replica
+from serve.replica import replica
 from tests.serve.conftest import FakeEngine, Service, engine, make_service, settings  # noqa: F401
 from tests.serve.sockets import Viewer, viewer
 from tests.serve.wire import wire

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoTokenizer
 
 from diagonal.model.weights import embedded
-from jobs.feed import sample_order
+from jobs.workers.data_feed import sample_order
 from tests.faults.job import UPDATES_IN_ALL, Launcher
 
 WAYS = ("left", "right", "up")

@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 
-from diagonal.training.manifest import check_file, folder_name
-from jobs.journal import Record
+from diagonal.training.checkpoint_manifest import check_file, folder_name
+from jobs.runs.update_log import Record
 from tests.faults.conftest import StoppedRun
 from tests.faults.job import EVERY, START_S, Launcher, difference
 from tests.faults.nodes import Nodes, until

@@ -23,8 +23,8 @@ import pytest
 import uvicorn
 
 from diagonal.metrics import FactorySink
-from serve import replica
-from serve.realtime import RealtimeLimits
+from serve.api.realtime import RealtimeLimits
+from serve.replica import replica
 from serve.settings import ServeSettings
 from tests.serve.conftest import FakeEngine, Service, deadline
 from tests.serve.hostile import memory_bytes, new_key, start, told

@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
-from diagonal.evaluate.load_figures import table
-from diagonal.evaluate.serving_report import overload_text
-from jobs.load import overload
-from jobs.load_sessions import Plan
+from diagonal.evaluate.load.figures import table
+from diagonal.evaluate.load.page import overload_text
+from jobs.benchmarks.load import overload
+from jobs.benchmarks.load_sessions import Plan
 from tests.faults.serving import CONTROLLER, PROXY, LiveService
 from tests.faults.watchers import OverHttp, OverSocket, Watcher, assert_whole
 from tests.serve.browser import Browser
@@ -26,7 +26,7 @@ from tests.serve.browser import Browser
 CHUNK_S = 0.75
 BUSY_S = 5.0  # what a machine of two cores adds on which all parts, their successors and the viewers run
 DRAINED = 1012
-LAST_S = 15.0  # of ten times the load; a minute by `python -m jobs.load --overload`
+LAST_S = 15.0  # of ten times the load; a minute by `python -m jobs.benchmarks.load --overload`
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from jobs.journal import Record
+from jobs.runs.update_log import Record
 from tests.faults.job import EVERY, MIDDLE, UPDATES_IN_ALL, Job, Launcher, difference, sample_numbers
 from tests.faults.nodes import Nodes, until
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jobs.journal import Record
+from jobs.runs.update_log import Record
 from tests.faults.conftest import StoppedRun
 from tests.faults.job import Launcher, difference, sample_numbers
 
@@ -31,7 +31,7 @@ def test_a_stopped_run_goes_on_from_its_last_update_to_the_bit(
 def test_a_setting_that_decides_the_result_is_refused_by_name_on_a_resume(
     stopped: StoppedRun, start: Launcher, tmp_path: Path
 ) -> None:
-    """T10: before any worker starts, and nothing is changed; of other settings, tests/jobs/test_run.py."""
+    """T10: before any worker starts, and nothing is changed; of other settings, tests/jobs/runs/test_run.py."""
     storage = stopped.copied(tmp_path / "copy")
     job = start("--resume", storage=storage, settings={"distill.batch_size": 8})
     before = job.folder.files()

@@ -6,7 +6,7 @@ import re
 import time
 from typing import Any
 
-from jobs.journal import Record
+from jobs.runs.update_log import Record
 from tests.faults.job import START_S, Job, Launcher, difference
 from tests.faults.nodes import Nodes, until
 from tests.s3 import SECRET_KEY, FaultyProxy

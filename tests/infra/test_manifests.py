@@ -14,7 +14,7 @@ import kubernetes_validate
 import pytest
 
 from diagonal.config import Config
-from jobs.run import parser
+from jobs.runs.run import parser
 from serve.settings import ServeSettings
 from tests.infra.manifests import (
     FOLDER,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.run import Run, open_run, parser
+from jobs.runs.run import Run, open_run, parser
 
 SMALL = (
     "train.workers=1",

@@ -13,15 +13,15 @@ from diagonal.media.encode import read_mp4
 from diagonal.model.weights import Release, embedded
 from diagonal.training.state import TrainState
 from jobs import distill
-from jobs.control import start_control
-from jobs.feed import Feed
-from jobs.fit import fit
-from jobs.journal import UPDATES, Record, read_journal
 from jobs.ode_init import initialise
-from jobs.progress import Place, Progress
-from jobs.run import Run
-from jobs.watchdog import Watchdog
-from jobs.worker import Worker
+from jobs.runs.run import Run
+from jobs.runs.update_log import UPDATES, Record, read_journal
+from jobs.workers.control import start_control
+from jobs.workers.data_feed import Feed
+from jobs.workers.ray_train import fit
+from jobs.workers.reporting import Place, Progress
+from jobs.workers.watchdog import Watchdog
+from jobs.workers.worker import Worker
 from tests.jobs.conftest import OpenRun
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]

@@ -11,10 +11,11 @@ import pytest
 
 from diagonal.config import Config
 from diagonal.errors import FieldError
-from diagonal.evaluate.quality import Student
-from diagonal.evaluate.search import Point, grid, pareto, parse_context, profile
+from diagonal.evaluate.experiments.search import Point, grid, pareto, parse_context, profile
+from diagonal.evaluate.quality.sources import Student
 from diagonal.model.weights import Release, ReleaseError, embedded
-from jobs import evaluate, experiments, search
+from jobs import evaluate, search
+from jobs.benchmarks import experiments
 from serve.settings import ServeSettings
 
 BASE = Config.from_preset("tiny")

@@ -26,8 +26,8 @@ from diagonal.errors import FieldError
 from diagonal.model.weights import embedded
 from diagonal.storage import Folder
 from jobs.pairs import check_seen, make_pairs, usable_pairs
-from jobs.prompts import pair_prompts, training_prompts
-from jobs.run import JobFailed, Run
+from jobs.runs.prompts import pair_prompts, training_prompts
+from jobs.runs.run import JobFailed, Run
 from tests.data.rows import spoil
 from tests.jobs.conftest import OpenRun
 
@@ -41,7 +41,7 @@ def files_of(folder: Folder) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def unbroken(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, bytes]]]:
     """The files of runs that nothing disturbed, by their settings."""
-    from jobs.run import open_run, parser
+    from jobs.runs.run import open_run, parser
     from tests.jobs.conftest import SMALL
 
     found, storage = {}, tmp_path_factory.mktemp("unbroken")

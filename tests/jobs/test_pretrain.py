@@ -8,9 +8,9 @@ import pytest
 from diffusers import AutoencoderKLWan
 
 from diagonal.config import Config
+from diagonal.jsonfile import read_json
 from diagonal.model.vae import LinearCodec
 from diagonal.model.weights import load_codec, load_teacher
-from diagonal.tree import read_json
 from jobs import pretrain
 
 SMALL = (

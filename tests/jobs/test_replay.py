@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from diagonal.engine.engine import Engine
-from diagonal.engine.script import PromptChange, SessionSpec
 from diagonal.engine.snapshot import SnapshotError
+from diagonal.engine.specs import PromptChange, SessionSpec
 from diagonal.errors import FieldError
 from diagonal.media.encode import ChunkEncoder, write_fragments
 from diagonal.model.weights import Release

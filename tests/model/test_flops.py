@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from diagonal.config import Config
 from diagonal.diffusion.rollout import rollout
 from diagonal.diffusion.teacher import velocity
+from diagonal.model.architecture import TransformerLayout
 from diagonal.model.attention import BlockCausal
 from diagonal.model.flops import chunk_flops, clip_flops, forward_flops, rollout_flops, update_flops
-from diagonal.model.layout import TransformerLayout
 from tests.model.test_layout import WAN_1_3B, WAN_14B
 from tests.networks import begun, caches_for, draw, small_causal, small_config, small_wan
 

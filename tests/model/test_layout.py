@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from diagonal.errors import FieldError
-from diagonal.model.layout import TransformerLayout
+from diagonal.model.architecture import TransformerLayout
 from tests.networks import small_wan
 
 WAN_1_3B: dict[str, Any] = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from diagonal.errors import FieldError
+from diagonal.jsonfile import write_json
 from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
 from diagonal.model.fp8 import Fp8Linear
 from diagonal.model.weights import Release, ReleaseError, write_release_with_decoder
-from diagonal.tree import write_json
 from tests.model.folders import files_of
 from tests.networks import CHANNELS, draw, roughen
 
@@ -20,7 +20,7 @@ WEIGHTS = "decoder/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def decoder(tmp_path: Path) -> Path:
-    """A folder as jobs/decoder.py writes one, of the small configuration's strides."""
+    """A folder as jobs/distill_decoder.py writes one, of the small configuration's strides."""
     network = FastDecoder(CHANNELS, widths=(8, 6, 4), blocks=(1, 1, 1))
     roughen(network)
     network.save_pretrained(tmp_path / "decoder")

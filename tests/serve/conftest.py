@@ -26,13 +26,13 @@ from diagonal.engine.recording import Recording
 from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
 from diagonal.engine.snapshot import Snapshot
 from diagonal.errors import require
-from serve.fleet import Fleet
-from serve.gateway import Gateway
-from serve.realtime import RealtimeLimits
-from serve.replica import Replica
-from serve.routes import create_app
+from serve.api.realtime import RealtimeLimits
+from serve.api.routes import create_app
+from serve.gateway.fleet import Fleet
+from serve.gateway.gateway import Gateway
+from serve.replica.replica import Replica
 from serve.settings import ServeSettings
-from serve.store import Store
+from serve.store.store import Store
 from tests.serve import postgres
 
 CONFIG = Config.from_preset("tiny", ["serve.max_sessions=2", "serve.max_prompt_characters=200", "serve.max_seconds=60"])
@@ -236,7 +236,7 @@ class Service:
         return {"replica-1": Replica(self.settings, lambda *_: load, self.metrics, "replica-1")}
 
     def find_replica(self, session_id: str) -> Replica | None:
-        """As `serve.router` does: the one that is named, else the least loaded one that there is, another if asked."""
+        """As `serve.policies.routing` does: the one that is named, else the least loaded, another if asked."""
         holder = session_id.rpartition("/")[0]
         ranked = sorted(self.replicas, key=lambda name: (f"!{name}" == holder, len(self.replicas[name]._slots)))
         return self.replicas.get(holder) or next((self.replicas[name] for name in ranked), None)

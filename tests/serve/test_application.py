@@ -216,6 +216,6 @@ def test_the_shipped_configuration_is_one_that_serve_and_the_application_accept(
 
 
 def test_gateway_and_store_load_no_torch() -> None:
-    code = "import sys, serve.ingress, serve.store; print('torch' in sys.modules)"
+    code = "import sys, serve.api.deployment, serve.store.store; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "False", done.stderr

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from diagonal.client import BrokenStreamError
-from diagonal.evaluate.load_figures import summarise
-from jobs.load import arrivals, find_capacity, offer, overload, work
-from jobs.load_sessions import Plan, Timeline
-from serve.realtime import RealtimeLimits
+from diagonal.evaluate.load.figures import summarise
+from jobs.benchmarks.load import arrivals, find_capacity, offer, overload, work
+from jobs.benchmarks.load_sessions import Plan, Timeline
+from serve.api.realtime import RealtimeLimits
 from tests.serve.conftest import FakeEngine, Service
 from tests.test_mp4 import parts as parts
 

@@ -9,7 +9,7 @@ import pytest
 from diagonal.errors import FieldError
 from diagonal.metrics import NullSink
 from diagonal.model.weights import Release
-from serve import loading
+from serve.replica import loading
 from serve.settings import ServeSettings
 
 

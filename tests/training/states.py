@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diagonal.storage import Folder
-from diagonal.training import manifest
+from diagonal.training import checkpoint_manifest
 from diagonal.training.checkpoint import Checkpointer
 from diagonal.training.ema import Ema
 from diagonal.training.parallel import (
@@ -107,15 +107,15 @@ def remove_metadata(folder: Path) -> None:
 
 
 def remove_manifest(folder: Path) -> None:
-    (folder / manifest.name_of(0)).unlink()
+    (folder / checkpoint_manifest.name_of(0)).unlink()
 
 
 def cut_manifest(folder: Path) -> None:
-    os.truncate(folder / manifest.name_of(0), 20)
+    os.truncate(folder / checkpoint_manifest.name_of(0), 20)
 
 
 def edit_manifest(folder: Path, **changes: object) -> None:
-    path = folder / manifest.name_of(0)
+    path = folder / checkpoint_manifest.name_of(0)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 

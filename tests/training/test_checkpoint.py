@@ -14,9 +14,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from diagonal.storage import Folder, StorageError
-from diagonal.training import manifest
+from diagonal.training import checkpoint_manifest
 from diagonal.training.checkpoint import Restored
-from diagonal.training.manifest import CheckpointError, checkpoints
+from diagonal.training.checkpoint_manifest import CheckpointError, checkpoints
 from diagonal.training.state import TrainState
 from tests.training.networks import Network
 from tests.training.ranks import Ranks
@@ -129,7 +129,7 @@ def test_copies_beyond_a_shard_group_are_saved_once_and_load_at_one_rank(two_ran
 
 
 def away(rank: int, root: str) -> str:
-    broken = mock.patch.object(manifest, "scan", side_effect=StorageError("no answer"))
+    broken = mock.patch.object(checkpoint_manifest, "scan", side_effect=StorageError("no answer"))
     with broken, pytest.raises(StorageError) as told:
         keeper(root).restore(fresh(0, 2))
     return str(told.value)
@@ -158,7 +158,7 @@ def test_the_manifest_lists_every_file_and_says_where_the_run_stands(tmp_path: P
     assert listed.progress == {"stage": 1, "update": 3, "epoch": 1, "samples_seen": 6}
     assert (listed.update, listed.world_size, listed.folder.path) == (3, 1, folder)
     assert 0.0 <= listed.age_s < 60.0
-    files = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != manifest.name_of(0)}
+    files = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != checkpoint_manifest.name_of(0)}
     assert files == {name: entry["bytes"] for name, entry in listed.files.items()} and len(files) == 2
     assert listed.size_bytes == sum(files.values())
 
@@ -214,8 +214,8 @@ def test_parts_of_two_saves_are_not_taken_for_one(tmp_path: Path) -> None:
     state = fresh(0, 1)
     folder, other = saved(state, tmp_path, 5, 7)
     edit_manifest(folder, world_size=2)
-    shutil.copy(other / manifest.name_of(0), folder / manifest.name_of(1))
-    whole, broken = manifest.scan(Folder(str(tmp_path)))
+    shutil.copy(other / checkpoint_manifest.name_of(0), folder / checkpoint_manifest.name_of(1))
+    whole, broken = checkpoint_manifest.scan(Folder(str(tmp_path)))
     assert [found.update for found in whole] == [7]
     assert "of another save" in broken[0].reason
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diagonal.config import Config
-from diagonal.evaluate.options import psnr_db
+from diagonal.evaluate.quality.serving_options import psnr_db
 from diagonal.model.fast_decoder import StreamingFastDecoder
 from diagonal.model.vae import decoder_of
 from diagonal.training.fast_decoder import (

@@ -14,10 +14,11 @@ from transformers import UMT5Config, UMT5EncoderModel
 from diagonal.config import Config
 from diagonal.diffusion.rollout import new_pool
 from diagonal.errors import FieldError
+from diagonal.jsonfile import read_json
 from diagonal.model import attention
+from diagonal.model.architecture import TransformerLayout
 from diagonal.model.attention import stage0_mask
 from diagonal.model.dit import CausalWan
-from diagonal.model.layout import TransformerLayout
 from diagonal.model.weights import embedded, load_causal, load_teacher
 from diagonal.training import distill
 from diagonal.training.distill import Networks, PromptBatch, critic_loss, generator_loss
@@ -32,7 +33,6 @@ from diagonal.training.memory import (
 )
 from diagonal.training.ode_init import PairBatch, ode_loss
 from diagonal.training.parallel import ParallelPlan, Precision, parallelize
-from diagonal.tree import read_json
 from tests.model.test_layout import WAN_1_3B, WAN_14B
 from tests.networks import small_causal, small_config
 from tests.training.live_bytes import LiveBytes

@@ -11,8 +11,8 @@ import torch
 from diagonal.config import Config
 from diagonal.data.embedded import embedded_world
 from diagonal.errors import FieldError
-from diagonal.evaluate.learning import GUIDANCES, score_learning
-from diagonal.evaluate.quality import score_teacher
+from diagonal.evaluate.quality.sources import score_teacher
+from diagonal.evaluate.quality.teacher_scores import GUIDANCES, score_learning
 from diagonal.model.text import TextEncoder
 from diagonal.model.weights import embedded
 from diagonal.training.pretrain import (
@@ -23,7 +23,7 @@ from diagonal.training.pretrain import (
     fit_codec,
     train_teacher,
 )
-from diagonal.training.text import fit_text
+from diagonal.training.text_encoder_training import fit_text
 
 CONFIG = Config.from_preset(
     "tiny-textured",

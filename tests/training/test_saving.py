@@ -24,9 +24,9 @@ from torch import Tensor
 
 from diagonal.storage import Folder
 from diagonal.training.checkpoint import Checkpointer
-from diagonal.training.manifest import CheckpointError, UnfinishedError, checkpoints, scan
+from diagonal.training.checkpoint_manifest import CheckpointError, UnfinishedError, checkpoints, scan
+from diagonal.training.distributed import gathered, highest, own_rank, world_size
 from diagonal.training.parallel import device_mesh
-from diagonal.training.ranks import gathered, highest, own_rank, world_size
 from tests.training.ranks import Ranks
 from tests.training.states import advance, contents, flip, folder_of, fresh, keeper, remove_manifest, same, saved
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diagonal.storage import Folder, StorageError, s3
 from diagonal.training.checkpoint import Checkpointer
-from diagonal.training.manifest import CheckpointError, checkpoints, name_of
+from diagonal.training.checkpoint_manifest import CheckpointError, checkpoints, name_of
 from tests.s3 import FaultyProxy, S3Server, environment
 from tests.training.ranks import Ranks
 from tests.training.states import advance, contents, fresh, same

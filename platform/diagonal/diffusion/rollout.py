@@ -16,9 +16,9 @@ from diagonal.diffusion.noise import batch_noise, generator
 from diagonal.errors import require
 from diagonal.geometry import ChunkGeometry
 from diagonal.model.cache import CacheBatch, KVCache, KVPool, on_device
+from diagonal.model.compiled import StaticGenerator
 from diagonal.model.dit import TextContext
 from diagonal.model.fp8 import FORMAT
-from diagonal.model.static import StaticGenerator
 from diagonal.schedule import StepSchedule
 
 StepNoise = Callable[[int], Tensor]

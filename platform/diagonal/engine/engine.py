@@ -13,16 +13,16 @@ from torch import Tensor
 
 from diagonal.diffusion.rollout import KeptChunk, latents_dtype
 from diagonal.engine.admission import BudgetError, CapacityError, ChunkKind, settled_chunk
+from diagonal.engine.chunk_maker import ChunkMaker, Emitted, Servable, SessionError
 from diagonal.engine.drift import ReanchorPolicy
-from diagonal.engine.flight import Flight, Stopwatch, decoded_aside
-from diagonal.engine.generation import ChunkMaker, Emitted, Servable, SessionError
+from diagonal.engine.in_flight import Flight, Stopwatch, decoded_aside
 from diagonal.engine.lanes import lanes
 from diagonal.engine.scheduler import Candidate, choose
-from diagonal.engine.script import PromptChange, SessionSpec
 from diagonal.engine.session import ChunkResult, Session, SessionState
 from diagonal.engine.sessions import EngineStats, Sessions
+from diagonal.engine.specs import PromptChange, SessionSpec
 from diagonal.metrics import MetricSink, NullSink
-from diagonal.model.static import load_compiled, save_compiled
+from diagonal.model.compiled import load_compiled, save_compiled
 
 __all__ = ["BudgetError", "CapacityError", "Engine", "EngineStats", "Health"]
 

@@ -9,8 +9,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from diagonal.engine.script import Event, SessionSpec
 from diagonal.engine.snapshot import Identity, SnapshotError
+from diagonal.engine.specs import Event, SessionSpec
 from diagonal.schedule import StepSchedule
 
 SCHEMA_VERSION = 1

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from diagonal.engine.chunk_maker import Servable
 from diagonal.engine.drift import ReanchorPolicy
 from diagonal.engine.engine import Engine
-from diagonal.engine.generation import Servable
 from diagonal.engine.recording import Recording
-from diagonal.engine.script import Event, PromptChange
+from diagonal.engine.specs import Event, PromptChange
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from diagonal.diffusion.rollout import KeptChunk
 from diagonal.engine.admission import RECACHE_ONCE, Progress
 from diagonal.engine.drift import DriftMonitor
-from diagonal.engine.script import MAX_EVENTS, MAX_SEED, Event, PromptChange, SessionSpec, Timeline
 from diagonal.engine.snapshot import Identity, MediaTimeline, Snapshot
+from diagonal.engine.specs import MAX_EVENTS, MAX_SEED, Event, PromptChange, SessionSpec, Timeline
 from diagonal.geometry import ChunkGeometry
 from diagonal.model.cache import KVCache
 from diagonal.model.dit import TextContext

@@ -21,11 +21,11 @@ from diagonal.engine.admission import (
     busy_share,
     demand_of,
 )
-from diagonal.engine.generation import ChunkMaker
+from diagonal.engine.chunk_maker import ChunkMaker
 from diagonal.engine.recording import Recording
-from diagonal.engine.script import MAX_EVENTS, MAX_PENDING, PromptChange, SessionSpec
 from diagonal.engine.session import IllegalMoveError, Session, SessionInfo, SessionState, decoder_bytes
 from diagonal.engine.snapshot import Snapshot, SnapshotError, check_latents
+from diagonal.engine.specs import MAX_EVENTS, MAX_PENDING, PromptChange, SessionSpec
 from diagonal.errors import require
 from diagonal.metrics import MetricSink
 from diagonal.schedule import StepSchedule

@@ -20,7 +20,7 @@ from torch import Tensor
 from diagonal.config import Config, ServeConfig
 from diagonal.diffusion.rollout import KeptChunk, latents_dtype
 from diagonal.engine.drift import DriftMonitor
-from diagonal.engine.script import Blend, Event, PromptChange, SessionSpec, Timeline
+from diagonal.engine.specs import Blend, Event, PromptChange, SessionSpec, Timeline
 from diagonal.geometry import ChunkGeometry
 from diagonal.schedule import StepSchedule
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diagonal.config import Config
+from diagonal.model.architecture import TransformerLayout
 from diagonal.model.attention import stage0_mask
-from diagonal.model.layout import TransformerLayout
 from diagonal.schedule import StepSchedule
 
 

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diagonal.errors import FieldError
+from diagonal.jsonfile import read_json
 from diagonal.storage import Folder, StorageError
-from diagonal.tree import read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 import diagonal
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
-from diagonal.model.card import CARD, statement_of, write_card
+from diagonal.jsonfile import read_json, write_json
 from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
 from diagonal.model.fp8 import use_fp8_linears
@@ -28,10 +28,10 @@ from diagonal.model.manifest import FORMAT_VERSION, check_files, check_promoted,
 from diagonal.model.manifest import MANIFEST as MANIFEST
 from diagonal.model.manifest import ReleaseError as ReleaseError
 from diagonal.model.manifest import file_hash as file_hash
+from diagonal.model.model_card import CARD, statement_of, write_card
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of, laid_out
 from diagonal.storage import Folder
-from diagonal.tree import read_json, write_json
 
 Model = TypeVar("Model", bound=ModelMixin)
 
@@ -184,7 +184,7 @@ def load_fast_decoder(folder: Path, config: Config, dtype: torch.dtype = torch.f
         (path / CONFIG).is_file(),
         "serve.decoder",
         "fast",
-        f"full: {folder} has no {FAST_DECODER}/, which jobs/decoder.py makes",
+        f"full: {folder} has no {FAST_DECODER}/, which jobs/distill_decoder.py makes",
     )
     network: FastDecoder = _load_whole(FastDecoder, path, dtype)
     for field in ("latent_channels", "temporal_stride", "spatial_stride"):
@@ -328,7 +328,7 @@ def write_release(
 ) -> Release:
     """Write a release from a student folder and its base model's codec and text; whole or not at all.
 
-    `statement` goes into its card (`diagonal.model.card`). Raises `FieldError` when `target` already exists.
+    `statement` goes into its card (`diagonal.model.model_card`). Raises `FieldError` when `target` already exists.
     """
     if target.exists():
         raise FieldError("release folder", str(target), "a folder that does not exist yet")

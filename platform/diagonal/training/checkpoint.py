@@ -27,9 +27,18 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from diagonal.errors import FieldError, require
 from diagonal.storage import Folder, StorageError
-from diagonal.training import manifest
-from diagonal.training.manifest import Checkpoint, CheckpointError, UnfinishedError, folder_name
-from diagonal.training.ranks import Group, from_rank_0, gathered, gloo_group, highest, is_grouped, own_rank, world_size
+from diagonal.training import checkpoint_manifest
+from diagonal.training.checkpoint_manifest import Checkpoint, CheckpointError, UnfinishedError, folder_name
+from diagonal.training.distributed import (
+    Group,
+    from_rank_0,
+    gathered,
+    gloo_group,
+    highest,
+    is_grouped,
+    own_rank,
+    world_size,
+)
 from diagonal.training.state import TrainState
 
 IDLE, RUNNING, FAILED = range(3)
@@ -166,11 +175,11 @@ class Checkpointer:
         with self._written_at(folder) as local:
             writer = dcp.FileSystemWriter(local, sync_files=folder.is_local)
             dcp.save(staged, storage_writer=writer, process_group=self._background, no_dist=not is_grouped())
-            told = manifest.compose(local, own_rank(), world_size(), token, progress)
+            told = checkpoint_manifest.compose(local, own_rank(), world_size(), token, progress)
             if not folder.is_local:
                 for name in told["files"]:
                     folder.put(local / name, name)
-            folder.write_json(manifest.name_of(own_rank()), told)
+            folder.write_json(checkpoint_manifest.name_of(own_rank()), told)
 
     @contextmanager
     def _written_at(self, folder: Folder) -> Iterator[Path]:
@@ -182,7 +191,7 @@ class Checkpointer:
             yield local
 
     def _retain(self, newest: Folder) -> None:
-        whole, broken = manifest.scan(self._root)
+        whole, broken = checkpoint_manifest.scan(self._root)
         names = [found.folder.name for found in whole if found.folder.name not in self._refused]
         if newest.name not in names:
             raise CheckpointError(newest, "rank 0 does not see the files of all ranks: every node must see the folder")
@@ -190,7 +199,7 @@ class Checkpointer:
         useless = {found.folder.name for found in whole} | {error.folder.rpartition("/")[2] for error in broken}
         try:
             for name in sorted(useless - kept):
-                manifest.bury(self._root / name)
+                checkpoint_manifest.bury(self._root / name)
         except (OSError, StorageError) as error:
             _log.warning("old checkpoints stay: %s", error)
 
@@ -227,8 +236,8 @@ class Checkpointer:
         return None
 
 
-def _listed(root: Folder) -> tuple[list[tuple[str, tuple[manifest.Manifest, ...]]], list[CheckpointError]]:
-    whole, broken = manifest.scan(root)
+def _listed(root: Folder) -> tuple[list[tuple[str, tuple[checkpoint_manifest.Manifest, ...]]], list[CheckpointError]]:
+    whole, broken = checkpoint_manifest.scan(root)
     return [(found.folder.name, found.manifests) for found in whole], broken
 
 
@@ -242,7 +251,7 @@ def _fetched(chosen: Checkpoint, local: Path, names: list[str]) -> CheckpointErr
         for name in names:
             if not chosen.folder.is_local:
                 chosen.folder.get(name, local / name)
-            manifest.check_file(chosen, name, local / name)
+            checkpoint_manifest.check_file(chosen, name, local / name)
     except (CheckpointError, StorageError) as error:
         return error
     except FieldError as error:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from diagonal.config import Config
 from diagonal.model.attention import BlockCausal
+from diagonal.training.batch_partition import micro_batches, require_own
 from diagonal.training.distill import Networks, PromptBatch, Terms, critic_loss, generator_loss
+from diagonal.training.distributed import own_rank, world_size
 from diagonal.training.ema import Ema
 from diagonal.training.ode_init import PairBatch, ode_loss
 from diagonal.training.parallel import any_rank, clip_gradients, finish_gradients, rollout_scope
-from diagonal.training.ranks import own_rank, world_size
-from diagonal.training.slices import micro_batches, require_own
 from diagonal.training.state import TrainState
 
 Batch = TypeVar("Batch")

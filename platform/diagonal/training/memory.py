@@ -12,7 +12,7 @@ from typing import Any
 
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
-from diagonal.model.layout import TransformerLayout
+from diagonal.model.architecture import TransformerLayout
 
 Lines = list[tuple[str, int]]
 FLOAT32 = 4

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from diagonal.errors import require
-from diagonal.training.ranks import is_grouped
+from diagonal.training.distributed import is_grouped
 
 Network = TypeVar("Network", bound=nn.Module)
 FloatName = Literal["bfloat16", "float32"]

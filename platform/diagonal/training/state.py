@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from diagonal.errors import require
+from diagonal.training.distributed import own_rank
 from diagonal.training.ema import Ema
-from diagonal.training.ranks import own_rank
 
 Saved = Mapping[str, TensorStorageMetadata]
 

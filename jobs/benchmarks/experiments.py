@@ -1,0 +1,134 @@
+"""The experiments of docs/results/quality.md: run some, one seed after another; time one's variants side by side; or
+write the page of what was run.
+
+    python jobs/benchmarks/experiments.py list
+    python jobs/benchmarks/experiments.py run table1 --seeds 0 1 2
+    python jobs/benchmarks/experiments.py run all --clips 24 --updates 10 --streams 2 --seconds 8 --folder runs/trial
+    python jobs/benchmarks/experiments.py speed table1
+    python jobs/benchmarks/experiments.py page
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from diagonal.config import Config
+from diagonal.errors import require
+from diagonal.evaluate.experiments.page import collect, page
+from diagonal.evaluate.experiments.runs import Plan, run_row, run_speed
+from diagonal.evaluate.experiments.table import Experiment, experiment, experiments
+from diagonal.model.weights import base_folder, embedded, fetch
+from jobs.evaluate import circumstances, write_report
+from jobs.runs.run import main, say
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("list", "run", "speed", "page"))
+    parser.add_argument("keys", nargs="*", help="with run and speed: experiments by key, or all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds; clips are the same for all")
+    parser.add_argument("--only", default="", help="with run: only variants whose name holds this")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
+    parser.add_argument("--init", default="", help="the shared initialised student (default: the embedded one)")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=360,
+        help="of each training (360, half of them stage 1, took about 5 CPU-minutes on the first world)",
+    )
+    parser.add_argument("--stage1-updates", type=int, help="how many of them are stage 1 (default: half)")
+    parser.add_argument("--clips", type=int, default=2000, help="clips of a row of Table 1")
+    parser.add_argument("--fewer-clips", type=int, default=500, help="of any other row, at most --clips")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--folder", default="runs/quality", help="rows, parts, students and contact sheets")
+    parser.add_argument("--out", default="docs/results/quality", help="with page: writes OUT.json and OUT.md")
+    found = parser.parse_args(argv)
+    require(all(seed >= 0 for seed in found.seeds), "--seeds", found.seeds, "whole numbers of at least 0")
+    needs = found.what in ("run", "speed")
+    require(not needs or bool(found.keys), "experiment", "", f"with {found.what}: keys of experiments, or all")
+    return found
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """What the arguments ask for."""
+    config = Config.from_preset(options.preset, options.settings)
+    init = fetch(options.init) if options.init else embedded("ode_init", config.embedded_model)
+    return Plan(
+        config,
+        base_folder(config),
+        init,
+        Path(options.folder),
+        options.updates,
+        options.clips,
+        options.fewer_clips,
+        options.streams,
+        options.seconds,
+        options.held_out,
+        options.stage1_updates,
+    )
+
+
+def chosen(keys: Sequence[str], shift: float) -> list[Experiment]:
+    """The experiments of these keys."""
+    return list(experiments(shift)) if "all" in keys else [experiment(key, shift) for key in keys]
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    """Every row that is asked for and not there yet; each is kept at once, so a run that is cut off goes on."""
+    plan = plan_of(options)
+    for one in chosen(options.keys, plan.config.schedule.shift):
+        for seed in options.seeds:
+            for variant in (v for v in one.variants if options.only in v.name):
+                say(f"{one.key}: {variant.name}, seed {seed}")
+                run_row(plan, one, variant, seed, circumstances(command), say)
+
+
+def speed(options: argparse.Namespace, command: str) -> None:
+    """The variants of experiments in turns; students that are not there are trained."""
+    plan = plan_of(options)
+    for one in (one for one in chosen(options.keys, plan.config.schedule.shift) if one.measure == "clips"):
+        found = run_speed(plan, one, options.seeds[0], circumstances(command), say)
+        say("\n".join(f"{one.key}: {name}: {fps:.0f} fps" for name, fps in found["fps"].items()))
+
+
+def budget_arguments(options: argparse.Namespace) -> str:
+    """The arguments that decide what a row is, for the page's commands."""
+    parts = [
+        f"--updates {options.updates}",
+        f"--clips {options.clips}",
+        f"--fewer-clips {options.fewer_clips}",
+        f"--streams {options.streams}",
+        f"--seconds {options.seconds:g}",
+        "--seeds",
+        *(str(seed) for seed in options.seeds),
+    ]
+    parts += [] if options.stage1_updates is None else [f"--stage1-updates {options.stage1_updates}"]
+    parts += ["--held-out"] if options.held_out else []
+    parts += [f"--preset {options.preset}"] if options.preset != "tiny" else []
+    parts += [f"--set {setting}" for setting in options.settings]
+    parts += [f"--init {options.init}"] if options.init else []
+    return " ".join(parts)
+
+
+def work(argv: Sequence[str]) -> None:
+    options = arguments(argv)
+    shift = Config.from_preset(options.preset, options.settings).schedule.shift
+    if options.what == "list":
+        for one in experiments(shift):
+            say(f"{one.key}: {one.paper}, {len(one.variants)} variants, {one.seeds} seeds. {one.question}")
+    elif options.what in ("run", "speed"):
+        (run if options.what == "run" else speed)(options, " ".join(["python jobs/benchmarks/experiments.py", *argv]))
+    else:
+        found = collect(plan_of(options), options.seeds, "python jobs/benchmarks/experiments.py")
+        for entry in found["experiments"]:
+            entry["command"] = f"{entry['command']} {budget_arguments(options)}"
+        write_report(options.out, found, page(found, shift))
+
+
+if __name__ == "__main__":
+    main("jobs.benchmarks.experiments")

@@ -1,0 +1,1 @@
+"""A run: arguments, folder, lease, plan, log, summary."""

@@ -1,0 +1,102 @@
+"""Students and releases in a run's folder: written whole, read back through a local copy where the run is remote."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diagonal.errors import require
+from diagonal.model.weights import LINEAGE, MANIFEST, base_uri, fetch, save_student, write_release
+from diagonal.storage import Folder
+from jobs.runs.run import Run
+
+STATEMENT = "statement.md"
+
+
+def lineage_of(uri: str) -> str:
+    """How lineage names a folder: by its parent and itself (`tiny/base`, `RUN/stage1`), wherever it lies."""
+    whole = uri if "://" in uri else str(Path(uri).absolute())
+    return "/".join(whole.rstrip("/").split("/")[-2:])
+
+
+def base_lineage(run: Run) -> str:
+    """How lineage names the run's base model."""
+    return lineage_of(base_uri(run.config))
+
+
+def write_student(
+    run: Run, stage: str, layout: Mapping[str, Any], weights: Mapping[str, Tensor], lineage: Mapping[str, Any]
+) -> None:
+    """Write the student of a stage, whole or not at all, with where it comes from."""
+    with (run.folder / stage).replaced(last=LINEAGE) as folder:
+        save_student(folder, run.config, layout, weights, {"stage": stage, "seed": run.config.seed, **lineage})
+
+
+def publish_release(run: Run, student: Path, lineage: Mapping[str, Any]) -> None:
+    """Write `release/` from a local student folder, whole or not at all; the manifest comes last.
+
+    What its maker states in the run's `statement.md`, if there is one, goes into its card.
+    """
+    statement = run.folder.read(STATEMENT).decode() if run.folder.has(STATEMENT) else ""
+    with (run.folder / "release").replaced(last=MANIFEST) as folder:
+        folder.rmdir()  # `write_release` makes it
+        write_release(
+            folder, name=run.name, student=student, base=run.base, lineage=lineage, scores={}, statement=statement
+        )
+
+
+def initial_student(run: Run) -> Path:
+    """What stage 1 starts from: a local folder that holds `transformer/`, or a local `.pt`."""
+    if run.makes_student:
+        return local_copy(run, "ode_init")
+    given = run.initial_student
+    if not given.endswith(".pt"):
+        return fetch(given)
+    file = Folder(given, run.config.train.storage_patience_s)
+    if file.is_local:
+        return file.path
+    target = _cache() / f"{run.name}-{run.identity}-{file.name}"
+    with _only_one(target):
+        if not target.exists():
+            file.parent.get(file.name, target)
+    return target
+
+
+def local_copy(run: Run, name: str, last: str = LINEAGE) -> Path:
+    """A local folder with the run's finished folder `name`, the file `last` of which says that it is whole.
+
+    Itself where the run is local; else downloaded once on each machine. A finished folder never changes, and the copy
+    is named after the run's identity, so a later run of the same name has its own.
+    """
+    folder = run.folder / name
+    if folder.is_local:
+        return folder.path
+    require(folder.has(last), "folder", str(folder), f"one that is finished: it holds {last}")
+    key = hashlib.sha256(f"{folder} {run.identity}".encode()).hexdigest()[:16]
+    target = _cache() / f"{run.name}-{name}-{key}"
+    with _only_one(target):
+        if not (target / last).is_file():
+            files = [file for file in folder.files() if file != last]
+            for file in [*files, last]:
+                folder.get(file, target / file)
+    return target
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("DIAGONAL_CACHE") or Path.home() / ".cache" / "diagonal") / "runs"
+
+
+@contextmanager
+def _only_one(target: Path) -> Iterator[None]:
+    """One process of a machine at a time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,1 @@
+"""What runs on Ray Train's workers."""

@@ -1,0 +1,1 @@
+"""How good clips are: sources, scores, gate, video metrics."""

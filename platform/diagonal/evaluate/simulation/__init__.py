@@ -1,0 +1,1 @@
+"""Capacity on a simulated clock."""

@@ -1,0 +1,1 @@
+"""The outside: routes, socket, authentication, OpenAPI."""

@@ -1,0 +1,144 @@
+"""Who may come in: every route but a few asks for a key, WebSocket upgrades included, in this application itself.
+
+A proxy in front can be bypassed, so none is relied on. Keys come in the `Authorization` header alone, never in an
+address; a browser, which cannot set it on a WebSocket, shows a one-time client secret as a subprotocol.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from ipaddress import ip_address
+from typing import Protocol
+from urllib.parse import SplitResult, urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve.records import Caller
+from serve.store.credentials import CLIENT_SECRET, KEY, Secret, parse_secret
+from serve.store.tables import LOCAL
+from serve.wire import problems
+from serve.wire.problems import Problem
+
+PUBLIC = frozenset({"/", "/health/live", "/health/ready", "/openapi.json"})
+PUBLIC_FOLDER = "/viewer/"
+SUBPROTOCOL = "realtime"
+_SECRET_PROTOCOLS = ("diagonal-client-secret.", "openai-insecure-api-key.")
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+LOCAL_CALLER = Caller(LOCAL, LOCAL)
+REQUESTS_AT_ONCE = 200  # of one key, at one gateway: a stream and a socket are one as long as they are open
+
+
+class Keyring(Protocol):
+    """What the door asks of the gateway."""
+
+    async def caller(self, shown: Secret) -> Caller | None: ...
+
+    async def redeem(self, shown: Secret) -> Caller | None: ...
+
+
+class Door:
+    """ASGI middleware: puts the caller into the request's state, or answers 401, 403 or 429."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, asks_everybody: bool, origins: tuple[str, ...]) -> None:
+        self._app, self._keyring = app, keyring
+        self._asks_everybody, self._origins = asks_everybody, origins
+        self._open: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        key_id = ""
+        try:
+            self._check_origin(scope, headers)
+            if not _is_public(scope):
+                caller = scope.setdefault("state", {})["caller"] = await self._caller(scope, headers)
+                self._check_room(caller)
+                key_id = caller.key_id
+            if "\0" in scope["path"]:
+                raise Problem(404, "not_found", "Not Found")  # no name has one, and not every database takes it
+        except Problem as problem:
+            return await problems.reject(problem, scope, receive, send)
+        except problems.SILENCES:
+            return await problems.reject(problems.unavailable(), scope, receive, send)
+        self._open[key_id] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._open[key_id] -= 1
+            self._open += Counter()  # keeps what is above 0
+
+    def _check_room(self, caller: Caller) -> None:
+        """One key cannot take all the connections that a gateway has."""
+        if caller is not LOCAL_CALLER and self._open[caller.key_id] >= REQUESTS_AT_ONCE:
+            message = f"this key has {REQUESTS_AT_ONCE} requests open here, which is the limit"
+            raise Problem(429, "too_many_requests", message, retry_after_s=1.0)
+
+    async def _caller(self, scope: Scope, headers: Headers) -> Caller:
+        key = parse_secret(KEY, _bearer(headers))
+        if key is not None:
+            caller = await self._keyring.caller(key)
+        elif scope["type"] == "websocket" and (secret := _client_secret(headers)) is not None:
+            caller = await self._keyring.redeem(secret)
+        elif not self._asks_everybody and _is_local(scope, headers):
+            return LOCAL_CALLER
+        elif "authorization" not in headers:
+            raise Problem(401, "missing_api_key", "give an API key as `Authorization: Bearer ...`")
+        else:
+            caller = None
+        if caller is None:
+            raise Problem(401, "invalid_api_key", "this key is not known, was revoked, or is used up")
+        return caller
+
+    def _check_origin(self, scope: Scope, headers: Headers) -> None:
+        """A page of another site may not change anything here, even where the server trusts its own machine."""
+        if scope["type"] == "http" and scope["method"] in _SAFE_METHODS:
+            return
+        origin = headers.get("origin")
+        if origin is None or origin.lower() in self._origins:
+            return
+        host = headers.get("host", "").lower()
+        if not host or _split(origin).netloc.lower() != host:
+            raise Problem(403, "foreign_origin", "a page of another origin may not do this")
+
+
+def _is_public(scope: Scope) -> bool:
+    path = scope["path"]
+    return scope["type"] == "http" and (path in PUBLIC or path.startswith(PUBLIC_FOLDER))
+
+
+def _bearer(headers: Headers) -> str:
+    kind, _, text = headers.get("authorization", "").partition(" ")
+    return text.strip() if kind.lower() == "bearer" else ""
+
+
+def _client_secret(headers: Headers) -> Secret | None:
+    offered = [protocol.strip() for protocol in headers.get("sec-websocket-protocol", "").split(",")]
+    shown = [_bearer(headers)]
+    shown += [text.removeprefix(kind) for text in offered for kind in _SECRET_PROTOCOLS if text.startswith(kind)]
+    return next((secret for text in shown if (secret := parse_secret(CLIENT_SECRET, text)) is not None), None)
+
+
+def _is_local(scope: Scope, headers: Headers) -> bool:
+    """A caller on this machine who used this machine's name, not somebody whom a proxy here passed on."""
+    host = _split(f"//{headers.get('host', '')}").hostname or ""
+    peer = (scope.get("client") or ("",))[0]
+    forwarded = any(name in headers for name in _FORWARDED)
+    return not forwarded and _is_loopback(peer) and (host == "localhost" or _is_loopback(host))
+
+
+def _split(address: str) -> SplitResult:
+    """An address' parts; those of '' where it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return False

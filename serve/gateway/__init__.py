@@ -1,0 +1,1 @@
+"""One per process: decides and drives sessions; reaches store and replicas by handle only."""

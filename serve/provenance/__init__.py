@@ -1,0 +1,1 @@
+"""Where a video comes from: content credentials, signing key, watermarks."""

@@ -1,0 +1,1 @@
+"""One per GPU: the engine and its encoders."""

@@ -1,0 +1,57 @@
+"""What a replica loads: a release in its engine, and how that is told to gateways."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from diagonal.config import Config
+from diagonal.engine.engine import Engine
+from diagonal.metrics import MetricSink
+from diagonal.model.weights import MANIFEST, Release, file_hash
+from serve.provenance.watermarks import Watermarks
+from serve.records import ModelInfo
+from serve.replica.engine_thread import EngineLike
+from serve.settings import ServeSettings
+
+
+class Loaded(NamedTuple):
+    """A release in its engine: the name that callers know it by, its configuration, whether it was promoted."""
+
+    model: str
+    config: Config
+    engine: EngineLike
+    promoted: bool = False
+    manifest_sha256: str = ""
+
+
+def load_engine(settings: ServeSettings, metrics: MetricSink) -> Loaded:
+    """The release, and an engine that holds it and has measured what its chunks cost.
+
+    `ReleaseError` when it is not whole, or was not promoted and nobody said that it may be served all the same.
+    """
+    release = Release.load(settings.release or None).with_settings(settings.release_settings)
+    if not settings.allow_unpromoted:
+        release.check_promoted()
+    engine = Engine(release, device=settings.device, metrics=metrics, read_aside=True)
+    engine.warm_up()
+    manifest_sha256 = file_hash(release.folder / MANIFEST)
+    return Loaded(settings.model or release.name, release.config, engine, release.promoted, manifest_sha256)
+
+
+def describe(loaded: Loaded, marks: Watermarks) -> ModelInfo:
+    """What callers may ask of it; sizes without room for the watermark are not offered."""
+    geometry, limits = loaded.config.geometry, loaded.config.serve
+    return ModelInfo(
+        name=loaded.model,
+        width=geometry.pixel_width,
+        height=geometry.pixel_height,
+        fps=geometry.pixel_fps,
+        clip_frames=geometry.clip_pixel_frames,
+        scales=marks.scales(tuple(dict.fromkeys((limits.pixel_scale, 1)))),
+        max_frames=int(limits.max_seconds * geometry.pixel_fps),
+        max_prompt_characters=limits.max_prompt_characters,
+        lead_s=limits.lead_s,
+        promoted=loaded.promoted,
+        geometry=geometry,
+        release_sha256=loaded.manifest_sha256,
+    )

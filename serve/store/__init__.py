@@ -1,0 +1,1 @@
+"""One process: database, chunks, quotas, keys."""

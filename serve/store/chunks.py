@@ -1,0 +1,61 @@
+"""The chunks of a video on the disk and in the database: how they come there, and what a reader gets of them.
+
+Everything here waits for the disk: the store calls it on its one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from serve.provenance.signing_key import ChunkSigner
+from serve.records import LIVE, ChunkEvents, EncodedChunk, KeptChunk, Segment, Status, VideoRecord
+from serve.store.database import Database
+from serve.store.media_files import INIT, MediaFiles
+
+_CHUNKS_A_READ, _BYTES_A_READ = 8, 1 << 20
+
+
+class Shelf:
+    """A chunk counts when its bytes, and the snapshot behind it, are on the disk and its link is signed."""
+
+    def __init__(self, database: Database, files: MediaFiles, signer: ChunkSigner) -> None:
+        self._database, self._files, self._signer = database, files, signer
+
+    def keep(
+        self, video_id: str, epoch: int, chunks: Sequence[EncodedChunk], snapshot: bytes, whole: bool, now: float
+    ) -> bool:
+        """Put chunks and the newest's snapshot on the disk, then into the database; whether they were the next ones."""
+        links = self._signer.links(video_id, chunks)
+        kept = [KeptChunk(chunk, f"{chunk.chunk}-{epoch}", link) for chunk, link in zip(chunks, links, strict=True)]
+        files = {one.file: one.chunk.data for one in kept}
+        if snapshot:
+            kept[-1] = replace(kept[-1], snapshot=f"snapshot-{kept[-1].file}", whole_snapshot=whole)
+            files[kept[-1].snapshot] = snapshot
+        self._files.put(video_id, files)
+        return self._database.add_chunks(video_id, epoch, kept, now)
+
+    def find(self, video: VideoRecord, chunk: int, reader: str, orphan: bool) -> Segment | None:
+        """What a reader is told who wants that chunk (-1 is the initialisation segment); None: the video is gone."""
+        superseded = reader.startswith(LIVE) and reader != LIVE + video.resume_hash
+        news = Segment(video.status, orphan=orphan, superseded=superseded, error_code=video.error_code)
+        if chunk < 0 and video.status is not Status.QUEUED:
+            return replace(news, data=self._files.read(video.id, INIT))
+        made = [] if chunk < 0 else self._database.chunks(video.id, chunk, 1 if video.live else _CHUNKS_A_READ)
+        if superseded or not made:
+            return replace(news, gone=0 <= chunk < video.chunks_done)
+        events = self._database.events_at(video.id, chunk) if reader.startswith(LIVE) else ChunkEvents()
+        try:
+            parts, size = list[Segment](), 0
+            while len(parts) < len(made) and size < _BYTES_A_READ:
+                frames, file, link = made[len(parts)]
+                data = self._files.read(video.id, file)
+                parts.append(replace(news, data=data, frames=frames, link=link, events=events))
+                size += len(data)
+            return replace(parts[0], following=tuple(parts[1:]))
+        except FileNotFoundError:
+            if self._database.get(video.id) is None:
+                return None  # deleted in between
+            if video.endless:
+                return replace(news, gone=True)
+            raise

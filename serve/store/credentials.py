@@ -1,0 +1,134 @@
+"""API keys and one-time client secrets: what is handed out is random, what is kept is its SHA-256.
+
+A secret reads `<kind>_<id>_<random>`. The id is public: logs and lists name it, and a row is found by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+
+import sqlalchemy as sql
+
+from diagonal.errors import require
+from serve.records import Caller
+from serve.store.tables import CLIENT_SECRETS, KEYS, Tables
+
+KEY, CLIENT_SECRET, RESUME = "dk", "ek", "rt"
+CLIENT_SECRET_S = 60.0
+_ID_BYTES, _RANDOM_BYTES = 8, 32
+_LONGEST = 128
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A secret's public id and hash; the text itself is told once and kept nowhere."""
+
+    id: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class KeyRecord:
+    """A key as `list` shows it."""
+
+    id: str
+    name: str
+    account: str
+    sessions: int
+    frames_per_minute: int
+    created_at: float
+    revoked_at: float | None
+
+
+def new_secret(kind: str) -> tuple[str, Secret]:
+    """The text to hand out, and what to keep of it."""
+    text = f"{kind}_{secrets.token_hex(_ID_BYTES)}_{secrets.token_urlsafe(_RANDOM_BYTES)}"
+    return text, parse_secret(kind, text) or Secret("", "")
+
+
+def parse_secret(kind: str, text: str) -> Secret | None:
+    """Id and hash of a secret that somebody shows; None when it is none of that kind."""
+    parts = text.split("_", 2)
+    if len(parts) != 3 or parts[0] != kind or not text.isascii() or len(text) > _LONGEST:
+        return None
+    return Secret(parts[1], hashlib.sha256(text.encode()).hexdigest())
+
+
+class Credentials:
+    """Keys and client secrets. Safe to use from several threads and processes."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+
+    def create_key(self, name: str, sessions: int, frames_per_minute: int, now: float, account: str = "") -> str:
+        """A new key, told this once. Keys of one account share what it may use; 0 is no limit.
+
+        `FieldError` on a wrong value.
+        """
+        require(0 < len(name) <= 128 and name.isprintable(), "name", name, "1 to 128 printable characters")
+        require(len(account) <= 64 and account.isprintable(), "account", account, "up to 64 printable characters")
+        require(sessions >= 0, "sessions", sessions, "a whole number of at least 0")
+        require(frames_per_minute >= 0, "frames_per_minute", frames_per_minute, "a whole number of at least 0")
+        text, secret = new_secret(KEY)
+        limits = {"sessions": sessions, "frames_per_minute": frames_per_minute}
+        row = {"id": secret.id, "hash": secret.hash, "name": name, "account": account or secret.id, "created_at": now}
+        with self._tables.writing() as connection:
+            connection.execute(KEYS.insert().values(**row, **limits))
+        return text
+
+    def keys(self) -> list[KeyRecord]:
+        """Every key, oldest first."""
+        columns = [KEYS.c[name] for name in KeyRecord.__dataclass_fields__]
+        with self._tables.reading() as connection:
+            rows = connection.execute(sql.select(*columns).order_by(KEYS.c.created_at)).mappings()
+            return [KeyRecord(**row) for row in rows]
+
+    def revoke_key(self, key_id: str, now: float) -> bool:
+        """End a key and its client secrets; False when there is no such key, or it was ended before."""
+        with self._tables.writing() as connection:
+            alive = (KEYS.c.id == key_id) & KEYS.c.revoked_at.is_(None)
+            connection.execute(CLIENT_SECRETS.delete().where(CLIENT_SECRETS.c.key_id == key_id))
+            return bool(connection.execute(KEYS.update().where(alive).values(revoked_at=now)).rowcount)
+
+    def caller(self, shown: Secret) -> Caller | None:
+        """Whose key this is; None when it is nobody's."""
+        with self._tables.reading() as connection:
+            return _caller(connection, shown.id, shown.hash)
+
+    def create_client_secret(self, key_id: str, expires_at: float) -> str:
+        """A secret for a browser: it opens one session in the key's name."""
+        text, secret = new_secret(CLIENT_SECRET)
+        row = {"id": secret.id, "hash": secret.hash, "key_id": key_id, "expires_at": expires_at}
+        with self._tables.writing() as connection:
+            connection.execute(CLIENT_SECRETS.insert().values(**row))
+        return text
+
+    def redeem(self, shown: Secret, now: float) -> str | None:
+        """Use a client secret up: the id of the key that it stands for; None when it is not, or no longer, one."""
+        mine = (CLIENT_SECRETS.c.id == shown.id) & (CLIENT_SECRETS.c.expires_at > now)
+        with self._tables.writing() as connection:
+            row = connection.execute(CLIENT_SECRETS.select().where(mine).with_for_update()).first()
+            if row is None or not hmac.compare_digest(row.hash, shown.hash):
+                return None
+            gone = connection.execute(CLIENT_SECRETS.delete().where(CLIENT_SECRETS.c.id == shown.id))
+            return str(row.key_id) if gone.rowcount else None
+
+    def caller_of(self, key_id: str) -> Caller | None:
+        """The key by its id alone, for who has shown a client secret of it."""
+        with self._tables.reading() as connection:
+            return _caller(connection, key_id, None)
+
+    def prune(self, now: float) -> None:
+        """Drop client secrets that are past their time."""
+        with self._tables.writing() as connection:
+            connection.execute(CLIENT_SECRETS.delete().where(CLIENT_SECRETS.c.expires_at <= now))
+
+
+def _caller(connection: sql.Connection, key_id: str, shown_hash: str | None) -> Caller | None:
+    row = connection.execute(KEYS.select().where(KEYS.c.id == key_id, KEYS.c.revoked_at.is_(None))).first()
+    if row is None or (shown_hash is not None and not hmac.compare_digest(row.hash, shown_hash)):
+        return None
+    return Caller(row.id, row.account, row.sessions, row.frames_per_minute)

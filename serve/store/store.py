@@ -1,0 +1,422 @@
+"""The store: every video with its chunks, its interactions and its file, and the keys of who may ask for them.
+
+Gateways keep nothing that matters. Chunks lie in files until the last one is there; then they become one plain MP4.
+Who waits for a chunk is told when it comes. Who drives a video (pulls its chunks from the replica) shows so by asking;
+one that falls silent is replaced. What a call acknowledged is on the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from diagonal.chain import Link
+from diagonal.storage import Folder, StorageError
+from serve.provenance.signing_key import ChunkSigner, signing_key
+from serve.records import (
+    KEPT_CHUNKS,
+    Caller,
+    EncodedChunk,
+    Idempotency,
+    Interaction,
+    Provenance,
+    Refused,
+    Segment,
+    Status,
+    Usage,
+    Verdict,
+    VideoRecord,
+)
+from serve.settings import ServeSettings
+from serve.store.chunks import Shelf
+from serve.store.credentials import Credentials, Secret
+from serve.store.database import Database
+from serve.store.finalizer import Finisher
+from serve.store.media_files import INIT, RECORDING, MediaFiles, read_part
+from serve.store.presence import Watch
+from serve.store.quotas import Admission
+from serve.store.tables import Tables
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_LOG = logging.getLogger("ray.serve")
+_STORAGE_PATIENCE_S = 30.0
+_STRAY_S = 3600.0
+_LOOK_AGAIN_S = 1.0  # while one store follows another, the chunk may come to that one
+_SALT_BYTES = 16
+_TRIM_EVERY = 8
+_MAX_PENDING = 64  # as `serve.wire.schemas` publishes it
+
+
+class Store:
+    """One of them serves all gateways. Times that decide something do not follow the machine's clock when it jumps."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        *,
+        driver_silence_s: float = 2.5,  # three of a driver's beats: one that was only slow is superseded, no harm
+        reader_silence_s: float = 15.0,
+        sweep_s: float = 5.0,
+    ) -> None:
+        root = Path(settings.data).expanduser().resolve()
+        root.mkdir(parents=True, exist_ok=True)
+        self._settings = settings
+        self._tables = Tables(settings.database_url)
+        self._database, self._admission = Database(self._tables), Admission(self._tables)
+        self._credentials = Credentials(self._tables)
+        durable = Folder(settings.files, _STORAGE_PATIENCE_S) if settings.files else None
+        self._files = MediaFiles(root / "videos", durable)
+        self._signer = ChunkSigner(signing_key(settings.signing_key, root), self._database, self._files)
+        self._shelf = Shelf(self._database, self._files, self._signer)
+        self._driver_silence_s, self._reader_silence_s = driver_silence_s, reader_silence_s
+        self._watches: defaultdict[str, Watch] = defaultdict(Watch)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")  # one writer, and the loop stays free
+        self._slow = ThreadPoolExecutor(2, thread_name_prefix="store-files")
+        self._finisher = Finisher(settings, self._database, self._files, self._slow, self.end)
+        self._zero_s = time.time() - time.monotonic()
+        self._started_at = time.monotonic()
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep_for_ever(sweep_s))
+
+    # Videos
+
+    async def admit(
+        self, video: VideoRecord, caller: Caller, idempotency: Idempotency | None
+    ) -> VideoRecord | Refused | None:
+        """Keep a new video, which no replica holds yet; or the one that this request made before, or why not."""
+        self._watches[video.id].driven_at = time.monotonic()
+        video = replace(video, prompt_salt=secrets.token_hex(_SALT_BYTES), created_at=self._now())
+        known = await self._run(self._admission.admit, video, caller, idempotency, self._now())
+        if known is not None:
+            self._watches.pop(video.id, None)
+        return known
+
+    async def opened(self, video_id: str, replica: str, mime: str, init: bytes) -> bool:
+        """A replica holds the session, whose stream begins with `init`; the caller drives it. False: it is gone."""
+        self._watches[video_id].driven_at = time.monotonic()
+        await self._run(self._files.put, video_id, {INIT: init})
+        return await self._run(self._database.opened, video_id, replica, mime)
+
+    async def usage(self, caller: Caller) -> Usage:
+        """What the caller's account used of its quotas."""
+        return await self._run(self._admission.usage, caller, self._now())
+
+    async def withdraw(self, video: VideoRecord, caller: Caller) -> None:
+        """No replica took an admitted video: it never was."""
+        await self._run(self._admission.withdraw, video, caller)
+        self._tell(video.id, over=True)
+
+    async def get(self, video_id: str) -> VideoRecord | None:
+        """The video, None when there is none."""
+        video = await self._run(self._database.get, video_id)
+        if video is None:
+            return None
+        return replace(video, orphan=self._is_orphan(video), age_s=max(0.0, self._now() - video.created_at))
+
+    async def newest(
+        self, owner: str, limit: int, after: str | None = None, ascending: bool = False
+    ) -> list[VideoRecord]:
+        return await self._run(self._database.newest, owner, limit, after, ascending)
+
+    async def delete(self, video_id: str, owner: str) -> VideoRecord | None:
+        """Cancel the owner's video if it is not over, and remove it; returns what it was."""
+        video = await self._run(self._database.remove, video_id, owner)
+        if video is not None:
+            self._tell(video_id, over=True)
+            await self._remove_files(video_id)
+        return video
+
+    # Driving
+
+    async def claim(self, video_id: str, replica: str, epoch: int) -> VideoRecord | None:
+        """Become the driver of a session that `replica` holds: the video as it is now. None: another was faster."""
+        if not await self._run(self._database.claim, video_id, replica, epoch):
+            return None
+        self._watches[video_id].driven_at = time.monotonic()
+        return await self._run(self._database.get, video_id)
+
+    async def release(self, video_id: str, epoch: int) -> None:
+        """A driver lets go of its video: another one may take it at once, and is given as much time as any other."""
+        video = await self._run(self._database.get, video_id)
+        if video is not None and video.epoch == epoch and video_id in self._watches:
+            watch = self._watches[video_id]
+            watch.driven_at = min(watch.driven_at, time.monotonic() - self._driver_silence_s)
+
+    async def orphans(self) -> list[VideoRecord]:
+        """The videos that nobody drives, though chunks are missing."""
+        found = await self._run(self._database.under_way)
+        return [replace(video, orphan=True) for video in found if self._is_orphan(video) and not video.whole]
+
+    async def check(self, video_id: str, epoch: int) -> Verdict:
+        """A driver asks whether to make the next chunk."""
+        video = await self._run(self._database.get, video_id)
+        if video is None or video.status.over or video.epoch != epoch:
+            return Verdict(go=False, superseded=video is not None and video.epoch != epoch)
+        if video.endless and video.frames_done >= self._settings.max_stream_s * video.fps:
+            await self.end(video_id, Status.COMPLETED)
+            return Verdict(go=False)
+        watch = self._watches[video_id]
+        watch.driven_at = time.monotonic()
+        watch.forget_silent(self._reader_silence_s, self._settings.resume_window_s)
+        return watch.verdict(video.paused)
+
+    async def put_chunks(
+        self,
+        video_id: str,
+        epoch: int,
+        chunks: Sequence[EncodedChunk],
+        snapshot: bytes = b"",
+        whole_snapshot: bool = False,
+    ) -> Verdict | None:
+        """Keep the next chunks and hand them to whoever waits; with the last the file is made. None: not wanted.
+
+        Else it says what `check` would: a driver need not ask again. `snapshot` is what another replica needs to go on
+        after the newest, or what that adds to the one kept before. The names of files hold the epoch: a driver that
+        was replaced can never change a chunk that was served.
+        """
+        verdict = await self.check(video_id, epoch)
+        if not verdict.go or not await self._run(self._keep, video_id, epoch, chunks, snapshot, whole_snapshot):
+            return None
+        self._tell(video_id)
+        newest = chunks[-1]
+        if newest.chunk >= KEPT_CHUNKS and any(chunk.chunk % _TRIM_EVERY == 0 for chunk in chunks):
+            await self._trim_endless(video_id, newest.chunk + 1 - KEPT_CHUNKS)
+        if newest.last:
+            await self.complete(video_id)  # at its end all snapshots go: not before, who waits for the chunk is first
+        elif whole_snapshot:
+            await self._drop_snapshots(video_id, newest.chunk)
+        return verdict
+
+    async def snapshots(self, video_id: str) -> list[bytes]:
+        """What a replica needs to go on after the newest chunk that it can go on from, oldest part first."""
+        names = await self._run(self._database.snapshots, video_id)
+        return [await self._run(self._files.read, video_id, name) for name in names]
+
+    async def complete(self, video_id: str) -> None:
+        """Make the file of a video whose chunks are all there; waits a while for it."""
+        await self._finisher.complete(video_id)
+
+    async def provenance(self) -> Provenance:
+        """What tells where a video came from."""
+        return Provenance(self._signer.public_key, self._finisher.signs, self._settings.watermark)
+
+    async def links(self, video_id: str, start_chunk: int, limit: int) -> list[Link]:
+        """The signed chain of a stream's chunks, as far as it is made and kept."""
+        return await self._run(self._database.links, video_id, start_chunk, limit)
+
+    async def end(self, video_id: str, status: Status, code: str | None = None, message: str | None = None) -> bool:
+        """A video ends before its last chunk; False when it was over."""
+        expires_at = self._now() + self._settings.expire_s
+        ended = await self._run(
+            self._database.finish, video_id, status, self._now(), code, message, expires_at=expires_at
+        )
+        if ended:
+            _LOG.info("video %s is %s%s", video_id, status.value, f": {code}" if code else "")
+        if ended:
+            await self._drop_snapshots(video_id, before=2**31 - 1)
+        self._tell(video_id, over=True)
+        return ended
+
+    # Reading
+
+    async def segment(self, video_id: str, reader: str, chunk: int, wait_s: float) -> Segment | None:
+        """The bytes of a chunk (-1 is the initialisation segment), waiting for it a while; None: no such video.
+
+        Of a video that nobody paces, the chunks behind it that are there come along.
+        """
+        deadline = time.monotonic() + wait_s
+        while True:
+            watch = self._watches[video_id]
+            watch.saw_reader(reader)
+            news = watch.news  # taken before looking, so that no chunk can slip in between
+            found = await self._run(self._find, video_id, chunk, reader)
+            if found is None:
+                self._watches.pop(video_id, None)
+                return None
+            watch.over = found.status.over
+            left_s = deadline - time.monotonic()
+            if found.final or left_s <= 0:
+                return found
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, _LOOK_AGAIN_S)):
+                    await news.wait()
+
+    async def playback(self, video_id: str, reader: str, position_s: float, window_s: float) -> None:
+        """A reader tells how far it has played, and how much media it wants ahead."""
+        if video_id in self._watches:
+            self._watches[video_id].told_position(reader, position_s, window_s)
+
+    async def leave(self, video_id: str, reader: str, return_s: float = 0.0) -> None:
+        """A reader is gone; it may come back within `return_s`."""
+        watch = self._watches.get(video_id)
+        if watch is not None:
+            watch.readers.pop(reader, None)
+            watch.return_by = time.monotonic() + return_s
+            if watch.over and not watch.readers:
+                del self._watches[video_id]
+
+    async def take_over(self, owner: str, old_hash: str, new_hash: str) -> VideoRecord | None:
+        """Who shows a resume token becomes the session's only reader, with a new token; None: it does not count."""
+        video = await self._run(self._database.take_over, owner, old_hash, new_hash)
+        if video is not None:
+            self._tell(video.id)
+        return video
+
+    async def content(self, video_id: str, start: int, stop: int) -> tuple[int, bytes] | None:
+        """Size of the finished file and some of its bytes; None when it is not there."""
+        path = await self._apart(self._files.find, video_id)
+        return None if path is None else await self._run(read_part, path, start, stop)
+
+    async def put_recording(self, video_id: str, text: str) -> None:
+        """Keep the log of a session until its video is removed; it holds prompts."""
+        if await self._run(self._database.get, video_id) is not None:
+            await self._run(self._files.put, video_id, {RECORDING: text.encode()})
+
+    async def recording(self, video_id: str) -> str | None:
+        """The log of a session, None when none was kept."""
+        with contextlib.suppress(FileNotFoundError):
+            return (await self._run(self._files.read, video_id, RECORDING)).decode()
+        return None
+
+    # Interactions
+
+    async def add_interaction(self, video_id: str, change: Interaction) -> Interaction | bool:
+        """Note an interaction; the one known by this event id, else whether there was room for it."""
+        return await self._run(self._database.add_interaction, video_id, change, _MAX_PENDING)
+
+    async def set_paused(self, video_id: str, event_id: str, paused: bool) -> bool:
+        """A session is paused or goes on, as that interaction asked; False: it is over."""
+        return await self._run(self._database.set_paused, video_id, event_id, paused)
+
+    async def remove_interaction(self, video_id: str, event_id: str) -> None:
+        await self._run(self._database.remove_interaction, video_id, event_id)
+
+    # Keys
+
+    async def caller(self, shown: Secret) -> Caller | None:
+        """Whose key this is."""
+        return await self._run(self._credentials.caller, shown)
+
+    async def caller_of(self, key_id: str) -> Caller | None:
+        return await self._run(self._credentials.caller_of, key_id)
+
+    async def create_client_secret(self, key_id: str, seconds: float) -> tuple[str, float]:
+        """A secret that opens one session in the key's name, and when it ends."""
+        expires_at = self._now() + seconds
+        return await self._run(self._credentials.create_client_secret, key_id, expires_at), expires_at
+
+    async def redeem(self, shown: Secret) -> str | None:
+        """Use a client secret up: the key that it stands for."""
+        return await self._run(self._credentials.redeem, shown, self._now())
+
+    # Upkeep
+
+    async def ready(self) -> bool:
+        """The database answers; an error says that it does not."""
+        await self._run(self._database.known, [])
+        return True
+
+    async def shut(self) -> None:
+        """End the upkeep and the connections (tests; Serve ends the process)."""
+        self._sweeper.cancel()
+        await asyncio.gather(self._sweeper, self._finisher.shut(), return_exceptions=True)
+        self._thread.shutdown()
+        self._slow.shutdown()
+        self._tables.close()
+
+    async def sweep(self) -> None:
+        """One round of upkeep: what was left half done, what nobody drives, what is past its time."""
+        for video in await self._run(self._database.under_way):
+            if video.whole:
+                await self.complete(video.id)
+            elif self._is_lost(video):
+                await self.end(video.id, Status.FAILED, "session_lost", "the session was lost")
+        for video_id in await self._run(self._database.disowned):
+            await self.end(video_id, Status.CANCELLED, "key_revoked", "the key that it was made with was revoked")
+        for video_id in await self._run(self._database.expired, self._now()):
+            await self._run(self._database.remove, video_id)
+            self._tell(video_id, over=True)
+            await self._remove_files(video_id)
+        await self._run(self._admission.prune, self._now())
+        await self._run(self._credentials.prune, self._now())
+
+    async def _sweep_for_ever(self, every_s: float) -> None:
+        while True:
+            try:
+                await self._remove_strays()
+                await self.sweep()
+            except (SQLAlchemyError, OSError, StorageError) as error:  # the next round tries again
+                _LOG.error("upkeep of the store: %s", type(error).__name__)
+            await asyncio.sleep(every_s)
+
+    async def _remove_strays(self) -> None:
+        """Files of videos that the database does not know: a crash came between the two."""
+        found = await self._run(self._files.folders, _STRAY_S)
+        known = await self._run(self._database.known, found)
+        for video_id in set(found) - known:
+            await self._remove_files(video_id)
+
+    async def _trim_endless(self, video_id: str, before: int) -> None:
+        """Of a stream without an end the newest chunks alone are kept."""
+        video = await self._run(self._database.get, video_id)
+        if video is not None and video.endless:
+            names = await self._run(self._database.forget_chunks, video_id, before)
+            await self._run(self._files.drop, video_id, names)
+
+    async def _drop_snapshots(self, video_id: str, before: int) -> None:
+        names = await self._run(self._database.forget_snapshots, video_id, before)
+        await self._run(self._files.drop, video_id, names)
+
+    async def _remove_files(self, video_id: str) -> None:
+        try:
+            await self._apart(self._files.remove, video_id)
+        except (StorageError, OSError) as error:
+            _LOG.error("video %s: its file could not be removed: %s", video_id, error)
+
+    async def _run(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments, **named))
+
+    async def _apart(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """What may take long does not hold up the chunks."""
+        return await asyncio.get_running_loop().run_in_executor(self._slow, lambda: function(*arguments, **named))
+
+    def _now(self) -> float:
+        """Seconds since 1970, by the clock's reading when this process began."""
+        return self._zero_s + time.monotonic()
+
+    def _keep(self, video_id: str, epoch: int, chunks: Sequence[EncodedChunk], snapshot: bytes, whole: bool) -> bool:
+        return self._shelf.keep(video_id, epoch, chunks, snapshot, whole, self._now())
+
+    def _find(self, video_id: str, chunk: int, reader: str) -> Segment | None:
+        video = self._database.get(video_id)
+        return None if video is None else self._shelf.find(video, chunk, reader, self._is_orphan(video))
+
+    def _silence_s(self, video: VideoRecord) -> float:
+        """How long nobody has driven the video; after a restart, since that."""
+        watch = self._watches.get(video.id, Watch())
+        return time.monotonic() - max(watch.driven_at, self._started_at)
+
+    def _is_orphan(self, video: VideoRecord) -> bool:
+        held = not video.status.over and video.status is not Status.QUEUED
+        return held and self._silence_s(video) > self._driver_silence_s
+
+    def _is_lost(self, video: VideoRecord) -> bool:
+        """Nobody drives it, and its replica has let the session go by now."""
+        return self._silence_s(video) > self._driver_silence_s + self._settings.session_idle_timeout_s
+
+    def _tell(self, video_id: str, over: bool = False) -> None:
+        watch = self._watches[video_id]
+        watch.tell()
+        if over and not watch.readers:
+            del self._watches[video_id]

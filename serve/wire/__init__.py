@@ -1,0 +1,1 @@
+"""What callers see: schemas, messages, problems."""

@@ -1,0 +1,431 @@
+"""Wire types: what a request may say, and how a video is told. OpenAI's Videos shape with this field's extensions."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import models_json_schema
+
+from serve.records import Caller, Interaction, InteractionKind, ModelInfo, Pacing, Status, VideoRecord
+from serve.store.credentials import CLIENT_SECRET_S
+from serve.wire.chains import ProvenanceAnswer
+from serve.wire.problems import Problem, invalid, wrong_value
+
+MAX_SEED = 2**32 - 1
+MAX_TRANSITION_CHUNKS = 64
+MAX_BODY_BYTES = 64 * 1024
+MAX_MESSAGE_BYTES = 128 * 1024
+MAX_PENDING = 64
+EXTRA_NAMES = AliasChoices("extra", "extra_params", "extra_body")
+EventId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
+
+
+class WireRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class VideoExtra(WireRequest):
+    """What OpenAI's shape has no place for. With `realtime` chunks are made just ahead of who watches.
+
+    `endless` streams have no length and no finished file: they go on until they are stopped, nobody watches, or the
+    model's `max_stream_seconds` are over. They are paced in real time. `record` keeps a log, prompts included, from
+    which the video can be made again (`/recording`), until the video is removed.
+    """
+
+    pacing: Literal["none", "realtime"] = "none"
+    endless: bool = False
+    record: bool = False
+
+    @model_validator(mode="after")
+    def _endless_is_watched(self) -> Self:
+        if self.endless and "pacing" not in self.model_fields_set:
+            self.pacing = "realtime"
+        if self.endless and self.pacing != "realtime":
+            raise ValueError("pacing realtime, for what has no end")
+        return self
+
+
+class VideoRequest(WireRequest):
+    """Body of `POST /v1/videos`, as JSON or as a form. What is not given is the model's own."""
+
+    prompt: str
+    model: str | None = None
+    seconds: float | str | None = Field(None, description="How long it plays; or give num_frames, or extra.endless")
+    num_frames: int | None = Field(None, ge=1, description="Pixel frames; any number")
+    size: str | None = Field(None, description="WIDTHxHEIGHT, one of the model's sizes")
+    width: int | None = None
+    height: int | None = None
+    fps: int | None = None
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    extra: VideoExtra = Field(default_factory=VideoExtra, validation_alias=EXTRA_NAMES)
+
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _from_form(cls, value: Any) -> Any:
+        if isinstance(value, str):  # a form holds text only
+            try:
+                return read_json(value)
+            except (ValueError, RecursionError) as error:
+                raise ValueError("not a JSON object") from error
+        return value
+
+
+class EventBody(WireRequest):
+    """One of the two: a new prompt from the next chunk on, or whether chunks are made at all."""
+
+    prompt: str | None = None
+    action: Literal["pause", "resume"] | None = None
+
+
+class InteractionBody(WireRequest):
+    event_id: EventId = Field(default_factory=lambda: secrets.token_hex(8))
+    event: EventBody
+    transition_chunks: int = Field(0, ge=0, le=MAX_TRANSITION_CHUNKS)
+
+
+class InteractionRequest(WireRequest):
+    """Body of `POST /v1/videos/{id}/interactions`: vLLM-Omni's `session.interaction` message."""
+
+    type: Literal["session.interaction"] = "session.interaction"
+    interaction: InteractionBody
+
+
+class ExpiresAfter(WireRequest):
+    anchor: Literal["created_at"] = "created_at"
+    seconds: int = Field(default=int(CLIENT_SECRET_S), ge=1, le=int(CLIENT_SECRET_S))
+
+
+class ClientSecretRequest(WireRequest):
+    """Body of `POST /v1/realtime/client_secrets`; all of it may be left out."""
+
+    expires_after: ExpiresAfter = Field(default_factory=ExpiresAfter)
+
+
+class ClientSecret(BaseModel):
+    """`value` is shown once on a WebSocket upgrade, as the subprotocol `diagonal-client-secret.<value>`."""
+
+    value: str
+    expires_at: int
+
+
+class VideoError(BaseModel):
+    code: str
+    message: str
+
+
+class InteractionAnswer(BaseModel):
+    """A prompt change; `chunk` and `pixel_frame` say from where on it shows, once it is applied.
+
+    It is dropped when the video ended before its chunk.
+    """
+
+    event_id: str
+    kind: Literal["prompt", "pause", "resume"]
+    transition_chunks: int
+    status: Literal["queued", "applied", "dropped"]
+    chunk: int | None
+    pixel_frame: int | None
+
+
+class VideoAnswer(BaseModel):
+    """A video. `mime` is what `MediaSource.addSourceBuffer` wants; frames are pixel frames.
+
+    `num_frames` and `seconds` are null where the stream has no end; its `progress` then stays at 0.
+    """
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    seconds: str | None
+    size: str
+    prompt: str
+    remixed_from_video_id: str | None = None
+    error: VideoError | None
+    num_frames: int | None
+    frames_done: int
+    chunks_done: int
+    fps: int
+    seed: int
+    pacing: Literal["none", "realtime"]
+    endless: bool
+    paused: bool
+    mime: str
+    interactions: list[InteractionAnswer]
+
+    @classmethod
+    def of(cls, video: VideoRecord) -> VideoAnswer:
+        error = VideoError(code=video.error_code, message=video.error_message or "") if video.error_code else None
+        return cls(
+            id=video.id,
+            model=video.model,
+            status=video.status.value,
+            progress=_progress(video),
+            created_at=int(video.created_at),
+            completed_at=None if video.completed_at is None else int(video.completed_at),
+            expires_at=None if video.expires_at is None else int(video.expires_at),
+            seconds=None if video.endless else f"{video.frames / video.fps:g}",
+            size=video.size,
+            prompt=video.prompt,
+            error=error,
+            num_frames=video.frames or None,
+            frames_done=video.frames_done,
+            chunks_done=video.chunks_done,
+            fps=video.fps,
+            seed=video.seed,
+            pacing=video.pacing.value,
+            endless=video.endless,
+            paused=video.paused,
+            mime=video.mime,
+            interactions=[_interaction(change, video.status.over) for change in video.interactions],
+        )
+
+
+class VideoList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[VideoAnswer]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class InteractionQueued(BaseModel):
+    type: Literal["session.interaction.queued"] = "session.interaction.queued"
+    video_id: str
+    event_id: str
+
+
+class ModelLimits(BaseModel):
+    max_frames: int
+    max_seconds: float
+    max_stream_seconds: float = Field(description="How long a stream without an end (`extra.endless`) may go on")
+    max_prompt_characters: int
+    max_seed: int = MAX_SEED
+    max_transition_chunks: int = MAX_TRANSITION_CHUNKS
+    max_body_bytes: int = MAX_BODY_BYTES
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_pending_interactions: int = MAX_PENDING
+    max_sessions: int | None = Field(None, description="Videos at once of this key's account; null: no limit")
+    max_frames_per_minute: int | None = Field(None, description="Frames a minute of this key's account")
+
+
+class ModelAnswer(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "diagonal"
+    promoted: bool
+    sizes: list[str]
+    fps: int
+    default_frames: int
+    limits: ModelLimits
+
+    @classmethod
+    def of(cls, info: ModelInfo, caller: Caller, max_stream_s: float) -> ModelAnswer:
+        limits = ModelLimits(
+            max_frames=info.max_frames,
+            max_seconds=info.max_frames / info.fps,
+            max_stream_seconds=max_stream_s,
+            max_prompt_characters=info.max_prompt_characters,
+            max_sessions=caller.sessions or None,
+            max_frames_per_minute=caller.frames_per_minute or None,
+        )
+        sizes = [info.size(scale) for scale in info.scales]
+        frames = info.clip_frames
+        return cls(
+            id=info.name, promoted=info.promoted, sizes=sizes, fps=info.fps, default_frames=frames, limits=limits
+        )
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+    provenance: ProvenanceAnswer
+
+
+class ErrorMember(BaseModel):
+    """OpenAI's part of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ProblemAnswer(BaseModel):
+    """Every error: RFC 9457 problem details, with OpenAI's `error` member."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    error: ErrorMember
+
+
+class Health(BaseModel):
+    status: Literal["live", "ready"]
+
+
+def read_json(text: str | bytes) -> object:
+    """What a JSON text says; `ValueError` or `RecursionError` when it is none, or holds half of a surrogate pair."""
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False).encode()  # half of a pair is no character: it can be neither kept nor told
+    return value
+
+
+def parse(kind: type[WireRequest], data: object, *, text: bool) -> Any:
+    """A request of that kind; `Problem` 422 names what is wrong. From a form (`text`) every value is a string."""
+    try:
+        return kind.model_validate(data, strict=not text)
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+def checked_prompt(prompt: str, info: ModelInfo, param: str = "prompt") -> str:
+    """The prompt without surrounding space; `Problem` when nothing is left, or too much."""
+    text = prompt.strip()
+    if "\0" in text:
+        raise wrong_value(422, "invalid_value", param, prompt, "text without NUL")  # PostgreSQL keeps none
+    if not text:
+        raise wrong_value(422, "prompt_empty", param, prompt, f"1 to {info.max_prompt_characters} characters")
+    if len(text) > info.max_prompt_characters:
+        detail = f"{param} has {len(text)} characters: allowed are 1 to {info.max_prompt_characters}"
+        raise Problem(422, "prompt_too_long", detail, param=param)
+    return text
+
+
+def asked_change(request: InteractionRequest, info: ModelInfo) -> Interaction:
+    """What an interaction asks for; `Problem` when its event says nothing, or two things."""
+    asked = request.interaction
+    event, where = asked.event, "interaction.event"
+    if event.action is not None:
+        if event.prompt is not None or asked.transition_chunks:
+            raise Problem(422, "invalid_value", f"{where} has an action: it stands alone", param=f"{where}.action")
+        return Interaction(asked.event_id, "", kind=InteractionKind(event.action))
+    if event.prompt is None:
+        raise Problem(422, "missing_field", f"{where}.prompt is missing", param=f"{where}.prompt")
+    return Interaction(asked.event_id, checked_prompt(event.prompt, info, f"{where}.prompt"), asked.transition_chunks)
+
+
+def new_video_id() -> str:
+    """An id that nobody guesses."""
+    return f"video_{secrets.token_hex(16)}"
+
+
+def new_video(request: VideoRequest, info: ModelInfo, created_at: float, video_id: str) -> VideoRecord:
+    """The video that a request describes; `Problem` when this model cannot make it."""
+    prompt = checked_prompt(request.prompt, info)
+    if request.fps not in (None, info.fps):
+        raise wrong_value(400, "invalid_value", "fps", request.fps, str(info.fps))
+    scale = _scale(request, info)
+    return VideoRecord(
+        id=video_id,
+        model=info.name,
+        prompt=prompt,
+        seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
+        frames=_frames(request, info),
+        fps=info.fps,
+        scale=scale,
+        size=info.size(scale),
+        pacing=Pacing(request.extra.pacing),
+        created_at=created_at,
+        release_sha256=info.release_sha256,
+        record=request.extra.record,
+    )
+
+
+def _scale(request: VideoRequest, info: ModelInfo) -> int:
+    sizes = {info.size(scale): scale for scale in info.scales}
+    asked = request.size
+    if (request.width is None) != (request.height is None):
+        raise Problem(422, "invalid_value", "width and height belong together", param="width")
+    if request.width is not None:
+        pair = f"{request.width}x{request.height}"
+        if asked not in (None, pair):
+            raise wrong_value(400, "invalid_value", "size", asked, f"{pair}, as width and height say")
+        asked = pair
+    if asked is None:
+        return info.scales[0]
+    if asked not in sizes:
+        raise wrong_value(400, "invalid_value", "size", asked, " or ".join(sizes))
+    return sizes[asked]
+
+
+def _frames(request: VideoRequest, info: ModelInfo) -> int:
+    """Pixel frames; 0 for a stream without an end."""
+    seconds = _seconds(request.seconds)
+    if request.extra.endless:
+        if seconds is not None or request.num_frames is not None:
+            raise Problem(422, "invalid_value", "extra.endless stands without seconds and num_frames", param="extra")
+        return 0
+    if seconds is None:
+        if request.num_frames is not None and request.num_frames > info.max_frames:
+            raise wrong_value(400, "invalid_value", "num_frames", request.num_frames, f"1 to {info.max_frames}")
+        return request.num_frames or info.clip_frames
+    if not 0 < seconds <= info.max_frames / info.fps:
+        allowed = f"above 0, up to {info.max_frames / info.fps:g}"
+        raise wrong_value(400, "invalid_value", "seconds", request.seconds, allowed)
+    frames = max(1, round(seconds * info.fps))
+    if request.num_frames not in (None, frames):
+        allowed = f"{frames}, as seconds = {seconds:g} says; or give one of the two"
+        raise wrong_value(400, "invalid_value", "num_frames", request.num_frames, allowed)
+    return frames
+
+
+def _seconds(value: float | str | None) -> float | None:
+    """OpenAI sends seconds as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise wrong_value(422, "invalid_value", "seconds", value, "a number")
+    return seconds
+
+
+def _progress(video: VideoRecord) -> int:
+    """Per cent; 100 only when the file is there."""
+    if video.endless:
+        return 0
+    return 100 if video.status is Status.COMPLETED else min(99, 100 * video.frames_done // video.frames)
+
+
+def _interaction(change: Interaction, over: bool) -> InteractionAnswer:
+    waits: Literal["queued", "dropped"] = "dropped" if over else "queued"
+    return InteractionAnswer(
+        event_id=change.event_id,
+        kind=change.kind.value,
+        transition_chunks=change.transition_chunks,
+        status=waits if change.chunk is None else "applied",
+        chunk=change.chunk,
+        pixel_frame=change.pixel_frame,
+    )
+
+
+def request_schemas() -> dict[str, Any]:
+    """JSON schemas of errors and of the bodies that routes read themselves, by name, for the API's own description."""
+    kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [
+        (ProblemAnswer, "validation"),
+        (VideoRequest, "validation"),
+        (InteractionRequest, "validation"),
+        (ClientSecretRequest, "validation"),
+    ]
+    _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    return dict(schemas["$defs"])

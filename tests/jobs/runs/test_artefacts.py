@@ -1,0 +1,26 @@
+"""What a run publishes: its release with the card, and in it what its maker states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diagonal.jsonfile import read_json
+from diagonal.model.model_card import statement_of
+from diagonal.model.weights import LINEAGE, Release, embedded
+from jobs.export import lineage
+from jobs.runs.artefacts import publish_release
+from tests.jobs.conftest import OpenRun
+
+
+def test_a_runs_statement_is_in_the_card_of_its_release(small_run: OpenRun) -> None:
+    run = small_run("spoken")
+    run.folder.write("statement.md", b"Trained on films of mine.\n")
+    publish_release(run, embedded("ode_init"), {"stage2": {"parent": "spoken/stage1"}})
+    card = Path(Release.load(str(run.folder / "release")).folder, "README.md").read_text()
+    assert statement_of(card) == "Trained on films of mine." and "# spoken\n" in card
+
+
+def test_a_student_that_was_given_is_not_called_the_runs_own_initialisation(small_run: OpenRun) -> None:
+    assert set(lineage(small_run("own"))) == {"base", "ode_init"}
+    given = lineage(small_run("given", f"distill.init={embedded('stage1', 'textured')}"))
+    assert set(given) == {"base", "init"} and given["init"] == read_json(embedded("stage1", "textured") / LINEAGE)

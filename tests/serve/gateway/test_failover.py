@@ -1,0 +1,290 @@
+"""Replicas that die, pause and come back under running streams: real engines of a small model, real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import ANY, AsyncMock, Mock
+
+import av
+import httpx
+import numpy as np
+import pytest
+
+from diagonal.engine.engine import Engine
+from serve.gateway.failover import rehome
+from serve.records import Interaction, Opened, Refused
+from serve.replica.replica import Replica
+from serve.settings import ServeSettings
+from tests.networks import small_release
+from tests.serve.conftest import FakeEngine, Service
+from tests.serve.sockets import cut, viewer
+from tests.serve.store.test_store import VIDEO
+
+Until = Callable[..., Any]
+PROMPT, OTHER = "a red circle moves left", "a blue square moves right"
+
+
+class Cluster(Service):
+    """Replicas of one small release."""
+
+    def make_replicas(self) -> dict[str, Replica]:
+        made: dict[str, Replica] = {}
+        for number in range(self.settings.replicas):
+            release = small_release()
+
+            def load(*_: Any, release: Any = release) -> Any:
+                return release.name, release.config, Engine(release, metrics=self.metrics)
+
+            name = f"replica-{number + 1}"
+            made[name] = Replica(self.settings, load, self.metrics, name)
+        return made
+
+    def holder(self, video: str) -> str:
+        """The name of the replica that the store says holds the session."""
+        return str(self.run(self.store.get(video)).replica)
+
+    def kill_holder(self, video: str) -> str:
+        name = self.holder(video)
+        self.run(self.kill_replica(name))
+        return name
+
+
+@pytest.fixture
+def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    made: list[Cluster] = []
+
+    def make(**changes: Any) -> Cluster:
+        settings = ServeSettings(data=str(tmp_path / f"data{len(made)}"), gateways=2, replicas=2)
+        made.append(Cluster(replace(settings, **changes), FakeEngine()))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.stop()
+
+
+def start(http: httpx.Client, frames: int = 105, pacing: str = "none") -> str:
+    body = {"prompt": PROMPT, "num_frames": frames, "seed": 3, "extra": {"pacing": pacing}}
+    return str(http.post("/v1/videos", json=body).raise_for_status().json()["id"])
+
+
+def steer(http: httpx.Client, video: str, **event: Any) -> httpx.Response:
+    return http.post(f"/v1/videos/{video}/interactions", json={"interaction": {"event": event}})
+
+
+def decoded(stream: bytes | bytearray) -> tuple[Any, list[int]]:
+    with av.open(io.BytesIO(bytes(stream)), mode="r") as container:
+        frames = list(container.decode(video=0))
+    return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), [int(frame.pts or 0) for frame in frames]
+
+
+def assert_same_video(stream: bytes | bytearray, expected: bytes) -> None:
+    """Every frame once, at its time; the pictures are those of an undisturbed run but for the encoder's state."""
+    (mine, times), (theirs, their_times) = decoded(stream), decoded(expected)
+    assert times == their_times
+    assert np.abs(mine.astype(int) - theirs.astype(int)).mean() < 4
+
+
+@pytest.fixture
+def expected(make_cluster: Callable[..., Cluster]) -> bytes:
+    """The stream when nothing happens."""
+    with httpx.Client(base_url=make_cluster(replicas=1).urls[0], timeout=60) as http:
+        return http.get(f"/v1/videos/{start(http)}/stream").content
+
+
+@pytest.mark.parametrize("pacing", ["none", "realtime"])
+def test_a_replica_that_dies_does_not_end_the_stream(
+    make_cluster: Callable[..., Cluster], expected: bytes, pacing: str, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.gateway.driver._AHEAD", 1)  # else all of it may have come before the replica dies
+    cluster = make_cluster()
+    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
+        video, data, killed = start(http, pacing=pacing), bytearray(), ""
+        with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
+            for part in answer.iter_raw():
+                data += part
+                if not killed and http.get(f"/v1/videos/{video}").json()["chunks_done"] >= 2:
+                    killed = cluster.kill_holder(video)
+        assert_same_video(data, expected)
+        told = until(lambda: (v := http.get(f"/v1/videos/{video}").json())["status"] == "completed" and v, "completed")
+        assert killed and told["frames_done"] == 105 and cluster.holder(video) != killed
+        assert len(decoded(http.get(f"/v1/videos/{video}/content").content)[0]) == 105
+        folder = Path(cluster.settings.data) / "videos" / video
+        assert not list(folder.glob("snapshot-*")), "snapshots are dropped when they are of no more use"
+
+
+def test_a_realtime_stream_whose_replica_dies_stands_still_for_less_than_two_seconds(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = make_cluster()
+    with viewer(cluster.urls[0]) as one:
+        one.start(prompt=PROMPT, num_frames=105, seed=3)
+        came: list[float] = []
+        while len(one.chunks) < 9:
+            if len(one.chunks) == 3 and len(cluster.replicas) == 2:
+                cluster.kill_holder(one.request_id)
+            one.next()
+            came.append(time.monotonic())
+        assert one.until("session.done")["chunks"] == 9
+    assert one.indices == list(range(9)) and len(decoded(one.video)[0]) == 105
+    assert max(later - before for before, later in zip(came, came[1:], strict=False)) < 0.75 + 2.0
+
+
+def test_a_prompt_change_that_no_chunk_had_shown_is_not_lost_with_the_replica(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = make_cluster()
+    with viewer(cluster.urls[0]) as one:
+        one.start(prompt=PROMPT, num_frames=105, seed=3, streaming_buffer_seconds=1.0)
+        one.read(2)
+        interaction = {"event_id": "e1", "event": {"prompt": OTHER}, "transition_chunks": 0}
+        one.say("session.interaction", interaction=interaction)
+        one.until("session.interaction.queued")
+        cluster.kill_holder(one.request_id)
+        one.say("session.playback", position_seconds=100.0)
+        one.until("session.done")
+    assert [chunk["started_event_ids"] for chunk in one.chunks[:4]].count(["e1"]) == 1
+    assert one.indices == list(range(9))
+
+
+def test_a_session_that_is_lost_behind_its_first_chunk_begins_again_and_goes_on_as_if_it_had_not(
+    make_cluster: Callable[..., Cluster], expected: bytes
+) -> None:
+    """The first chunk is shown before anything is kept to go on from; made anew, it is the same context."""
+    cluster = make_cluster()
+    with viewer(cluster.urls[0]) as one:
+        one.start(prompt=PROMPT, num_frames=105, seed=3, streaming_buffer_seconds=0.25)
+        one.read(1)
+        assert not list(Path(cluster.settings.data).glob("videos/*/snapshot-*"))
+        cluster.kill_holder(one.request_id)
+        one.say("session.playback", position_seconds=100.0)
+        assert one.until("session.done")["chunks"] == 9
+    assert one.indices == list(range(9))
+    assert_same_video(one.video, expected)
+
+
+def test_without_another_replica_the_stream_breaks_off_and_says_so(
+    make_cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.gateway.driver.PATIENCE_S", 0.5)
+    cluster = make_cluster(replicas=1)
+    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
+        video = start(http, frames=900, pacing="realtime")
+        with pytest.raises(httpx.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video}/stream") as answer:
+            parts = answer.iter_raw()
+            next(parts)
+            cluster.kill_holder(video)
+            list(parts)
+        assert http.get(f"/v1/videos/{video}").json()["error"]["code"] == "session_lost"
+
+
+def test_a_replica_that_dies_before_the_first_chunk_is_replaced_too(
+    make_cluster: Callable[..., Cluster], expected: bytes
+) -> None:
+    cluster = make_cluster()
+    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
+        video = start(http, pacing="realtime")
+        killer = threading.Thread(target=lambda: cluster.kill_holder(video))
+        killer.start()
+        stream = http.get(f"/v1/videos/{video}/stream").content
+        killer.join(30)
+        assert_same_video(stream, expected)
+
+
+def test_a_paused_stream_stands_still_frees_its_cache_and_goes_on(
+    make_cluster: Callable[..., Cluster], expected: bytes, until: Until
+) -> None:
+    cluster = make_cluster(replicas=1)
+    engine: Any = cluster.replica._engine
+    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
+        video = start(http, pacing="realtime")
+        streams: list[bytes] = []
+        reader = threading.Thread(target=lambda: streams.append(http.get(f"/v1/videos/{video}/stream").content))
+        reader.start()
+        with httpx.Client(base_url=cluster.urls[1], timeout=60) as other:
+            until(lambda: other.get(f"/v1/videos/{video}").json()["chunks_done"] >= 2, "two chunks")
+            assert steer(other, video, action="pause").status_code == 202
+            until(lambda: engine.stats().cache_bytes == 0, "the cache is free")
+            done = other.get(f"/v1/videos/{video}").json()
+            assert done["paused"] and done["interactions"][0]["kind"] == "pause"
+            time.sleep(1.5)
+            assert other.get(f"/v1/videos/{video}").json()["chunks_done"] <= done["chunks_done"] + 1
+            assert steer(other, video, action="resume").status_code == 202
+            reader.join(60)
+        assert_same_video(streams[0], expected)
+        changes = http.get(f"/v1/videos/{video}").json()["interactions"]
+        told = [(change["kind"], change["status"]) for change in changes]
+        assert told == [("pause", "applied"), ("resume", "applied")]
+
+
+def test_a_viewer_who_is_away_holds_no_cache_and_finds_his_stream_again(
+    make_cluster: Callable[..., Cluster], expected: bytes, until: Until
+) -> None:
+    cluster = make_cluster(replicas=1)
+    engine: Any = cluster.replica._engine
+    with viewer(cluster.urls[0]) as one:
+        one.start(prompt=PROMPT, num_frames=105, seed=3)
+        one.read(3)
+        cut(one)
+    until(lambda: engine.stats().cache_bytes == 0, "the cache is free", seconds=3)
+    with viewer(cluster.urls[1]) as two:
+        two.start(resume_token=one.resume_token)
+        two.until("session.done")
+    assert one.indices + two.indices == list(range(9))
+    assert_same_video(one.video + two.video, expected)
+
+
+def test_a_gateway_that_dies_costs_its_viewer_a_reconnect(
+    make_cluster: Callable[..., Cluster], expected: bytes
+) -> None:
+    cluster = make_cluster(replicas=1)
+    with viewer(cluster.urls[0]) as one:
+        one.start(prompt=PROMPT, num_frames=105, seed=3)
+        one.read(3)
+        cluster.run(cluster.gateways[0].close())
+        cut(one)
+    began = time.monotonic()
+    with viewer(cluster.urls[1]) as two:
+        two.start(resume_token=one.resume_token)
+        two.read(1)
+        assert time.monotonic() - began < 3
+        two.until("session.done")
+    assert one.indices + two.indices == list(range(9))
+    assert_same_video(one.video + two.video, expected)
+
+
+@pytest.mark.parametrize(
+    ("event", "param"),
+    [
+        ({"action": "stop"}, "interaction.event.action"),
+        ({"action": "pause", "prompt": "x"}, "interaction.event.action"),
+        ({}, "interaction.event.prompt"),
+    ],
+)
+def test_an_interaction_says_one_thing(http: httpx.Client, event: dict[str, Any], param: str) -> None:
+    answer = steer(http, start(http), **event)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
+
+
+@pytest.mark.parametrize(("chunks_done", "parts", "told"), [(1, [], ["e0", "e1"]), (3, [b"s"], ["e1"]), (3, [], None)])
+def test_a_session_that_begins_anew_is_told_what_its_first_chunk_had_shown_and_others_only_what_waits(
+    chunks_done: int, parts: list[bytes], told: list[str] | None
+) -> None:
+    changes = (Interaction("e0", "a blue square", chunk=0), Interaction("e1", "a green circle"))
+    video = replace(VIDEO, interactions=changes, chunks_done=chunks_done)
+    held = AsyncMock(return_value=Opened("replica-2", "video/mp4", b"init"))
+    store, replica = Mock(), Mock(**{"open.remote": held, "restore.remote": held})
+    store.snapshots.remote, store.claim.remote = AsyncMock(return_value=parts), AsyncMock(return_value=video)
+    replica.interact.remote = AsyncMock(return_value=None)
+    replica.options.return_value = replica
+    moved = asyncio.run(rehome(video, store, replica, 0.0))
+    assert [call.args[1] for call in replica.interact.remote.await_args_list] == (told or [])
+    assert moved == (Refused("session_lost", ANY, "snapshot") if told is None else video)

@@ -1,0 +1,416 @@
+"""The store's statements on SQLite and on PostgreSQL: what is kept, who may change it, and what a crash costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sql
+
+from diagonal.chain import Link
+from serve.records import (
+    Caller,
+    EncodedChunk,
+    Idempotency,
+    Interaction,
+    KeptChunk,
+    Pacing,
+    Refused,
+    Status,
+    VideoRecord,
+)
+from serve.store.credentials import Credentials, parse_secret
+from serve.store.database import Database, chunk_events
+from serve.store.quotas import Admission
+from serve.store.tables import VERSION, Tables
+
+VIDEO = VideoRecord(
+    id="video_1",
+    model="tiny",
+    prompt="a red circle",
+    seed=2**32 - 1,
+    frames=21,
+    fps=16,
+    scale=1,
+    size="32x32",
+    pacing=Pacing.NONE,
+    created_at=1.0,
+    status=Status.QUEUED,
+    mime="",
+)
+LOCAL = Caller("local", "local")
+FIRST = EncodedChunk(0, b"first", 9, 0, (), last=False)
+SECOND = EncodedChunk(1, b"second", 12, 9, (), last=True)
+VERSION_1 = (
+    "CREATE TABLE videos (number {serial}, id VARCHAR(64) UNIQUE NOT NULL, model VARCHAR(128) NOT NULL, prompt TEXT"
+    " NOT NULL, seed BIGINT NOT NULL, frames INTEGER NOT NULL, fps INTEGER NOT NULL, scale INTEGER NOT NULL, size"
+    " VARCHAR(32) NOT NULL, pacing VARCHAR(16) NOT NULL, created_at FLOAT NOT NULL, status VARCHAR(16) NOT NULL,"
+    " replica VARCHAR(128) NOT NULL, mime VARCHAR(128) NOT NULL, chunks_done INTEGER NOT NULL, frames_done INTEGER"
+    " NOT NULL, completed_at FLOAT, error_code VARCHAR(64), error_message TEXT, epoch INTEGER NOT NULL)",
+    "CREATE TABLE chunks (video_id VARCHAR(64), chunk INTEGER, frames INTEGER NOT NULL, first_pixel_frame INTEGER NOT"
+    " NULL, PRIMARY KEY (video_id, chunk))",
+    "CREATE TABLE interactions (number {serial}, video_id VARCHAR(64) NOT NULL, event_id VARCHAR(128) NOT NULL, prompt"
+    " TEXT NOT NULL, transition_chunks INTEGER NOT NULL, chunk INTEGER, pixel_frame INTEGER, UNIQUE (video_id,"
+    " event_id))",
+    "INSERT INTO videos (id, model, prompt, seed, frames, fps, scale, size, pacing, created_at, status, replica, mime,"
+    " chunks_done, frames_done, epoch) VALUES ('video_1', 'tiny', 'a red circle', 7, 21, 16, 1, '32x32', 'none', 1.0,"
+    " 'in_progress', 'replica-1', 'video/mp4', 1, 9, 3)",
+    "INSERT INTO chunks VALUES ('video_1', 0, 9, 0)",
+    "INSERT INTO interactions (video_id, event_id, prompt, transition_chunks) VALUES ('video_1', 'e1', 'x', 0)",
+)
+
+
+@pytest.fixture
+def tables(database_url: str) -> Iterator[Tables]:
+    tables = Tables(database_url)
+    yield tables
+    tables.close()
+
+
+@pytest.fixture
+def database(tables: Tables) -> Database:
+    """With one video that a replica holds."""
+    database = Database(tables)
+    assert Admission(tables).admit(VIDEO, LOCAL, None, 1.0) is None
+    assert database.opened("video_1", "replica-1", "video/mp4")
+    return database
+
+
+def add(database: Database, epoch: int, chunk: EncodedChunk, now: float = 1.0) -> bool:
+    return database.add_chunks("video_1", epoch, [kept(chunk, epoch)], now)
+
+
+def kept(chunk: EncodedChunk, epoch: int = 0, **state: Any) -> KeptChunk:
+    return KeptChunk(chunk, f"{chunk.chunk}-{epoch}", Link(chunk.chunk, "hash", "", chunk.last), **state)
+
+
+def test_a_video_comes_back_as_it_was_put_in(database: Database) -> None:
+    opened = replace(VIDEO, status=Status.IN_PROGRESS, replica="replica-1", mime="video/mp4")
+    assert database.get("video_1") == opened
+    assert database.get("video_2") is None
+
+
+def test_it_is_still_there_after_a_restart(database: Database, tables: Tables, database_url: str) -> None:
+    before = database.get("video_1")
+    tables.close()
+    again = Tables(database_url)
+    assert Database(again).get("video_1") == before
+    again.close()
+
+
+def test_only_the_next_chunk_of_the_newest_driver_is_taken(database: Database) -> None:
+    assert not add(database, 0, SECOND)
+    assert add(database, 0, FIRST)
+    assert database.claim("video_1", "replica-2", 0) and not database.claim("video_1", "replica-3", 0)
+    assert not add(database, 0, SECOND)
+    assert add(database, 1, SECOND)
+    video = database.get("video_1")
+    assert video is not None and (video.chunks_done, video.frames_done, video.epoch) == (2, 21, 1)
+    assert video.replica == "replica-2" and database.chunk_files("video_1") == ["0-0", "1-1"]
+
+
+def test_a_chunk_whose_acknowledgement_was_lost_may_be_given_again(database: Database) -> None:
+    assert add(database, 0, FIRST) and add(database, 0, FIRST)
+    video = database.get("video_1")
+    assert video is not None and video.chunks_done == 1
+
+
+def test_of_many_who_claim_at_once_one_gets_the_session(database: Database, database_url: str) -> None:
+    won: list[str] = []
+
+    def claim(replica: str) -> None:
+        tables = Tables(database_url)
+        if Database(tables).claim("video_1", replica, 0):
+            won.append(replica)
+        tables.close()
+
+    threads = [threading.Thread(target=claim, args=(f"replica-{number}",)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    video = database.get("video_1")
+    assert video is not None and [video.replica] == won and video.epoch == 1
+
+
+def test_a_video_that_is_over_changes_no_more(database: Database) -> None:
+    assert database.finish("video_1", Status.CANCELLED, 2.0, "abandoned", "nobody watches", expires_at=9.0)
+    assert not database.finish("video_1", Status.COMPLETED, 3.0)
+    assert not database.claim("video_1", "replica-2", 0) and not add(database, 0, FIRST)
+    video = database.get("video_1")
+    assert video is not None and (video.status, video.error_code) == (Status.CANCELLED, "abandoned")
+    assert database.expired(8.9) == [] and database.expired(9.0) == ["video_1"]
+
+
+def test_an_interaction_is_noted_once_and_told_where_it_applied(database: Database) -> None:
+    change = Interaction("e1", "a blue square")
+    assert database.add_interaction("video_1", change, 64) is True
+    assert database.add_interaction("video_1", replace(change, prompt="other"), 64) == change
+    add(database, 0, replace(FIRST, applied_event_ids=("e1",)))
+    video = database.get("video_1")
+    assert video is not None and video.interactions == (replace(change, chunk=0, pixel_frame=0),)
+
+
+def test_only_so_many_interactions_may_wait(database: Database) -> None:
+    made = [database.add_interaction("video_1", Interaction(f"e{number}", "x"), 2) for number in range(3)]
+    assert made == [True, True, False]
+    add(database, 0, replace(FIRST, applied_event_ids=("e0", "e1")))
+    assert database.add_interaction("video_1", Interaction("e2", "x"), 2) is True
+
+
+def test_all_of_a_removed_video_is_gone_and_only_its_owner_removes_it(database: Database, tables: Tables) -> None:
+    database.add_interaction("video_1", Interaction("e1", "x"), 64)
+    add(database, 0, FIRST)
+    assert database.remove("video_1", "somebody") is None and database.get("video_1") is not None
+    assert database.remove("video_1", "local") is not None
+    with tables.reading() as connection:
+        for name in ("videos", "chunks", "interactions"):
+            assert connection.execute(sql.text(f"SELECT count(*) FROM {name}")).scalar() == 0
+
+
+def test_one_resume_token_counts_and_for_its_owner_alone(tables: Tables) -> None:
+    database = Database(tables)
+    Admission(tables).admit(replace(VIDEO, resume_hash="one"), LOCAL, None, 1.0)
+    assert database.take_over("somebody", "one", "two") is None
+    taken = database.take_over("local", "one", "two")
+    assert taken is not None and (taken.id, taken.resume_hash) == ("video_1", "two")
+    assert database.take_over("local", "one", "three") is None and database.take_over("local", "", "three") is None
+
+
+def test_a_change_is_told_with_the_chunks_that_it_starts_in_blends_in_and_ends_with() -> None:
+    changes = [
+        Interaction("a", "x", 3, chunk=1),
+        Interaction("b", "x", 0, chunk=5),
+        Interaction("c", "x", 4, chunk=7),
+        Interaction("d", "x", 2, chunk=8),
+        Interaction("e", "x", 0, chunk=8),
+    ]
+    told = [chunk_events([one for one in changes if (one.chunk or 0) <= at], at) for at in range(10)]
+    assert [events.started for events in told] == [(), ("a",), (), (), (), ("b",), (), ("c",), ("d", "e"), ()]
+    assert [events.active for events in told] == [(), ("a",), ("a",), ("a",), (), ("b",), (), ("c",), ("d", "e"), ()]
+    assert [events.completed for events in told[:7]] == [(), (), (), ("a",), (), ("b",), ()]
+    assert told[8].completed == ("d", "e")
+
+
+def test_a_database_of_the_first_version_is_brought_up_with_what_it_holds(database_url: str) -> None:
+    engine = sql.create_engine(database_url)
+    kinds = {"sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT", "postgresql": "SERIAL PRIMARY KEY"}
+    with engine.begin() as connection:
+        for statement in VERSION_1:
+            connection.execute(sql.text(statement.format(serial=kinds[engine.dialect.name])))
+    engine.dispose()
+    for _ in range(2):  # the second time there is nothing to do
+        tables = Tables(database_url)
+        database = Database(tables)
+        video = database.get("video_1")
+        assert video is not None and (video.owner, video.epoch, video.expires_at) == ("local", 3, None)
+        assert video.interactions == (Interaction("e1", "x"),)
+        assert database.chunks("video_1", 0, 1) == [(9, "0", Link(0, "", "", False))]
+        with tables.reading() as connection:
+            assert connection.execute(sql.text("SELECT version FROM schema")).scalar() == VERSION
+        tables.close()
+    tables = Tables(database_url)
+    assert add(Database(tables), 3, SECOND)
+    tables.close()
+
+
+def test_a_database_of_the_second_version_goes_on_with_a_chain_from_its_next_chunk(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from serve.store import tables as module
+
+    engine = sql.create_engine(database_url)
+    kinds = {"sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT", "postgresql": "SERIAL PRIMARY KEY"}
+    with engine.begin() as connection:
+        for statement in VERSION_1:
+            connection.execute(sql.text(statement.format(serial=kinds[engine.dialect.name])))
+    with monkeypatch.context() as patch:  # columns of later versions stay out: each step names its own
+        patch.setattr(module, "VERSION", 2)
+        patch.setattr(module, "_STEPS", (module._to_2,))
+        Tables(database_url).close()
+    assert "signature" not in {column["name"] for column in sql.inspect(engine).get_columns("chunks")}
+    engine.dispose()
+    for _ in range(2):
+        tables = Tables(database_url)
+        database, link = Database(tables), Link(1, "hash", "", True, "5" * 128, "6" * 64)
+        video = database.get("video_1")
+        assert video is not None and (video.prompt_salt, video.release_sha256) == ("", "")
+        assert database.add_chunks("video_1", 3, [KeptChunk(SECOND, "1-3", link)], 1.0)
+        assert database.links("video_1", 0, 10) == [Link(0, "", "", False), link]
+        assert database.links("video_1", 1, 1) == [link] and database.links("video_1", 0, 1)[0].chunk == 0
+        tables.close()
+
+
+def test_a_migration_that_fails_changes_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = sql.create_engine(database_url)
+    kinds = {"sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT", "postgresql": "SERIAL PRIMARY KEY"}
+    with engine.begin() as connection:
+        for statement in VERSION_1:
+            connection.execute(sql.text(statement.format(serial=kinds[engine.dialect.name])))
+    from serve.store import tables as module
+
+    def broken(connection: sql.Connection) -> None:
+        module._to_2(connection)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(module, "_STEPS", (broken,))
+    with pytest.raises(OSError):
+        Tables(database_url)
+    assert "keys" not in sql.inspect(engine).get_table_names()
+    assert "owner" not in {column["name"] for column in sql.inspect(engine).get_columns("videos")}
+    engine.dispose()
+
+
+def test_a_database_of_a_later_version_is_left_alone(database_url: str, tables: Tables) -> None:
+    with tables.writing() as connection:
+        connection.execute(sql.text("UPDATE schema SET version = 99"))
+    with pytest.raises(RuntimeError, match="99"):
+        Tables(database_url)
+
+
+WRITER = """
+import sys
+from tests.serve.test_database import FIRST, Database, Tables, kept, replace
+database = Database(Tables(sys.argv[1]))
+for number in range(10_000):
+    chunk = replace(FIRST, chunk=number, first_pixel_frame=9 * number)
+    assert database.add_chunks("video_1", 0, [kept(chunk)], 1.0)
+    print(number, flush=True)
+"""
+
+
+def test_a_process_killed_in_the_middle_of_writes_loses_nothing_that_it_acknowledged(
+    database: Database, tables: Tables, database_url: str, repository: Path
+) -> None:
+    told: list[int] = []
+    command = [sys.executable, "-c", WRITER, database_url]
+    with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        for line in writer.stdout:
+            told.append(int(line))
+            if len(told) == 20:
+                writer.kill()
+                break
+    video = database.get("video_1")
+    assert video is not None and told == list(range(20))
+    files = database.chunk_files("video_1")
+    assert len(files) >= 20 and video.chunks_done == len(files) and video.frames_done == 9 * len(files)
+
+
+def test_a_commit_of_sqlite_is_on_the_disk_before_it_is_acknowledged(tmp_path: Path) -> None:
+    """What a crash of the machine costs cannot be tried here: this is what SQLite itself promises nothing with."""
+    tables = Tables(f"sqlite:///{tmp_path / 'store.sqlite'}")
+    with tables.reading() as connection:
+        found = [connection.execute(sql.text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous")]
+    assert found == ["wal", 2]
+    tables.close()
+
+
+def test_the_same_request_again_gives_the_same_video_and_another_one_a_conflict(tables: Tables) -> None:
+    admission, database = Admission(tables), Database(tables)
+    asked = Idempotency("k1", "body")
+    assert admission.admit(VIDEO, LOCAL, asked, 1.0) is None
+    other = replace(VIDEO, id="video_2")
+    in_flight = admission.admit(other, LOCAL, asked, 2.0)
+    assert isinstance(in_flight, Refused) and in_flight.code == "idempotency_in_flight"
+    database.opened("video_1", "replica-1", "video/mp4")
+    known = admission.admit(other, LOCAL, asked, 3.0)
+    assert isinstance(known, VideoRecord) and known.id == "video_1"
+    conflict = admission.admit(other, LOCAL, replace(asked, body_hash="other"), 4.0)
+    assert isinstance(conflict, Refused) and conflict.code == "idempotency_conflict"
+    assert admission.admit(replace(other, owner="somebody"), Caller("somebody", "s"), asked, 5.0) is None
+
+
+def test_a_request_whose_gateway_died_may_be_made_again_after_a_while(tables: Tables) -> None:
+    admission, asked = Admission(tables), Idempotency("k1", "body")
+    assert admission.admit(VIDEO, LOCAL, asked, 1.0) is None
+    assert admission.admit(replace(VIDEO, id="video_2"), LOCAL, asked, 70.0) is None
+
+
+def test_an_account_runs_as_many_videos_as_it_may_whatever_keys_it_uses(tables: Tables) -> None:
+    admission, database = Admission(tables), Database(tables)
+    callers = [Caller(f"key{number}", "shared", sessions=2) for number in range(3)]
+    made = [
+        admission.admit(replace(VIDEO, id=f"video_{n}", owner=caller.key_id, account="shared"), caller, None, 1.0)
+        for n, caller in enumerate(callers)
+    ]
+    assert made[:2] == [None, None] and isinstance(made[2], Refused) and made[2].retry_after_s
+    database.finish("video_0", Status.CANCELLED, 2.0)
+    assert admission.admit(replace(VIDEO, id="video_9", account="shared"), callers[2], None, 3.0) is None
+
+
+def test_frames_a_minute_slide_and_what_no_replica_took_is_given_back(tables: Tables) -> None:
+    admission = Admission(tables)
+    caller = Caller("key", "account", frames_per_minute=50)
+
+    def ask(number: int, now: float) -> Any:
+        video = replace(VIDEO, id=f"video_{number}", account="account", created_at=now)
+        return video, admission.admit(video, caller, None, now)
+
+    assert ask(0, 100.0)[1] is None
+    video, made = ask(1, 110.0)
+    assert made is None
+    _, refusal = ask(2, 120.0)
+    assert isinstance(refusal, Refused) and refusal.retry_after_s == pytest.approx(40.0)
+    admission.withdraw(video, caller)
+    assert ask(3, 121.0)[1] is None
+    assert isinstance(ask(4, 159.0)[1], Refused) and ask(5, 160.5)[1] is None
+    large = admission.admit(replace(VIDEO, id="video_6", frames=51, account="account"), caller, None, 500.0)
+    assert isinstance(large, Refused) and large.code == "quota_too_small" and large.retry_after_s is None
+
+
+def test_a_long_stream_is_charged_its_first_minute_and_then_as_it_goes(tables: Tables) -> None:
+    admission, database = Admission(tables), Database(tables)
+    caller = Caller("key", "account", frames_per_minute=1000)
+    stream = replace(VIDEO, frames=4000, pacing=Pacing.REALTIME, account="account")
+    assert admission.admit(stream, caller, None, 1.0) is None
+    database.opened("video_1", "replica-1", "video/mp4")
+    asked = replace(VIDEO, id="video_2", frames=40, account="account")
+    assert add(database, 0, replace(FIRST, frames=960), now=62.0)
+    assert add(database, 0, replace(SECOND, frames=20, first_pixel_frame=960), now=62.0)
+    assert add(database, 0, replace(SECOND, chunk=2, frames=950, first_pixel_frame=980), now=62.0)
+    refusal = admission.admit(asked, caller, None, 63.0)
+    assert isinstance(refusal, Refused) and refusal.code == "frame_quota_exceeded"
+    assert admission.admit(replace(asked, frames=30), caller, None, 63.0) is None
+
+
+def test_keys_are_kept_as_hashes_and_end_when_revoked(tables: Tables) -> None:
+    credentials = Credentials(tables)
+    text = credentials.create_key("a person", 2, 100, 1.0)
+    shown = parse_secret("dk", text)
+    assert shown is not None and credentials.caller(shown) == Caller(shown.id, shown.id, 2, 100)
+    with tables.reading() as connection:
+        row = str(connection.execute(sql.text("SELECT * FROM keys")).all())
+    assert text not in row and text.split("_", 2)[2] not in row
+    wrong = parse_secret("dk", text[:-1] + ("a" if text[-1] != "a" else "b"))
+    assert wrong is not None and credentials.caller(wrong) is None
+    secret = parse_secret("ek", credentials.create_client_secret(shown.id, 100.0))
+    assert credentials.revoke_key(shown.id, 2.0) and not credentials.revoke_key(shown.id, 3.0)
+    assert credentials.caller(shown) is None and credentials.keys()[0].revoked_at == 2.0
+    assert secret is not None and credentials.redeem(secret, 3.0) is None
+
+
+def test_a_client_secret_counts_once_and_not_for_long(tables: Tables, database_url: str) -> None:
+    credentials = Credentials(tables)
+    secret = parse_secret("ek", credentials.create_client_secret("key", 100.0))
+    late = parse_secret("ek", credentials.create_client_secret("key", 100.0))
+    assert secret is not None and late is not None
+    won: list[str | None] = []
+    threads = [threading.Thread(target=lambda: won.append(credentials.redeem(secret, 50.0))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(map(str, won)) == ["None"] * 5 + ["key"]
+    assert credentials.redeem(late, 100.0) is None
+
+
+@pytest.mark.parametrize("text", ["", "dk", "dk_1", "ek_1_2", "dk_1_é", "dk_1_" + "x" * 500])
+def test_what_is_no_key_is_not_looked_up(text: str) -> None:
+    assert parse_secret("dk", text) is None
