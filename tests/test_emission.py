@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -95,7 +95,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     service.start()
     headers = new_key(service)
     try:
-        with httpx.Client(base_url=service.urls[0], headers=headers, timeout=DEADLINE_S) as http:
+        with httpx2.Client(base_url=service.urls[0], headers=headers, timeout=DEADLINE_S) as http:
             assert http.post("/v1/videos", json={"prompt": FORBIDDEN}).status_code == 422
             assert http.get("/v1/nothing").status_code == 404
             service.engine.allow(2)
@@ -271,9 +271,9 @@ def test_an_engine_without_ray_shows_its_numbers_to_prometheus() -> None:
         port = free.getsockname()[1]
     with exporter(port) as sink:
         stream(engine_of(metrics=sink), spec_of(), 2)
-        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+        text = httpx2.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(lines["diagonal_frames_generated_total"]) == 9 + 12
     assert float(lines["diagonal_chunk_generation_seconds_count"]) == 2
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5)
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"http://127.0.0.1:{port}/metrics", timeout=5)

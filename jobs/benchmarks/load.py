@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from diagonal.client import AsyncRealtime, DiagonalError, ServerFullError
 from diagonal.client.protocol import start_fields
@@ -194,9 +194,9 @@ def work(argv: Sequence[str]) -> None:
 
 
 @asynccontextmanager
-async def _client(plan: Plan) -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(base_url=plan.url, headers=plan.headers, timeout=plan.limit_s, limits=limits) as http:
+async def _client(plan: Plan) -> AsyncIterator[httpx2.AsyncClient]:
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
+    async with httpx2.AsyncClient(base_url=plan.url, headers=plan.headers, timeout=plan.limit_s, limits=limits) as http:
         yield http
 
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 from websockets.exceptions import WebSocketException
 
 from diagonal.client import AsyncRealtime, BrokenStreamError, DiagonalError, ServerFullError
@@ -27,7 +27,7 @@ PROMPTS = (
 )
 _TELL_EVERY_S = 0.25
 _SLACK_S, _SLACK = 20.0, 3.0  # how much longer than its media a session may take
-_WRONG = (DiagonalError, WebSocketException, httpx.HTTPError, OSError, ValueError)
+_WRONG = (DiagonalError, WebSocketException, httpx2.HTTPError, OSError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Observer:
         trace.retry_after_s = getattr(error, "retry_after_s", None)
 
 
-async def run_session(plan: Plan, number: int, zero_s: float, http: httpx.AsyncClient, carrier: str = "ws") -> Trace:
+async def run_session(plan: Plan, number: int, zero_s: float, http: httpx2.AsyncClient, carrier: str = "ws") -> Trace:
     """A whole session; whatever happens to it is in its trace, and it takes no longer than `plan.limit_s`."""
     trace = Trace(carrier=carrier)
     observer = Observer(trace, zero_s, plan.start_buffer_s)
@@ -153,7 +153,7 @@ async def _telling(live: AsyncRealtime, observer: Observer, credits_s: float | N
         await live.close()
 
 
-async def by_http(plan: Plan, number: int, observer: Observer, http: httpx.AsyncClient) -> None:
+async def by_http(plan: Plan, number: int, observer: Observer, http: httpx2.AsyncClient) -> None:
     """`POST /v1/videos`, then its stream."""
     fields = start_fields(PROMPTS[number % len(PROMPTS)], seconds=plan.seconds, seed=number, pacing=plan.pacing)
     observer.asked(time.monotonic())
@@ -196,7 +196,7 @@ class Timeline:
         return fragment.frames
 
 
-def checked(answer: httpx.Response) -> httpx.Response:
+def checked(answer: httpx2.Response) -> httpx2.Response:
     """The answer if it is no error; else the error that it tells."""
     if answer.is_error:
         try:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import httpx
+import httpx2
 
 from diagonal.config import Config
 from diagonal.engine.admission import ChunkKind, settled_chunk
@@ -100,7 +100,7 @@ class Metrics:
         if self._url is None:
             return None
         time.sleep(_LAG_S)
-        answer = httpx.get(self._url, timeout=30.0)
+        answer = httpx2.get(self._url, timeout=30.0)
         answer.raise_for_status()
         found = Reading.of(answer.text, time.monotonic())
         require("diagonal_" in answer.text, "--metrics", self._url, "an address that exports the service's metrics")

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from diagonal.client import DiagonalClient, DiagonalError
@@ -34,9 +34,9 @@ def fragment(body: bytes) -> bytes:
 PARTS = [box(b"ftyp") + box(b"moov"), *(fragment(body) for body in (b"one", b"two"))]
 
 
-def problem(status: int, code: str, message: str, **headers: str) -> httpx.Response:
+def problem(status: int, code: str, message: str, **headers: str) -> httpx2.Response:
     error = {"message": message, "type": "invalid_request_error", "param": "prompt", "code": code}
-    return httpx.Response(status, json={"title": code, "error": error}, headers=headers)
+    return httpx2.Response(status, json={"title": code, "error": error}, headers=headers)
 
 
 class Server:
@@ -45,12 +45,12 @@ class Server:
     def __init__(self, outcome: str = "completed") -> None:
         self.outcome, self.polls = outcome, 0
         self.requests: list[tuple[str, str, dict]] = []
-        self.headers: list[httpx.Headers] = []
-        self.params: list[httpx.QueryParams] = []
-        self.answers: dict[str, httpx.Response] = {}
-        self.first_answers: list[httpx.Response] = []
+        self.headers: list[httpx2.Headers] = []
+        self.params: list[httpx2.QueryParams] = []
+        self.answers: dict[str, httpx2.Response] = {}
+        self.first_answers: list[httpx2.Response] = []
 
-    def __call__(self, request: httpx.Request) -> httpx.Response:
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
         body = json.loads(request.content) if request.content else {}
         self.requests.append((request.method, request.url.path, body))
         self.headers.append(request.headers)
@@ -60,13 +60,13 @@ class Server:
         if request.method in self.answers:
             return self.answers[request.method]
         if request.url.path.endswith("/content"):
-            return httpx.Response(200, content=FILE)
+            return httpx2.Response(200, content=FILE)
         if request.url.path.endswith("/stream"):
-            return httpx.Response(200, content=iter(PARTS))
+            return httpx2.Response(200, content=iter(PARTS))
         if request.url.path.endswith("/interactions"):
-            return httpx.Response(202, json={"event_id": body["interaction"]["event_id"]})
+            return httpx2.Response(202, json={"event_id": body["interaction"]["event_id"]})
         self.polls += request.method == "GET"
-        return httpx.Response(200, json=self.video("in_progress" if self.polls < 2 else self.outcome))
+        return httpx2.Response(200, json=self.video("in_progress" if self.polls < 2 else self.outcome))
 
     def video(self, status: str) -> dict:
         error = {"code": "engine_failed", "message": "it broke"} if status == "failed" else None
@@ -74,7 +74,7 @@ class Server:
         return {"id": "video_1", "status": status, "progress": 11, "error": error} | shape
 
     def client(self, url: str | None = None, **options: Any) -> DiagonalClient:
-        return DiagonalClient(url or "http://server", transport=httpx.MockTransport(self), **options)
+        return DiagonalClient(url or "http://server", transport=httpx2.MockTransport(self), **options)
 
 
 @pytest.fixture
@@ -103,12 +103,12 @@ def test_the_stream_comes_in_parts(server: Server) -> None:
 def test_a_stream_that_breaks_goes_on_with_the_next_chunk(server: Server, waits: list[float]) -> None:
     def broken() -> Iterator[bytes]:
         yield PARTS[0] + PARTS[1] + PARTS[2][:5]
-        raise httpx.ReadError("gone")
+        raise httpx2.ReadError("gone")
 
     server.first_answers = [
-        httpx.Response(200, content=broken()),
-        httpx.Response(200, json=server.video("in_progress")),
-        httpx.Response(200, content=iter([PARTS[0], PARTS[2]])),
+        httpx2.Response(200, content=broken()),
+        httpx2.Response(200, json=server.video("in_progress")),
+        httpx2.Response(200, content=iter([PARTS[0], PARTS[2]])),
     ]
     with server.client() as client:
         assert list(client.stream("video_1")) == PARTS
@@ -131,7 +131,7 @@ def test_an_error_answer_carries_what_the_server_said(server: Server) -> None:
 
 
 def test_an_error_answer_that_is_not_json_is_still_told(server: Server) -> None:
-    server.answers["GET"] = httpx.Response(502, text="bad gateway")
+    server.answers["GET"] = httpx2.Response(502, text="bad gateway")
     with server.client(max_retries=0) as client, pytest.raises(DiagonalError, match="502"):
         client.get("video_1")
     with server.client() as client, pytest.raises(DiagonalError, match="502"):
@@ -169,7 +169,7 @@ def test_steer_changes_the_prompt(run: Callable[..., int], server: Server) -> No
     ],
 )
 def test_each_kind_of_refusal_has_its_exit_code(
-    run: Callable[..., int], server: Server, capsys: pytest.CaptureFixture[str], answer: httpx.Response, code: int
+    run: Callable[..., int], server: Server, capsys: pytest.CaptureFixture[str], answer: httpx2.Response, code: int
 ) -> None:
     server.answers["POST"] = answer
     assert run("generate", "a red circle") == code
@@ -223,7 +223,7 @@ def test_what_asking_again_does_not_mend_is_asked_once(
 def test_key_and_address_come_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIAGONAL_API_KEY", "dk_1_2")
     monkeypatch.setenv("DIAGONAL_URL", "http://from-environment")
-    with DiagonalClient(transport=httpx.MockTransport(server)) as client:
+    with DiagonalClient(transport=httpx2.MockTransport(server)) as client:
         client.get("video_1")
     assert server.headers[0]["authorization"] == "Bearer dk_1_2"
     assert server.headers[0]["host"] == "from-environment"
@@ -244,12 +244,12 @@ def test_what_came_of_a_broken_stream_is_kept_beside_its_name(
 ) -> None:
     def broken() -> Iterator[bytes]:
         yield PARTS[0] + PARTS[1]
-        server.answers["GET"] = httpx.Response(200, json=server.video("failed"))
-        raise httpx.ReadError("gone")
+        server.answers["GET"] = httpx2.Response(200, json=server.video("failed"))
+        raise httpx2.ReadError("gone")
 
     server.first_answers = [
-        httpx.Response(200, json=server.video("in_progress")),
-        httpx.Response(200, content=broken()),
+        httpx2.Response(200, json=server.video("in_progress")),
+        httpx2.Response(200, content=broken()),
     ]
     assert run("stream", "a red circle", "--out", tmp_path / "x.mp4") == FAILED
     assert (tmp_path / "x.mp4.part").read_bytes() == PARTS[0] + PARTS[1]

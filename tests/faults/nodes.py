@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
+import httpx2
 import psutil
 
 from tests.conftest import started_patiently
@@ -84,8 +84,8 @@ class Nodes:
         for node in self._cluster.global_state.node_table():
             if node["Alive"]:
                 try:
-                    pages.append(httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10).text)
-                except httpx.HTTPError:
+                    pages.append(httpx2.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10).text)
+                except httpx2.HTTPError:
                     continue  # its agent is still starting
         return "\n".join(pages)
 

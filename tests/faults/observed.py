@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import yaml
 from safetensors.torch import load_file, save_file
@@ -110,7 +110,7 @@ class Scene:
 
     def ask(self, route: str, **parameters: Any) -> Any:
         """What Prometheus' HTTP API answers; an error of its own fails."""
-        found = httpx.get(f"{self.prometheus}/api/v1/{route}", params=parameters, timeout=30).json()
+        found = httpx2.get(f"{self.prometheus}/api/v1/{route}", params=parameters, timeout=30).json()
         assert found["status"] == "success", found
         return found["data"]
 
@@ -243,7 +243,7 @@ def watch(scene: Scene) -> None:
         with frozen(replica):
             time.sleep(FREEZE_S)
     scene.until("ray_diagonal_stream_stalls_total")
-    held = httpx.get(f"{scene.service}/v1/videos/{watchers[0].id}", timeout=30).json()
+    held = httpx2.get(f"{scene.service}/v1/videos/{watchers[0].id}", timeout=30).json()
     assert held["status"] == "in_progress", held
     for replica in scene.processes("ray::ServeReplica:diagonal:Replica")[:1]:
         replica.kill()
@@ -274,11 +274,11 @@ def steer(scene: Scene) -> None:
 def ask_wrongly(scene: Scene) -> None:
     """Every kind of refusal, and a prompt that makes the model fail."""
 
-    def create(prompt: str, **more: Any) -> httpx.Response:
+    def create(prompt: str, **more: Any) -> httpx2.Response:
         body = {"prompt": prompt, "num_frames": 33, **more}
-        return httpx.post(f"{scene.service}/v1/videos", json=body, timeout=60)
+        return httpx2.post(f"{scene.service}/v1/videos", json=body, timeout=60)
 
-    assert httpx.get(f"{scene.service}/v1/videos/video_none", timeout=60).status_code in (404, 422)
+    assert httpx2.get(f"{scene.service}/v1/videos/video_none", timeout=60).status_code in (404, 422)
     create(BAD[0])
     for _ in range(3):
         assert create(BANNED).status_code == 422 and create(CRASH).status_code == 503

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, TypeVar
 
-import httpx
+import httpx2
 import psutil
 
 from tests.faults.nodes import until
@@ -85,8 +85,8 @@ class LiveService:
 
     def ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health/ready", timeout=10).status_code == 200
-        except httpx.HTTPError:
+            return httpx2.get(f"{self.url}/health/ready", timeout=10).status_code == 200
+        except httpx2.HTTPError:
             return False
 
     def _settled(self) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 
@@ -78,7 +78,7 @@ def heavy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replica, "_encode_chunk", lambda *arguments: encode(*arguments) + space)
 
 
-def first_frame_s(http: httpx.Client, headers: dict[str, str]) -> float:
+def first_frame_s(http: httpx2.Client, headers: dict[str, str]) -> float:
     """From the request to the first bytes of a chunk, the median of five."""
     took = []
     for _ in range(5):
@@ -93,7 +93,11 @@ def first_frame_s(http: httpx.Client, headers: dict[str, str]) -> float:
 
 def test_6_five_hundred_connections_that_say_nothing_whole_delay_nobody(tmp_path: Path) -> None:
     """Half a request line, half a head, half a body, a socket that never starts."""
-    with crowded(tmp_path) as service, httpx.Client(base_url=service.urls[0], timeout=20) as http, ExitStack() as stack:
+    with (
+        crowded(tmp_path) as service,
+        httpx2.Client(base_url=service.urls[0], timeout=20) as http,
+        ExitStack() as stack,
+    ):
         headers = new_key(service)
         quiet_s = first_frame_s(http, headers)
         head = f"Host: x\r\nAuthorization: {new_key(service)['Authorization']}\r\n"
@@ -165,7 +169,7 @@ def test_16_a_thousand_sessions_make_no_series_that_the_first_ones_did_not(tmp_p
     """Of many keys, prompts and ids, finished, cancelled, refused and wrong."""
     series = set[Any]()
     with crowded(tmp_path, sink=counting(series)) as service:
-        with httpx.Client(base_url=service.urls[0], timeout=30) as http:
+        with httpx2.Client(base_url=service.urls[0], timeout=30) as http:
             first, headers = set[Any](), new_key(service)
             end_s = time.monotonic() + 100
             for number in range(1000):

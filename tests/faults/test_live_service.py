@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from diagonal.evaluate.load.figures import table
@@ -116,7 +116,7 @@ def test_without_a_replica_for_ten_seconds_a_stream_is_cut_and_does_not_seem_to_
     (watcher,) = watching(live, 90, (OverHttp,))
     live.deploy(replicas=1, cpus=1000.0, wait=False)
     began_s = time.monotonic()
-    with pytest.raises(httpx.RemoteProtocolError):
+    with pytest.raises(httpx2.RemoteProtocolError):
         watcher.finish()
     assert 8 < time.monotonic() - began_s < 80
     assert live.record(watcher.id).error_code == "session_lost"
@@ -189,7 +189,7 @@ def test_a_viewer_goes_on_by_his_token_after_a_gateway_or_a_proxy_died(
 
 
 def test_a_video_that_nobody_watches_outlives_its_gateways(live: LiveService) -> None:
-    with httpx.Client(base_url=live.url, timeout=60) as http:
+    with httpx2.Client(base_url=live.url, timeout=60) as http:
         body = {"prompt": "a red circle moving right slowly", "num_frames": 2400}
         video = http.post("/v1/videos", json=body).raise_for_status().json()["id"]
     for process_id in live.parts("Gateway").values():
@@ -228,7 +228,7 @@ def test_an_endless_stream_on_the_page_outlives_its_replica_and_its_gateway(page
     page.press("Enter")
     live.until("it plays", lambda: page.text("state") == "playing")
     plays_on(page, live, 2.0)
-    with httpx.Client(base_url=live.url, timeout=60) as http:
+    with httpx2.Client(base_url=live.url, timeout=60) as http:
         video = http.get("/v1/videos").json()["data"][0]["id"]
         before_s = stalled_s(page)
         live.kill(live.parts("Replica")[live.holder(video)])
@@ -243,7 +243,7 @@ def test_an_endless_stream_on_the_page_outlives_its_replica_and_its_gateway(page
 
 
 def test_ranges_conditions_and_heads_pass_through_serves_proxy(live: LiveService) -> None:
-    with httpx.Client(base_url=live.url, timeout=60) as http:
+    with httpx2.Client(base_url=live.url, timeout=60) as http:
         made: dict[str, Any] = http.post("/v1/videos", json={"prompt": "a red circle", "num_frames": 21}).json()
         path = f"/v1/videos/{made['id']}/content"
         live.until("the file", lambda: http.get(path).status_code == 200)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.faults.releases import ConfiguredService, variant
@@ -38,7 +38,7 @@ class Patient(Watcher):
 
     def _watch(self) -> None:
         body = {"prompt": PROMPT, "num_frames": self.frames, "seed": self.seed, "extra": {"pacing": "realtime"}}
-        with httpx.Client(base_url=self.url, timeout=60) as http:
+        with httpx2.Client(base_url=self.url, timeout=60) as http:
             while (asked := http.post("/v1/videos", json=body)).status_code == 429:
                 time.sleep(0.5)
             self.id = asked.raise_for_status().json()["id"]
@@ -61,7 +61,7 @@ def test_replicas_follow_the_load_and_no_stream_is_cut(live: ConfiguredService) 
     assert not [one.error_code for one in records if one.error_code], records
     assert records[2].replica not in {one.replica for one in records[:2]}, records
     for watcher in two:
-        httpx.delete(f"{live.url}/v1/videos/{watcher.id}", timeout=60).raise_for_status()
+        httpx2.delete(f"{live.url}/v1/videos/{watcher.id}", timeout=60).raise_for_status()
     live.until("one replica is left", lambda: replicas(live) == 1)
     third.finish()
     assert live.record(third.id).frames_done == LAST_S * 16

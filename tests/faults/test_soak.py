@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
-import httpx
+import httpx2
 import numpy as np
 import pytest
 
@@ -74,7 +74,7 @@ class Checked:
 def watch(service: Service, seen: Checked, until_s: float, number: int) -> None:
     """One viewer after another: over a socket, over a socket that breaks in the middle, by a plain request."""
     turn = number
-    with httpx.Client(base_url=service.urls[number % 2], timeout=60) as http:
+    with httpx2.Client(base_url=service.urls[number % 2], timeout=60) as http:
         while time.monotonic() < until_s and not seen.wrong:
             turn += 1
             if turn % 3 == 0:

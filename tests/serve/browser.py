@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from websockets.sync.client import ClientConnection, connect
 
 _KEYS = {
@@ -112,7 +112,7 @@ class Browser:
         while time.monotonic() < deadline:
             assert self._process.poll() is None, "Chromium ended at once"
             if port_file.exists() and (lines := port_file.read_text().splitlines()):
-                pages = httpx.get(f"http://127.0.0.1:{lines[0]}/json", timeout=10).json()
+                pages = httpx2.get(f"http://127.0.0.1:{lines[0]}/json", timeout=10).json()
                 found = [page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page"]
                 if found:
                     return connect(found[0], max_size=1 << 26, open_timeout=10)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import torch
 import uvicorn
@@ -358,8 +358,8 @@ def idle_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def idle_http(idle_service: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=idle_service.urls[0], timeout=20) as client:
+def idle_http(idle_service: Service) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=idle_service.urls[0], timeout=20) as client:
         yield client
 
 
@@ -369,15 +369,15 @@ def service(make_service: Callable[..., Service]) -> Service:
 
 
 @pytest.fixture
-def http(service: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.urls[0], timeout=20) as client:
+def http(service: Service) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=service.urls[0], timeout=20) as client:
         yield client
 
 
 @pytest.fixture
-def other_http(service: Service) -> Iterator[httpx.Client]:
+def other_http(service: Service) -> Iterator[httpx2.Client]:
     """A client of the other gateway."""
-    with httpx.Client(base_url=service.urls[1], timeout=20) as client:
+    with httpx2.Client(base_url=service.urls[1], timeout=20) as client:
         yield client
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from tests.serve.conftest import Service
 
@@ -21,12 +21,12 @@ def new_key(
     return {"Authorization": f"Bearer {text}"}
 
 
-def start(http: httpx.Client, headers: dict[str, str] | None = None, pacing: str = "none", **fields: Any) -> str:
+def start(http: httpx2.Client, headers: dict[str, str] | None = None, pacing: str = "none", **fields: Any) -> str:
     body = {"prompt": "a red circle", "num_frames": 21, "extra": {"pacing": pacing}} | fields
     return str(http.post("/v1/videos", json=body, headers=headers).raise_for_status().json()["id"])
 
 
-def told(http: httpx.Client, video: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
+def told(http: httpx2.Client, video: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
     return dict(http.get(f"/v1/videos/{video}", headers=headers).json())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import av
-import httpx
+import httpx2
 import pytest
 import yaml
 from websockets.exceptions import InvalidStatus
@@ -45,12 +45,12 @@ def url(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=60) as client:
+def http(url: str) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=url, timeout=60) as client:
         yield client
 
 
-def start(http: httpx.Client, **fields: Any) -> str:
+def start(http: httpx2.Client, **fields: Any) -> str:
     body = {"prompt": "a red circle moving right slowly", "seed": 1} | fields
     return str(http.post("/v1/videos", json=body).raise_for_status().json()["id"])
 
@@ -60,7 +60,7 @@ def count_frames(data: bytes) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
-def test_a_video_is_streamed_while_it_is_made_and_is_there_afterwards(http: httpx.Client, until: Until) -> None:
+def test_a_video_is_streamed_while_it_is_made_and_is_there_afterwards(http: httpx2.Client, until: Until) -> None:
     video = start(http)
     stream = http.get(f"/v1/videos/{video}/stream")
     assert stream.headers["content-type"] == "video/mp4" and count_frames(stream.content) == 81
@@ -77,12 +77,12 @@ def test_the_command_line_saves_a_video(url: str, tmp_path: Path) -> None:
     assert count_frames(out.read_bytes()) == 16
 
 
-def test_a_seed_gives_the_same_video_whichever_replica_makes_it(http: httpx.Client) -> None:
+def test_a_seed_gives_the_same_video_whichever_replica_makes_it(http: httpx2.Client) -> None:
     streams = {http.get(f"/v1/videos/{start(http, num_frames=21)}/stream").content for _ in range(4)}
     assert len(streams) == 1
 
 
-def test_sessions_spread_over_the_replicas_and_stay_there(http: httpx.Client) -> None:
+def test_sessions_spread_over_the_replicas_and_stay_there(http: httpx2.Client) -> None:
     from ray import serve
 
     # At the speed of playback, so that the first is still there when the last one comes.
@@ -95,7 +95,7 @@ def test_sessions_spread_over_the_replicas_and_stay_there(http: httpx.Client) ->
     assert len({record.replica for record in records}) == 2
 
 
-def test_a_prompt_change_reaches_the_video(http: httpx.Client) -> None:
+def test_a_prompt_change_reaches_the_video(http: httpx2.Client) -> None:
     video = start(http, seconds=8, extra={"pacing": "realtime"})
     with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
         parts = answer.iter_raw()
@@ -109,7 +109,7 @@ def test_a_prompt_change_reaches_the_video(http: httpx.Client) -> None:
     assert 1 <= change["chunk"] <= 5
 
 
-def test_who_leaves_a_realtime_video_frees_its_place(http: httpx.Client, until: Until) -> None:
+def test_who_leaves_a_realtime_video_frees_its_place(http: httpx2.Client, until: Until) -> None:
     video = start(http, seconds=60, extra={"pacing": "realtime"})
     with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
         next(answer.iter_raw())
@@ -117,13 +117,13 @@ def test_who_leaves_a_realtime_video_frees_its_place(http: httpx.Client, until: 
     assert told["chunks_done"] <= 5
 
 
-def test_every_answer_carries_one_request_id(http: httpx.Client) -> None:
+def test_every_answer_carries_one_request_id(http: httpx2.Client) -> None:
     for path in ("/v1/models", "/v1/nothing"):
         answer = http.get(path, headers={"X-Request-Id": "mine-1"})
         assert answer.headers.get_list("x-request-id") == ["mine-1"]
 
 
-def test_behind_serves_proxy_only_this_machine_needs_no_key(http: httpx.Client) -> None:
+def test_behind_serves_proxy_only_this_machine_needs_no_key(http: httpx2.Client) -> None:
     for headers in ({"X-Forwarded-For": "203.0.113.9"}, {"Host": "videos.example"}, {"Authorization": "Bearer dk_0_x"}):
         assert http.get("/v1/models", headers=headers).status_code == 401
 
@@ -152,7 +152,7 @@ def test_an_upgrade_is_refused_through_the_proxy_with_its_status(url: str) -> No
         assert caught.value.response.status_code == status
 
 
-def test_a_replica_that_is_killed_does_not_end_the_stream(http: httpx.Client, until: Until) -> None:
+def test_a_replica_that_is_killed_does_not_end_the_stream(http: httpx2.Client, until: Until) -> None:
     import ray
     from ray import serve
     from ray.util import list_named_actors
@@ -175,11 +175,11 @@ def test_a_replica_that_is_killed_does_not_end_the_stream(http: httpx.Client, un
     until(lambda: http.get("/health/ready").status_code == 200, "ready again", seconds=60)
 
 
-def test_the_service_says_that_it_is_ready(http: httpx.Client) -> None:
+def test_the_service_says_that_it_is_ready(http: httpx2.Client) -> None:
     assert http.get("/health/ready").json() == {"status": "ready"}
 
 
-def test_the_metrics_are_on_rays_own_endpoint(http: httpx.Client, until: Until) -> None:
+def test_the_metrics_are_on_rays_own_endpoint(http: httpx2.Client, until: Until) -> None:
     import ray
 
     http.get(f"/v1/videos/{start(http, num_frames=21)}/stream")
@@ -198,7 +198,7 @@ def test_the_metrics_are_on_rays_own_endpoint(http: httpx.Client, until: Until) 
     assert set(wanted) <= set(BY_NAME)
 
     def all_there() -> bool:
-        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+        text = httpx2.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
         return all(f"ray_{name}" in text for name in wanted)
 
     until(all_there, "all metrics are exported", seconds=40)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
 
-import httpx
+import httpx2
 
 from diagonal.client.errors import DiagonalError, NoAnswerError, VideoFailedError, error_for
 from diagonal.client.files import write_whole
@@ -78,13 +78,13 @@ class DiagonalClient:
         api_key: str | None = None,
         timeout_s: float = 60.0,
         max_retries: int = 2,
-        transport: httpx.BaseTransport | None = None,
+        transport: httpx2.BaseTransport | None = None,
     ) -> None:
         key = api_key or os.environ.get(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         address = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         self._max_retries, self._timeout_s = max_retries, timeout_s
-        self._http = httpx.Client(base_url=address, headers=headers, timeout=timeout_s, transport=transport)
+        self._http = httpx2.Client(base_url=address, headers=headers, timeout=timeout_s, transport=transport)
 
     def __enter__(self) -> DiagonalClient:
         return self
@@ -181,7 +181,7 @@ class DiagonalClient:
                         yield part
                     begun, chunk, attempt = True, chunk + is_chunk, 0 if is_chunk else attempt
                 return
-            except httpx.HTTPError as error:
+            except httpx2.HTTPError as error:
                 failure: DiagonalError = _no_answer(error)
             except DiagonalError as error:
                 failure = error
@@ -258,13 +258,13 @@ class DiagonalClient:
         answer = self._send(method, path, **arguments).json()
         return dict(answer)
 
-    def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    def _send(self, method: str, path: str, **arguments: Any) -> httpx2.Response:
         for attempt in range(self._max_retries + 1):
             try:
                 response = self._http.request(method, path, **arguments)
                 _raise_for(response)
                 return response
-            except httpx.HTTPError as error:
+            except httpx2.HTTPError as error:
                 failure = _no_answer(error)
             except DiagonalError as error:
                 failure = error
@@ -279,7 +279,7 @@ def _failed(video: Video) -> DiagonalError:
     return VideoFailedError(video.error or f"the video is {video.status}", status=200, code=video.status)
 
 
-def _no_answer(error: httpx.HTTPError) -> DiagonalError:
+def _no_answer(error: httpx2.HTTPError) -> DiagonalError:
     return NoAnswerError(f"no whole answer from the server: {error or type(error).__name__}", code="no_answer")
 
 
@@ -292,7 +292,7 @@ def _wait_s(failure: DiagonalError, attempt: int) -> float | None:
     return wait_s if wait_s <= _LONGEST_WAIT_S else None
 
 
-def _raise_for(response: httpx.Response) -> None:
+def _raise_for(response: httpx2.Response) -> None:
     if not response.is_error:
         return
     try:

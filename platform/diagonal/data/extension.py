@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
+import httpx2
 
 from diagonal.config import PromptsConfig
 from diagonal.data.prompts import normalise
@@ -40,7 +40,7 @@ class Extender:
     def __init__(self, config: PromptsConfig, seed: int, cache: Folder, max_failed: int) -> None:
         self._config, self._seed, self._cache, self._max_failed = config, seed, cache, max_failed
         self._url = f"{config.extend_url.rstrip('/')}/chat/completions"
-        plain = httpx.URL(self._url)
+        plain = httpx2.URL(self._url)
         require(
             plain.scheme in ("http", "https") and not plain.userinfo,
             "prompts.extend_url",
@@ -86,7 +86,7 @@ class Extender:
         failed: list[str] = []
         self._stop.clear()
         with (
-            httpx.Client(timeout=self._config.extend_timeout_s, headers=self._headers) as client,
+            httpx2.Client(timeout=self._config.extend_timeout_s, headers=self._headers) as client,
             ThreadPoolExecutor(self._config.extend_concurrency) as pool,
         ):
             try:
@@ -100,7 +100,7 @@ class Extender:
                 pool.shutdown(wait=False, cancel_futures=True)
         return {i: answers[i] for i, _ in prompts}
 
-    def _one(self, client: httpx.Client, identity: str, prompt: str) -> tuple[str, dict[str, str | None]]:
+    def _one(self, client: httpx2.Client, identity: str, prompt: str) -> tuple[str, dict[str, str | None]]:
         try:
             answer: dict[str, str | None] = {"prompt": self._answer(client, prompt)}
         except NoAnswerError as error:
@@ -108,7 +108,7 @@ class Extender:
         (self._cache / PENDING).write_json(f"{identity}.json", answer)
         return identity, answer
 
-    def _answer(self, client: httpx.Client, prompt: str) -> str:
+    def _answer(self, client: httpx2.Client, prompt: str) -> str:
         body = {
             "model": self._config.extend_model,
             "temperature": 0,
@@ -124,7 +124,7 @@ class Extender:
                 break
             try:
                 response = client.post(self._url, json=body)
-            except httpx.TransportError as error:
+            except httpx2.TransportError as error:
                 reason, asked_wait_s = type(error).__name__, 0.0
             else:
                 reason, asked_wait_s = f"status {response.status_code}", _retry_after_s(response)
@@ -160,12 +160,12 @@ class Extender:
             )
 
 
-def _retry_after_s(response: httpx.Response) -> float:
+def _retry_after_s(response: httpx2.Response) -> float:
     text = response.headers.get("Retry-After", "")
     return min(float(text), LONGEST_WAIT_S) if text.isdigit() else 0.0
 
 
-def _text_of(response: httpx.Response) -> str:
+def _text_of(response: httpx2.Response) -> str:
     try:
         text = response.json()["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -51,11 +51,11 @@ NO_TEXT: list[Any] = [1, True, [], {}, ["x"], {"a": "b"}]
 
 
 @pytest.fixture(scope="module")
-def description(idle_http: httpx.Client) -> Any:
+def description(idle_http: httpx2.Client) -> Any:
     return schemathesis.openapi.from_dict(idle_http.get("/openapi.json").json())
 
 
-def test_every_route_of_the_application_is_described(idle_http: httpx.Client, idle_service: Service) -> None:
+def test_every_route_of_the_application_is_described(idle_http: httpx2.Client, idle_service: Service) -> None:
     described = {
         (method.upper(), path)
         for path, operations in idle_http.get("/openapi.json").json()["paths"].items()
@@ -97,7 +97,7 @@ def body(field: str, value: object) -> bytes:
     return json.dumps({"prompt": "a red circle"} | {field: value}).encode()
 
 
-def asked(http: httpx.Client, path: str, data: bytes) -> tuple[int, str | None]:
+def asked(http: httpx2.Client, path: str, data: bytes) -> tuple[int, str | None]:
     """The status, and the field that an error names."""
     answer = http.post(path, content=data, headers={"Content-Type": "application/json"})
     told = answer.json()
@@ -111,7 +111,7 @@ def asked(http: httpx.Client, path: str, data: bytes) -> tuple[int, str | None]:
     [("num_frames", 1, 960), ("seed", 0, 2**32 - 1), ("width", 0, 0), ("height", 0, 0), ("fps", 16, 16)],
 )
 def test_a_number_is_taken_to_its_edges_and_refused_behind_them(
-    idle_http: httpx.Client, field: str, least: int, most: int
+    idle_http: httpx2.Client, field: str, least: int, most: int
 ) -> None:
     inside = [] if field in ("width", "height") else [least, most, None]
     for value in inside:
@@ -123,7 +123,7 @@ def test_a_number_is_taken_to_its_edges_and_refused_behind_them(
 
 @pytest.mark.parametrize("field", ["model", "size", "seconds", "prompt"])
 def test_a_text_of_another_kind_length_or_script_is_never_an_error_of_the_server(
-    idle_http: httpx.Client, field: str
+    idle_http: httpx2.Client, field: str
 ) -> None:
     texts = ["", " ", "x" * 201, "x" * 60_000, "\x00", "a\x00b", "\ud800", "\U0001f600" * 10, "\u202e", "../../x"]
     for value in [*texts, *NO_TEXT, *HUGE, float("nan")]:
@@ -136,7 +136,7 @@ def interaction(**fields: Any) -> bytes:
     return json.dumps({"interaction": {"event": {"prompt": "x"}} | fields}).encode()
 
 
-def test_an_interaction_is_taken_to_its_edges_and_refused_behind_them(http: httpx.Client, engine: FakeEngine) -> None:
+def test_an_interaction_is_taken_to_its_edges_and_refused_behind_them(http: httpx2.Client, engine: FakeEngine) -> None:
     engine.allow(0)
     path = f"/v1/videos/{http.post('/v1/videos', json={'prompt': 'a red circle'}).json()['id']}/interactions"
     for fields in ({"transition_chunks": 0}, {"transition_chunks": 64}, {"event_id": "e"}, {"event_id": "e" * 128}):
@@ -153,7 +153,7 @@ def test_an_interaction_is_taken_to_its_edges_and_refused_behind_them(http: http
     ("path", "name", "least", "most"), [("", "limit", 1, 100), ("/x/stream", "start_chunk", 0, 2**31 - 1)]
 )
 def test_a_query_is_taken_to_its_edges_and_refused_behind_them(
-    idle_http: httpx.Client, path: str, name: str, least: int, most: int
+    idle_http: httpx2.Client, path: str, name: str, least: int, most: int
 ) -> None:
     for value in (least, most):
         assert idle_http.get(f"/v1/videos{path}", params={name: value}).status_code == (404 if path else 200)
@@ -162,7 +162,7 @@ def test_a_query_is_taken_to_its_edges_and_refused_behind_them(
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, name), wrong
 
 
-def test_a_secret_lives_from_one_second_to_a_minute(idle_http: httpx.Client) -> None:
+def test_a_secret_lives_from_one_second_to_a_minute(idle_http: httpx2.Client) -> None:
     def ask(seconds: object) -> int:
         data = json.dumps({"expires_after": {"seconds": seconds}}).encode()
         return asked(idle_http, "/v1/realtime/client_secrets", data)[0]
@@ -173,6 +173,6 @@ def test_a_secret_lives_from_one_second_to_a_minute(idle_http: httpx.Client) -> 
 
 def free(service: Service) -> None:
     """Remove what was made, so that the next one finds room."""
-    with httpx.Client(base_url=service.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=20) as http:
         for video in http.get("/v1/videos", params={"limit": 100}).json()["data"]:
             http.delete(f"/v1/videos/{video['id']}")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.serve.api.test_streaming import first_s, fragments, shades, start
@@ -20,13 +20,13 @@ Until = Callable[..., Any]
 
 
 @pytest.fixture
-def file(http: httpx.Client, until: Until) -> tuple[str, bytes]:
+def file(http: httpx2.Client, until: Until) -> tuple[str, bytes]:
     """Path and bytes of a finished file."""
     path = f"/v1/videos/{finished(http, until, num_frames=33)['id']}/content"
     return path, http.get(path).content
 
 
-def test_a_range_is_those_bytes_of_the_file(http: httpx.Client, file: tuple[str, bytes]) -> None:
+def test_a_range_is_those_bytes_of_the_file(http: httpx2.Client, file: tuple[str, bytes]) -> None:
     path, whole = file
     size = len(whole)
     wanted = {"0-0": (0, 1), "5-99": (5, 100), "-7": (size - 7, size), f"{size - 3}-": (size - 3, size)}
@@ -43,21 +43,23 @@ def test_a_range_is_those_bytes_of_the_file(http: httpx.Client, file: tuple[str,
     "text", ["bytes=0-1,5-6", "bytes=9-3", "bytes=-", "bytes=a-b", "pages=1-2", "", f"bytes={'1' * 40}-"]
 )
 def test_a_range_that_is_none_or_several_is_answered_by_the_whole(
-    http: httpx.Client, file: tuple[str, bytes], text: str
+    http: httpx2.Client, file: tuple[str, bytes], text: str
 ) -> None:
     answer = http.get(file[0], headers={"Range": text})
     assert (answer.status_code, answer.content) == (200, file[1])
     assert answer.headers["accept-ranges"] == "bytes"
 
 
-def test_a_range_behind_the_end_is_told_with_the_size(http: httpx.Client, file: tuple[str, bytes]) -> None:
+def test_a_range_behind_the_end_is_told_with_the_size(http: httpx2.Client, file: tuple[str, bytes]) -> None:
     for text in (f"{len(file[1])}-", "999999999-", "-0"):
         answer = http.get(file[0], headers={"Range": f"bytes={text}"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (416, "range_not_satisfiable")
         assert answer.headers["content-range"] == f"bytes */{len(file[1])}"
 
 
-def test_a_download_that_was_cut_off_goes_on_only_in_the_same_file(http: httpx.Client, file: tuple[str, bytes]) -> None:
+def test_a_download_that_was_cut_off_goes_on_only_in_the_same_file(
+    http: httpx2.Client, file: tuple[str, bytes]
+) -> None:
     path, whole = file
     etag = http.get(path).headers["etag"]
     assert re.fullmatch(r'"[\x21\x23-\x7e]+"', etag)  # strong
@@ -68,7 +70,7 @@ def test_a_download_that_was_cut_off_goes_on_only_in_the_same_file(http: httpx.C
         assert (answer.status_code, answer.content) == (200, whole)
 
 
-def test_a_file_that_is_known_is_not_sent_again(http: httpx.Client, file: tuple[str, bytes]) -> None:
+def test_a_file_that_is_known_is_not_sent_again(http: httpx2.Client, file: tuple[str, bytes]) -> None:
     etag = http.get(file[0]).headers["etag"]
     for condition in (etag, f'"x", W/{etag}', "*"):
         answer = http.get(file[0], headers={"If-None-Match": condition})
@@ -76,7 +78,7 @@ def test_a_file_that_is_known_is_not_sent_again(http: httpx.Client, file: tuple[
     assert http.get(file[0], headers={"If-None-Match": '"x"'}).status_code == 200
 
 
-def test_head_tells_the_headers_alone(http: httpx.Client, file: tuple[str, bytes]) -> None:
+def test_head_tells_the_headers_alone(http: httpx2.Client, file: tuple[str, bytes]) -> None:
     said, answer = http.get(file[0]).headers, http.head(file[0])
     assert (answer.status_code, answer.content) == (200, b"")
     for name in ("content-length", "content-type", "etag", "accept-ranges", "content-disposition"):
@@ -86,7 +88,7 @@ def test_head_tells_the_headers_alone(http: httpx.Client, file: tuple[str, bytes
 
 
 def test_a_stream_from_a_later_chunk_on_begins_with_its_head_and_keeps_its_time(
-    http: httpx.Client, until: Until
+    http: httpx2.Client, until: Until
 ) -> None:
     video = finished(http, until, num_frames=81)["id"]
     whole = http.get(f"/v1/videos/{video}/stream").content
@@ -98,7 +100,7 @@ def test_a_stream_from_a_later_chunk_on_begins_with_its_head_and_keeps_its_time(
     assert len(shades(later)) == 48
 
 
-def test_a_chunk_behind_the_end_is_told(http: httpx.Client, engine: FakeEngine, until: Until) -> None:
+def test_a_chunk_behind_the_end_is_told(http: httpx2.Client, engine: FakeEngine, until: Until) -> None:
     done = finished(http, until, num_frames=81)["id"]
     engine.allow(1)
     running = start(http)
@@ -108,7 +110,7 @@ def test_a_chunk_behind_the_end_is_told(http: httpx.Client, engine: FakeEngine, 
             assert (answer.status_code, answer.json()["error"]["param"]) == (status, "start_chunk")
 
 
-def told(answer: httpx.Response) -> tuple[str, dict[str, dict[str, int]]]:
+def told(answer: httpx2.Response) -> tuple[str, dict[str, dict[str, int]]]:
     """The policies, and what is left: each policy's parameters."""
     left = {}
     for item in answer.headers["ratelimit"].split(", "):
@@ -122,7 +124,7 @@ def test_what_is_left_of_a_quota_is_told_with_each_video_and_each_refusal(
 ) -> None:
     engine.allow(0)
     mine = key(sessions=2, frames_per_minute=50)
-    with httpx.Client(base_url=guarded.urls[0], headers=mine) as http:
+    with httpx2.Client(base_url=guarded.urls[0], headers=mine) as http:
         policy, left = told(http.post("/v1/videos", json={"prompt": "x", "num_frames": 21}))
         assert policy == '"frames";q=50;w=60, "sessions";q=2;qu="concurrent-requests"'
         assert left["sessions"] == {"r": 1} and left["frames"]["r"] == 29 and 55 <= left["frames"]["t"] <= 60
@@ -132,7 +134,7 @@ def test_what_is_left_of_a_quota_is_told_with_each_video_and_each_refusal(
         assert "ratelimit" not in http.get("/v1/videos").headers
 
 
-def test_a_key_without_limits_is_told_none(http: httpx.Client, service: Service) -> None:
+def test_a_key_without_limits_is_told_none(http: httpx2.Client, service: Service) -> None:
     answer = http.post("/v1/videos", json={"prompt": "x", "num_frames": 9})
     assert "ratelimit" not in answer.headers and "ratelimit-policy" not in answer.headers
     with viewer(service.urls[0]) as one:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import pytest
 from websockets.exceptions import InvalidStatus
 
@@ -35,8 +35,8 @@ def guarded(make_service: Callable[..., Service]) -> Service:
 
 
 @pytest.fixture
-def http(guarded: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=guarded.urls[0], timeout=20) as client:
+def http(guarded: Service) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=guarded.urls[0], timeout=20) as client:
         yield client
 
 
@@ -73,7 +73,7 @@ def test_6_who_does_not_say_it_all_in_time_is_sent_away(
 
 
 def test_6_one_key_cannot_take_all_connections_of_a_gateway(
-    guarded: Service, http: httpx.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, until: Until
+    guarded: Service, http: httpx2.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
     monkeypatch.setattr("serve.api.auth.REQUESTS_AT_ONCE", 4)
     engine.allow(0)
@@ -98,7 +98,7 @@ def test_s2_a_plain_reader_that_stops_reading_stops_its_generation_and_loses_its
     make_service: Callable[..., Service], engine: FakeEngine, heavy: None, until: Until
 ) -> None:
     service = make_service(store={"reader_silence_s": 1.0, "sweep_s": 0.2})
-    with httpx.Client(base_url=service.urls[0], timeout=30) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=30) as http:
         video = start(http, pacing="realtime", num_frames=900)
         asked = f"GET /v1/videos/{video}/stream HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         with connection(service, asked) as stuck:
@@ -115,7 +115,7 @@ def test_s3_a_connection_that_ends_or_breaks_stops_generation_within_a_chunk(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until, way: str, end: str
 ) -> None:
     service = make_service(resume_window_s=0.5)
-    with httpx.Client(base_url=service.urls[0], timeout=20) as http, ExitStack() as stack:
+    with httpx2.Client(base_url=service.urls[0], timeout=20) as http, ExitStack() as stack:
         if way == "get":
             video = start(http, pacing="realtime", num_frames=900)
             raw = connection(service, f"GET /v1/videos/{video}/stream HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
@@ -158,7 +158,7 @@ def test_8_sessions_beyond_the_last_slot_are_refused_and_what_they_held_is_given
 ) -> None:
     service = make_service()
     engine.allow(0)
-    with httpx.Client(base_url=service.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=20) as http:
         files = open_files()
         answers = [http.post("/v1/videos", json={"prompt": "x", "num_frames": 21}) for _ in range(12)]
         assert [answer.status_code for answer in answers] == [200] * 2 + [429] * 10
@@ -176,7 +176,7 @@ def test_4_an_encoder_keeps_nothing_of_the_stream_before(make_service: Callable[
     """The same picture behind another session's is the same bytes as in a service that made nothing else."""
 
     def stream(service: Service, *prompts: str) -> bytes:
-        with httpx.Client(base_url=service.urls[0], timeout=20) as http:
+        with httpx2.Client(base_url=service.urls[0], timeout=20) as http:
             for prompt in prompts:
                 found = http.get(f"/v1/videos/{start(http, prompt=prompt, num_frames=45)}/stream").content
                 until(lambda: not service.engine.sessions, "the place is free")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import pytest
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
@@ -37,8 +37,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def door(guarded: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=guarded.urls[0], timeout=20) as client:
+def door(guarded: Service) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=guarded.urls[0], timeout=20) as client:
         yield client
 
 
@@ -54,7 +54,9 @@ def doors(routes: list[BaseRoute]) -> Iterator[tuple[str, str]]:
             yield from ((method, route.path) for method in route.methods or ())
 
 
-def test_1_every_door_that_there_is_asks_for_a_key_and_takes_no_wrong_one(guarded: Service, door: httpx.Client) -> None:
+def test_1_every_door_that_there_is_asks_for_a_key_and_takes_no_wrong_one(
+    guarded: Service, door: httpx2.Client
+) -> None:
     found = sorted(doors(create_app(guarded.gateways[0], guarded.metrics).routes))
     asked = [(method, re.sub(r"{[\w:]+}", "x", path)) for method, path in found if path not in PUBLIC]
     assert len(asked) >= 9 and ("WS", "/v1/realtime/video") in asked
@@ -69,7 +71,7 @@ def test_1_every_door_that_there_is_asks_for_a_key_and_takes_no_wrong_one(guarde
     assert not guarded.engine.sessions
 
 
-def test_3_another_keys_video_is_not_there_by_any_door(guarded: Service, door: httpx.Client, until: Until) -> None:
+def test_3_another_keys_video_is_not_there_by_any_door(guarded: Service, door: httpx2.Client, until: Until) -> None:
     """Whatever route takes an id: to another key it says of a video that is there what it says of one that is not."""
     mine, theirs = new_key(guarded), new_key(guarded)
     video, nothing = start(door, mine), "video_" + "0" * 32
@@ -90,7 +92,7 @@ def test_3_another_keys_video_is_not_there_by_any_door(guarded: Service, door: h
     until(lambda: not guarded.engine.sessions, "the session is gone")
 
 
-def test_3_a_secret_is_drawn_anew_in_all_of_its_256_bits(guarded: Service, door: httpx.Client) -> None:
+def test_3_a_secret_is_drawn_anew_in_all_of_its_256_bits(guarded: Service, door: httpx2.Client) -> None:
     headers = new_key(guarded)
     made = [door.post("/v1/realtime/client_secrets", headers=headers).json()["value"] for _ in range(20)]
     drawn = [one.split("_", 2)[2] for one in made]
@@ -134,7 +136,7 @@ def test_3_a_secret_is_drawn_anew_in_all_of_its_256_bits(guarded: Service, door:
     ],
 )
 def test_5_a_body_that_is_wrong_is_a_problem_of_the_caller_and_makes_nothing(
-    guarded: Service, door: httpx.Client, body: bytes
+    guarded: Service, door: httpx2.Client, body: bytes
 ) -> None:
     answer = door.post("/v1/videos", content=body, headers=new_key(guarded) | JSON)
     assert answer.status_code in (400, 422), answer.text
@@ -160,7 +162,7 @@ def test_5_a_body_that_is_wrong_is_a_problem_of_the_caller_and_makes_nothing(
     ],
 )
 def test_5_an_address_that_is_wrong_is_told_so(
-    guarded: Service, door: httpx.Client, method: str, path: str, status: int
+    guarded: Service, door: httpx2.Client, method: str, path: str, status: int
 ) -> None:
     answer = door.request(method, path, headers=new_key(guarded))
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
@@ -168,13 +170,13 @@ def test_5_an_address_that_is_wrong_is_told_so(
 
 @pytest.mark.parametrize("headers", [{"Host": "[::1"}, {"Host": ""}, {"Host": "a b"}, {"Host": "localhost@evil"}])
 def test_1_a_host_that_is_none_is_not_this_machine(idle_service: Service, headers: dict[str, str]) -> None:
-    assert httpx.get(f"{idle_service.urls[0]}/v1/models", headers=headers).status_code in (400, 401)
+    assert httpx2.get(f"{idle_service.urls[0]}/v1/models", headers=headers).status_code in (400, 401)
 
 
 @pytest.mark.parametrize("origin", ["http://[::1", "null", "", "http://", "//", "http://127.0.0.1.evil.example"])
 def test_2_an_origin_that_is_none_is_a_foreign_one(idle_service: Service, origin: str) -> None:
     body = {"prompt": "x"}
-    answer = httpx.post(f"{idle_service.urls[0]}/v1/videos", json=body, headers={"Origin": origin})
+    answer = httpx2.post(f"{idle_service.urls[0]}/v1/videos", json=body, headers={"Origin": origin})
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_origin")
 
 
@@ -216,7 +218,7 @@ def test_5_a_start_of_half_a_character_is_told_over_the_socket(guarded: Service)
 
 @pytest.mark.parametrize("size", [200, 201])
 def test_5_the_limits_are_where_they_are_published(
-    guarded: Service, door: httpx.Client, size: int, until: Until
+    guarded: Service, door: httpx2.Client, size: int, until: Until
 ) -> None:
     headers = new_key(guarded)
     limits = door.get("/v1/models", headers=headers).json()["data"][0]["limits"]
@@ -230,7 +232,7 @@ def test_5_the_limits_are_where_they_are_published(
 
 
 @pytest.mark.parametrize("where", ["extra", "interaction", "session.start", "form"])
-def test_10_no_address_is_fetched_from_any_body(guarded: Service, door: httpx.Client, where: str) -> None:
+def test_10_no_address_is_fetched_from_any_body(guarded: Service, door: httpx2.Client, where: str) -> None:
     headers = new_key(guarded)
     with socket.create_server(("127.0.0.1", 0)) as trap:
         trap.settimeout(0.2)
@@ -254,7 +256,7 @@ def test_10_no_address_is_fetched_from_any_body(guarded: Service, door: httpx.Cl
     assert not guarded.engine.sessions
 
 
-def test_10_an_uploaded_file_is_not_taken_and_not_shown(guarded: Service, door: httpx.Client) -> None:
+def test_10_an_uploaded_file_is_not_taken_and_not_shown(guarded: Service, door: httpx2.Client) -> None:
     files = {"input_reference": ("x.png", b"\x89PNG SECRET_X", "image/png")}
     answer = door.post("/v1/videos", data={"prompt": "x"}, files=files, headers=new_key(guarded))
     assert answer.status_code == 422 and "SECRET_X" not in answer.text

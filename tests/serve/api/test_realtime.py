@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import av
-import httpx
+import httpx2
 import pytest
 
 from diagonal.mp4 import boxes
@@ -180,7 +180,7 @@ def test_who_leaves_before_his_session_began_frees_its_place(
         (made,) = until(lambda: list(engine.sessions), "it is being made")
     gone.set()
     until(lambda: not engine.sessions, "the place is free", seconds=8)
-    with httpx.Client(base_url=service.urls[0]) as http:
+    with httpx2.Client(base_url=service.urls[0]) as http:
         video = http.get(f"/v1/videos/{made}").json()
     assert (video["status"], video["error"]["code"]) == ("cancelled", "abandoned"), video
 
@@ -335,7 +335,7 @@ def test_a_session_that_fails_is_told_and_nothing_of_the_inside(service: Service
     assert "SECRET_X" not in json.dumps(one.others)
 
 
-def test_a_finished_session_is_a_video_like_any_other(service: Service, http: httpx.Client, until: Until) -> None:
+def test_a_finished_session_is_a_video_like_any_other(service: Service, http: httpx2.Client, until: Until) -> None:
     with viewer(service.urls[0]) as one:
         one.start(num_frames=21, **FAST)
         one.until("session.done")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from serve.records import Status
@@ -21,7 +21,7 @@ CHANGE = {"interaction": {"event_id": "e1", "event": {"prompt": "a blue square"}
 
 
 def test_the_same_request_again_is_the_same_video(
-    http: httpx.Client, other_http: httpx.Client, engine: FakeEngine
+    http: httpx2.Client, other_http: httpx2.Client, engine: FakeEngine
 ) -> None:
     engine.allow(0)
     body = {"prompt": "a red circle", "num_frames": 21, "seed": 5}
@@ -35,10 +35,10 @@ def test_the_same_request_again_is_the_same_video(
 
 def test_of_the_same_request_sent_at_once_one_makes_a_video(service: Service, engine: FakeEngine) -> None:
     engine.allow(0)
-    answers: list[httpx.Response] = []
+    answers: list[httpx2.Response] = []
 
     def ask(url: str) -> None:
-        with httpx.Client(base_url=url, timeout=20) as client:
+        with httpx2.Client(base_url=url, timeout=20) as client:
             answers.append(client.post("/v1/videos", json={"prompt": "x"}, headers={"Idempotency-Key": "k1"}))
 
     threads = [threading.Thread(target=ask, args=(service.urls[number % 2],)) for number in range(6)]
@@ -50,7 +50,7 @@ def test_of_the_same_request_sent_at_once_one_makes_a_video(service: Service, en
     assert {answer.json()["id"] for answer in answers if answer.status_code == 200} == set(engine.sessions)
 
 
-def test_a_refused_request_may_be_made_again_with_its_key(http: httpx.Client, engine: FakeEngine) -> None:
+def test_a_refused_request_may_be_made_again_with_its_key(http: httpx2.Client, engine: FakeEngine) -> None:
     engine.allow(0)
     fillers = [start(http) for _ in range(2)]
     headers = {"Idempotency-Key": "k1"}
@@ -61,12 +61,12 @@ def test_a_refused_request_may_be_made_again_with_its_key(http: httpx.Client, en
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "a b"])
-def test_a_wrong_idempotency_key_is_told(idle_http: httpx.Client, key: str) -> None:
+def test_a_wrong_idempotency_key_is_told(idle_http: httpx2.Client, key: str) -> None:
     answer = idle_http.post("/v1/videos", json={"prompt": "x"}, headers={"Idempotency-Key": key})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
 
 
-def test_a_finished_video_takes_no_changes_but_knows_those_that_it_took(http: httpx.Client, until: Until) -> None:
+def test_a_finished_video_takes_no_changes_but_knows_those_that_it_took(http: httpx2.Client, until: Until) -> None:
     video = start(http, frames=21)
     until(lambda: status(http, video)["status"] == "completed", "completed")
     answer = http.post(f"/v1/videos/{video}/interactions", json=CHANGE)
@@ -75,7 +75,7 @@ def test_a_finished_video_takes_no_changes_but_knows_those_that_it_took(http: ht
 
 
 def test_a_change_that_comes_while_the_last_chunk_is_made_is_told_to_be_dropped(
-    http: httpx.Client, engine: FakeEngine, until: Until
+    http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
     engine.allow(1)
     video = start(http, frames=21)
@@ -88,20 +88,20 @@ def test_a_change_that_comes_while_the_last_chunk_is_made_is_told_to_be_dropped(
     assert [change["status"] for change in status(http, video)["interactions"]] == ["dropped"]
 
 
-def test_a_wrong_method_is_told_the_right_ones(idle_http: httpx.Client) -> None:
+def test_a_wrong_method_is_told_the_right_ones(idle_http: httpx2.Client) -> None:
     answer = idle_http.put("/v1/videos")
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
     assert answer.headers["allow"] and answer.json()["request_id"] == answer.headers["x-request-id"]
 
 
-def test_limits_are_published(idle_http: httpx.Client) -> None:
+def test_limits_are_published(idle_http: httpx2.Client) -> None:
     limits = idle_http.get("/v1/models").json()["data"][0]["limits"]
     assert (limits["max_body_bytes"], limits["max_message_bytes"]) == (64 * 1024, 128 * 1024)
     assert (limits["max_sessions"], limits["max_pending_interactions"]) == (None, 64)
 
 
 def test_a_store_that_is_away_for_a_while_costs_no_video(
-    http: httpx.Client, service: Service, engine: FakeEngine, until: Until
+    http: httpx2.Client, service: Service, engine: FakeEngine, until: Until
 ) -> None:
     engine.allow(2)
     video = start(http)
@@ -111,9 +111,9 @@ def test_a_store_that_is_away_for_a_while_costs_no_video(
         data = next(parts)
         service.run(service.kill_store())
         engine.allow(100)
-        answer = httpx.get(f"{service.urls[1]}/v1/videos/{video}")
+        answer = httpx2.get(f"{service.urls[1]}/v1/videos/{video}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
-        assert httpx.get(f"{service.urls[1]}/health/ready").status_code == 503
+        assert httpx2.get(f"{service.urls[1]}/health/ready").status_code == 503
         service.run(service.restart_store())
         data += b"".join(parts)
     assert len(shades(data)) == 81 and [chunk for _, chunk in engine.made] == list(range(7))
@@ -128,7 +128,7 @@ def test_a_file_that_was_not_made_when_the_store_went_away_is_made_afterwards(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    with httpx.Client(base_url=service.urls[0], timeout=20) as http, monkeypatch.context() as broken:
+    with httpx2.Client(base_url=service.urls[0], timeout=20) as http, monkeypatch.context() as broken:
         broken.setattr("serve.store.media_files.write_fragments", full)
         video = start(http, frames=21)
         until(lambda: status(http, video)["frames_done"] == 21, "all chunks")
@@ -140,7 +140,7 @@ def test_a_file_that_was_not_made_when_the_store_went_away_is_made_afterwards(
 
 def test_a_video_is_removed_when_its_time_is_up(make_service: Callable[..., Service], until: Until) -> None:
     service = make_service(store={"sweep_s": 0.1}, expire_s=1.0)
-    with httpx.Client(base_url=service.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=20) as http:
         video = start(http, frames=21)
         told = until(lambda: (v := status(http, video)).get("status") == "completed" and v, "completed")
         assert 0 <= told["expires_at"] - told["completed_at"] <= 2
@@ -157,7 +157,7 @@ def test_a_session_that_nobody_can_drive_any_more_ends_and_leaves_the_quota(
     text = service.store._credentials.create_key("Ann", sessions=1, frames_per_minute=0, now=time.time(), account="")
     engine.allow(1)
     headers = {"Authorization": f"Bearer {text}"}
-    with httpx.Client(base_url=service.urls[0], timeout=20, headers=headers) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=20, headers=headers) as http:
         video = start(http)
         assert http.post("/v1/videos", json={"prompt": "p"}).json()["error"]["code"] == "session_quota_exceeded"
         for gateway in service.gateways:  # neither one drives it, nor takes it up
@@ -179,7 +179,7 @@ def test_finished_files_go_to_s3_and_come_back_from_there(
         monkeypatch.setenv(name, value)
     with s3_server.bucket() as bucket:
         service = make_service(files=f"s3://{bucket}/videos")
-        with httpx.Client(base_url=service.urls[0], timeout=60) as http:
+        with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
             video = start(http, frames=21)
             until(lambda: status(http, video)["status"] == "completed", "completed", seconds=30)
             there = f"videos/{video}/video.mp4"

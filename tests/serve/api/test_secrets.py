@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import pytest
 from websockets.exceptions import ConnectionClosed
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Until = Callable[..., Any]
 PROMPT, LISTED = "CANARYPROMPT of a heron", "CANARYLISTED"
 WATERMARK_KEY = "CANARYWATERMARK of sixteen bytes"
-OF_THE_TEST = ("httpx", "httpcore", "websockets.client")
+OF_THE_TEST = ("httpx2", "httpcore", "websockets.client")
 
 
 def body_of(path: Path) -> str:
@@ -57,7 +57,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> str:
     return "\n".join(logging.Formatter().format(record) for record in ours)
 
 
-def refusals(http: httpx.Client, headers: dict[str, str], secret: str, video: str) -> str:
+def refusals(http: httpx2.Client, headers: dict[str, str], secret: str, video: str) -> str:
     """Bodies and headers of many kinds of error."""
     change = {"interaction": {"event": {"prompt": LISTED}}}
     asked = [
@@ -88,7 +88,7 @@ def test_14_no_secret_is_told_whatever_goes_wrong(
     service = make_service({"sweep_s": 0.3}, **everything_on(tmp_path, bucket))
     shown = service.store._credentials.create_key("somebody", 0, 0, now=time.time())
     headers = {"Authorization": f"Bearer {shown}"}
-    with httpx.Client(base_url=service.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=20) as http:
         faulty_s3.fail(403, "AccessDenied", method="PUT")
         asked = {"prompt": PROMPT, "num_frames": 33}
         video = http.post("/v1/videos", json=asked, headers=headers).raise_for_status().json()["id"]
@@ -120,7 +120,7 @@ def test_14_no_secret_is_told_whatever_goes_wrong(
     assert shown.split("_")[1] in told  # the key's public id may be there
 
 
-def _running(http: httpx.Client, headers: dict[str, str], engine: FakeEngine) -> str:
+def _running(http: httpx2.Client, headers: dict[str, str], engine: FakeEngine) -> str:
     """A video that takes prompt changes for as long as it is wanted to."""
     engine.allow(1)
     asked = {"prompt": PROMPT, "num_frames": 81}
@@ -134,7 +134,7 @@ def test_14_a_deleted_videos_prompt_is_gone_from_the_database(
     make_service: Callable[..., Service], tmp_path: Path
 ) -> None:
     service = make_service()
-    with httpx.Client(base_url=service.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=20) as http:
         video = http.post("/v1/videos", json={"prompt": PROMPT, "num_frames": 33}).json()["id"]
         change = {"interaction": {"event": {"prompt": f"{PROMPT} and another"}}}
         http.post(f"/v1/videos/{video}/interactions", json=change)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import av
-import httpx
+import httpx2
 import pytest
 from ray.exceptions import RayActorError
 
@@ -19,12 +19,12 @@ from tests.serve.conftest import FakeEngine, Service, shade
 Until = Callable[..., Any]
 
 
-def start(http: httpx.Client, frames: int = 81, pacing: str = "none", prompt: str = "a red circle") -> str:
+def start(http: httpx2.Client, frames: int = 81, pacing: str = "none", prompt: str = "a red circle") -> str:
     body = {"prompt": prompt, "num_frames": frames, "extra": {"pacing": pacing}}
     return str(http.post("/v1/videos", json=body).raise_for_status().json()["id"])
 
 
-def status(http: httpx.Client, video: str) -> dict[str, Any]:
+def status(http: httpx2.Client, video: str) -> dict[str, Any]:
     return dict(http.get(f"/v1/videos/{video}").json())
 
 
@@ -56,14 +56,14 @@ def timescale(stream: bytes) -> int:
     return int.from_bytes(stream[at + 16 : at + 20])
 
 
-def test_the_stream_is_the_whole_video_frame_by_frame(http: httpx.Client) -> None:
+def test_the_stream_is_the_whole_video_frame_by_frame(http: httpx2.Client) -> None:
     answer = http.get(f"/v1/videos/{start(http)}/stream")
     assert answer.headers["content-type"] == "video/mp4" and "content-length" not in answer.headers
     assert [name for name, _, _ in boxes(answer.content)] == ["ftyp", "moov"] + ["moof", "mdat"] * 7
     assert len(shades(answer.content)) == 81
 
 
-def test_the_first_bytes_come_before_the_video_is_done(http: httpx.Client, engine: FakeEngine) -> None:
+def test_the_first_bytes_come_before_the_video_is_done(http: httpx2.Client, engine: FakeEngine) -> None:
     engine.allow(1)
     video, data = start(http), bytearray()
     with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
@@ -76,7 +76,7 @@ def test_the_first_bytes_come_before_the_video_is_done(http: httpx.Client, engin
 
 
 def test_a_late_reader_and_a_reader_elsewhere_get_all_chunks_and_each_was_made_once(
-    http: httpx.Client, other_http: httpx.Client, engine: FakeEngine, until: Until
+    http: httpx2.Client, other_http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
     engine.allow(3)
     video = start(http)
@@ -96,21 +96,21 @@ def test_a_late_reader_and_a_reader_elsewhere_get_all_chunks_and_each_was_made_o
     assert [chunk for _, chunk in engine.made] == list(range(7))
 
 
-def test_any_gateway_tells_and_gives_any_video(http: httpx.Client, other_http: httpx.Client, until: Until) -> None:
+def test_any_gateway_tells_and_gives_any_video(http: httpx2.Client, other_http: httpx2.Client, until: Until) -> None:
     video = start(http)
     until(lambda: status(other_http, video)["status"] == "completed", "completed")
     contents = [client.get(f"/v1/videos/{video}/content").content for client in (http, other_http)]
     assert contents[0] == contents[1] and len(shades(contents[0])) == 81
 
 
-def test_a_reader_may_begin_at_a_later_chunk(http: httpx.Client) -> None:
+def test_a_reader_may_begin_at_a_later_chunk(http: httpx2.Client) -> None:
     answer = http.get(f"/v1/videos/{start(http)}/stream", params={"start_chunk": 5})
     assert [name for name, _, _ in boxes(answer.content)] == ["ftyp", "moov"] + ["moof", "mdat"] * 2
     with av.open(io.BytesIO(answer.content), mode="r") as container:
         assert round(float(next(container.decode(video=0)).time or 0) * 16) == 57
 
 
-def test_a_prompt_change_shows_from_the_next_chunk_on(http: httpx.Client, engine: FakeEngine, until: Until) -> None:
+def test_a_prompt_change_shows_from_the_next_chunk_on(http: httpx2.Client, engine: FakeEngine, until: Until) -> None:
     engine.allow(2)
     video = start(http, prompt="a red circle")
     until(lambda: status(http, video)["chunks_done"] == 2, "two chunks")
@@ -129,7 +129,7 @@ def test_a_prompt_change_shows_from_the_next_chunk_on(http: httpx.Client, engine
 
 
 def test_the_same_event_again_is_a_retry_and_with_other_content_a_conflict(
-    http: httpx.Client, engine: FakeEngine
+    http: httpx2.Client, engine: FakeEngine
 ) -> None:
     engine.allow(0)
     video = start(http)
@@ -142,7 +142,7 @@ def test_the_same_event_again_is_a_retry_and_with_other_content_a_conflict(
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "event_id_conflict")
 
 
-def test_a_finished_video_takes_no_prompt_change(http: httpx.Client, until: Until) -> None:
+def test_a_finished_video_takes_no_prompt_change(http: httpx2.Client, until: Until) -> None:
     video = start(http, frames=1)
     until(lambda: status(http, video)["status"] == "completed", "completed")
     body = {"interaction": {"event": {"prompt": "a blue square"}}}
@@ -165,7 +165,7 @@ def test_a_finished_video_takes_no_prompt_change(http: httpx.Client, until: Unti
     ],
 )
 def test_a_wrong_prompt_change_is_told_its_field(
-    http: httpx.Client, engine: FakeEngine, interaction: dict[str, Any], param: str
+    http: httpx2.Client, engine: FakeEngine, interaction: dict[str, Any], param: str
 ) -> None:
     engine.allow(0)
     answer = http.post(f"/v1/videos/{start(http)}/interactions", json={"interaction": interaction})
@@ -173,11 +173,11 @@ def test_a_wrong_prompt_change_is_told_its_field(
 
 
 def test_a_video_that_fails_cuts_the_stream_and_tells_nothing_of_the_inside(
-    http: httpx.Client, engine: FakeEngine, until: Until
+    http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
     engine.fail_at = 2
     video, data = start(http), bytearray()
-    with pytest.raises(httpx.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video}/stream") as answer:
+    with pytest.raises(httpx2.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video}/stream") as answer:
         for part in answer.iter_raw():
             data += part
     until(lambda: not engine.sessions, "the place is free")
@@ -188,14 +188,14 @@ def test_a_video_that_fails_cuts_the_stream_and_tells_nothing_of_the_inside(
 
 
 def test_a_replica_that_dies_cuts_the_stream_and_fails_the_video(
-    http: httpx.Client, engine: FakeEngine, service: Service, until: Until, monkeypatch: pytest.MonkeyPatch
+    http: httpx2.Client, engine: FakeEngine, service: Service, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def dead(*_: object) -> None:
         raise RayActorError
 
     engine.allow(2)
     video = start(http)
-    with pytest.raises(httpx.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video}/stream") as answer:
+    with pytest.raises(httpx2.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video}/stream") as answer:
         parts = answer.iter_raw()
         next(parts)
         until(lambda: status(http, video)["chunks_done"] == 2, "two chunks, behind which nothing is kept to go on from")
@@ -208,13 +208,13 @@ def test_a_replica_that_dies_cuts_the_stream_and_fails_the_video(
 @pytest.mark.parametrize("codec", ["vp9", "av1"])
 def test_the_other_codecs_stream_as_well(make_service: Callable[..., Service], codec: str) -> None:
     service = make_service(codec=codec)
-    with httpx.Client(base_url=service.urls[0], timeout=30) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=30) as http:
         video = start(http, frames=33)
         assert len(shades(http.get(f"/v1/videos/{video}/stream").content)) == 33
         assert {"vp9": "vp09", "av1": "av01"}[codec] in status(http, video)["mime"]
 
 
-def test_one_failed_video_leaves_the_others_alone(http: httpx.Client, engine: FakeEngine, until: Until) -> None:
+def test_one_failed_video_leaves_the_others_alone(http: httpx2.Client, engine: FakeEngine, until: Until) -> None:
     engine.allow(0)
     short, long = start(http, frames=21), start(http, frames=81)
     engine.fail_at = 3
@@ -225,7 +225,7 @@ def test_one_failed_video_leaves_the_others_alone(http: httpx.Client, engine: Fa
     assert http.get(f"/v1/videos/{long}/content").status_code != 200
 
 
-def test_realtime_generation_stays_a_lead_ahead_of_who_watches(http: httpx.Client, engine: FakeEngine) -> None:
+def test_realtime_generation_stays_a_lead_ahead_of_who_watches(http: httpx2.Client, engine: FakeEngine) -> None:
     video = start(http, frames=160, pacing="realtime")
     began = time.monotonic()
     ahead: list[float] = []
@@ -240,7 +240,7 @@ def test_realtime_generation_stays_a_lead_ahead_of_who_watches(http: httpx.Clien
 
 
 def test_a_viewer_with_something_to_play_leaves_the_engine_to_who_has_nothing(
-    http: httpx.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    http: httpx2.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second chunk is asked for when 0.4 of the first one's 0.56 s are left."""
     made_s, make = list[float](), engine._make
@@ -264,7 +264,7 @@ def test_nobody_watching_a_realtime_video_means_no_more_of_it(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
     service = make_service(reader_start_timeout_s=60.0)
-    with httpx.Client(base_url=service.urls[0]) as http:
+    with httpx2.Client(base_url=service.urls[0]) as http:
         video = start(http, frames=900, pacing="realtime")
         with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
             next(answer.iter_raw())
@@ -274,7 +274,7 @@ def test_nobody_watching_a_realtime_video_means_no_more_of_it(
 
 
 def test_a_realtime_video_goes_on_while_one_reader_is_left(
-    http: httpx.Client, other_http: httpx.Client, engine: FakeEngine
+    http: httpx2.Client, other_http: httpx2.Client, engine: FakeEngine
 ) -> None:
     video = start(http, frames=900, pacing="realtime")
     with other_http.stream("GET", f"/v1/videos/{video}/stream") as kept:
@@ -289,14 +289,14 @@ def test_a_realtime_video_goes_on_while_one_reader_is_left(
 
 
 def test_a_realtime_video_that_nobody_ever_watches_is_given_up(
-    http: httpx.Client, engine: FakeEngine, until: Until
+    http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
     video = start(http, frames=900, pacing="realtime")
     until(lambda: status(http, video)["status"] == "cancelled", "given up")
     assert status(http, video)["error"]["code"] == "abandoned" and len(engine.made) <= 3
 
 
-def test_a_watched_chunk_costs_the_store_one_question_beside_its_keeping(service: Service, http: httpx.Client) -> None:
+def test_a_watched_chunk_costs_the_store_one_question_beside_its_keeping(service: Service, http: httpx2.Client) -> None:
     check, put = service.store.check, service.store.put_chunks
     asked: list[str] = []
     kept: list[str] = []
@@ -316,7 +316,7 @@ def test_a_watched_chunk_costs_the_store_one_question_beside_its_keeping(service
     assert len(kept) == 7 and questions <= 7 + 4, questions
 
 
-def test_a_disconnect_does_not_end_a_video_that_is_made_for_its_file(http: httpx.Client, until: Until) -> None:
+def test_a_disconnect_does_not_end_a_video_that_is_made_for_its_file(http: httpx2.Client, until: Until) -> None:
     video = start(http)
     with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
         next(answer.iter_raw())
@@ -325,7 +325,7 @@ def test_a_disconnect_does_not_end_a_video_that_is_made_for_its_file(http: httpx
 
 
 def test_deleting_a_video_ends_its_streams(
-    http: httpx.Client, other_http: httpx.Client, engine: FakeEngine, until: Until
+    http: httpx2.Client, other_http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
     engine.allow(1)
     video = start(http)
@@ -343,7 +343,7 @@ def test_a_video_of_a_gateway_that_died_is_taken_over_by_whoever_is_asked(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
     service = make_service(store={"driver_silence_s": 0.6})
-    with httpx.Client(base_url=service.urls[0]) as first, httpx.Client(base_url=service.urls[1]) as second:
+    with httpx2.Client(base_url=service.urls[0]) as first, httpx2.Client(base_url=service.urls[1]) as second:
         engine.allow(2)
         video = start(first)
         until(lambda: status(second, video)["chunks_done"] == 2, "two chunks")
@@ -358,7 +358,7 @@ def test_a_session_that_its_gateways_forgot_is_freed(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
     service = make_service(session_idle_timeout_s=0.3)
-    with httpx.Client(base_url=service.urls[0]) as http:
+    with httpx2.Client(base_url=service.urls[0]) as http:
         engine.allow(1)
         start(http)
         until(lambda: len(engine.made) == 1, "one chunk")
@@ -367,7 +367,7 @@ def test_a_session_that_its_gateways_forgot_is_freed(
     assert {"outcome": "abandoned"} in service.metrics.labels["diagonal_sessions_total"]
 
 
-def test_what_was_sent_is_counted(http: httpx.Client, service: Service, until: Until) -> None:
+def test_what_was_sent_is_counted(http: httpx2.Client, service: Service, until: Until) -> None:
     http.get(f"/v1/videos/{start(http)}/stream")
     values = service.metrics.values
     until(lambda: values["diagonal_sessions_total"] == [1.0], "the session is counted")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -52,12 +52,12 @@ def key(guarded: Service) -> Keyed:
 
 
 @pytest.fixture
-def http(guarded: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=guarded.urls[0], timeout=20) as client:
+def http(guarded: Service) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=guarded.urls[0], timeout=20) as client:
         yield client
 
 
-def start(http: httpx.Client, headers: dict[str, str], **fields: Any) -> str:
+def start(http: httpx2.Client, headers: dict[str, str], **fields: Any) -> str:
     body = {"prompt": "a red circle", "num_frames": 21} | fields
     return str(http.post("/v1/videos", json=body, headers=headers).raise_for_status().json()["id"])
 
@@ -81,7 +81,7 @@ def requests_of(app: FastAPI) -> Iterator[tuple[str, str]]:
             yield from ((method, re.sub(r"{\w+}", "video_x", route.path)) for method in sorted(route.methods or ()))
 
 
-def test_1_every_route_that_is_not_public_asks_for_a_key(guarded: Service, http: httpx.Client) -> None:
+def test_1_every_route_that_is_not_public_asks_for_a_key(guarded: Service, http: httpx2.Client) -> None:
     app = create_app(guarded.gateways[0], guarded.metrics)
     asked = [(method, path) for method, path in requests_of(app) if path not in PUBLIC]
     assert len(asked) >= 9
@@ -95,7 +95,7 @@ def test_1_every_route_that_is_not_public_asks_for_a_key(guarded: Service, http:
     assert not guarded.engine.sessions
 
 
-def test_1_only_what_tells_nothing_is_public(http: httpx.Client) -> None:
+def test_1_only_what_tells_nothing_is_public(http: httpx2.Client) -> None:
     assert PUBLIC == {"/", "/health/live", "/health/ready", "/openapi.json"} and PUBLIC_FOLDER == "/viewer/"
     assert {path: http.get(path).status_code for path in sorted(PUBLIC)} == dict.fromkeys(sorted(PUBLIC), 200)
     for path in ("/viewer/../v1/models", "/viewer/%2e%2e/v1/models", "/viewer/..%2f..%2fstore.py", "//v1/models"):
@@ -114,13 +114,13 @@ def test_1_only_what_tells_nothing_is_public(http: httpx.Client) -> None:
         "Bearer dk_' OR 1=1 --_x",
     ],
 )
-def test_1_what_is_not_a_key_does_not_open(guarded: Service, http: httpx.Client, shown: str) -> None:
+def test_1_what_is_not_a_key_does_not_open(guarded: Service, http: httpx2.Client, shown: str) -> None:
     headers = {"Authorization": shown}
     assert http.get("/v1/models", headers=headers).status_code == 401
     assert refused(guarded.urls[0], headers) == 401
 
 
-def test_1_a_key_opens_until_it_is_revoked(guarded: Service, http: httpx.Client, key: Keyed) -> None:
+def test_1_a_key_opens_until_it_is_revoked(guarded: Service, http: httpx2.Client, key: Keyed) -> None:
     headers = key()
     assert http.get("/v1/models", headers=headers).status_code == 200
     guarded.store._credentials.revoke_key(headers["Authorization"].split("_")[1], time.time())
@@ -128,7 +128,7 @@ def test_1_a_key_opens_until_it_is_revoked(guarded: Service, http: httpx.Client,
     assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
 
 
-def test_1_a_key_in_an_address_is_not_looked_at(guarded: Service, http: httpx.Client, key: Keyed) -> None:
+def test_1_a_key_in_an_address_is_not_looked_at(guarded: Service, http: httpx2.Client, key: Keyed) -> None:
     text = key()["Authorization"].removeprefix("Bearer ")
     for name in ("key", "api_key", "token", "access_token"):
         assert http.get("/v1/models", params={name: text}).status_code == 401
@@ -145,11 +145,11 @@ def test_1_a_key_in_an_address_is_not_looked_at(guarded: Service, http: httpx.Cl
 )
 def test_1_without_keys_only_this_machine_itself_comes_in(idle_service: Service, headers: dict[str, str]) -> None:
     url = idle_service.urls[0]
-    assert httpx.get(f"{url}/v1/models").status_code == 200
-    assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
+    assert httpx2.get(f"{url}/v1/models").status_code == 200
+    assert httpx2.get(f"{url}/v1/models", headers=headers).status_code == 401
 
 
-def test_2_a_client_secret_opens_one_session(guarded: Service, http: httpx.Client, key: Keyed, until: Until) -> None:
+def test_2_a_client_secret_opens_one_session(guarded: Service, http: httpx2.Client, key: Keyed, until: Until) -> None:
     headers = key()
     made = http.post("/v1/realtime/client_secrets", headers=headers).raise_for_status().json()
     assert 0 < made["expires_at"] - time.time() <= 61
@@ -165,7 +165,7 @@ def test_2_a_client_secret_opens_one_session(guarded: Service, http: httpx.Clien
 
 
 def test_2_a_client_secret_opens_nothing_else_and_not_for_long(
-    guarded: Service, http: httpx.Client, key: Keyed
+    guarded: Service, http: httpx2.Client, key: Keyed
 ) -> None:
     headers = key()
     body = {"expires_after": {"seconds": 1}}
@@ -189,7 +189,7 @@ def test_2_a_page_of_another_origin_opens_no_socket(
         pass
 
 
-def test_3_another_keys_video_is_not_there(http: httpx.Client, key: Keyed, engine: FakeEngine) -> None:
+def test_3_another_keys_video_is_not_there(http: httpx2.Client, key: Keyed, engine: FakeEngine) -> None:
     engine.allow(1)
     mine, theirs = key("me"), key("they")
     video = start(http, mine)
@@ -214,7 +214,7 @@ def test_3_a_resume_token_is_of_no_use_to_another_key(guarded: Service, key: Key
         assert one.next() == {"type": "session.pong"}
 
 
-def test_3_ids_cannot_be_guessed(http: httpx.Client, key: Keyed, engine: FakeEngine) -> None:
+def test_3_ids_cannot_be_guessed(http: httpx2.Client, key: Keyed, engine: FakeEngine) -> None:
     engine.allow(0)
     headers = key()
     ids = [start(http, headers) for _ in range(2)]
@@ -234,7 +234,7 @@ def test_5_a_body_that_is_too_large_is_refused_before_it_is_read(guarded: Servic
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
-def test_6_half_open_requests_hold_up_nobody(guarded: Service, http: httpx.Client, key: Keyed) -> None:
+def test_6_half_open_requests_hold_up_nobody(guarded: Service, http: httpx2.Client, key: Keyed) -> None:
     address = address_of(guarded)
     headers = key()
     with ExitStack() as stack:
@@ -264,7 +264,7 @@ def test_7_a_reader_that_does_not_read_costs_little(guarded: Service, key: Keyed
 
 
 def test_8_a_key_runs_as_many_sessions_as_it_may(
-    guarded: Service, http: httpx.Client, key: Keyed, engine: FakeEngine, until: Until
+    guarded: Service, http: httpx2.Client, key: Keyed, engine: FakeEngine, until: Until
 ) -> None:
     engine.allow(0)
     headers = key(sessions=1)
@@ -282,7 +282,7 @@ def test_8_a_key_runs_as_many_sessions_as_it_may(
     assert (limits["max_sessions"], limits["max_frames_per_minute"]) == (1, None)
 
 
-def test_8_what_a_full_server_refuses_counts_in_no_quota(http: httpx.Client, key: Keyed, engine: FakeEngine) -> None:
+def test_8_what_a_full_server_refuses_counts_in_no_quota(http: httpx2.Client, key: Keyed, engine: FakeEngine) -> None:
     engine.allow(0)
     filler, headers = key(), key(sessions=1, frames_per_minute=30)
     videos = [start(http, filler) for _ in range(2)]
@@ -294,7 +294,7 @@ def test_8_what_a_full_server_refuses_counts_in_no_quota(http: httpx.Client, key
     start(http, headers)
 
 
-def test_9_names_are_looked_up_never_opened(http: httpx.Client, key: Keyed) -> None:
+def test_9_names_are_looked_up_never_opened(http: httpx2.Client, key: Keyed) -> None:
     headers = key()
     for name in ("../../etc/passwd", "/etc/passwd", "%2e%2e%2f", "s3://bucket/x", "a\x00b", "x" * 300):
         answer = http.post("/v1/videos", json={"prompt": "x", "model": name}, headers=headers)
@@ -304,7 +304,7 @@ def test_9_names_are_looked_up_never_opened(http: httpx.Client, key: Keyed) -> N
 
 
 @pytest.mark.parametrize("field", ["input_reference", "image_reference", "image_url", "release", "lora"])
-def test_10_no_address_is_ever_fetched(http: httpx.Client, key: Keyed, field: str) -> None:
+def test_10_no_address_is_ever_fetched(http: httpx2.Client, key: Keyed, field: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as trap:
         trap.settimeout(0.2)
         url = f"http://127.0.0.1:{trap.getsockname()[1]}/x"
@@ -317,7 +317,7 @@ def test_10_no_address_is_ever_fetched(http: httpx.Client, key: Keyed, field: st
 
 def test_11_and_14_neither_prompts_nor_keys_are_in_logs_metrics_or_files(
     guarded: Service,
-    http: httpx.Client,
+    http: httpx2.Client,
     key: Keyed,
     engine: FakeEngine,
     until: Until,
@@ -350,7 +350,7 @@ def test_11_and_14_neither_prompts_nor_keys_are_in_logs_metrics_or_files(
     assert requests and all("\n" not in line and json.loads(line.removeprefix("request ")) for line in requests)
 
 
-def test_11_a_request_id_is_kept_where_it_is_decent(http: httpx.Client) -> None:
+def test_11_a_request_id_is_kept_where_it_is_decent(http: httpx2.Client) -> None:
     assert http.get("/health/live", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
     for wrong in ("x" * 129, "a b", "a\tb"):
         given = http.get("/health/live", headers={"X-Request-Id": wrong}).headers.get_list("x-request-id")
@@ -360,7 +360,7 @@ def test_11_a_request_id_is_kept_where_it_is_decent(http: httpx.Client) -> None:
 
 
 def test_15_what_breaks_inside_is_told_to_nobody(
-    guarded: Service, http: httpx.Client, key: Keyed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    guarded: Service, http: httpx2.Client, key: Keyed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def broken(*_: object) -> None:
         raise KeyError("SECRET_X")
@@ -373,7 +373,7 @@ def test_15_what_breaks_inside_is_told_to_nobody(
     assert "SECRET_X" not in answer.text + caplog.text and "r1" in caplog.text
 
 
-def test_16_no_label_of_a_metric_is_the_callers_to_choose(guarded: Service, http: httpx.Client, key: Keyed) -> None:
+def test_16_no_label_of_a_metric_is_the_callers_to_choose(guarded: Service, http: httpx2.Client, key: Keyed) -> None:
     headers = key()
     for number in range(50):
         http.post("/v1/videos", json={"prompt": "x", f"field{number}": 1}, headers=headers)
@@ -382,7 +382,7 @@ def test_16_no_label_of_a_metric_is_the_callers_to_choose(guarded: Service, http
     assert len({one for one in series if one[0] == "diagonal_errors_total"}) == 2
 
 
-def test_17_many_keys_of_one_account_share_its_frames(http: httpx.Client, key: Keyed) -> None:
+def test_17_many_keys_of_one_account_share_its_frames(http: httpx2.Client, key: Keyed) -> None:
     keys = [key(f"key{number}", frames_per_minute=50, account="one-account") for number in range(4)]
     answers = [http.post("/v1/videos", json={"prompt": "x", "num_frames": 21}, headers=one) for one in keys]
     assert [answer.status_code for answer in answers] == [200, 200, 429, 429]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from serve.settings import ServeSettings
@@ -109,7 +109,7 @@ def frames_of(ffprobe: str, file: Path) -> int:
 
 
 def test_it_plays_while_the_video_is_made_and_a_prompt_change_reaches_the_screen(
-    page: Browser, until: Until, http: httpx.Client
+    page: Browser, until: Until, http: httpx2.Client
 ) -> None:
     started(page, until)
     until(lambda: page.text("state") == "playing" and shows(page, FIRST), "the first prompt is on screen", seconds=60)
@@ -126,7 +126,7 @@ def test_it_plays_while_the_video_is_made_and_a_prompt_change_reaches_the_screen
 
 
 def test_a_pause_stops_picture_and_making_until_it_is_resumed(
-    page: Browser, until: Until, engine: FakeEngine, http: httpx.Client
+    page: Browser, until: Until, engine: FakeEngine, http: httpx2.Client
 ) -> None:
     started(page, until)
     playing(page, until)
@@ -149,7 +149,7 @@ def test_escape_stops_it_and_frees_the_place(page: Browser, until: Until, engine
     assert page.text("state") == "stopped" and page.text("start") == "Start"
 
 
-def test_closing_the_page_frees_the_place(page: Browser, until: Until, engine: FakeEngine, http: httpx.Client) -> None:
+def test_closing_the_page_frees_the_place(page: Browser, until: Until, engine: FakeEngine, http: httpx2.Client) -> None:
     started(page, until)
     playing(page, until)
     page.call("Page.navigate", url="about:blank")
@@ -163,7 +163,7 @@ def test_closing_the_page_frees_the_place(page: Browser, until: Until, engine: F
 
 
 def test_a_short_video_plays_to_its_end_and_its_finished_file_is_saved(
-    page: Browser, until: Until, ffprobe: str, tmp_path: Path, http: httpx.Client
+    page: Browser, until: Until, ffprobe: str, tmp_path: Path, http: httpx2.Client
 ) -> None:
     ready(page, until)
     page.save_into(tmp_path)
@@ -179,7 +179,7 @@ def test_a_short_video_plays_to_its_end_and_its_finished_file_is_saved(
 
 
 def test_an_endless_stream_goes_on_and_what_came_so_far_is_saved(
-    page: Browser, until: Until, ffprobe: str, tmp_path: Path, http: httpx.Client
+    page: Browser, until: Until, ffprobe: str, tmp_path: Path, http: httpx2.Client
 ) -> None:
     ready(page, until)
     page.save_into(tmp_path)
@@ -277,7 +277,7 @@ def test_a_gateway_that_drains_is_left_for_another_one_at_once(
     assert len({video for video, _ in engine.made}) == 1
 
 
-def test_a_session_that_is_lost_for_good_is_told(page: Browser, until: Until, http: httpx.Client) -> None:
+def test_a_session_that_is_lost_for_good_is_told(page: Browser, until: Until, http: httpx2.Client) -> None:
     started(page, until)
     playing(page, until)
     http.delete(f"/v1/videos/{http.get('/v1/videos').json()['data'][0]['id']}")
@@ -292,7 +292,7 @@ def test_a_killed_replica_shows_at_most_a_short_stall(
     page = open_page(cluster.urls[0])
     started(page, until)
     playing(page, until)
-    with httpx.Client(base_url=cluster.urls[0]) as http:
+    with httpx2.Client(base_url=cluster.urls[0]) as http:
         video = http.get("/v1/videos").json()["data"][0]["id"]
     cluster.kill_holder(video)
     plays_on(page, until, 4.0)
@@ -301,7 +301,9 @@ def test_a_killed_replica_shows_at_most_a_short_stall(
     assert page.text("error") == "" and page.text("state") in ("playing", "waiting")
 
 
-def test_a_full_server_is_told_on_the_page(page: Browser, until: Until, http: httpx.Client, engine: FakeEngine) -> None:
+def test_a_full_server_is_told_on_the_page(
+    page: Browser, until: Until, http: httpx2.Client, engine: FakeEngine
+) -> None:
     engine.allow(0)
     for _ in range(2):
         http.post("/v1/videos", json={"prompt": FIRST})
@@ -362,7 +364,7 @@ def test_of_several_models_the_one_that_is_chosen_makes_the_stream(
         )
         started(page, until, "a red circle moves left")
         playing(page, until)
-        with httpx.Client(base_url=service.urls[0]) as http:
+        with httpx2.Client(base_url=service.urls[0]) as http:
             assert http.get("/v1/videos").json()["data"][0]["model"] == "next"
     finally:
         service.stop()

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from serve.records import KEPT_CHUNKS
@@ -35,7 +35,7 @@ def made_by(service: Service, chunks: int) -> Any:
 
 
 def test_it_goes_on_past_the_longest_file_until_it_is_stopped(
-    service: Service, http: httpx.Client, engine: FakeEngine, until: Until
+    service: Service, http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
     longest = http.get("/v1/models").json()["data"][0]["limits"]["max_frames"]
     with viewer(service.urls[0]) as one:
@@ -56,7 +56,7 @@ def test_it_goes_on_past_the_longest_file_until_it_is_stopped(
 
 
 def test_of_its_chunks_the_newest_alone_are_kept(
-    service: Service, http: httpx.Client, other_http: httpx.Client, until: Until
+    service: Service, http: httpx2.Client, other_http: httpx2.Client, until: Until
 ) -> None:
     one = made_by(service, 2 * KEPT_CHUNKS)
     done = int(http.get(f"/v1/videos/{one.request_id}").json()["chunks_done"])
@@ -85,7 +85,7 @@ def test_a_resume_token_of_a_chunk_that_is_gone_is_told_so(service: Service) -> 
 
 
 def test_who_comes_later_sees_the_newest_chunk_first_and_is_cut_off_by_its_removal(
-    service: Service, http: httpx.Client, other_http: httpx.Client, engine: FakeEngine
+    service: Service, http: httpx2.Client, other_http: httpx2.Client, engine: FakeEngine
 ) -> None:
     with viewer(service.urls[0]) as one:
         one.start(streaming_buffer_seconds=1.0, **ENDLESS)
@@ -103,7 +103,7 @@ def test_who_comes_later_sees_the_newest_chunk_first_and_is_cut_off_by_its_remov
 
 def test_nobody_watching_ends_it(make_service: Callable[..., Service], engine: FakeEngine, until: Until) -> None:
     service = make_service(reader_start_timeout_s=0.4, resume_window_s=0.4)
-    with httpx.Client(base_url=service.urls[0]) as http:
+    with httpx2.Client(base_url=service.urls[0]) as http:
         video = http.post("/v1/videos", json={"prompt": "a red circle", **ENDLESS}).json()
         assert (video["pacing"], video["endless"]) == ("realtime", True)
         until(lambda: http.get(f"/v1/videos/{video['id']}").json()["status"] == "cancelled", "abandoned")
@@ -115,7 +115,7 @@ def test_the_services_limit_ends_it_as_a_stream_that_is_over(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
     service = make_service(max_stream_s=3.0)
-    with httpx.Client(base_url=service.urls[0]) as http:
+    with httpx2.Client(base_url=service.urls[0]) as http:
         assert http.get("/v1/models").json()["data"][0]["limits"]["max_stream_seconds"] == 3.0
         with viewer(service.urls[0]) as one:
             one.start(streaming_buffer_seconds=1.0, **ENDLESS)
@@ -129,7 +129,10 @@ def test_the_services_limit_ends_it_as_a_stream_that_is_over(
 
 def test_it_counts_among_a_keys_videos_and_is_charged_as_it_goes(guarded: Service, key: Keyed) -> None:
     mine = key(sessions=1, frames_per_minute=61 * 16)
-    with httpx.Client(base_url=guarded.urls[0], headers=mine, timeout=20) as http, viewer(guarded.urls[0], mine) as one:
+    with (
+        httpx2.Client(base_url=guarded.urls[0], headers=mine, timeout=20) as http,
+        viewer(guarded.urls[0], mine) as one,
+    ):
         one.start(streaming_buffer_seconds=1.0, **ENDLESS)
         one.say("session.playback", position_seconds=FAR_S)
         one.read(3)
@@ -165,6 +168,6 @@ def test_it_goes_on_when_its_replica_dies(make_cluster: Callable[..., Cluster]) 
         ({"extra": {"endless": "yes"}}, "extra.endless"),
     ],
 )
-def test_a_wish_that_contradicts_itself_is_refused(idle_http: httpx.Client, fields: Any, param: str) -> None:
+def test_a_wish_that_contradicts_itself_is_refused(idle_http: httpx2.Client, fields: Any, param: str) -> None:
     answer = idle_http.post("/v1/videos", json={"prompt": "a red circle", **fields})
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import ANY, AsyncMock, Mock
 
 import av
-import httpx
+import httpx2
 import numpy as np
 import pytest
 
@@ -71,12 +71,12 @@ def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
         cluster.stop()
 
 
-def start(http: httpx.Client, frames: int = 105, pacing: str = "none") -> str:
+def start(http: httpx2.Client, frames: int = 105, pacing: str = "none") -> str:
     body = {"prompt": PROMPT, "num_frames": frames, "seed": 3, "extra": {"pacing": pacing}}
     return str(http.post("/v1/videos", json=body).raise_for_status().json()["id"])
 
 
-def steer(http: httpx.Client, video: str, **event: Any) -> httpx.Response:
+def steer(http: httpx2.Client, video: str, **event: Any) -> httpx2.Response:
     return http.post(f"/v1/videos/{video}/interactions", json={"interaction": {"event": event}})
 
 
@@ -96,7 +96,7 @@ def assert_same_video(stream: bytes | bytearray, expected: bytes) -> None:
 @pytest.fixture
 def expected(make_cluster: Callable[..., Cluster]) -> bytes:
     """The stream when nothing happens."""
-    with httpx.Client(base_url=make_cluster(replicas=1).urls[0], timeout=60) as http:
+    with httpx2.Client(base_url=make_cluster(replicas=1).urls[0], timeout=60) as http:
         return http.get(f"/v1/videos/{start(http)}/stream").content
 
 
@@ -106,7 +106,7 @@ def test_a_replica_that_dies_does_not_end_the_stream(
 ) -> None:
     monkeypatch.setattr("serve.gateway.driver._AHEAD", 1)  # else all of it may have come before the replica dies
     cluster = make_cluster()
-    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
         video, data, killed = start(http, pacing=pacing), bytearray(), ""
         with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
             for part in answer.iter_raw():
@@ -176,9 +176,9 @@ def test_without_another_replica_the_stream_breaks_off_and_says_so(
 ) -> None:
     monkeypatch.setattr("serve.gateway.driver.PATIENCE_S", 0.5)
     cluster = make_cluster(replicas=1)
-    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
         video = start(http, frames=900, pacing="realtime")
-        with pytest.raises(httpx.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video}/stream") as answer:
+        with pytest.raises(httpx2.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video}/stream") as answer:
             parts = answer.iter_raw()
             next(parts)
             cluster.kill_holder(video)
@@ -190,7 +190,7 @@ def test_a_replica_that_dies_before_the_first_chunk_is_replaced_too(
     make_cluster: Callable[..., Cluster], expected: bytes
 ) -> None:
     cluster = make_cluster()
-    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
         video = start(http, pacing="realtime")
         killer = threading.Thread(target=lambda: cluster.kill_holder(video))
         killer.start()
@@ -204,12 +204,12 @@ def test_a_paused_stream_stands_still_frees_its_cache_and_goes_on(
 ) -> None:
     cluster = make_cluster(replicas=1)
     engine: Any = cluster.replica._engine
-    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
         video = start(http, pacing="realtime")
         streams: list[bytes] = []
         reader = threading.Thread(target=lambda: streams.append(http.get(f"/v1/videos/{video}/stream").content))
         reader.start()
-        with httpx.Client(base_url=cluster.urls[1], timeout=60) as other:
+        with httpx2.Client(base_url=cluster.urls[1], timeout=60) as other:
             until(lambda: other.get(f"/v1/videos/{video}").json()["chunks_done"] >= 2, "two chunks")
             assert steer(other, video, action="pause").status_code == 202
             until(lambda: engine.stats().cache_bytes == 0, "the cache is free")
@@ -269,7 +269,7 @@ def test_a_gateway_that_dies_costs_its_viewer_a_reconnect(
         ({}, "interaction.event.prompt"),
     ],
 )
-def test_an_interaction_says_one_thing(http: httpx.Client, event: dict[str, Any], param: str) -> None:
+def test_an_interaction_says_one_thing(http: httpx2.Client, event: dict[str, Any], param: str) -> None:
     answer = steer(http, start(http), **event)
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
 

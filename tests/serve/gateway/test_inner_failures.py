@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from ray.exceptions import RayActorError
 from websockets.exceptions import ConnectionClosed
@@ -84,7 +84,7 @@ SEAMS: dict[str, Callable[[Service, pytest.MonkeyPatch], None]] = {
 @pytest.mark.parametrize("seam", SEAMS)
 def test_15_whatever_breaks_inside_is_neither_told_nor_logged_nor_waited_for(
     service: Service,
-    http: httpx.Client,
+    http: httpx2.Client,
     monkeypatch: pytest.MonkeyPatch,
     seam: str,
     caplog: pytest.LogCaptureFixture,
@@ -102,7 +102,7 @@ def test_15_whatever_breaks_inside_is_neither_told_nor_logged_nor_waited_for(
                 answers.append(http.get(path, timeout=15).text.replace(CANARY, ""))
             try:
                 http.get(f"/v1/videos/{video}/stream", timeout=8)
-            except (httpx.RemoteProtocolError, httpx.ReadTimeout) as error:
+            except (httpx2.RemoteProtocolError, httpx2.ReadTimeout) as error:
                 answers.append(str(error))
         else:
             assert answer.status_code in (500, 503) and answer.headers["x-request-id"]
@@ -130,7 +130,7 @@ def test_15_a_start_that_breaks_in_the_gateway_ends_with_a_word(
 
 
 def test_s5_a_chunk_that_cannot_be_encoded_ends_its_session_at_once_and_no_other(
-    service: Service, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, until: Until
+    service: Service, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
     from serve.replica import replica
 
@@ -158,7 +158,7 @@ def test_s5_poison_prompts_cost_their_sessions_and_not_the_replica(
 ) -> None:
     """Over real engines: whoever sends poison can neither end a neighbour's stream nor have the replica replaced."""
     cluster = make_cluster(replicas=1)
-    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
         with viewer(cluster.urls[0]) as neighbour:
             neighbour.start(prompt="a red circle", num_frames=105, seed=3)
             neighbour.read(2)
@@ -178,7 +178,7 @@ def test_s5_a_replica_whose_chunks_all_fail_says_that_it_is_to_be_replaced(
 ) -> None:
     cluster = make_cluster(replicas=1)
     engine: Any = cluster.replica._engine
-    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
         hook = engine._maker._network.register_forward_pre_hook(raises())
         for _ in range(3):
             bad = start(http)
@@ -193,7 +193,7 @@ def test_s5_a_replica_whose_chunks_all_fail_says_that_it_is_to_be_replaced(
 
 
 def test_s5_a_session_that_takes_its_replicas_down_is_given_to_no_fourth_one(
-    service: Service, http: httpx.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, until: Until
+    service: Service, http: httpx2.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
     """Each replica that makes its first chunk dies of it: the last ones stay for everybody else."""
     killed: list[str] = []
@@ -215,7 +215,7 @@ def test_s6_a_session_for_which_there_is_no_memory_ends_alone_and_the_replica_go
 ) -> None:
     cluster = make_cluster(replicas=1)
     engine: Any = cluster.replica._engine
-    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http, viewer(cluster.urls[0]) as neighbour:
+    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, viewer(cluster.urls[0]) as neighbour:
         neighbour.start(prompt="a red circle", num_frames=105, seed=3)
         neighbour.read(1)
         caches = {id(session.cache) for session in engine._sessions.values()}
@@ -243,7 +243,7 @@ def test_s13_a_file_waits_for_its_storage_whole_or_not_at_all(
     """The durable storage is away when the file is finished, and when it is asked for after the local copy is gone."""
     durable = tmp_path / "durable"
     service = make_service(store={"sweep_s": 0.2}, files=str(durable))
-    with httpx.Client(base_url=service.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=20) as http:
         with monkeypatch.context() as away:
             away.setattr("diagonal.storage.Folder.put", raises(StorageError))
             video = start(http)
@@ -268,7 +268,7 @@ def test_s13_a_file_that_breaks_off_while_it_is_given_is_not_taken_for_the_whole
 ) -> None:
     monkeypatch.setattr("serve.gateway.gateway._PART_BYTES", 2000)
     service = make_service()
-    with httpx.Client(base_url=service.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=20) as http:
         video = start(http, num_frames=81)
         until(lambda: told(http, video)["status"] == "completed", "completed")
         content = service.store.content
@@ -279,12 +279,12 @@ def test_s13_a_file_that_breaks_off_while_it_is_given_is_not_taken_for_the_whole
             return await content(video_id, begin, end)
 
         monkeypatch.setattr(service.store, "content", goes_away)
-        with pytest.raises(httpx.RemoteProtocolError):
+        with pytest.raises(httpx2.RemoteProtocolError):
             http.get(f"/v1/videos/{video}/content")
 
 
 def test_disk_full_fails_what_needs_it_and_is_over_when_there_is_room_again(
-    service: Service, http: httpx.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, until: Until
+    service: Service, http: httpx2.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
     engine.allow(1)
     running = start(http, num_frames=81)
@@ -323,7 +323,7 @@ def test_s14_metrics_that_nobody_takes_cost_no_frame(
 ) -> None:
     sink = FactorySink(kind, kind, kind)
     service = make_service(sink=sink)
-    with httpx.Client(base_url=service.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=20) as http:
         video = start(http, num_frames=81)
         assert len(shades(http.get(f"/v1/videos/{video}/stream").content)) == 81
         with viewer(service.urls[0]) as one:
@@ -348,6 +348,6 @@ def broken_log() -> Iterator[None]:
     logger.removeHandler(handler)
 
 
-def test_s14_a_log_that_cannot_be_written_costs_no_frame(broken_log: None, http: httpx.Client) -> None:
+def test_s14_a_log_that_cannot_be_written_costs_no_frame(broken_log: None, http: httpx2.Client) -> None:
     assert len(shades(http.get(f"/v1/videos/{start(http, num_frames=81)}/stream").content)) == 81
     assert http.get("/v1/nothing").status_code == 404

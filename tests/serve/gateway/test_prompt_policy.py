@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from diagonal.errors import FieldError
@@ -174,7 +174,7 @@ def listed(make_service: Make, tmp_path: Path) -> Service:
 def test_every_way_in_asks_it(listed: Service, caplog: pytest.LogCaptureFixture) -> None:
     event: dict[str, Any] = {"event": {"prompt": FORBIDDEN}, "event_id": "e1"}
     listed.engine.allow(1)
-    with caplog.at_level(logging.DEBUG), httpx.Client(base_url=listed.urls[0], timeout=20) as http:
+    with caplog.at_level(logging.DEBUG), httpx2.Client(base_url=listed.urls[0], timeout=20) as http:
         refused = http.post("/v1/videos", json={"prompt": FORBIDDEN})
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "prompt_refused")
         assert refused.json()["error"]["param"] == "prompt" and "heron" not in refused.text
@@ -193,6 +193,6 @@ def test_every_way_in_asks_it(listed: Service, caplog: pytest.LogCaptureFixture)
         assert http.get(f"/v1/videos/{video}").json()["interactions"] == []
     reasons = listed.metrics.labels["diagonal_prompts_refused_total"]
     assert reasons == [{"reason": "policy"}] * 4
-    of_a_client = ("websockets.client", "httpcore", "httpx")
+    of_a_client = ("websockets.client", "httpcore", "httpx2")
     logged = [one.getMessage() for one in caplog.records if not one.name.startswith(of_a_client)]
     assert logged and not [line for line in logged if "heron" in line]

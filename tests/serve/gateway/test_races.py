@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.serve.conftest import FakeEngine, Service
@@ -23,14 +23,14 @@ def change(prompt: str, event_id: str, chunks: int = 0) -> dict[str, Any]:
 
 
 def test_s12_of_one_event_sent_by_many_at_once_one_is_applied(
-    service: Service, http: httpx.Client, engine: FakeEngine, until: Until
+    service: Service, http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
     engine.allow(1)
     video = start(http, num_frames=81)
     until(lambda: told(http, video)["chunks_done"] == 1, "one chunk")
 
     def say(number: int) -> int:
-        with httpx.Client(base_url=service.urls[number % 2], timeout=20) as client:
+        with httpx2.Client(base_url=service.urls[number % 2], timeout=20) as client:
             prompt = "a blue square" if number < 8 else "a green square"
             return client.post(f"/v1/videos/{video}/interactions", json=change(prompt, "e1")).status_code
 
@@ -89,7 +89,7 @@ def test_of_two_who_resume_at_once_one_goes_on(service: Service, engine: FakeEng
 
 
 def test_a_session_that_is_deleted_under_its_viewer_ends_with_a_word(
-    service: Service, http: httpx.Client, engine: FakeEngine, until: Until
+    service: Service, http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
     engine.allow(1)
     with viewer(service.urls[1]) as one:
@@ -102,11 +102,11 @@ def test_a_session_that_is_deleted_under_its_viewer_ends_with_a_word(
     assert http.delete(f"/v1/videos/{one.request_id}").status_code == 404
 
 
-def test_a_video_is_deleted_by_one_of_many(service: Service, http: httpx.Client, engine: FakeEngine) -> None:
+def test_a_video_is_deleted_by_one_of_many(service: Service, http: httpx2.Client, engine: FakeEngine) -> None:
     engine.allow(1)
     video = start(http, num_frames=81)
     with ThreadPoolExecutor(8) as many:
-        codes = list(many.map(lambda _: httpx.delete(f"{service.urls[0]}/v1/videos/{video}").status_code, range(8)))
+        codes = list(many.map(lambda _: httpx2.delete(f"{service.urls[0]}/v1/videos/{video}").status_code, range(8)))
     assert sorted(codes) == [200] + [404] * 7
 
 
@@ -126,7 +126,7 @@ def test_a_revoked_key_ends_what_it_has_running(
 
 
 def test_pauses_and_resumes_without_number_make_no_video_slower_to_look_at(
-    service: Service, http: httpx.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    service: Service, http: httpx2.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve.store.database.KEPT_INTERACTIONS", 16)
     engine.allow(1)
@@ -139,14 +139,14 @@ def test_pauses_and_resumes_without_number_make_no_video_slower_to_look_at(
 
 
 def test_interactions_race_with_the_end_and_are_applied_or_dropped_but_never_wait(
-    service: Service, http: httpx.Client, until: Until
+    service: Service, http: httpx2.Client, until: Until
 ) -> None:
     for _ in range(5):
         video = start(http, num_frames=45)
         answers: list[int] = []
 
         def hurry(video: str = video, answers: list[int] = answers) -> None:
-            with httpx.Client(base_url=service.urls[1], timeout=20) as client:
+            with httpx2.Client(base_url=service.urls[1], timeout=20) as client:
                 for number in range(20):
                     path = f"/v1/videos/{video}/interactions"
                     answers.append(client.post(path, json=change("x", f"e{number}")).status_code)

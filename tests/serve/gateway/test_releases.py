@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import yaml
 from hypothesis import given
@@ -269,24 +269,24 @@ def service(tmp_path: Path) -> Iterator[SideBySide]:
 
 
 @pytest.fixture
-def http(service: SideBySide) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.urls[0], timeout=60) as client:
+def http(service: SideBySide) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=service.urls[0], timeout=60) as client:
         yield client
 
 
-def start(http: httpx.Client, **fields: Any) -> dict[str, Any]:
+def start(http: httpx2.Client, **fields: Any) -> dict[str, Any]:
     body = {"prompt": PROMPT, "num_frames": 33, "seed": 3} | fields
     told: dict[str, Any] = http.post("/v1/videos", json=body).raise_for_status().json()
     return told
 
 
-def test_both_releases_are_listed_with_their_limits(http: httpx.Client) -> None:
+def test_both_releases_are_listed_with_their_limits(http: httpx2.Client) -> None:
     models = http.get("/v1/models").json()["data"]
     assert [(model["id"], model["promoted"]) for model in models] == [("stable", True), ("next", False)]
     assert all(model["limits"]["max_frames"] > 0 for model in models)
 
 
-def test_a_request_names_its_release_or_the_weights_do(service: SideBySide, http: httpx.Client) -> None:
+def test_a_request_names_its_release_or_the_weights_do(service: SideBySide, http: httpx2.Client) -> None:
     assert start(http)["model"] == "stable" and start(http, model="next")["model"] == "next"
     service.share(next=1)
     videos = [start(http, num_frames=9) for _ in range(3)] + [start(http, num_frames=9, model="stable")]
@@ -298,7 +298,7 @@ def test_a_request_names_its_release_or_the_weights_do(service: SideBySide, http
 
 
 @pytest.mark.parametrize("name", [name for name in WRONG_NAMES if name.isprintable()] + ["other"])
-def test_a_model_that_is_not_there_is_404_whatever_its_name(name: str, http: httpx.Client) -> None:
+def test_a_model_that_is_not_there_is_404_whatever_its_name(name: str, http: httpx2.Client) -> None:
     answer = http.post("/v1/videos", json={"prompt": PROMPT, "model": name})
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
     assert "'next' or 'stable'" in answer.json()["detail"]
@@ -306,7 +306,7 @@ def test_a_model_that_is_not_there_is_404_whatever_its_name(name: str, http: htt
 
 
 def test_a_video_keeps_its_release_when_the_weights_change_and_when_its_replica_dies(
-    service: SideBySide, http: httpx.Client, until: Until
+    service: SideBySide, http: httpx2.Client, until: Until
 ) -> None:
     video = start(http, num_frames=105)["id"]
     service.share(next=1)
@@ -319,7 +319,7 @@ def test_a_video_keeps_its_release_when_the_weights_change_and_when_its_replica_
 
 
 def test_a_session_never_goes_to_another_release(
-    service: SideBySide, http: httpx.Client, until: Until, monkeypatch: pytest.MonkeyPatch
+    service: SideBySide, http: httpx2.Client, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("PATIENCE_S", "UNWATCHED_PATIENCE_S"):
         monkeypatch.setattr(f"serve.gateway.driver.{name}", 1.0)
@@ -332,7 +332,7 @@ def test_a_session_never_goes_to_another_release(
     assert start(http, model="next", num_frames=9)["model"] == "next", "the other release goes on"
 
 
-def test_a_release_that_does_not_answer_gives_way_to_the_next(service: SideBySide, http: httpx.Client) -> None:
+def test_a_release_that_does_not_answer_gives_way_to_the_next(service: SideBySide, http: httpx2.Client) -> None:
     service.share(stable=1, next=1)
     service.run(service.kill_replica("next-1"))
     assert {start(http, num_frames=9)["model"] for _ in range(6)} == {"stable"}
@@ -343,7 +343,7 @@ def test_a_release_that_does_not_answer_gives_way_to_the_next(service: SideBySid
 
 
 def test_a_video_whose_release_is_gone_ends_and_what_was_made_stays(
-    service: SideBySide, http: httpx.Client, until: Until
+    service: SideBySide, http: httpx2.Client, until: Until
 ) -> None:
     done = start(http, model="next", num_frames=9)["id"]
     until(lambda: http.get(f"/v1/videos/{done}").json()["status"] == "completed", "completed")
@@ -453,13 +453,13 @@ def test_a_release_on_s3_is_checked_like_one_on_disk(
 
 
 def test_a_video_that_is_being_made_is_streamed_though_its_release_is_taken_away(
-    service: SideBySide, http: httpx.Client
+    service: SideBySide, http: httpx2.Client
 ) -> None:
     video = start(http, model="next", num_frames=33, extra={"pacing": "realtime"})["id"]
     for gateway in service.gateways:  # as one whose configuration no longer names the release
         gateway._fleet._handles.pop("next")
         gateway._fleet._shares = Shares.parse(["stable"])
     for url in service.urls:
-        streamed = httpx.get(f"{url}/v1/videos/{video}/stream", timeout=60)
+        streamed = httpx2.get(f"{url}/v1/videos/{video}/stream", timeout=60)
         assert streamed.status_code == 200 and streamed.content
     assert http.get(f"/v1/videos/{video}").json()["status"] == "completed"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from serve.policies.load_shedding import RecentRefusals
@@ -87,7 +87,7 @@ def test_one_at_a_time_asks_anew(refusals: RecentRefusals, clock: list[float]) -
 
 
 def test_after_a_refusal_a_replica_is_asked_for_room_before_anything_is_written(
-    service: Service, http: httpx.Client, engine: FakeEngine
+    service: Service, http: httpx2.Client, engine: FakeEngine
 ) -> None:
     engine.allow(0)
     for _ in range(2):
@@ -121,7 +121,7 @@ def test_what_would_be_refused_at_any_time_is_not_remembered(refusals: RecentRef
 
 
 def test_in_an_overload_store_and_replica_are_not_asked(
-    service: Service, http: httpx.Client, engine: FakeEngine, until: Until
+    service: Service, http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
     engine.allow(0)
     videos = [http.post("/v1/videos", json=REALTIME).raise_for_status().json()["id"] for _ in range(2)]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -27,15 +27,15 @@ FAST: dict[str, Any] = {"extra_params": {"pacing": "none"}}
 __all__ = ["make_cluster"]  # a fixture
 
 
-def public_keys(http: httpx.Client) -> set[str]:
+def public_keys(http: httpx2.Client) -> set[str]:
     return {http.get("/v1/models").json()["provenance"]["chain_public_key"]}
 
 
-def chain_of(http: httpx.Client, video: str, **params: Any) -> Chain:
+def chain_of(http: httpx2.Client, video: str, **params: Any) -> Chain:
     return Chain.from_answer(http.get(f"/v1/videos/{video}/chain", params=params).raise_for_status().json())
 
 
-def test_a_recorded_stream_is_proved_by_its_chain(http: httpx.Client) -> None:
+def test_a_recorded_stream_is_proved_by_its_chain(http: httpx2.Client) -> None:
     video = http.post("/v1/videos", json={"prompt": "a red circle", "num_frames": 45}).json()["id"]
     data = http.get(f"/v1/videos/{video}/stream").content
     chain = chain_of(http, video)
@@ -48,7 +48,7 @@ def test_a_recorded_stream_is_proved_by_its_chain(http: httpx.Client) -> None:
     assert http.get(f"/v1/videos/{video}/chain", params={"limit": 2}).json()["has_more"] is True
 
 
-def test_a_viewer_on_the_socket_is_told_each_link_with_its_chunk(service: Service, http: httpx.Client) -> None:
+def test_a_viewer_on_the_socket_is_told_each_link_with_its_chunk(service: Service, http: httpx2.Client) -> None:
     with viewer(service.urls[0]) as one:
         one.start(num_frames=45, **FAST)
         one.until("session.done")
@@ -58,7 +58,7 @@ def test_a_viewer_on_the_socket_is_told_each_link_with_its_chunk(service: Servic
 
 
 def test_the_command_line_proves_a_recording(
-    service: Service, http: httpx.Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    service: Service, http: httpx2.Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url, path, chain = service.urls[0], tmp_path / "stream.mp4", tmp_path / "chain.json"
     video = http.post("/v1/videos", json={"prompt": "a red circle", "num_frames": 45}).json()["id"]
@@ -76,7 +76,7 @@ def test_the_command_line_proves_a_recording(
         assert main(["verify", str(path), "--chain", nothing, "--url", url]) == 2
 
 
-def test_another_keys_chain_is_not_there(http: httpx.Client) -> None:
+def test_another_keys_chain_is_not_there(http: httpx2.Client) -> None:
     assert http.get("/v1/videos/video_none/chain").status_code == 404
     assert http.get("/v1/videos/video_none/chain", params={"limit": 0}).status_code == 422
 
@@ -85,7 +85,7 @@ def test_it_goes_on_over_a_replica_a_gateway_and_a_store_that_die(
     make_cluster: Callable[..., Cluster], until: Until
 ) -> None:
     cluster = make_cluster()
-    with httpx.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
         keys = public_keys(http)
         with viewer(cluster.urls[0]) as one:
             one.start(num_frames=81, seed=3, **FAST)
@@ -107,7 +107,7 @@ def test_it_goes_on_over_a_replica_a_gateway_and_a_store_that_die(
         assert verify(stream, chain, keys).complete
 
 
-def test_of_an_endless_stream_whatever_was_recorded_can_be_proved(service: Service, http: httpx.Client) -> None:
+def test_of_an_endless_stream_whatever_was_recorded_can_be_proved(service: Service, http: httpx2.Client) -> None:
     """Its oldest chunks are gone, their links stay; who came later has the beginning of the stream, not its chunks."""
     with viewer(service.urls[0]) as one:
         one.start(num_frames=81, **FAST)

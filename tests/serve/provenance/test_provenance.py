@@ -14,7 +14,7 @@ from typing import Any
 
 import av
 import c2pa
-import httpx
+import httpx2
 import pytest
 
 from diagonal.errors import FieldError
@@ -61,14 +61,14 @@ def manifest_in(data: bytes) -> tuple[str, dict[str, Any], set[str]]:
     return str(reader.get_validation_state()), told["manifests"][told["active_manifest"]], {f["code"] for f in failures}
 
 
-def finished(http: httpx.Client, until: Until, **fields: Any) -> tuple[str, bytes]:
+def finished(http: httpx2.Client, until: Until, **fields: Any) -> tuple[str, bytes]:
     video = http.post("/v1/videos", json={"prompt": PROMPT, "num_frames": 33, "seed": 11} | fields).json()["id"]
     until(lambda: http.get(f"/v1/videos/{video}").json()["status"] == "completed", "the file is there", 30)
     return video, http.get(f"/v1/videos/{video}/content").content
 
 
 def test_a_finished_file_says_what_made_it_and_holds_no_prompt(signing: Service, until: Until) -> None:
-    with httpx.Client(base_url=signing.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=signing.urls[0], timeout=20) as http:
         video, data = finished(http, until)
         salt = http.get(f"/v1/videos/{video}/chain").json()["prompt_salt"]
         assert http.get("/v1/models").json()["provenance"]["content_credentials"] is True
@@ -84,7 +84,7 @@ def test_a_finished_file_says_what_made_it_and_holds_no_prompt(signing: Service,
 
 
 def test_a_signed_file_plays_and_has_every_frame(signing: Service, until: Until, tmp_path: Path) -> None:
-    with httpx.Client(base_url=signing.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=signing.urls[0], timeout=20) as http:
         _, data = finished(http, until)
     with av.open(io.BytesIO(data), "r") as container:
         times = [int(frame.pts or 0) for frame in container.decode(video=0)]
@@ -98,7 +98,7 @@ def test_a_signed_file_plays_and_has_every_frame(signing: Service, until: Until,
 
 
 def test_one_flipped_byte_of_the_media_is_found(signing: Service, until: Until) -> None:
-    with httpx.Client(base_url=signing.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=signing.urls[0], timeout=20) as http:
         _, data = finished(http, until)
     spans = {name: (start, stop) for name, start, stop in boxes(data)}
     for name in ("moov", "mdat"):
@@ -214,7 +214,7 @@ def test_a_file_made_before_files_were_signed_does_not_pass_for_a_signed_one(tmp
 
 
 def test_without_a_certificate_files_are_not_signed_and_the_service_says_so(
-    idle_http: httpx.Client, tmp_path: Path
+    idle_http: httpx2.Client, tmp_path: Path
 ) -> None:
     told = idle_http.get("/v1/models").json()["provenance"]
     assert told["content_credentials"] is False and told["watermark"] is None and len(told["chain_public_key"]) == 64
@@ -269,7 +269,7 @@ def test_a_watermark_of_the_videos_id_is_in_every_file_and_small_sizes_are_not_o
     key = tmp_path / "watermark.key"
     key.write_bytes(b"a secret of the operator's own")
     marking = make_service(watermark="spread-spectrum", watermark_key=str(key))
-    with httpx.Client(base_url=marking.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=marking.urls[0], timeout=20) as http:
         told = http.get("/v1/models").json()
         assert told["provenance"]["watermark"] == "spread-spectrum" and told["data"][0]["sizes"] == ["256x256"]
         refused = http.post("/v1/videos", json={"prompt": PROMPT, "size": "32x32"})
@@ -299,7 +299,7 @@ def test_another_watermark_may_be_plugged_in(make_service: Make, until: Until, t
     key = tmp_path / "watermark.key"
     key.write_bytes(b"key")
     marking = make_service(watermark=f"{__name__}:Inverted", watermark_key=str(key))
-    with httpx.Client(base_url=marking.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=marking.urls[0], timeout=20) as http:
         _, data = finished(http, until)
     assert abs(float(read_mp4(data).mean()) - (255 - shade(PROMPT))) < 2
 

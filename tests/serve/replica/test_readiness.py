@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.serve.conftest import FakeEngine, Service
@@ -14,11 +14,11 @@ from tests.serve.conftest import FakeEngine, Service
 Until = Callable[..., Any]
 
 
-def status(http: httpx.Client) -> int:
+def status(http: httpx2.Client) -> int:
     return http.get("/health/ready").status_code
 
 
-def test_a_service_without_a_loaded_replica_is_live_and_not_ready(service: Service, http: httpx.Client) -> None:
+def test_a_service_without_a_loaded_replica_is_live_and_not_ready(service: Service, http: httpx2.Client) -> None:
     loaded = service.replicas.copy()
     service.replicas.clear()  # Serve gives a call to no replica whose constructor has not ended
     assert status(http) == 503 and http.get("/health/live").status_code == 200
@@ -28,7 +28,7 @@ def test_a_service_without_a_loaded_replica_is_live_and_not_ready(service: Servi
     assert status(http) == 200
 
 
-def test_a_service_is_not_ready_while_its_engine_hangs(engine: FakeEngine, http: httpx.Client, until: Until) -> None:
+def test_a_service_is_not_ready_while_its_engine_hangs(engine: FakeEngine, http: httpx2.Client, until: Until) -> None:
     goes_on, step = threading.Event(), engine.step
 
     def hang() -> list[Any]:
@@ -47,7 +47,7 @@ def test_a_service_is_not_ready_while_its_engine_hangs(engine: FakeEngine, http:
 
 
 def test_a_service_whose_engine_can_make_no_chunk_is_not_ready(
-    engine: FakeEngine, http: httpx.Client, until: Until, monkeypatch: pytest.MonkeyPatch
+    engine: FakeEngine, http: httpx2.Client, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve.replica.replica._PROOF_AGE_S", 0.05)
     assert status(http) == 200

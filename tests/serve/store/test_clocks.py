@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from serve.store import credentials, quotas
@@ -49,13 +49,13 @@ def guarded(make_service: Callable[..., Service], wall: WallClock) -> Service:
 
 
 @pytest.fixture
-def http(guarded: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=guarded.urls[0], timeout=20) as client:
+def http(guarded: Service) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=guarded.urls[0], timeout=20) as client:
         yield client
 
 
 def test_s8_a_stream_keeps_its_pace_over_a_jump(
-    guarded: Service, http: httpx.Client, engine: FakeEngine, jump: Callable[[], None]
+    guarded: Service, http: httpx2.Client, engine: FakeEngine, jump: Callable[[], None]
 ) -> None:
     with viewer(guarded.urls[0], new_key(guarded)) as one:
         one.start(num_frames=72, extra_params={"pacing": "realtime"})
@@ -75,7 +75,7 @@ def test_s8_a_stream_keeps_its_pace_over_a_jump(
 
 
 def test_s8_videos_secrets_and_tokens_live_as_long_as_they_were_promised(
-    guarded: Service, http: httpx.Client, engine: FakeEngine, jump: Callable[[], None], until: Until
+    guarded: Service, http: httpx2.Client, engine: FakeEngine, jump: Callable[[], None], until: Until
 ) -> None:
     headers = new_key(guarded)
     video = start(http, headers)
@@ -95,7 +95,7 @@ def test_s8_videos_secrets_and_tokens_live_as_long_as_they_were_promised(
 
 
 def test_s8_a_secret_ends_after_its_seconds_whatever_the_clock_says(
-    guarded: Service, http: httpx.Client, jump: Callable[[], None]
+    guarded: Service, http: httpx2.Client, jump: Callable[[], None]
 ) -> None:
     headers = new_key(guarded)
     body = {"expires_after": {"seconds": 1}}
@@ -107,7 +107,7 @@ def test_s8_a_secret_ends_after_its_seconds_whatever_the_clock_says(
 
 
 def test_s8_and_17_a_quota_neither_opens_nor_shuts_with_a_jump(
-    guarded: Service, http: httpx.Client, engine: FakeEngine, jump: Callable[[], None], until: Until
+    guarded: Service, http: httpx2.Client, engine: FakeEngine, jump: Callable[[], None], until: Until
 ) -> None:
     """What a full server refuses gives back what it took and no more, though the gateway's clock is another now."""
     engine.allow(0)
@@ -133,7 +133,7 @@ def test_s8_and_17_a_quota_neither_opens_nor_shuts_with_a_jump(
 
 
 def test_s8_the_time_to_the_first_frame_is_measured_by_no_clock_that_jumps(
-    guarded: Service, http: httpx.Client, engine: FakeEngine, jump: Callable[[], None]
+    guarded: Service, http: httpx2.Client, engine: FakeEngine, jump: Callable[[], None]
 ) -> None:
     engine.allow(0)
     headers = new_key(guarded)

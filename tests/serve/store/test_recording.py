@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import av
-import httpx
+import httpx2
 import numpy as np
 import pytest
 
@@ -23,13 +23,13 @@ __all__ = ["make_cluster"]
 Until = Callable[..., Any]
 
 
-def start(http: httpx.Client, frames: int, record: bool = True, pacing: str = "none") -> str:
+def start(http: httpx2.Client, frames: int, record: bool = True, pacing: str = "none") -> str:
     extra = {"pacing": pacing, "record": record}
     body = {"prompt": PROMPT, "num_frames": frames, "seed": 3, "extra": extra}
     return str(http.post("/v1/videos", json=body).raise_for_status().json()["id"])
 
 
-def completed(http: httpx.Client, video: str, until: Until) -> None:
+def completed(http: httpx2.Client, video: str, until: Until) -> None:
     until(lambda: http.get(f"/v1/videos/{video}").json()["status"] == "completed", "completed", seconds=30)
 
 
@@ -53,11 +53,11 @@ def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
 
 @pytest.fixture
 def http(cluster: Cluster) -> Any:
-    with httpx.Client(base_url=cluster.urls[0], timeout=30) as client:
+    with httpx2.Client(base_url=cluster.urls[0], timeout=30) as client:
         yield client
 
 
-def test_a_steered_video_is_made_again_from_its_log(cluster: Cluster, http: httpx.Client, until: Until) -> None:
+def test_a_steered_video_is_made_again_from_its_log(cluster: Cluster, http: httpx2.Client, until: Until) -> None:
     video = start(http, 69, pacing="realtime")
     with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
         parts = answer.iter_raw()
@@ -74,7 +74,7 @@ def test_a_steered_video_is_made_again_from_its_log(cluster: Cluster, http: http
     assert np.array_equal(pictures(again(text, scale)), seen)
 
 
-def test_the_log_goes_on_when_the_replica_dies(cluster: Cluster, http: httpx.Client, until: Until) -> None:
+def test_the_log_goes_on_when_the_replica_dies(cluster: Cluster, http: httpx2.Client, until: Until) -> None:
     video = start(http, 105, pacing="realtime")
     with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
         parts = answer.iter_raw()
@@ -87,7 +87,7 @@ def test_the_log_goes_on_when_the_replica_dies(cluster: Cluster, http: httpx.Cli
     assert "restore" in [event.kind for event in recording.events]
 
 
-def test_a_stream_that_was_stopped_leaves_the_log_of_what_it_showed(cluster: Cluster, http: httpx.Client) -> None:
+def test_a_stream_that_was_stopped_leaves_the_log_of_what_it_showed(cluster: Cluster, http: httpx2.Client) -> None:
     with viewer(cluster.urls[0]) as one:
         one.start(num_frames=900, extra_params={"record": True})
         one.read(2)
@@ -98,7 +98,7 @@ def test_a_stream_that_was_stopped_leaves_the_log_of_what_it_showed(cluster: Clu
 
 
 def test_a_log_is_kept_for_who_asked_only_and_goes_with_the_video(
-    cluster: Cluster, http: httpx.Client, until: Until
+    cluster: Cluster, http: httpx2.Client, until: Until
 ) -> None:
     plain, recorded = start(http, 9, record=False), start(http, 9)
     for video in (plain, recorded):
