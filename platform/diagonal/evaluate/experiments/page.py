@@ -109,7 +109,8 @@ def page(found: Mapping[str, Any], shift: float) -> str:
         "",
         f"Generated from quality.json by `python jobs/benchmarks/experiments.py page`; preset {found['preset']}. A "
         f"trained student had {budget['updates']} updates, {budget['stage1_updates']} of them stage 1, from "
-        f"{budget['init']}. {budget['clips']} clips a row of Table 1, {budget['fewer_clips']} of others, {budget['streams']} streams of "
+        f"{budget['init']}. {budget['clips']} clips a row of Table 1, "
+        f"{budget['fewer_clips']} of others, {budget['streams']} streams of "
         f"{budget['seconds']:g} s, the same captions and noise for all. Brackets are 95 % intervals over clips, with "
         "Student's t over training seeds added in squares where there are two or more. "
         "Scores are in [0, 1], higher is better; `chroma` and what begins with `picture` are shown and not judged. "
