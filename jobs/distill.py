@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from diagonal.model.base_model import check_transformer, load_causal, load_teacher
 from diagonal.model.dit import CausalWan
 from diagonal.model.import_checkpoints import load_initial_student
 from diagonal.model.text import TextEncoder
-from diagonal.model.weights import check_transformer, fetch, load_causal, load_teacher
 from diagonal.storage import Folder
+from diagonal.storage.fetch import fetch
 from diagonal.training.distill import Networks, PromptBatch
 from diagonal.training.distributed import is_grouped
 from diagonal.training.loop import Plan, distill_state, distill_step, run_loop

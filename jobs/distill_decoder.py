@@ -16,8 +16,10 @@ import torch
 from diagonal.errors import require
 from diagonal.evaluate.quality.serving_options import psnr_db
 from diagonal.jsonfile import write_json
+from diagonal.model.base_model import FAST_DECODER, LINEAGE
 from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder, frame_flops
-from diagonal.model.weights import FAST_DECODER, LINEAGE, MANIFEST, Release, write_release_with_decoder
+from diagonal.model.manifest import MANIFEST
+from diagonal.model.release import Release, write_release_with_decoder
 from diagonal.storage import Folder
 from diagonal.training.fast_decoder import DecodedClips, DecoderTraining, decoded_clips, train_fast_decoder
 from jobs.runs.artefacts import local_copy

@@ -32,7 +32,9 @@ from diagonal.evaluate.quality.sources import Student, Teacher, clip_seeds, code
 from diagonal.evaluate.quality.streams import drift_part, kept_batches, stream_seeds, turn_part
 from diagonal.evaluate.quality.worlds import World, world_for
 from diagonal.jsonfile import write_json
-from diagonal.model.weights import Release, base_folder, file_hash
+from diagonal.model.base_model import base_folder
+from diagonal.model.manifest import file_hash
+from diagonal.model.release import Release
 from diagonal.schedule import StepSchedule
 from diagonal.storage import Folder
 from jobs.promote import promote

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from diagonal.errors import require
 from diagonal.evaluate.quality.report import shown
 from diagonal.evaluate.quality.sources import ScoreTable, score_release
-from diagonal.model.weights import LINEAGE, MANIFEST, Release, base_uri
+from diagonal.model.base_model import LINEAGE, base_uri
+from diagonal.model.manifest import MANIFEST
+from diagonal.model.release import Release
 from diagonal.storage import Folder
 from jobs.runs.artefacts import local_copy, publish_release
 from jobs.runs.run import Run, main, opened, parser, say

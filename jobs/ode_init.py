@@ -11,8 +11,8 @@ import torch
 from diagonal.data.stages import ReadPairs
 from diagonal.data.trajectory import from_bits
 from diagonal.model.attention import stage0_mask
+from diagonal.model.base_model import check_transformer, load_causal
 from diagonal.model.text import TextEncoder
-from diagonal.model.weights import check_transformer, load_causal
 from diagonal.training.ema import Ema
 from diagonal.training.loop import Learner, OdeInitStep, Plan, run_loop
 from diagonal.training.ode_init import PairBatch

@@ -32,7 +32,7 @@ from diagonal.data.pair_set import (
 from diagonal.data.stages import EncodeText, SolveShard, teacher_id
 from diagonal.errors import require
 from diagonal.metrics import MetricSink
-from diagonal.model.weights import check_transformer
+from diagonal.model.base_model import check_transformer
 from diagonal.storage import Folder
 from jobs.ray_metrics import ray_sink
 from jobs.runs.plan import carry_out

@@ -15,9 +15,9 @@ from diagonal.data.embedded import embedded_world
 from diagonal.evaluate.quality.sources import ScoreTable, score_teacher
 from diagonal.evaluate.quality.teacher_scores import score_learning
 from diagonal.jsonfile import write_json
+from diagonal.model.base_model import save_base
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import LinearCodec
-from diagonal.model.weights import save_base
 from diagonal.training.codec import train_vae
 from diagonal.training.pretrain import (
     TeacherTraining,

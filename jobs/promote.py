@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diagonal.model.weights import MANIFEST, Release
+from diagonal.model.manifest import MANIFEST
+from diagonal.model.release import Release
 from diagonal.storage import Folder
 from jobs.runs.run import main, say
 

@@ -11,7 +11,7 @@ from diagonal.engine.recording import Recording
 from diagonal.engine.replay import replay
 from diagonal.errors import FieldError, require
 from diagonal.media.encode import CODECS, ChunkEncoder, write_fragments
-from diagonal.model.weights import Release
+from diagonal.model.release import Release
 from jobs.runs.run import main, say
 
 

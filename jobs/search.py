@@ -24,7 +24,8 @@ from diagonal.evaluate.plots import save_points
 from diagonal.evaluate.quality.comparison import FORMAT, Source, digest, run_panel
 from diagonal.evaluate.quality.report import shown, table
 from diagonal.evaluate.quality.sources import Student, clip_seeds, draw_captions, own_world, summary
-from diagonal.model.weights import Release, base_folder, embedded
+from diagonal.model.base_model import base_folder, embedded
+from diagonal.model.release import Release
 from diagonal.storage import Folder
 from jobs.evaluate import circumstances, identity, write_report
 from jobs.runs.run import main, say

@@ -16,7 +16,8 @@ import torch
 from diagonal.engine.engine import Engine
 from diagonal.engine.session import PromptChange
 from diagonal.evaluate.quality.sources import Student
-from diagonal.model.weights import Release, embedded
+from diagonal.model.base_model import embedded
+from diagonal.model.release import Release
 from tests.engine.driving import pull, spec_of
 
 KEPT = Path(__file__).parent / "kept_frames"

@@ -19,7 +19,8 @@ from diagonal.errors import require
 from diagonal.evaluate.experiments.page import collect, page
 from diagonal.evaluate.experiments.runs import Plan, run_row, run_speed
 from diagonal.evaluate.experiments.table import Experiment, experiment, experiments
-from diagonal.model.weights import base_folder, embedded, fetch
+from diagonal.model.base_model import base_folder, embedded
+from diagonal.storage.fetch import fetch
 from jobs.evaluate import circumstances, write_report
 from jobs.runs.run import main, say
 

@@ -34,7 +34,7 @@ from diagonal.evaluate.load.figures import percentiles
 from diagonal.evaluate.load.page import against_text
 from diagonal.jsonfile import write_json
 from diagonal.media.encode import ChunkEncoder
-from diagonal.model.weights import Release
+from diagonal.model.release import Release
 from diagonal.mp4 import read_fragment, split
 
 PROMPT = "a red circle moving right quickly"

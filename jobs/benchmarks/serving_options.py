@@ -16,7 +16,8 @@ import diagonal
 from diagonal.evaluate.quality.report import shown
 from diagonal.evaluate.quality.serving_options import Rows, chunk_decode_ms, codec_psnr_db, compare_options
 from diagonal.jsonfile import write_json
-from diagonal.model.weights import FAST_DECODER, Release
+from diagonal.model.base_model import FAST_DECODER
+from diagonal.model.release import Release
 from jobs.runs.run import main, say
 
 MEASURES = ("colour", "shape", "direction", "speed", "steadiness", "smoothness", "saturation")

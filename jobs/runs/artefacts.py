@@ -13,8 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from diagonal.errors import require
-from diagonal.model.weights import LINEAGE, MANIFEST, base_uri, fetch, save_student, write_release
+from diagonal.model.base_model import LINEAGE, base_uri, save_student
+from diagonal.model.manifest import MANIFEST
+from diagonal.model.release import write_release
 from diagonal.storage import Folder
+from diagonal.storage.fetch import fetch
 from jobs.runs.run import Run
 
 STATEMENT = "statement.md"

@@ -18,8 +18,9 @@ from diagonal.config import Config
 from diagonal.data.prompts import read_prompts
 from diagonal.errors import FieldError, require
 from diagonal.model.architecture import TransformerLayout
+from diagonal.model.base_model import base_uri, check_transformer
 from diagonal.model.flops import clip_flops, update_flops
-from diagonal.model.weights import MANIFEST, base_uri, check_transformer
+from diagonal.model.manifest import MANIFEST
 from diagonal.storage import Folder
 from diagonal.training import memory
 from diagonal.training.checkpoint_manifest import checkpoints

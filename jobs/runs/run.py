@@ -20,7 +20,8 @@ from typing import Any
 
 from diagonal.config import PRESETS, Config
 from diagonal.errors import FieldError, require
-from diagonal.model.weights import LINEAGE, MANIFEST, ReleaseError, base_folder, embedded
+from diagonal.model.base_model import LINEAGE, base_folder, embedded
+from diagonal.model.manifest import MANIFEST, ReleaseError
 from diagonal.storage import Folder, StorageError
 from diagonal.training.checkpoint import CheckpointError
 from diagonal.training.loop import TooManyNonFiniteError

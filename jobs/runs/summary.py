@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diagonal.evaluate.quality.report import shown
-from diagonal.model.weights import MANIFEST
+from diagonal.model.manifest import MANIFEST
 from jobs.runs.console import duration
 from jobs.runs.run import SUMMARY, Run, say
 from jobs.runs.update_log import UPDATES, Record, read_journal

@@ -21,10 +21,10 @@ from diagonal.diffusion.noise import mixed_seed
 from diagonal.diffusion.rollout import rollout
 from diagonal.evaluate.contact_sheet import contact_sheet, save_png
 from diagonal.media.encode import watchable_scale, write_mp4
+from diagonal.model.base_model import load_codec
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, decoder_of
-from diagonal.model.weights import load_codec
 from diagonal.schedule import StepSchedule
 from diagonal.training.parallel import rollout_scope
 

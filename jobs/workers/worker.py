@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from diagonal.config import Config
 from diagonal.metrics import MetricSink
+from diagonal.model.base_model import load_text
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
-from diagonal.model.weights import load_text
 from diagonal.schedule import StepSchedule
 from diagonal.training import memory
 from diagonal.training.batch_partition import own_samples

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from diagonal.config import Config
 from diagonal.engine.engine import Engine
 from diagonal.metrics import MetricSink
-from diagonal.model.weights import MANIFEST, Release, file_hash
+from diagonal.model.manifest import MANIFEST, file_hash
+from diagonal.model.release import Release
 from serve.provenance.watermarks import Watermarks
 from serve.records import ModelInfo
 from serve.replica.engine_thread import EngineLike

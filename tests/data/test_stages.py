@@ -21,7 +21,7 @@ from diagonal.data.trajectory import about_shard, from_bits, read_row
 from diagonal.diffusion.noise import clip_noise, mixed_seed
 from diagonal.diffusion.teacher import solve
 from diagonal.errors import FieldError
-from diagonal.model.weights import save_base
+from diagonal.model.base_model import save_base
 from diagonal.schedule import raw_level
 from diagonal.storage import Folder
 from tests.networks import small_codec, small_config, small_text, small_text_model, small_tokenizer, small_wan

@@ -288,7 +288,7 @@ def test_another_release_or_another_configuration_is_refused_and_other_limits_ar
 
 
 def test_the_embedded_release_has_an_identity() -> None:
-    from diagonal.model.weights import Release
+    from diagonal.model.release import Release
 
     identity = Identity.of(Release.load())
     assert len(identity.content) == len(identity.config) == 32 and identity.content != identity.config

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from diagonal.config import Config
+from diagonal.model.base_model import CONFIG, embedded
 from diagonal.model.manifest import MANIFEST, file_hash
-from diagonal.model.weights import CONFIG, embedded
 from tests.faults.serving import APPLICATION, LiveService
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoTokenizer
 
-from diagonal.model.weights import embedded
+from diagonal.model.base_model import embedded
 from jobs.workers.data_feed import sample_order
 from tests.faults.job import UPDATES_IN_ALL, Launcher
 

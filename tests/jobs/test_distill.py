@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from diagonal.errors import FieldError
 from diagonal.media.encode import read_mp4
-from diagonal.model.weights import Release, embedded
+from diagonal.model.base_model import embedded
+from diagonal.model.release import Release
 from diagonal.training.state import TrainState
 from jobs import distill
 from jobs.ode_init import initialise

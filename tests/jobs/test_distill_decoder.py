@@ -9,7 +9,7 @@ import pytest
 
 from diagonal.errors import FieldError
 from diagonal.evaluate.quality import serving_options as evaluation
-from diagonal.model.weights import Release
+from diagonal.model.release import Release
 from jobs import distill_decoder as job
 from jobs.benchmarks import serving_options as report
 from tests.jobs.conftest import OpenRun

@@ -13,7 +13,9 @@ from diagonal.config import Config
 from diagonal.errors import FieldError
 from diagonal.evaluate.experiments.search import Point, grid, pareto, parse_context, profile
 from diagonal.evaluate.quality.sources import Student
-from diagonal.model.weights import Release, ReleaseError, embedded
+from diagonal.model.base_model import embedded
+from diagonal.model.manifest import ReleaseError
+from diagonal.model.release import Release
 from jobs import evaluate, search
 from jobs.benchmarks import experiments
 from serve.settings import ServeSettings

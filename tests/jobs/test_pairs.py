@@ -23,7 +23,7 @@ import ray
 
 from diagonal.data.pair_set import Shard, shard_file, usable_places
 from diagonal.errors import FieldError
-from diagonal.model.weights import embedded
+from diagonal.model.base_model import embedded
 from diagonal.storage import Folder
 from jobs.pairs import check_seen, make_pairs, usable_pairs
 from jobs.runs.prompts import pair_prompts, training_prompts

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKLWan
 
 from diagonal.config import Config
 from diagonal.jsonfile import read_json
+from diagonal.model.base_model import load_codec, load_teacher
 from diagonal.model.vae import LinearCodec
-from diagonal.model.weights import load_codec, load_teacher
 from jobs import pretrain
 
 SMALL = (

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from diagonal.model.weights import Release, ReleaseError, embedded
+from diagonal.model.base_model import embedded
+from diagonal.model.manifest import ReleaseError
+from diagonal.model.release import Release
 from jobs.promote import work
 
 

@@ -14,7 +14,7 @@ from diagonal.engine.snapshot import SnapshotError
 from diagonal.engine.specs import PromptChange, SessionSpec
 from diagonal.errors import FieldError
 from diagonal.media.encode import ChunkEncoder, write_fragments
-from diagonal.model.weights import Release
+from diagonal.model.release import Release
 from jobs.replay import work
 
 

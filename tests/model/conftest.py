@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from diagonal.model.weights import Release, save_base, write_release
+from diagonal.model.base_model import save_base
+from diagonal.model.release import Release, write_release
 from tests.networks import exact_float64, small_codec, small_config, small_text_model, small_tokenizer, small_wan
 from tests.s3 import FaultyProxy, S3Server, environment
 

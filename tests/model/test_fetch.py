@@ -12,8 +12,10 @@ import torch
 from diagonal.config import Config
 from diagonal.diffusion.rollout import chunk_noise_of, denoise_chunk, new_cache, new_pool
 from diagonal.errors import FieldError
-from diagonal.model.weights import Release, base_folder, fetch, load_causal, load_decoder, load_teacher, load_text
+from diagonal.model.base_model import base_folder, load_causal, load_decoder, load_teacher, load_text
+from diagonal.model.release import Release
 from diagonal.storage import StorageError
+from diagonal.storage.fetch import fetch
 from tests.model.folders import TRANSFORMER, files_of, upload
 from tests.networks import begun, small_config, small_text_model, small_tokenizer, small_vae, small_wan
 from tests.s3 import FaultyProxy

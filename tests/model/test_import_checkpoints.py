@@ -12,9 +12,9 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from torch import Tensor
 
 from diagonal.errors import FieldError
+from diagonal.model.base_model import load_causal
 from diagonal.model.dit import CausalWan
 from diagonal.model.import_checkpoints import bare_name, diffusers_name, load_initial_student
-from diagonal.model.weights import load_causal
 from tests.networks import draw, small_config, small_wan
 
 CONFIG = small_config()

@@ -7,7 +7,7 @@ from pathlib import Path
 from diagonal.config import Config
 from diagonal.jsonfile import write_json
 from diagonal.model.model_card import NOTHING_STATED, statement_of, write_card
-from diagonal.model.weights import Release, write_release, write_release_with_decoder
+from diagonal.model.release import Release, write_release, write_release_with_decoder
 
 
 def card(release: Release) -> str:

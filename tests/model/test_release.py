@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from diagonal.errors import FieldError
-from diagonal.model import weights
-from diagonal.model.weights import Release, ReleaseError, load_causal, load_text, write_release
+from diagonal.model.base_model import load_causal, load_text
+from diagonal.model.manifest import ReleaseError, file_hash
+from diagonal.model.release import Release, write_release
 from tests.model.folders import TRANSFORMER, edit_json, files_of, upload
 from tests.networks import small_config
 from tests.s3 import FaultyProxy
@@ -76,7 +77,7 @@ def test_a_release_is_written_whole_or_not_at_all(base: Path, tmp_path: Path, mo
     def fail(_: Path) -> str:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(weights, "file_hash", fail)
+    monkeypatch.setattr("diagonal.model.release.file_hash", fail)
     with pytest.raises(OSError, match="full"):
         write_release(tmp_path / "new", name="r", student=base, base=base, lineage={}, scores={})
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -103,7 +104,7 @@ def listed(release: Release, name: str, data: bytes) -> None:
     """Add a file to a release, and its hash to the manifest."""
     (release.folder / name).parent.mkdir(parents=True, exist_ok=True)
     (release.folder / name).write_bytes(data)
-    entry = {"bytes": len(data), "sha256": weights.file_hash(release.folder / name)}
+    entry = {"bytes": len(data), "sha256": file_hash(release.folder / name)}
     edit_json(release.folder / "manifest.json", files={**release.manifest["files"], name: entry})
 
 
@@ -138,7 +139,7 @@ def test_no_file_of_a_release_lies_outside_of_it(name: str, release: Release) ->
     outside = release.folder.parent / "outside.json"
     outside.write_text("{}")
     (release.folder / "link.json").symlink_to(outside)
-    entry = {"bytes": 2, "sha256": weights.file_hash(outside)}
+    entry = {"bytes": 2, "sha256": file_hash(outside)}
     files = {"link.json": entry, **release.manifest["files"], name: entry}
     edit_json(release.folder / "manifest.json", files=files)
     with pytest.raises(ReleaseError, match="lies outside of it"):
@@ -146,7 +147,7 @@ def test_no_file_of_a_release_lies_outside_of_it(name: str, release: Release) ->
 
 
 def test_a_release_is_promoted_only_when_its_manifest_says_so(release: Release) -> None:
-    assert weights.Release.load().promoted, "the embedded one"
+    assert Release.load().promoted, "the embedded one"
     for changes, reason in (
         ({}, "nobody judged it"),
         ({"promoted": "yes"}, "nobody judged it"),

@@ -11,7 +11,8 @@ from diagonal.errors import FieldError
 from diagonal.jsonfile import write_json
 from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
 from diagonal.model.fp8 import Fp8Linear
-from diagonal.model.weights import Release, ReleaseError, write_release_with_decoder
+from diagonal.model.manifest import ReleaseError
+from diagonal.model.release import Release, write_release_with_decoder
 from tests.model.folders import files_of
 from tests.networks import CHANNELS, draw, roughen
 

@@ -8,7 +8,7 @@ import pytest
 
 from diagonal.errors import FieldError
 from diagonal.metrics import NullSink
-from diagonal.model.weights import Release
+from diagonal.model.release import Release
 from serve.replica import loading
 from serve.settings import ServeSettings
 

@@ -6,8 +6,8 @@ import torch
 
 from diagonal.config import Config
 from diagonal.data.world import WorldConfig, sample_clips, world_of
+from diagonal.model.base_model import embedded, load_codec
 from diagonal.model.vae import decoder_of, encode_clips
-from diagonal.model.weights import embedded, load_codec
 from diagonal.training.codec import train_vae
 from diagonal.training.pretrain import fit_codec
 from tests.networks import small_vae

@@ -18,8 +18,8 @@ from diagonal.jsonfile import read_json
 from diagonal.model import attention
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.attention import stage0_mask
+from diagonal.model.base_model import embedded, load_causal, load_teacher
 from diagonal.model.dit import CausalWan
-from diagonal.model.weights import embedded, load_causal, load_teacher
 from diagonal.training import distill
 from diagonal.training.distill import Networks, PromptBatch, critic_loss, generator_loss
 from diagonal.training.memory import (

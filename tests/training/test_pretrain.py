@@ -13,8 +13,8 @@ from diagonal.data.embedded import embedded_world
 from diagonal.errors import FieldError
 from diagonal.evaluate.quality.sources import score_teacher
 from diagonal.evaluate.quality.teacher_scores import GUIDANCES, score_learning
+from diagonal.model.base_model import embedded
 from diagonal.model.text import TextEncoder
-from diagonal.model.weights import embedded
 from diagonal.training.pretrain import (
     TeacherTraining,
     build_corpus,

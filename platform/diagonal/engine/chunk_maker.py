@@ -59,7 +59,7 @@ def stage(code: str) -> Iterator[None]:
 
 
 class Servable(ReleaseLike, Protocol):
-    """What an engine asks of `diagonal.model.weights.Release`."""
+    """What an engine asks of `diagonal.model.release.Release`."""
 
     def generator(self, device: torch.device | str = "cpu") -> Any: ...
 

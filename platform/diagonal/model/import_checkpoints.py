@@ -18,8 +18,8 @@ from torch import Tensor
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.jsonfile import read_json
+from diagonal.model.base_model import CONFIG, check_transformer, load_causal
 from diagonal.model.dit import CausalWan
-from diagonal.model.weights import CONFIG, check_transformer, load_causal
 
 FIELD = "distill.init"
 CONTAINERS = ("generator_ema", "generator", "model")  # in the order in which they are preferred

@@ -23,7 +23,7 @@ from diagonal.evaluate.experiments.table import (
     variant_config,
 )
 from diagonal.evaluate.quality.sources import draw_captions
-from diagonal.model.weights import embedded
+from diagonal.model.base_model import embedded
 from diagonal.storage import Folder
 
 SMALL = ("distill.batch_size=2", "distill.micro_batch_size=2", "distill.generator_every=1", "distill.ema_start=1")

@@ -12,8 +12,9 @@ from torch import Tensor
 from diagonal.config import Config
 from diagonal.diffusion.rollout import rollout
 from diagonal.evaluate.quality.sources import ScoreTable, Student, clip_seeds, draw_captions, judge, own_world
+from diagonal.model.base_model import embedded, load_causal, load_teacher, load_text
 from diagonal.model.dit import CausalWan
-from diagonal.model.weights import Release, embedded, load_causal, load_teacher, load_text
+from diagonal.model.release import Release
 from diagonal.training import losses
 from diagonal.training.distill import Networks, PromptBatch
 from diagonal.training.loop import distill_state, distill_step

@@ -15,7 +15,7 @@ from diagonal.evaluate.quality import streams
 from diagonal.evaluate.quality.report import drift_report, turns_report
 from diagonal.evaluate.quality.sources import Student, draw_captions, own_world
 from diagonal.evaluate.quality.streams import chunks_for, clip_part, drift_part, kept_batches, slopes, stream, turn_part
-from diagonal.model.weights import Release
+from diagonal.model.release import Release
 from diagonal.storage import Folder
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from diagonal.jsonfile import read_json
+from diagonal.model.base_model import LINEAGE, embedded
 from diagonal.model.model_card import statement_of
-from diagonal.model.weights import LINEAGE, Release, embedded
+from diagonal.model.release import Release
 from jobs.export import lineage
 from jobs.runs.artefacts import publish_release
 from tests.jobs.conftest import OpenRun

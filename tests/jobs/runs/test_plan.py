@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diagonal.errors import FieldError
-from diagonal.model.weights import embedded
+from diagonal.model.base_model import embedded
 from diagonal.storage import Folder
 from jobs.runs.plan import carry_out, plan
 from jobs.runs.run import Run, open_run, parser

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from diagonal.engine.engine import Engine
 from diagonal.errors import FieldError
-from diagonal.model.weights import Release, ReleaseError, embedded
+from diagonal.model.base_model import embedded
+from diagonal.model.manifest import ReleaseError
+from diagonal.model.release import Release
 from diagonal.storage import Folder
 from serve.gateway.fleet import Fleet
 from serve.policies.traffic import NAME, Canaries, ReleaseSettings, Shares, parse_releases

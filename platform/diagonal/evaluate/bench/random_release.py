@@ -17,11 +17,11 @@ from transformers import UMT5Config, UMT5EncoderModel
 from diagonal.config import Config
 from diagonal.evaluate.bench.training import WAN_LAYOUT
 from diagonal.jsonfile import read_json
+from diagonal.model.base_model import embedded
 from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
 from diagonal.model.fp8 import use_fp8_linears
 from diagonal.model.vae import Decoder, decoder_of, laid_out
-from diagonal.model.weights import embedded
 
 UMT5_XXL = {  # text_encoder/config.json of Wan2.1
     "vocab_size": 256384,

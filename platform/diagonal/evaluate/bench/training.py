@@ -30,9 +30,9 @@ from diagonal.evaluate.bench.training_page import write_report
 from diagonal.jsonfile import read_json
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.attention import stage0_mask
+from diagonal.model.base_model import embedded
 from diagonal.model.dit import CausalWan
 from diagonal.model.flops import update_flops
-from diagonal.model.weights import embedded
 from diagonal.training.distill import Networks, PromptBatch
 from diagonal.training.ema import Ema
 from diagonal.training.loop import DistillStep, Figures, Learner, OdeInitStep

@@ -13,7 +13,7 @@ from diagonal.evaluate.quality.comparison import PICTURE
 from diagonal.evaluate.quality.gate import Verdict, verdict
 from diagonal.evaluate.quality.report import SEAM, TURNS, shown, table
 from diagonal.evaluate.quality.worlds import World
-from diagonal.model.weights import lineage_name
+from diagonal.model.base_model import lineage_name
 
 NOT_RUN = "not yet run"
 COMPARED = ("teacher", "self-forcing")

@@ -12,8 +12,8 @@ from diagonal.config import Config
 from diagonal.data.prompts import samples
 from diagonal.evaluate.quality.sources import own_world
 from diagonal.jsonfile import read_json
+from diagonal.model.base_model import LINEAGE, load_causal, load_teacher, load_text, save_student
 from diagonal.model.text import TextEncoder
-from diagonal.model.weights import LINEAGE, load_causal, load_teacher, load_text, save_student
 from diagonal.training.batch_partition import own_samples
 from diagonal.training.distill import Networks, PromptBatch
 from diagonal.training.loop import Hooks, Plan, distill_state, distill_step, run_loop

@@ -14,8 +14,9 @@ from diagonal.config import Config
 from diagonal.diffusion.noise import mixed_seed
 from diagonal.diffusion.rollout import new_pool
 from diagonal.evaluate.quality.sources import Student, clip_seeds, draw_captions, in_batches, judge, own_world
+from diagonal.model.base_model import load_codec
+from diagonal.model.release import Release
 from diagonal.model.vae import Decoder, encode_clips
-from diagonal.model.weights import Release, load_codec
 
 Rows = Mapping[str, Sequence[str]]
 TIMED_ROUNDS = 5

@@ -18,10 +18,11 @@ from diagonal.diffusion.teacher import solve
 from diagonal.errors import FieldError, require
 from diagonal.evaluate.intervals import interval
 from diagonal.evaluate.quality.worlds import World, world_for
+from diagonal.model.base_model import load_codec, load_decoder, load_teacher, load_text
 from diagonal.model.dit import CausalWan
+from diagonal.model.release import Release
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, decoder_of, encode_clips
-from diagonal.model.weights import Release, load_codec, load_decoder, load_teacher, load_text
 from diagonal.schedule import StepSchedule
 
 ScoreTable = dict[str, dict[str, Any]]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from diagonal.config import Config
 from diagonal.errors import FieldError
-from diagonal.model import weights
-from diagonal.model.weights import load_causal, load_codec, load_decoder, load_teacher, load_text, save_student
+from diagonal.model import base_model
+from diagonal.model.base_model import load_causal, load_codec, load_decoder, load_teacher, load_text, save_student
 from tests.model.folders import TRANSFORMER, edit_json, files_of
 from tests.networks import draw, small_causal, small_codec, small_config, small_vae
 
@@ -52,7 +52,7 @@ def test_a_base_model_returns_from_its_folder(base: Path) -> None:
     assert text.encode(["a red circle"]).shape == (1, 6, 16)
     latents = draw(1, 4, 3, 4, 6)
     assert torch.equal(
-        load_decoder(base, config).decode_clip(latents), weights.decoder_of(small_codec(config)).decode_clip(latents)
+        load_decoder(base, config).decode_clip(latents), base_model.decoder_of(small_codec(config)).decode_clip(latents)
     )
     assert not any(parameter.requires_grad for parameter in codec.parameters())
     assert (base / "scheduler/scheduler_config.json").is_file()
@@ -169,13 +169,13 @@ def test_a_student_is_saved_whole_or_not_at_all(
     if there_before:
         save_student(folder, small_config(), network.config, network.state_dict(), {"update": 1})
     before = files_of(tmp_path)
-    unbroken = getattr(weights, breaks)
+    unbroken = getattr(base_model, breaks)
 
     def break_in_the_middle(path: Path, *rest: Any) -> None:
         unbroken(path, *rest)
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(weights, breaks, break_in_the_middle)
+    monkeypatch.setattr(base_model, breaks, break_in_the_middle)
     with pytest.raises(OSError, match="full"):
         save_student(folder, small_config(), network.config, network.state_dict(), {"update": 2})
     assert files_of(tmp_path) == before, "neither half of the new nor anything left over"

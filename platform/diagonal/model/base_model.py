@@ -1,14 +1,8 @@
-"""Weights on disk: base models and students in diffusers' layout, local or s3://, and the Release that is served."""
+"""Base models and students on disk, in diffusers' layout: checked as they are loaded, written whole."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,24 +13,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 
 import diagonal
 from diagonal.config import Config
-from diagonal.errors import FieldError, require
+from diagonal.errors import require
 from diagonal.jsonfile import read_json, write_json
 from diagonal.model.dit import CausalWan
-from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
-from diagonal.model.fp8 import use_fp8_linears
-from diagonal.model.manifest import FORMAT_VERSION, check_files, check_promoted, read_manifest
-from diagonal.model.manifest import MANIFEST as MANIFEST
-from diagonal.model.manifest import ReleaseError as ReleaseError
-from diagonal.model.manifest import file_hash as file_hash
-from diagonal.model.model_card import CARD, statement_of, write_card
+from diagonal.model.fast_decoder import FastDecoder
 from diagonal.model.text import TextEncoder
-from diagonal.model.vae import Decoder, LinearCodec, decoder_of, laid_out
+from diagonal.model.vae import Decoder, LinearCodec, decoder_of
 from diagonal.storage import Folder
+from diagonal.storage.fetch import fetch
 
 Model = TypeVar("Model", bound=ModelMixin)
 
 CONFIG, LINEAGE = "config.json", "lineage.json"
-SHARED_FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
 FAST_DECODER = "decoder"  # of a release that has one
 
 
@@ -60,31 +48,7 @@ def base_folder(config: Config) -> Path:
     return fetch(base_uri(config))
 
 
-def fetch(uri: str, cache: str | os.PathLike[str] | None = None) -> Path:
-    """A local folder with the files of `uri`: itself when local, else a whole copy of an s3:// folder.
-
-    One process downloads, others wait for it; the copy stays, so what lies under one URI must not change. `FieldError`
-    when there is no such folder, `StorageError` when the storage does not answer.
-    """
-    source = Folder(uri)
-    if source.is_local:
-        require(source.path.is_dir(), "path", uri, "an existing folder or an s3:// URI")
-        return Path(uri)
-    root = Path(cache or os.environ.get("DIAGONAL_CACHE") or Path.home() / ".cache" / "diagonal")
-    root.mkdir(parents=True, exist_ok=True)
-    target = root / hashlib.sha256(source.uri.encode()).hexdigest()[:16]
-    with (root / f"{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            files = source.files()
-            require(bool(files), "path", uri, "an s3:// folder that exists")
-            with Folder(str(target)).replaced(last=min(files)) as folder:
-                for name in files:
-                    source.get(name, folder / name)
-    return target
-
-
-def _part(folder: Path, name: str) -> Path:
+def part_folder(folder: Path, name: str) -> Path:
     require((folder / name).is_dir(), f"{name} folder", str(folder / name), "an existing folder (diffusers' layout)")
     return folder / name
 
@@ -115,7 +79,7 @@ def check_transformer(folder: Path, config: Config) -> None:
 
     Reads the configurations alone, so that a job can ask before it starts a worker.
     """
-    layout, geometry = read_json(_part(folder, "transformer") / CONFIG), config.geometry
+    layout, geometry = read_json(part_folder(folder, "transformer") / CONFIG), config.geometry
     patch = [1, geometry.patch_height, geometry.patch_width]
     require(
         layout.get("in_channels") == geometry.latent_channels,
@@ -142,14 +106,14 @@ def check_transformer(folder: Path, config: Config) -> None:
 
 def load_text(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> TextEncoder:
     """Tokenizer and umT5 encoder from `folder`."""
-    tokenizer = AutoTokenizer.from_pretrained(_part(folder, "tokenizer"))
-    encoder = UMT5EncoderModel.from_pretrained(_part(folder, "text_encoder"), dtype=dtype, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(part_folder(folder, "tokenizer"))
+    encoder = UMT5EncoderModel.from_pretrained(part_folder(folder, "text_encoder"), dtype=dtype, use_safetensors=True)
     return TextEncoder(tokenizer, encoder.requires_grad_(False), config.model.text_tokens)
 
 
 def load_codec(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan | LinearCodec:
     """The codec in `folder/vae`, by the class its config names, checked against the geometry."""
-    path = _part(folder, "vae")
+    path = part_folder(folder, "vae")
     name = read_json(path / CONFIG).get("_class_name")
     known = {"AutoencoderKLWan": AutoencoderKLWan, "LinearCodec": LinearCodec}
     require(name in known, "vae._class_name", name, f"one of {sorted(known)}")
@@ -249,134 +213,3 @@ def save_base(
         tokenizer.save_pretrained(temporary / "tokenizer")
         encoder.save_pretrained(temporary / "text_encoder")
         FlowMatchEulerDiscreteScheduler(shift=config.schedule.shift).save_pretrained(temporary / "scheduler")
-
-
-@dataclass(frozen=True)
-class Release:
-    """The only thing serving loads: weights, configuration, lineage and measured quality, checked by hash."""
-
-    folder: Path
-    config: Config
-    manifest: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return str(self.manifest["name"])
-
-    @property
-    def promoted(self) -> bool:
-        """Whether somebody judged it and found it good: only what its manifest says counts."""
-        return self.manifest.get("promoted") is True
-
-    def check_promoted(self) -> None:
-        """`ReleaseError`, with the reasons that its manifest gives, unless it was promoted."""
-        check_promoted(self.manifest, str(self.folder))
-
-    @classmethod
-    def load(cls, uri: str | os.PathLike[str] | None = None) -> Release:
-        """Open a release (None is the embedded one), local or s3://.
-
-        `ReleaseError` when it is not whole, not as its manifest says, or holds files that could run code.
-        """
-        folder = fetch(str(uri)) if uri else embedded("release")
-        manifest = read_manifest(folder, str(uri or ""))
-        check_files(folder, manifest["files"])
-        return cls(folder, Config.load(folder / CONFIG), manifest)
-
-    def generator(self, device: torch.device | str = "cpu") -> CausalWan:
-        """The causal generator in the configured compute type, its blocks' linear layers in `serve.linear_dtype`."""
-        dtype = getattr(torch, self.config.model.compute_dtype)
-        network = load_causal(self.folder, self.config, dtype).to(device).requires_grad_(False)
-        if self.config.serve.linear_dtype == "fp8":
-            network.fuse()  # before they are 8 bits, which are joined no more
-            use_fp8_linears(network, network.blocks)
-        return network
-
-    def text(self, device: torch.device | str = "cpu") -> TextEncoder:
-        """The text encoder in the configured compute type."""
-        return load_text(self.folder, self.config, getattr(torch, self.config.model.compute_dtype)).to(device)
-
-    def decoder(self, device: torch.device | str = "cpu") -> Decoder:
-        """The streaming decoder that `serve.decoder` names, in the configured compute type and `serve.decoder_layout`.
-
-        `FieldError` for a fast one that the release has not.
-        """
-        dtype, serve = getattr(torch, self.config.model.compute_dtype), self.config.serve
-        if serve.decoder == "fast":
-            network = load_fast_decoder(self.folder, self.config, dtype).to(device)
-            return StreamingFastDecoder(laid_out(network, serve.decoder_layout))
-        return decoder_of(laid_out(load_codec(self.folder, self.config, dtype).to(device), serve.decoder_layout))
-
-    @property
-    def has_fast_decoder(self) -> bool:
-        return f"{FAST_DECODER}/{CONFIG}" in self.manifest["files"]
-
-    def with_settings(self, settings: Iterable[str]) -> Release:
-        """The same release under other settings, such as `serve.decoder=fast`."""
-        return replace(self, config=self.config.with_settings(settings))
-
-
-def write_release(
-    target: Path,
-    *,
-    name: str,
-    student: Path,
-    base: Path,
-    lineage: Mapping[str, Any],
-    scores: Mapping[str, Any],
-    statement: str = "",
-) -> Release:
-    """Write a release from a student folder and its base model's codec and text; whole or not at all.
-
-    `statement` goes into its card (`diagonal.model.model_card`). Raises `FieldError` when `target` already exists.
-    """
-    if target.exists():
-        raise FieldError("release folder", str(target), "a folder that does not exist yet")
-    with Folder(str(target)).replaced(last=MANIFEST) as temporary:
-        shutil.copytree(_part(student, "transformer"), temporary / "transformer")
-        for folder in SHARED_FOLDERS:
-            if (base / folder).is_dir():
-                shutil.copytree(base / folder, temporary / folder)
-        shutil.copyfile(student / CONFIG, temporary / CONFIG)
-        write_card(temporary, name, Config.load(student / CONFIG), lineage, statement)
-        _write_manifest(temporary, {"name": name, "lineage": dict(lineage), "scores": dict(scores)})
-    return Release.load(target)
-
-
-def write_release_with_decoder(target: Path, release: Release, decoder: Path, config: Config) -> Release:
-    """Write a release anew with the fast decoder in the folder `decoder`, and that configuration; whole or not at all.
-
-    Scores are the release's own: its student and its full decoder are the same. `FieldError` when `target` exists.
-    """
-    require(not target.exists(), "release folder", str(target), "a folder that does not exist yet")
-    with Folder(str(target)).replaced(last=MANIFEST) as temporary:
-        for name in release.manifest["files"]:
-            if not name.startswith(f"{FAST_DECODER}/"):
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(release.folder / name, temporary / name)
-        shutil.copytree(decoder, temporary / FAST_DECODER)
-        config.save(temporary / CONFIG)
-        lineage = {**release.manifest["lineage"], FAST_DECODER: read_json(decoder / LINEAGE)}
-        name, card = f"{release.name}-fast", release.folder / CARD
-        write_card(temporary, name, config, lineage, statement_of(card.read_text()) if card.is_file() else "")
-        _write_manifest(temporary, {"name": name, "lineage": lineage, "scores": release.manifest["scores"]})
-    return Release.load(target)
-
-
-def _write_manifest(folder: Path, says: Mapping[str, Any]) -> None:
-    """The manifest of a folder that is otherwise complete, with the hash of every file."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    write_json(
-        folder / MANIFEST,
-        {
-            "format_version": FORMAT_VERSION,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "diagonal": diagonal.__version__,
-            **says,
-            "files": files,
-        },
-    )

@@ -1,0 +1,171 @@
+"""The release, the only thing that is served: weights, configuration, lineage and scores, checked by hash."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import diagonal
+from diagonal.config import Config
+from diagonal.errors import FieldError, require
+from diagonal.jsonfile import read_json, write_json
+from diagonal.model.base_model import (
+    CONFIG,
+    FAST_DECODER,
+    LINEAGE,
+    embedded,
+    load_causal,
+    load_codec,
+    load_fast_decoder,
+    load_text,
+    part_folder,
+)
+from diagonal.model.dit import CausalWan
+from diagonal.model.fast_decoder import StreamingFastDecoder
+from diagonal.model.fp8 import use_fp8_linears
+from diagonal.model.manifest import FORMAT_VERSION, MANIFEST, check_files, check_promoted, file_hash, read_manifest
+from diagonal.model.model_card import CARD, statement_of, write_card
+from diagonal.model.text import TextEncoder
+from diagonal.model.vae import Decoder, decoder_of, laid_out
+from diagonal.storage import Folder
+from diagonal.storage.fetch import fetch
+
+SHARED_FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@dataclass(frozen=True)
+class Release:
+    """The only thing serving loads: weights, configuration, lineage and measured quality, checked by hash."""
+
+    folder: Path
+    config: Config
+    manifest: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def promoted(self) -> bool:
+        """Whether somebody judged it and found it good: only what its manifest says counts."""
+        return self.manifest.get("promoted") is True
+
+    def check_promoted(self) -> None:
+        """`ReleaseError`, with the reasons that its manifest gives, unless it was promoted."""
+        check_promoted(self.manifest, str(self.folder))
+
+    @classmethod
+    def load(cls, uri: str | os.PathLike[str] | None = None) -> Release:
+        """Open a release (None is the embedded one), local or s3://.
+
+        `ReleaseError` when it is not whole, not as its manifest says, or holds files that could run code.
+        """
+        folder = fetch(str(uri)) if uri else embedded("release")
+        manifest = read_manifest(folder, str(uri or ""))
+        check_files(folder, manifest["files"])
+        return cls(folder, Config.load(folder / CONFIG), manifest)
+
+    def generator(self, device: torch.device | str = "cpu") -> CausalWan:
+        """The causal generator in the configured compute type, its blocks' linear layers in `serve.linear_dtype`."""
+        dtype = getattr(torch, self.config.model.compute_dtype)
+        network = load_causal(self.folder, self.config, dtype).to(device).requires_grad_(False)
+        if self.config.serve.linear_dtype == "fp8":
+            network.fuse()  # before they are 8 bits, which are joined no more
+            use_fp8_linears(network, network.blocks)
+        return network
+
+    def text(self, device: torch.device | str = "cpu") -> TextEncoder:
+        """The text encoder in the configured compute type."""
+        return load_text(self.folder, self.config, getattr(torch, self.config.model.compute_dtype)).to(device)
+
+    def decoder(self, device: torch.device | str = "cpu") -> Decoder:
+        """The streaming decoder that `serve.decoder` names, in the configured compute type and `serve.decoder_layout`.
+
+        `FieldError` for a fast one that the release has not.
+        """
+        dtype, serve = getattr(torch, self.config.model.compute_dtype), self.config.serve
+        if serve.decoder == "fast":
+            network = load_fast_decoder(self.folder, self.config, dtype).to(device)
+            return StreamingFastDecoder(laid_out(network, serve.decoder_layout))
+        return decoder_of(laid_out(load_codec(self.folder, self.config, dtype).to(device), serve.decoder_layout))
+
+    @property
+    def has_fast_decoder(self) -> bool:
+        return f"{FAST_DECODER}/{CONFIG}" in self.manifest["files"]
+
+    def with_settings(self, settings: Iterable[str]) -> Release:
+        """The same release under other settings, such as `serve.decoder=fast`."""
+        return replace(self, config=self.config.with_settings(settings))
+
+
+def write_release(
+    target: Path,
+    *,
+    name: str,
+    student: Path,
+    base: Path,
+    lineage: Mapping[str, Any],
+    scores: Mapping[str, Any],
+    statement: str = "",
+) -> Release:
+    """Write a release from a student folder and its base model's codec and text; whole or not at all.
+
+    `statement` goes into its card (`diagonal.model.model_card`). Raises `FieldError` when `target` already exists.
+    """
+    if target.exists():
+        raise FieldError("release folder", str(target), "a folder that does not exist yet")
+    with Folder(str(target)).replaced(last=MANIFEST) as temporary:
+        shutil.copytree(part_folder(student, "transformer"), temporary / "transformer")
+        for folder in SHARED_FOLDERS:
+            if (base / folder).is_dir():
+                shutil.copytree(base / folder, temporary / folder)
+        shutil.copyfile(student / CONFIG, temporary / CONFIG)
+        write_card(temporary, name, Config.load(student / CONFIG), lineage, statement)
+        _write_manifest(temporary, {"name": name, "lineage": dict(lineage), "scores": dict(scores)})
+    return Release.load(target)
+
+
+def write_release_with_decoder(target: Path, release: Release, decoder: Path, config: Config) -> Release:
+    """Write a release anew with the fast decoder in the folder `decoder`, and that configuration; whole or not at all.
+
+    Scores are the release's own: its student and its full decoder are the same. `FieldError` when `target` exists.
+    """
+    require(not target.exists(), "release folder", str(target), "a folder that does not exist yet")
+    with Folder(str(target)).replaced(last=MANIFEST) as temporary:
+        for name in release.manifest["files"]:
+            if not name.startswith(f"{FAST_DECODER}/"):
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(release.folder / name, temporary / name)
+        shutil.copytree(decoder, temporary / FAST_DECODER)
+        config.save(temporary / CONFIG)
+        lineage = {**release.manifest["lineage"], FAST_DECODER: read_json(decoder / LINEAGE)}
+        name, card = f"{release.name}-fast", release.folder / CARD
+        write_card(temporary, name, config, lineage, statement_of(card.read_text()) if card.is_file() else "")
+        _write_manifest(temporary, {"name": name, "lineage": lineage, "scores": release.manifest["scores"]})
+    return Release.load(target)
+
+
+def _write_manifest(folder: Path, says: Mapping[str, Any]) -> None:
+    """The manifest of a folder that is otherwise complete, with the hash of every file."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    write_json(
+        folder / MANIFEST,
+        {
+            "format_version": FORMAT_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "diagonal": diagonal.__version__,
+            **says,
+            "files": files,
+        },
+    )
