@@ -30,8 +30,7 @@ from tests.engine.test_budget import admitted
 from tests.jobs.conftest import SMALL
 from tests.jobs.workers.test_reporting import FIGURES, hooks, reporter
 from tests.networks import small_release
-from tests.serve.conftest import FakeEngine, Service, deadline
-from tests.serve.gateway.test_failover import Cluster
+from tests.serve.harness import Cluster, FakeEngine, Service, deadline
 from tests.serve.hostile import new_key
 from tests.serve.sockets import cut, viewer
 from tests.sinks import Recorded

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from serve.replica import replica
-from tests.serve.conftest import FakeEngine, Service, engine, make_service, settings  # noqa: F401
+from tests.serve.conftest import engine, make_service, settings  # noqa: F401
+from tests.serve.harness import FakeEngine, Service
 from tests.serve.sockets import Viewer, viewer
 from tests.serve.wire import wire
 

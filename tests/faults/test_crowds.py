@@ -26,7 +26,7 @@ from diagonal.metrics import FactorySink
 from serve.api.realtime import RealtimeLimits
 from serve.replica import replica
 from serve.settings import ServeSettings
-from tests.serve.conftest import FakeEngine, Service, deadline
+from tests.serve.harness import FakeEngine, Service, deadline
 from tests.serve.hostile import memory_bytes, new_key, start, told
 from tests.serve.sockets import viewer
 from tests.serve.wire import wire

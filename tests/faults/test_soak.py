@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from serve.settings import ServeSettings
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service
 from tests.serve.hostile import memory_bytes, open_files, start
 from tests.serve.sockets import cut, viewer
 

@@ -1,296 +1,23 @@
-"""A whole service inside the test: real routes, store, drivers and sockets, around an engine of a few lines."""
+"""Fixtures of the service: what `tests.serve.harness` builds, started and stopped."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import shutil
 import tempfile
-import threading
-from collections import defaultdict
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-import torch
-import uvicorn
-from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from diagonal.config import Config
-from diagonal.engine.engine import CapacityError, EngineStats, Health
-from diagonal.engine.recording import Recording
-from diagonal.engine.session import ChunkResult, PromptChange, SessionSpec
-from diagonal.engine.snapshot import Snapshot
-from diagonal.errors import require
 from serve.api.realtime import RealtimeLimits
-from serve.api.routes import create_app
-from serve.gateway.fleet import Fleet
-from serve.gateway.gateway import Gateway
-from serve.replica.replica import Replica
 from serve.settings import ServeSettings
-from serve.store.store import Store
 from tests.serve import postgres
-
-CONFIG = Config.from_preset("tiny", ["serve.max_sessions=2", "serve.max_prompt_characters=200", "serve.max_seconds=60"])
-
-
-class RecordingSink:
-    """Keeps what it is told, by metric name."""
-
-    def __init__(self) -> None:
-        self.values: defaultdict[str, list[float]] = defaultdict(list)
-        self.labels: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
-
-    def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
-        self.values[name].append(value)
-        self.labels[name].append(labels)
-
-    set = observe = inc
-
-
-@dataclass
-class FakeSession:
-    spec: SessionSpec
-    prompt: str
-    wanted: int = -1
-    chunk: int = 0
-    pending: tuple[PromptChange, ...] = ()
-    paused: bool = False
-    over: bool = False
-
-    @property
-    def asked(self) -> bool:
-        return self.chunk <= self.wanted and not self.over
-
-
-class FakeEngine:
-    """The engine's contract without a model: a frame's shade says how many prompt changes came before it.
-
-    `allow` lets that many chunks be made; `fail_at` makes a chunk fail, `break_at` the engine itself.
-    """
-
-    def __init__(self) -> None:
-        self.config = CONFIG
-        self.sessions: dict[str, FakeSession] = {}
-        self.made: list[tuple[str, int]] = []
-        self.fail_at: int | None = None
-        self.break_at: int | None = None
-        self._lock, self._budget = threading.Lock(), float("inf")
-
-    def allow(self, chunks: float) -> None:
-        """From now on so many chunks are made, and no more."""
-        with self._lock:
-            self._budget = chunks
-
-    def open(self, spec: SessionSpec) -> None:
-        self.check_room(spec)
-        with self._lock:
-            self.sessions[spec.session_id] = FakeSession(spec, spec.prompt)
-
-    def check_room(self, spec: SessionSpec) -> None:
-        require(spec.session_id not in self.sessions, "session_id", spec.session_id, "an id that is not in use")
-        if len(self.sessions) >= self.config.serve.max_sessions:
-            raise CapacityError(self.config.serve.max_sessions, 2.5)
-
-    def interact(self, session_id: str, change: PromptChange) -> None:
-        with self._lock:
-            self.sessions[session_id].pending += (change,)
-
-    def request(self, session_id: str, chunk: int | None = None) -> None:
-        with self._lock:
-            session = self.sessions[session_id]
-            session.wanted = max(session.wanted, session.chunk if chunk is None else chunk)
-
-    def pause(self, session_id: str) -> None:
-        with self._lock:
-            self.sessions[session_id].paused = True
-
-    def resume(self, session_id: str) -> None:
-        with self._lock:
-            self.sessions[session_id].paused = False
-
-    def restore(self, snapshot: Snapshot, ahead_s: float | None = None) -> None:
-        raise NotImplementedError
-
-    def recording(self, session_id: str) -> Recording:
-        raise NotImplementedError
-
-    def health(self) -> Health:
-        return Health(True, 0)
-
-    def exercise(self) -> bool:
-        return True
-
-    def close(self, session_id: str) -> None:
-        with self._lock:
-            self.sessions.pop(session_id, None)
-
-    def stats(self) -> EngineStats:
-        active = len(self.sessions)
-        return EngineStats(active, self.config.serve.max_sessions - active, active * 1000, 2000, 0.1)
-
-    def step(self) -> list[ChunkResult]:
-        with self._lock:
-            asking = [session for session in self.sessions.values() if session.asked and not session.paused]
-            if not asking or self._budget <= 0:
-                return []
-            self._budget -= 1
-            session = asking[0]
-            return [self._make(session)]
-
-    def _make(self, session: FakeSession) -> ChunkResult:
-        geometry, chunk, spec = self.config.geometry, session.chunk, session.spec
-        if chunk == self.break_at:
-            raise RuntimeError("SECRET_X")
-        first = geometry.pixel_start(chunk)
-        frames = min(geometry.chunk_pixel_frames(chunk), (spec.pixel_frames or 10**9) - first)
-        applied, session.pending = session.pending, ()
-        if applied:
-            session.prompt = applied[-1].prompt
-        session.chunk += 1
-        self.made.append((spec.session_id, chunk))
-        last = spec.pixel_frames is not None and session.chunk == geometry.chunks_for(spec.pixel_frames)
-        error = "SECRET_X" if chunk == self.fail_at else None
-        pixels = torch.full((0 if error else frames, 32, 32, 3), shade(session.prompt), dtype=torch.uint8)
-        ids, session.over = tuple(change.event_id for change in applied), last or bool(error)
-        return ChunkResult(spec.session_id, chunk, pixels, first, 0.01, 4, ids, last or bool(error), error)
-
-
-async def _dead(*_: Any) -> Any:
-    raise RayActorError
-
-
-def shade(prompt: str) -> int:
-    """The grey that the fake engine paints for a prompt."""
-    return 40 + 16 * (sum(prompt.encode()) % 12)
-
-
-class LocalHandle:
-    """Stands for a Serve handle: calls the object that `find` gives now for its session, on its own loop."""
-
-    def __init__(self, find: Callable[[str], Any], session_id: str = "") -> None:
-        self._find, self._session_id = find, session_id
-
-    def options(self, session_id: str = "", **_: Any) -> LocalHandle:
-        return LocalHandle(self._find, session_id)
-
-    def __getattr__(self, name: str) -> Any:
-        async def call(*arguments: Any) -> Any:
-            target = self._find(self._session_id)
-            if target is None:
-                raise RayActorError
-            try:
-                return await getattr(target, name)(*arguments)
-            except RayError:
-                raise
-            except Exception as error:  # as Ray tells what an actor's method raised
-                raise RayTaskError(name, "", error).as_instanceof_cause() from None
-
-        class Method:
-            @staticmethod
-            def remote(*arguments: Any) -> Any:
-                return asyncio.get_running_loop().create_task(call(*arguments))
-
-        return Method
-
-
-class Service:
-    """Store, replica and gateways on one loop in a thread, each gateway behind a real socket."""
-
-    def __init__(
-        self, settings: ServeSettings, engine: FakeEngine, limits: RealtimeLimits | None = None, **store: float
-    ) -> None:
-        self.settings, self.engine, self.metrics = settings, engine, RecordingSink()
-        self._limits = limits
-        self.gateways: list[Gateway] = []
-        self.urls: list[str] = []
-        self._store_options = store
-        self._up, self._down = threading.Event(), asyncio.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-        assert self._up.wait(30), "the service did not start"
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self._down.set)
-        self._thread.join(30)
-
-    def run(self, work: Any) -> Any:
-        """Run a coroutine on the service's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
-
-    store: Any  # a `Store`, None while it is away
-    replicas: dict[str, Replica]  # by name
-
-    @property
-    def replica(self) -> Replica:
-        return next(iter(self.replicas.values()))
-
-    def make_replicas(self) -> dict[str, Replica]:
-        load = ("fake-tiny", CONFIG, self.engine)
-        return {"replica-1": Replica(self.settings, lambda *_: load, self.metrics, "replica-1")}
-
-    def find_replica(self, session_id: str) -> Replica | None:
-        """As `serve.policies.routing` does: the one that is named, else the least loaded, another if asked."""
-        holder = session_id.rpartition("/")[0]
-        ranked = sorted(self.replicas, key=lambda name: (f"!{name}" == holder, len(self.replicas[name]._slots)))
-        return self.replicas.get(holder) or next((self.replicas[name] for name in ranked), None)
-
-    def make_fleet(self) -> Fleet:
-        return Fleet({self.settings.model: LocalHandle(self.find_replica)})
-
-    async def kill_replica(self, name: str) -> None:
-        """A replica's process is gone, with all that it holds."""
-        replica = self.replicas.pop(name)
-        for method in ("pull", "holds", "interact", "pause", "resume", "close", "open", "restore"):
-            setattr(replica, method, _dead)
-        for future in [future for slot in replica._slots.values() for future in slot.chunks.values()]:
-            if not future.done():
-                future.set_exception(RayActorError())
-        replica._thread.stop()
-        replica._reaper.cancel()
-        replica._encoders.close()
-        replica._pool.shutdown()
-
-    async def kill_store(self) -> None:
-        """The store's process is gone: nobody answers."""
-        store, self.store = self.store, None
-        assert store is not None
-        await store.shut()
-
-    async def restart_store(self) -> None:
-        self.store = Store(self.settings, **self._store_options)
-
-    async def _serve(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.store = Store(self.settings, **self._store_options)
-        self.replicas = self.make_replicas()
-        servers = [self._server() for _ in range(self.settings.gateways)]
-        tasks = [asyncio.create_task(server.serve()) for server in servers]
-        while not all(server.started for server in servers):
-            await asyncio.sleep(0.01)
-        self.urls = [f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}" for server in servers]
-        self._up.set()
-        await self._down.wait()
-        for server in servers:
-            server.should_exit = True
-        await asyncio.gather(*tasks)
-        for part in (*self.replicas.values(), self.store):
-            if part is not None:
-                await part.shut()
-
-    def _server(self) -> uvicorn.Server:
-        store = LocalHandle(lambda _: self.store)
-        gateway = Gateway(self.settings, store, self.make_fleet(), self.metrics)
-        self.gateways.append(gateway)
-        app = create_app(gateway, self.metrics, limits=self._limits)
-        options: dict[str, Any] = {"log_level": "critical", "timeout_graceful_shutdown": 1}
-        return uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, **options))
+from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, Until, deadline, start
 
 
 @pytest.fixture(scope="session")
@@ -381,22 +108,48 @@ def other_http(service: Service) -> Iterator[httpx2.Client]:
         yield client
 
 
-@contextmanager
-def deadline(seconds: float, what: str) -> Iterator[Callable[[], None]]:
-    """`with deadline(5, "freed") as tick: while not freed(): tick()`."""
-    import time
-
-    end = time.monotonic() + seconds
-
-    def tick() -> None:
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
-
-    yield tick
+@pytest.fixture
+def guarded(make_service: Callable[..., Service]) -> Service:
+    """A service that asks everybody for a key."""
+    return make_service(auth="keys")
 
 
 @pytest.fixture
-def until() -> Callable[[Callable[[], Any], str], Any]:
+def key(guarded: Service) -> Keyed:
+    """Makes a key and gives the headers that show it."""
+
+    def make(name: str = "somebody", sessions: int = 0, frames_per_minute: int = 0, account: str = "") -> Any:
+        limits = {"sessions": sessions, "frames_per_minute": frames_per_minute}
+        text = guarded.store._credentials.create_key(name, **limits, now=time.time(), account=account)
+        return {"Authorization": f"Bearer {text}"}
+
+    return make
+
+
+@pytest.fixture
+def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    made: list[Cluster] = []
+
+    def make(**changes: Any) -> Cluster:
+        settings = ServeSettings(data=str(tmp_path / f"data{len(made)}"), gateways=2, replicas=2)
+        made.append(Cluster(replace(settings, **changes), FakeEngine()))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.stop()
+
+
+@pytest.fixture
+def expected(make_cluster: Callable[..., Cluster]) -> bytes:
+    """The stream when nothing happens."""
+    with httpx2.Client(base_url=make_cluster(replicas=1).urls[0], timeout=60) as http:
+        return http.get(f"/v1/videos/{start(http, 105)}/stream").content
+
+
+@pytest.fixture
+def until() -> Until:
     """`until(condition, what)`: waits for a condition, ten seconds at most, and gives its value."""
 
     def wait(condition: Callable[[], Any], what: str, seconds: float = 10) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from tests.serve.conftest import Service
+from tests.serve.harness import Service
 
 
 def new_key(

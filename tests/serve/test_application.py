@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from websockets.exceptions import InvalidStatus
 from diagonal.client.cli import main
 from diagonal.metrics import BY_NAME
 from serve.settings import ServeSettings
+from tests.serve.harness import Until
 from tests.serve.sockets import cut, viewer
 
-Until = Callable[..., Any]
 pytestmark = pytest.mark.slow
 
 

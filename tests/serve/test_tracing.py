@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import httpx2
 import pytest
@@ -16,11 +15,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from diagonal.errors import FieldError
 from serve.settings import ServeSettings
 from serve.tracing import ENDPOINT, OpenTelemetryTraces, Traces, traces_of
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service, Until
 from tests.serve.hostile import new_key
 from tests.serve.sockets import viewer
 
-Until = Callable[..., Any]
 PROMPT = "a red circle that nobody may read of"
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -31,7 +29,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     provider, exporter = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     for part in ("gateway", "replica"):
-        monkeypatch.setattr(f"serve.{part}.traces_of", lambda settings, part: OpenTelemetryTraces(provider))
+        monkeypatch.setattr(f"serve.{part}.{part}.traces_of", lambda settings, part: OpenTelemetryTraces(provider))
     yield exporter
     provider.shutdown()
 

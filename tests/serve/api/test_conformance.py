@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service
 
 CHECKS: list[Any] = [
     not_a_server_error,

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
 
 import httpx2
 import pytest
 
-from tests.serve.api.test_streaming import first_s, fragments, shades, start
-from tests.serve.api.test_threats import Keyed, guarded, key
-from tests.serve.api.test_videos_api import finished
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Keyed, Service, Until, finished, first_s, fragments, shades, start
 from tests.serve.sockets import viewer
-
-__all__ = ["guarded", "key"]
-Until = Callable[..., Any]
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -20,12 +19,11 @@ from websockets.exceptions import InvalidStatus
 
 from serve.api.realtime import RealtimeLimits
 from serve.replica import replica
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service, Until
 from tests.serve.hostile import new_key, open_files, start, told
 from tests.serve.sockets import closed, viewer
 from tests.serve.wire import wire
 
-Until = Callable[..., Any]
 CHUNK_BYTES = 400_000
 
 

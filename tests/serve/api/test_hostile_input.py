@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,11 +17,10 @@ from websockets.exceptions import InvalidStatus
 from serve.api.auth import PUBLIC, PUBLIC_FOLDER
 from serve.api.routes import create_app
 from serve.settings import ServeSettings
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service, Until
 from tests.serve.hostile import memory_bytes, new_key, start
 from tests.serve.sockets import closed, viewer
 
-Until = Callable[..., Any]
 JSON = {"Content-Type": "application/json"}
 HALF = b'"\\ud800"'  # half of a surrogate pair: JSON that no text can hold
 

@@ -17,7 +17,7 @@ from openai import (
     UnprocessableEntityError,
 )
 
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service
 
 
 @pytest.fixture

@@ -24,9 +24,7 @@ from diagonal.client import (
 )
 from diagonal.client.files import part_of
 from diagonal.client.protocol import start_fields
-from tests.serve.conftest import FakeEngine, Service
-
-Until = Callable[..., Any]
+from tests.serve.harness import FakeEngine, Service, Until
 
 
 @pytest.fixture

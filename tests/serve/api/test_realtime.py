@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-import av
 import httpx2
 import pytest
 
 from diagonal.mp4 import boxes
 from serve.api.realtime import RealtimeLimits
-from tests.serve.conftest import FakeEngine, Service, shade
+from tests.serve.harness import FakeEngine, Service, Until, shade, shades
 from tests.serve.sockets import closed, cut, stop_and_close, viewer
 
-Until = Callable[..., Any]
 FAST: dict[str, Any] = {"extra_params": {"pacing": "none"}}
-
-
-def shades(stream: bytes | bytearray) -> list[int]:
-    with av.open(io.BytesIO(bytes(stream)), mode="r") as container:
-        return [round(float(frame.to_ndarray(format="rgb24").mean())) for frame in container.decode(video=0)]
 
 
 def interaction(prompt: str, event_id: str = "e1", chunks: int = 0) -> dict[str, Any]:

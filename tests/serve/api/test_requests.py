@@ -6,17 +6,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
 
 from serve.records import Status
 from tests.s3 import S3Server, environment
-from tests.serve.api.test_streaming import shades, start, status
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service, Until, shades, start, status
 
-Until = Callable[..., Any]
 CHANGE = {"interaction": {"event_id": "e1", "event": {"prompt": "a blue square"}}}
 
 

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx2
 import pytest
@@ -19,13 +19,12 @@ from websockets.exceptions import ConnectionClosed
 from serve.settings import ServeSettings
 from tests.s3 import SECRET_KEY
 from tests.serve.certificates import make_signer
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service, Until
 from tests.serve.sockets import viewer
 
 if TYPE_CHECKING:
     from tests.s3 import FaultyProxy
 
-Until = Callable[..., Any]
 PROMPT, LISTED = "CANARYPROMPT of a heron", "CANARYLISTED"
 WATERMARK_KEY = "CANARYWATERMARK of sixteen bytes"
 OF_THE_TEST = ("httpx2", "httpcore", "websockets.client")

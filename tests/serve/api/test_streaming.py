@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import av
@@ -14,46 +14,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from diagonal.mp4 import boxes
-from tests.serve.conftest import FakeEngine, Service, shade
-
-Until = Callable[..., Any]
-
-
-def start(http: httpx2.Client, frames: int = 81, pacing: str = "none", prompt: str = "a red circle") -> str:
-    body = {"prompt": prompt, "num_frames": frames, "extra": {"pacing": pacing}}
-    return str(http.post("/v1/videos", json=body).raise_for_status().json()["id"])
-
-
-def status(http: httpx2.Client, video: str) -> dict[str, Any]:
-    return dict(http.get(f"/v1/videos/{video}").json())
-
-
-def shades(stream: bytes) -> list[int]:
-    """The grey of each frame."""
-    with av.open(io.BytesIO(stream), mode="r") as container:
-        return [round(float(frame.to_ndarray(format="rgb24").mean())) for frame in container.decode(video=0)]
-
-
-def fragments(parts: Iterator[bytes], data: bytearray) -> Iterator[str]:
-    """Names of the boxes as they come."""
-    seen = 0
-    for part in parts:
-        data += part
-        whole = [name for name, _, _ in boxes(bytes(data))]
-        yield from whole[seen:]
-        seen = len(whole)
-
-
-def first_s(stream: bytes) -> float:
-    """Where the first chunk of a stream stands in its time."""
-    at = stream.index(b"tfdt")
-    return int.from_bytes(stream[at + 8 : at + 16]) / timescale(stream)
-
-
-def timescale(stream: bytes) -> int:
-    """Ticks a second, of the media header."""
-    at = stream.index(b"mdhd")
-    return int.from_bytes(stream[at + 16 : at + 20])
+from tests.serve.harness import FakeEngine, Service, Until, fragments, shade, shades, start, status
 
 
 def test_the_stream_is_the_whole_video_frame_by_frame(http: httpx2.Client) -> None:

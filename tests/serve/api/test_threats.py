@@ -26,29 +26,8 @@ from websockets.typing import Subprotocol
 
 from serve.api.auth import PUBLIC, PUBLIC_FOLDER
 from serve.api.routes import create_app
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Keyed, Service, Until
 from tests.serve.sockets import viewer
-
-Until = Callable[..., Any]
-Keyed = Callable[..., dict[str, str]]
-
-
-@pytest.fixture
-def guarded(make_service: Callable[..., Service]) -> Service:
-    """A service that asks everybody for a key."""
-    return make_service(auth="keys")
-
-
-@pytest.fixture
-def key(guarded: Service) -> Keyed:
-    """Makes a key and gives the headers that show it."""
-
-    def make(name: str = "somebody", sessions: int = 0, frames_per_minute: int = 0, account: str = "") -> Any:
-        limits = {"sessions": sessions, "frames_per_minute": frames_per_minute}
-        text = guarded.store._credentials.create_key(name, **limits, now=time.time(), account=account)
-        return {"Authorization": f"Bearer {text}"}
-
-    return make
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,7 @@ import av
 import httpx2
 import pytest
 
-from tests.serve.conftest import FakeEngine, Service
-
-Until = Callable[..., Any]
-
-
-def finished(http: httpx2.Client, until: Until, **fields: Any) -> dict[str, Any]:
-    video = http.post("/v1/videos", json={"prompt": "a red circle", **fields}).raise_for_status().json()
-    until(lambda: http.get(f"/v1/videos/{video['id']}").json()["status"] == "completed", "completed")
-    return dict(http.get(f"/v1/videos/{video['id']}").json())
+from tests.serve.harness import FakeEngine, Service, Until, finished
 
 
 def decoded_frames(data: bytes) -> list[Any]:

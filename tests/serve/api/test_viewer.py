@@ -6,21 +6,15 @@ import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
 
 from serve.settings import ServeSettings
-from tests.serve.api.test_threats import Keyed, guarded, key
 from tests.serve.browser import Browser
-from tests.serve.conftest import FakeEngine, Service, shade
-from tests.serve.gateway.test_failover import Cluster, make_cluster
-from tests.serve.gateway.test_releases import SideBySide
+from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, SideBySide, Until, shade
 from tests.serve.wire import wire
 
-__all__ = ["guarded", "key", "make_cluster"]
-Until = Callable[..., Any]
 Open = Callable[[str], Browser]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 FIRST, SECOND = "a red circle", "a blue square"

@@ -11,15 +11,9 @@ import httpx2
 import pytest
 
 from serve.records import KEPT_CHUNKS
-from tests.serve.api.test_realtime import shades
-from tests.serve.api.test_streaming import first_s
-from tests.serve.api.test_threats import Keyed, guarded, key
-from tests.serve.conftest import FakeEngine, Service
-from tests.serve.gateway.test_failover import Cluster, decoded, make_cluster
+from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, Until, decoded, first_s, shades
 from tests.serve.sockets import cut, viewer
 
-__all__ = ["guarded", "key", "make_cluster"]
-Until = Callable[..., Any]
 ENDLESS: dict[str, Any] = {"extra": {"endless": True}, "size": "32x32"}
 FAR_S = 1e6  # a viewer who says that he is there gets chunks as fast as they are made
 

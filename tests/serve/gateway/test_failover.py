@@ -3,101 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY, AsyncMock, Mock
 
-import av
 import httpx2
-import numpy as np
 import pytest
 
-from diagonal.engine.engine import Engine
 from serve.gateway.failover import rehome
 from serve.records import Interaction, Opened, Refused
-from serve.replica.replica import Replica
-from serve.settings import ServeSettings
-from tests.networks import small_release
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import OTHER, PROMPT, VIDEO, Cluster, Until, assert_same_video, decoded, start, steer
 from tests.serve.sockets import cut, viewer
-from tests.serve.store.test_store import VIDEO
-
-Until = Callable[..., Any]
-PROMPT, OTHER = "a red circle moves left", "a blue square moves right"
-
-
-class Cluster(Service):
-    """Replicas of one small release."""
-
-    def make_replicas(self) -> dict[str, Replica]:
-        made: dict[str, Replica] = {}
-        for number in range(self.settings.replicas):
-            release = small_release()
-
-            def load(*_: Any, release: Any = release) -> Any:
-                return release.name, release.config, Engine(release, metrics=self.metrics)
-
-            name = f"replica-{number + 1}"
-            made[name] = Replica(self.settings, load, self.metrics, name)
-        return made
-
-    def holder(self, video: str) -> str:
-        """The name of the replica that the store says holds the session."""
-        return str(self.run(self.store.get(video)).replica)
-
-    def kill_holder(self, video: str) -> str:
-        name = self.holder(video)
-        self.run(self.kill_replica(name))
-        return name
-
-
-@pytest.fixture
-def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
-    made: list[Cluster] = []
-
-    def make(**changes: Any) -> Cluster:
-        settings = ServeSettings(data=str(tmp_path / f"data{len(made)}"), gateways=2, replicas=2)
-        made.append(Cluster(replace(settings, **changes), FakeEngine()))
-        made[-1].start()
-        return made[-1]
-
-    yield make
-    for cluster in made:
-        cluster.stop()
-
-
-def start(http: httpx2.Client, frames: int = 105, pacing: str = "none") -> str:
-    body = {"prompt": PROMPT, "num_frames": frames, "seed": 3, "extra": {"pacing": pacing}}
-    return str(http.post("/v1/videos", json=body).raise_for_status().json()["id"])
-
-
-def steer(http: httpx2.Client, video: str, **event: Any) -> httpx2.Response:
-    return http.post(f"/v1/videos/{video}/interactions", json={"interaction": {"event": event}})
-
-
-def decoded(stream: bytes | bytearray) -> tuple[Any, list[int]]:
-    with av.open(io.BytesIO(bytes(stream)), mode="r") as container:
-        frames = list(container.decode(video=0))
-    return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), [int(frame.pts or 0) for frame in frames]
-
-
-def assert_same_video(stream: bytes | bytearray, expected: bytes) -> None:
-    """Every frame once, at its time; the pictures are those of an undisturbed run but for the encoder's state."""
-    (mine, times), (theirs, their_times) = decoded(stream), decoded(expected)
-    assert times == their_times
-    assert np.abs(mine.astype(int) - theirs.astype(int)).mean() < 4
-
-
-@pytest.fixture
-def expected(make_cluster: Callable[..., Cluster]) -> bytes:
-    """The stream when nothing happens."""
-    with httpx2.Client(base_url=make_cluster(replicas=1).urls[0], timeout=60) as http:
-        return http.get(f"/v1/videos/{start(http)}/stream").content
 
 
 @pytest.mark.parametrize("pacing", ["none", "realtime"])
@@ -107,7 +27,7 @@ def test_a_replica_that_dies_does_not_end_the_stream(
     monkeypatch.setattr("serve.gateway.driver._AHEAD", 1)  # else all of it may have come before the replica dies
     cluster = make_cluster()
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
-        video, data, killed = start(http, pacing=pacing), bytearray(), ""
+        video, data, killed = start(http, 105, pacing=pacing), bytearray(), ""
         with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
             for part in answer.iter_raw():
                 data += part
@@ -177,7 +97,7 @@ def test_without_another_replica_the_stream_breaks_off_and_says_so(
     monkeypatch.setattr("serve.gateway.driver.PATIENCE_S", 0.5)
     cluster = make_cluster(replicas=1)
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
-        video = start(http, frames=900, pacing="realtime")
+        video = start(http, 900, "realtime")
         with pytest.raises(httpx2.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video}/stream") as answer:
             parts = answer.iter_raw()
             next(parts)
@@ -191,7 +111,7 @@ def test_a_replica_that_dies_before_the_first_chunk_is_replaced_too(
 ) -> None:
     cluster = make_cluster()
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
-        video = start(http, pacing="realtime")
+        video = start(http, 105, pacing="realtime")
         killer = threading.Thread(target=lambda: cluster.kill_holder(video))
         killer.start()
         stream = http.get(f"/v1/videos/{video}/stream").content
@@ -205,7 +125,7 @@ def test_a_paused_stream_stands_still_frees_its_cache_and_goes_on(
     cluster = make_cluster(replicas=1)
     engine: Any = cluster.replica._engine
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
-        video = start(http, pacing="realtime")
+        video = start(http, 105, pacing="realtime")
         streams: list[bytes] = []
         reader = threading.Thread(target=lambda: streams.append(http.get(f"/v1/videos/{video}/stream").content))
         reader.start()

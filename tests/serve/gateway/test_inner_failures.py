@@ -20,13 +20,10 @@ from serve.gateway.failover import rehome
 from serve.rpc import CALL_TIMEOUT_S, patient
 from tests.engine.test_isolation import PoisonedText
 from tests.networks import small_release
-from tests.serve.api.test_streaming import shades
-from tests.serve.conftest import FakeEngine, Service
-from tests.serve.gateway.test_failover import Cluster, make_cluster  # noqa: F401
+from tests.serve.harness import Cluster, FakeEngine, Service, Until, shades
 from tests.serve.hostile import start, told
 from tests.serve.sockets import closed, viewer
 
-Until = Callable[..., Any]
 SECRET = "SECRET_X"
 CANARY = "CANARY\n\x1b[31mlevel=ERROR"
 
@@ -54,7 +51,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         made.encoder = PoisonedText(made.encoder)
         return made
 
-    monkeypatch.setattr("tests.serve.gateway.test_failover.small_release", release)
+    monkeypatch.setattr("tests.serve.harness.small_release", release)
 
 
 @pytest.fixture(autouse=True)

@@ -17,12 +17,9 @@ from websockets.exceptions import ConnectionClosed
 from serve.gateway.driver import Driver
 from serve.records import Pacing, Verdict, VideoRecord
 from serve.replica.replica import Replica
-from tests.serve.conftest import LocalHandle, RecordingSink
-from tests.serve.gateway.test_failover import PROMPT, Cluster, assert_same_video, expected, make_cluster, start
+from tests.serve.harness import PROMPT, Cluster, LocalHandle, RecordingSink, Until, assert_same_video, start
 from tests.serve.sockets import Viewer, cut, viewer
 
-__all__ = ["expected", "make_cluster"]  # fixtures
-Until = Callable[..., Any]
 Make = Callable[..., Cluster]
 CHUNKS = 9
 
@@ -71,7 +68,7 @@ def gaps(one: Viewer, chunks: int) -> list[float]:
 def test_a_replica_that_drains_loses_no_frame(make_cluster: Make, expected: bytes, pacing: str, until: Until) -> None:
     cluster = make_cluster()
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, ThreadPoolExecutor(1) as reader:
-        video = start(http, pacing=pacing)
+        video = start(http, 105, pacing=pacing)
         stream = reader.submit(lambda: http.get(f"/v1/videos/{video}/stream").content)
         until(lambda: cluster.run(cluster.store.get(video)).chunks_done >= 3, "three chunks")
         drained = drain(cluster, cluster.holder(video))
@@ -109,7 +106,7 @@ def test_a_session_that_moves_where_all_is_full_waits_until_there_is_room(
         engine: Any = replica._engine
         engine._slots = 1
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, ThreadPoolExecutor(2) as readers:
-        other, video = start(http, frames=57, pacing="realtime"), start(http, pacing="realtime")
+        other, video = start(http, frames=57, pacing="realtime"), start(http, 105, pacing="realtime")
         streams = [readers.submit(http.get, f"/v1/videos/{one}/stream") for one in (other, video)]
         killed = cluster.kill_holder(video)
         assert_same_video(streams[1].result(60).content, expected)
@@ -205,7 +202,7 @@ def test_a_stream_over_http_through_a_gateway_that_drains_comes_to_its_end(
 ) -> None:
     cluster = make_cluster(replicas=1)
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, ThreadPoolExecutor(1) as reader:
-        video = start(http, pacing="realtime")
+        video = start(http, 105, pacing="realtime")
         stream = reader.submit(lambda: http.get(f"/v1/videos/{video}/stream").content)
         until(lambda: cluster.run(cluster.store.get(video)).chunks_done >= 3, "three chunks")
         cluster.run(cluster.gateways[0].drain())
@@ -218,7 +215,7 @@ def test_a_gateway_that_drains_alone_still_brings_its_streams_to_their_end(
 ) -> None:
     cluster = make_cluster(replicas=1, gateways=1)
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, ThreadPoolExecutor(1) as reader:
-        video = start(http, pacing="realtime")
+        video = start(http, 105, pacing="realtime")
         stream = reader.submit(lambda: http.get(f"/v1/videos/{video}/stream").content)
         until(lambda: cluster.run(cluster.store.get(video)).chunks_done >= 3, "three chunks")
         cluster.run(cluster.gateways[0].drain())

@@ -17,7 +17,7 @@ from diagonal.errors import FieldError
 from serve.gateway.prompt_policy import DenyList, PromptPolicy, levelled
 from serve.settings import ServeSettings
 from serve.wire.problems import Problem
-from tests.serve.conftest import RecordingSink, Service
+from tests.serve.harness import RecordingSink, Service
 from tests.serve.sockets import viewer
 
 Make = Callable[..., Service]

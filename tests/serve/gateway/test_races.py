@@ -11,11 +11,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service, Until
 from tests.serve.hostile import new_key, start, told
 from tests.serve.sockets import Viewer, closed, cut, viewer
-
-Until = Callable[..., Any]
 
 
 def change(prompt: str, event_id: str, chunks: int = 0) -> dict[str, Any]:

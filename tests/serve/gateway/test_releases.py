@@ -30,10 +30,9 @@ from serve.replica.loading import Loaded, load_engine
 from serve.replica.replica import Replica
 from serve.settings import ServeSettings
 from tests.networks import small_release
-from tests.serve.conftest import FakeEngine, LocalHandle, RecordingSink, Service
+from tests.serve.harness import FakeEngine, RecordingSink, SideBySide, Until
 from tests.serve.sockets import viewer
 
-Until = Callable[..., Any]
 PROMPT = "a red circle moves left"
 NAMES = ("stable", "next")
 WRONG_NAMES = (
@@ -228,38 +227,6 @@ def test_a_release_of_another_application_comes_and_goes() -> None:
 
 
 # A running service.
-
-
-class SideBySide(Service):
-    """Two releases behind two gateways: `stable` on two replicas, `next` on one. Real engines of small networks."""
-
-    def make_replicas(self) -> dict[str, Replica]:
-        return {name: self._make(name) for name in ("stable-1", "stable-2", "next-1")}
-
-    def _make(self, name: str) -> Replica:
-        release = replace(small_release(), name=name[:-2])
-        engine = Engine(release, metrics=self.metrics)
-        loaded = Loaded(release.name, release.config, engine, promoted=release.name == "stable")
-        return Replica(self.settings, lambda *_: loaded, self.metrics, name)
-
-    def make_fleet(self) -> Fleet:
-        return Fleet({name: LocalHandle(self._finder(name)) for name in NAMES})
-
-    def _finder(self, release: str) -> Callable[[str], Replica | None]:
-        def find(session_id: str) -> Replica | None:
-            holder = session_id.rpartition("/")[0]
-            mine = {name: one for name, one in self.replicas.items() if name.startswith(release)}
-            ranked = sorted(mine, key=lambda name: (f"!{name}" == holder, len(mine[name]._slots)))
-            return mine.get(holder) or next((mine[name] for name in ranked), None)
-
-        return find
-
-    def share(self, **weights: float) -> None:
-        for gateway in self.gateways:
-            gateway._fleet.share(weights)
-
-    def holder(self, video: str) -> str:
-        return str(self.run(self.store.get(video)).replica)
 
 
 @pytest.fixture

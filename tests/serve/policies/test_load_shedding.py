@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -11,9 +10,8 @@ import pytest
 
 from serve.policies.load_shedding import RecentRefusals
 from serve.records import Pacing, Refused, VideoRecord
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service, Until
 
-Until = Callable[..., Any]
 REALTIME: dict[str, Any] = {"prompt": "a red circle", "num_frames": 81, "extra": {"pacing": "realtime"}}
 FULL = Refused("server_full", "no room", retry_after_s=60.0)
 SOON = Refused("server_full", "no room", retry_after_s=1.0)

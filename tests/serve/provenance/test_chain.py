@@ -18,13 +18,10 @@ from diagonal.client.verify import Chain, verify
 from diagonal.errors import FieldError
 from diagonal.mp4 import PartReader
 from serve.provenance.signing_key import signing_key
-from tests.serve.conftest import Service
-from tests.serve.gateway.test_failover import Cluster, make_cluster
+from tests.serve.harness import Cluster, Service, Until
 from tests.serve.sockets import cut, viewer
 
-Until = Callable[..., Any]
 FAST: dict[str, Any] = {"extra_params": {"pacing": "none"}}
-__all__ = ["make_cluster"]  # a fixture
 
 
 def public_keys(http: httpx2.Client) -> set[str]:

@@ -35,11 +35,9 @@ from serve.settings import ServeSettings
 from serve.store.finalizer import Finisher
 from serve.store.store import Store
 from tests.serve.certificates import Signer, make_signer
-from tests.serve.conftest import CONFIG, Service, shade
-from tests.serve.store.test_store import VIDEO, chunks, put_video
+from tests.serve.harness import CONFIG, VIDEO, Service, Until, chunks, put_video, shade
 
 Make = Callable[..., Service]
-Until = Callable[..., Any]
 PROMPT, LATER = "a heron that nobody else may know of", "and then a kingfisher, just as secret"
 
 

@@ -10,9 +10,7 @@ import pytest
 
 from diagonal.engine.engine import Health
 from serve.replica.engine_thread import EngineThread
-from tests.serve.conftest import FakeEngine
-
-Until = Callable[..., Any]
+from tests.serve.harness import FakeEngine, Until
 
 
 class Watch:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import httpx2
 import pytest
 
-from tests.serve.conftest import FakeEngine, Service
-
-Until = Callable[..., Any]
+from tests.serve.harness import FakeEngine, Service, Until
 
 
 def status(http: httpx2.Client) -> int:

@@ -19,7 +19,7 @@ from serve.records import EncodedChunk, Opened, Refused
 from serve.replica.replica import Replica
 from serve.settings import ServeSettings
 from tests.networks import SmallRelease, small_release
-from tests.serve.conftest import RecordingSink
+from tests.serve.harness import RecordingSink
 
 PROMPT, OTHER = "a red circle moves left", "a blue square moves right"
 DEADLINE_S = 60.0

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import httpx2
 import pytest
 
 from serve.store import credentials, quotas
-from tests.serve.conftest import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service, Until
 from tests.serve.hostile import new_key, start, told
 from tests.serve.sockets import cut, viewer
 
-Until = Callable[..., Any]
 HOUR_S = 3600.0
 
 

@@ -274,9 +274,9 @@ def test_a_database_of_a_later_version_is_left_alone(database_url: str, tables: 
         Tables(database_url)
 
 
-WRITER = """
+WRITER = f"""
 import sys
-from tests.serve.test_database import FIRST, Database, Tables, kept, replace
+from {__name__} import FIRST, Database, Tables, kept, replace
 database = Database(Tables(sys.argv[1]))
 for number in range(10_000):
     chunk = replace(FIRST, chunk=number, first_pixel_frame=9 * number)

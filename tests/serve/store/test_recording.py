@@ -16,11 +16,8 @@ from diagonal.engine.recording import Recording
 from diagonal.engine.replay import replay
 from diagonal.media.encode import ChunkEncoder
 from tests.networks import small_release
-from tests.serve.gateway.test_failover import OTHER, PROMPT, Cluster, make_cluster, steer
+from tests.serve.harness import OTHER, PROMPT, Cluster, Until, steer
 from tests.serve.sockets import viewer
-
-__all__ = ["make_cluster"]
-Until = Callable[..., Any]
 
 
 def start(http: httpx2.Client, frames: int, record: bool = True, pacing: str = "none") -> str:

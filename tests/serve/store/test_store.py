@@ -9,38 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from diagonal.media.encode import ChunkEncoder, read_mp4
-from serve.api.auth import LOCAL_CALLER
-from serve.records import EncodedChunk, Pacing, Status, VideoRecord
+from diagonal.media.encode import read_mp4
+from serve.records import Pacing, Status
 from serve.settings import ServeSettings
 from serve.store.media_files import MediaFiles
 from serve.store.store import Store
-
-VIDEO = VideoRecord(
-    id="video_1",
-    model="tiny",
-    prompt="a red circle",
-    seed=7,
-    frames=21,
-    fps=16,
-    scale=1,
-    size="32x32",
-    pacing=Pacing.NONE,
-    created_at=1.0,
-    status=Status.QUEUED,
-)
-
-
-def chunks() -> tuple[bytes, list[EncodedChunk]]:
-    encoder = ChunkEncoder(32, 32, 16)
-    made = []
-    for index, (first, frames) in enumerate(((0, 9), (9, 12))):
-        data = encoder.encode_chunk(np.zeros((frames, 32, 32, 3), np.uint8))
-        made.append(EncodedChunk(index, data, frames, first, (), last=index == 1))
-    return encoder.init_segment(), made
+from tests.serve.harness import VIDEO, chunks, put_video
 
 
 def in_store(tmp_path: Path, work: Callable[[Store], Awaitable[Any]], **options: float) -> Any:
@@ -52,11 +28,6 @@ def in_store(tmp_path: Path, work: Callable[[Store], Awaitable[Any]], **options:
             await store.shut()
 
     return asyncio.run(run())
-
-
-async def put_video(store: Store, init: bytes = b"init", video: VideoRecord = VIDEO) -> None:
-    assert await store.admit(video, LOCAL_CALLER, None) is None
-    assert await store.opened(video.id, "replica-1", "video/mp4", init)
 
 
 def test_the_last_chunk_makes_the_file(tmp_path: Path) -> None:
