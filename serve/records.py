@@ -9,6 +9,8 @@ from diagonal.chain import Link
 from diagonal.geometry import ChunkGeometry
 
 KEPT_CHUNKS = 96  # of a stream without an end: what a slow viewer, or one who comes back, may still read
+WINDOW_S = 60.0  # over which the frames of an account are counted
+LOCAL = "local"  # who a video belongs to when callers of this machine need no key
 LIVE = "live-"  # begins the name of a reader that owns its session; the hash of its resume token follows
 
 
@@ -93,6 +95,9 @@ class Caller:
     frames_per_minute: int = 0
 
 
+LOCAL_CALLER = Caller(LOCAL, LOCAL)
+
+
 @dataclass(frozen=True)
 class Usage:
     """What an account used: videos under way, frames in the last minute, and when the first of these are forgotten."""
@@ -143,8 +148,8 @@ class VideoRecord:
     error_code: str | None = None
     error_message: str | None = None
     epoch: int = 0
-    owner: str = "local"
-    account: str = "local"
+    owner: str = LOCAL
+    account: str = LOCAL
     expires_at: float | None = None
     resume_hash: str = ""
     paused: bool = False

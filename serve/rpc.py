@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from serve.wire.problems import SILENCES
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 T = TypeVar("T")
+UNAVAILABLE = (RayError, RayServeException, TimeoutError)  # a part of the service that does not answer
 CALL_TIMEOUT_S = 30.0
 PATIENCE_S = 20.0  # longer than Serve needs to put a part that died up again
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 2.0
@@ -28,7 +30,7 @@ async def patient(call: Callable[[], Any], timeout_s: float = CALL_TIMEOUT_S, pa
     while True:
         try:
             return await answer(call(), timeout_s)
-        except SILENCES:
+        except UNAVAILABLE:
             if time.monotonic() + wait_s > give_up_s:
                 raise
         await asyncio.sleep(wait_s)

@@ -5,19 +5,48 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.media.encode import CODECS
-from serve.policies.traffic import ReleaseSettings, check_name, parse_releases, parsed
 
 AUTH_MODES = ("local", "keys")
 SPREAD_SPECTRUM, DENY_LIST = "spread-spectrum", "deny-list:"
 _PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+NAME = re.compile(r"[a-z0-9._-]{1,64}")
+_NAMES = "1 to 64 of a-z, 0-9, '.', '_' and '-'"
+_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
+
+
+@dataclass(frozen=True)
+class ReleaseSettings:
+    """One of several releases. What is None is as the service's own setting of that name says.
+
+    `name` is what callers ask for as `model`; `release` a folder or an s3:// URI, '' the embedded one.
+    """
+
+    name: str
+    release: str = ""
+    device: str | None = None
+    replicas: int | None = None
+    max_replicas: int | None = None
+    replica_cpus: float | None = None
+    replica_gpus: float | None = None
+    allow_unpromoted: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_name("releases.name", self.name)
+
+    def changes(self) -> dict[str, Any]:
+        """What it says otherwise than the service's own settings."""
+        told = {key: value for key, value in dataclasses.asdict(self).items() if key != "name" and value is not None}
+        return told | {"model": self.name}
 
 
 @dataclass(frozen=True)
@@ -25,7 +54,7 @@ class ServeSettings:
     """Arguments of `serve.app:build`; limits of the API itself come from the release's own configuration.
 
     `release`: a folder or s3:// URI, '' is the embedded one; `model` names it to callers, '' is its own name.
-    `releases`: several side by side, instead of these two (`serve.policies.traffic`). `allow_unpromoted`: also serve a
+    `releases`: several side by side, instead of these two (`ReleaseSettings`). `allow_unpromoted`: also serve a
     release whose manifest does not say that it was promoted. `options`: other values of the release's own `serve`
     settings, by commas, such as decoder=fast,cache_dtype=fp8. `device`: of each replica, such as cpu or cuda.
     `replicas`, `gateways`: how many of each. With `max_replicas`, `max_gateways` that is how many at least, and there
@@ -201,3 +230,51 @@ def load_plug_in(field: str, name: str) -> Callable[..., Any]:
     require(callable(found), field, name, "module:callable, and that is none")
     loaded: Callable[..., Any] = found
     return loaded
+
+
+def check_name(field: str, name: object) -> None:
+    """`FieldError` unless callers may ask for a release by this name: no path can be made of it."""
+    right = isinstance(name, str) and NAME.fullmatch(name) is not None and set(name) != {"."}
+    require(right, field, name, _NAMES)
+
+
+def parse_releases(value: object) -> tuple[ReleaseSettings, ...]:
+    """From a file: a list of mappings with `name`, `release` and more; from a command line: "name=uri, name=uri"."""
+    allowed = 'a list of {name: ..., release: ...}, or "name=uri, name=uri"'
+    if isinstance(value, str):
+        pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+        require(all(equals for _, equals, _ in pairs), "releases", value, allowed)
+        value = [{"name": name.strip(), "release": uri.strip()} for name, _, uri in pairs]
+    if not isinstance(value, Sequence):
+        raise FieldError("releases", value, allowed)
+    found = tuple(one if isinstance(one, ReleaseSettings) else _release(one, allowed) for one in value)
+    names = [one.name for one in found]
+    require(len(set(names)) == len(names), "releases", names, "each name once")
+    return found
+
+
+def _release(value: object, allowed: str) -> ReleaseSettings:
+    require(isinstance(value, Mapping), "releases", value, allowed)
+    assert isinstance(value, Mapping)
+    hints = get_type_hints(ReleaseSettings)
+    for key in value:
+        require(key in hints, f"releases.{key}", value[key], f"no such field; known are {sorted(hints)}")
+    require("name" in value, "releases", dict(value), "a name for each")
+    given = {key: one for key, one in value.items() if one is not None}
+    kinds = {key: (*(kind for kind in get_args(hints[key]) if kind is not type(None)), hints[key])[0] for key in given}
+    return ReleaseSettings(**{key: parsed(f"releases.{key}", one, kinds[key]) for key, one in given.items()})
+
+
+def parsed(field: str, value: Any, kind: type) -> Any:
+    """A value of a file or of a command line, where all are text, as `kind`: str, int, float or bool."""
+    allowed = f"a value of type {kind.__name__}"
+    if kind is bool:
+        text = str(value).lower()
+        require(text in _TRUE + _FALSE, field, value, "true or false")
+        return text in _TRUE
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise FieldError(field, value, allowed)
+    try:
+        return kind(value)
+    except (ValueError, OverflowError) as error:
+        raise FieldError(field, value, allowed) from error

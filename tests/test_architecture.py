@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,34 @@ RANKS = {
     "jobs": 7,
     "serve": 7,
 }
+# Rooms inside the three largest folders. A room imports rooms of lower ranks, and itself.
+ROOMS = {
+    "serve": {
+        **dict.fromkeys(("records", "settings", "tokens", "rpc", "ray_metrics"), 0),
+        "tracing": 1,
+        **dict.fromkeys(("policies", "wire", "provenance"), 2),
+        **dict.fromkeys(("gateway", "store", "replica"), 3),  # the three processes reach each other by handle alone
+        "api": 4,
+        **dict.fromkeys(("app", "keys"), 5),
+    },
+    "jobs": {
+        **dict.fromkeys(("ray_cluster", "ray_metrics"), 0),
+        "runs": 1,
+        "workers": 2,
+        **dict.fromkeys(("pairs", "pretrain", "distill_decoder", "export", "promote", "replay"), 3),
+        **dict.fromkeys(("ode_init", "evaluate"), 4),
+        **dict.fromkeys(("distill", "search"), 5),
+        "benchmarks": 6,
+    },
+    "diagonal.evaluate": {
+        **dict.fromkeys(("intervals", "environment", "pictures", "contact_sheet", "plots"), 0),
+        **dict.fromkeys(("quality", "load"), 1),
+        **dict.fromkeys(("experiments", "bench", "simulation"), 2),
+    },
+}
+MOST_ARROWS = {"serve": 45, "jobs": 32, "diagonal.evaluate": 8}
+APART = {("api", "store"), ("api", "replica"), ("policies", "rpc")}  # though the ranks would let them
+NOT_YET = {"jobs/runs/summary.py imports jobs.workers.samples"}
 EDGE_LIBRARIES = {"ray", "fastapi", "pydantic", "starlette", "uvicorn"}
 LOOKS_INTO_SERVE = (
     "jobs/benchmarks/service_policies.py"  # a simulation runs the service's own decisions: this file alone
@@ -136,6 +165,39 @@ def imports_go_down(source: Source) -> Iterator[str]:
             continue
         if unit is not None and unit != source.unit and RANKS[unit] >= limit:
             yield f"{source.path} imports {module}"
+
+
+def room_of(module: str) -> tuple[str, str] | None:
+    """The folder among `ROOMS` that a module lies in, and its room there."""
+    for house in ROOMS:
+        if module.startswith(f"{house}."):
+            return house, module.removeprefix(f"{house}.").partition(".")[0]
+    return None
+
+
+def room_imports(source: Source) -> Iterator[tuple[str, str, str, str]]:
+    """Each import from one room of a folder into another: the folder, both rooms, and the module."""
+    module = source.path.removesuffix(".py").removeprefix("platform/").replace("/", ".")
+    if (here := room_of(module)) is None:
+        return
+    for name in imported(source):
+        there = room_of(name)
+        if there is not None and there[0] == here[0] and there[1] in ROOMS[here[0]] and there != here:
+            if not any(f"{source.path} imports {name}".startswith(breach) for breach in NOT_YET):
+                yield *here, there[1], name
+
+
+def rooms_import_down(source: Source) -> Iterator[str]:
+    for house, room, other, module in room_imports(source):
+        if ROOMS[house][other] >= ROOMS[house].get(room, 99) or (room, other) in APART:
+            yield f"{source.path} imports {module}"
+
+
+def every_room_has_a_rank(source: Source) -> Iterator[str]:
+    module = source.path.removesuffix(".py").removeprefix("platform/").replace("/", ".")
+    here = room_of(module)
+    if here is not None and here[1] != "__init__" and here[1] not in ROOMS[here[0]]:
+        yield f"{source.path}: {here[1]} has no rank"
 
 
 def every_unit_has_a_rank(source: Source) -> Iterator[str]:
@@ -268,6 +330,24 @@ BREACHES: list[tuple[Check, str, str]] = [
     (imports_go_down, "platform/diagonal/client/cli.py", "from diagonal.model import dit"),
     (imports_go_down, "serve/app.py", "from jobs.export import main"),
     (imports_go_down, "jobs/benchmarks/load.py", "from serve.policies.routing import Ranking"),
+    *(
+        (rooms_import_down, path, f"from {module} import x")
+        for path, module in (
+            ("serve/gateway/gateway.py", "serve.store.tables"),
+            ("serve/gateway/gateway.py", "serve.api.headers"),
+            ("serve/store/store.py", "serve.gateway.gateway"),
+            ("serve/replica/replica.py", "serve.store"),
+            ("serve/api/routes.py", "serve.store.tables"),
+            ("serve/wire/schemas.py", "serve.provenance.watermarks"),
+            ("serve/records.py", "serve.settings"),
+            ("jobs/runs/plan.py", "jobs.workers.worker"),
+            ("jobs/workers/worker.py", "jobs.distill"),
+            ("platform/diagonal/evaluate/load/figures.py", "diagonal.evaluate.bench"),
+        )
+    ),
+    (rooms_import_down, "serve/gateway/gateway.py", "from serve import store"),
+    (rooms_import_down, "serve/gateway/gateway.py", "from ..store import tables"),
+    (every_room_has_a_rank, "serve/extras/thing.py", ""),
     (every_unit_has_a_rank, "platform/diagonal/extras/thing.py", ""),
     (edge_libraries_stay_at_the_edge, CORE, "import ray"),
     (edge_libraries_stay_at_the_edge, CORE, "def f():\n    from ray.util.metrics import Gauge"),
@@ -313,6 +393,9 @@ INNOCENTS: list[tuple[Check, str, str]] = [
         "from ray import serve\nfrom serve.store.store import Store\nimport diagonal.config",
     ),
     (imports_go_down, "jobs/distill.py", "from diagonal.training import loop"),
+    (rooms_import_down, "serve/gateway/gateway.py", "from serve.gateway import fleet\nimport serve.wire.problems"),
+    (rooms_import_down, "serve/app.py", "import serve.store.store\nfrom diagonal.evaluate import quality"),
+    (every_room_has_a_rank, "serve/store/__init__.py", ""),
     (imports_go_down, LOOKS_INTO_SERVE, "from serve.policies.routing import Ranking"),
     (imports_go_down, "platform/diagonal/client/cli.py", "from diagonal.config import Config"),
     (edge_libraries_stay_at_the_edge, "jobs/distill.py", "import ray"),
@@ -356,6 +439,16 @@ def test_the_check_lets_right_code_pass(check: Check, path: str, text: str) -> N
     assert list(check(Source(path, text))) == []
 
 
+@pytest.mark.parametrize("house", ROOMS)
+def test_few_arrows_join_the_rooms_and_none_of_them_close_a_circle(house: str) -> None:
+    arrows = {(room, other) for source in sources() for at, room, other, _ in room_imports(source) if at == house}
+    assert len(arrows) <= MOST_ARROWS[house], sorted(arrows)
+    needs: dict[str, set[str]] = {}
+    for room, other in arrows:
+        needs.setdefault(room, set()).add(other)
+    TopologicalSorter(needs).prepare()  # CycleError names a circle
+
+
 def test_denoise_chunk_is_defined_exactly_once() -> None:
     text = (ROOT / "platform/diagonal/diffusion/rollout.py").read_text()
     assert text.count("\ndef denoise_chunk(") == 1
@@ -378,4 +471,10 @@ def test_the_given_names_stand_at_the_top(given: str) -> None:
 def test_the_client_and_the_lowest_ranks_load_neither_torch_nor_ray(module: str) -> None:
     program = f"import sys, {module}; print(sorted({{'torch', 'ray'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_gateway_process_loads_neither_torch_nor_a_database() -> None:
+    program = "import sys, serve.api.deployment; print(sorted({'torch', 'sqlalchemy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"

@@ -14,9 +14,9 @@ from urllib.parse import SplitResult, urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.records import Caller
-from serve.store.credentials import CLIENT_SECRET, KEY, Secret, parse_secret
-from serve.store.tables import LOCAL
+from serve.records import LOCAL_CALLER, Caller
+from serve.rpc import UNAVAILABLE
+from serve.tokens import CLIENT_SECRET, KEY, Secret, parse_secret
 from serve.wire import problems
 from serve.wire.problems import Problem
 
@@ -26,7 +26,6 @@ SUBPROTOCOL = "realtime"
 _SECRET_PROTOCOLS = ("diagonal-client-secret.", "openai-insecure-api-key.")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
-LOCAL_CALLER = Caller(LOCAL, LOCAL)
 REQUESTS_AT_ONCE = 200  # of one key, at one gateway: a stream and a socket are one as long as they are open
 
 
@@ -61,7 +60,7 @@ class Door:
                 raise Problem(404, "not_found", "Not Found")  # no name has one, and not every database takes it
         except Problem as problem:
             return await problems.reject(problem, scope, receive, send)
-        except problems.SILENCES:
+        except UNAVAILABLE:
             return await problems.reject(problems.unavailable(), scope, receive, send)
         self._open[key_id] += 1
         try:

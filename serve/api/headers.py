@@ -8,8 +8,7 @@ from math import ceil
 
 from fastapi import Request
 
-from serve.records import Caller, Usage
-from serve.store.quotas import WINDOW_S
+from serve.records import WINDOW_S, Caller, Usage
 from serve.wire.problems import Problem
 
 _ONE_RANGE = re.compile(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", re.IGNORECASE)
@@ -48,11 +47,13 @@ def select(request: Request, etag: str, size: int) -> Selection:
     return Selection(206, start, stop, headers | about)
 
 
-def rate_limits(caller: Caller, usage: Usage) -> dict[str, str]:
-    """`RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10); nothing for a key without limits.
+def rate_limits(caller: Caller, usage: Usage | None) -> dict[str, str]:
+    """`RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10); nothing without usage or limits.
 
     `frames` are pixel frames in any minute, `sessions` videos at once.
     """
+    if usage is None:
+        return {}
     policies, left = [], []
     if caller.frames_per_minute:
         policies.append(f'"frames";q={caller.frames_per_minute};w={int(WINDOW_S)}')

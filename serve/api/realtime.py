@@ -20,9 +20,10 @@ from serve.api.auth import SUBPROTOCOL
 from serve.gateway.gateway import Gateway
 from serve.gateway.reader import ChunkReader
 from serve.records import LIVE, Caller, Segment, Status, VideoRecord
-from serve.store.credentials import RESUME, new_secret, parse_secret
+from serve.rpc import UNAVAILABLE
+from serve.tokens import RESUME, new_secret, parse_secret
 from serve.wire import messages
-from serve.wire.problems import SILENCES, Problem, unavailable
+from serve.wire.problems import Problem, unavailable
 from serve.wire.schemas import MAX_MESSAGE_BYTES, InteractionRequest
 
 _LOG = logging.getLogger("ray.serve")
@@ -65,7 +66,7 @@ class RealtimeSession:
         await self._socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
         try:
             video, reader, chunk = await self._start()
-        except (Problem, *SILENCES) as error:
+        except (Problem, *UNAVAILABLE) as error:
             await self._refuse(error if isinstance(error, Problem) else unavailable())
         except WebSocketDisconnect:
             return
@@ -145,7 +146,7 @@ class RealtimeSession:
             await self._refuse(problems[0], video.id)
         elif errors:
             _LOG.error("session %s: %s", video.id, type(errors[0]).__name__)
-            silent = isinstance(errors[0], SILENCES)
+            silent = isinstance(errors[0], UNAVAILABLE)
             await self._refuse(unavailable() if silent else _INTERNAL, video.id)
             return self._gateway.settings.resume_window_s
         else:
@@ -203,7 +204,7 @@ class RealtimeSession:
             text = await self._receive()
             try:
                 await self._handle(text, video, reader)
-            except (Problem, *SILENCES) as error:
+            except (Problem, *UNAVAILABLE) as error:
                 problem = error if isinstance(error, Problem) else unavailable()
                 self._gateway.count_error(problem.code)
                 await self._send(messages.failed(problem, video.id, messages.event_id_of(text)))
@@ -249,13 +250,13 @@ class RealtimeSession:
     async def _tell_dropped(self, video: VideoRecord) -> None:
         """Name the changes that came too late to show."""
         problem = Problem(409, "interaction_failed", "the stream ended before it took effect")
-        with contextlib.suppress(Problem, *SILENCES, WebSocketDisconnect, RuntimeError):
+        with contextlib.suppress(Problem, *UNAVAILABLE, WebSocketDisconnect, RuntimeError):
             for change in (await self._gateway.get(video.id, self._caller)).interactions:
                 if change.chunk is None:
                     await self._send(messages.failed(problem, video.id, change.event_id))
 
     async def _cancel(self, video: VideoRecord, message: str) -> None:
-        with contextlib.suppress(*SILENCES):  # then its driver sees that nobody reads
+        with contextlib.suppress(*UNAVAILABLE):  # then its driver sees that nobody reads
             await self._gateway.cancel(video, "abandoned", message)
 
     async def _refuse(self, problem: Problem, request_id: str | None = None) -> None:

@@ -18,15 +18,16 @@ from diagonal.metrics import MetricSink
 from serve.api.access_log import Edge
 from serve.api.auth import Door
 from serve.api.body import read_body
-from serve.api.headers import select
+from serve.api.headers import rate_limits, select
 from serve.api.openapi import CREATED, FILE, RECORDING, STREAM, body_of, describe, errors
 from serve.api.realtime import RealtimeLimits, RealtimeSession
 from serve.gateway.gateway import Gateway
 from serve.records import Caller, Idempotency
 from serve.wire import problems
-from serve.wire.chains import MAX_LINKS, ChainAnswer, ProvenanceAnswer
 from serve.wire.problems import Problem
 from serve.wire.schemas import (
+    MAX_LINKS,
+    ChainAnswer,
     ClientSecret,
     ClientSecretRequest,
     Health,
@@ -34,6 +35,7 @@ from serve.wire.schemas import (
     InteractionRequest,
     ModelAnswer,
     ModelList,
+    ProvenanceAnswer,
     VideoAnswer,
     VideoDeleted,
     VideoList,
@@ -118,9 +120,9 @@ def _add_videos(app: FastAPI) -> None:
             video = await gateway.create(asked, caller, idempotency, traceparent=request.headers.get("traceparent", ""))
         except Problem as problem:
             if problem.status == 429:
-                problem.headers = await gateway.rate_limits(caller)
+                problem.headers = rate_limits(caller, await gateway.usage(caller))
             raise
-        response.headers.update(await gateway.rate_limits(caller))
+        response.headers.update(rate_limits(caller, await gateway.usage(caller)))
         return VideoAnswer.of(video)
 
     @app.get("/v1/videos", responses=errors(422))

@@ -18,8 +18,7 @@ from serve.gateway.failover import PATIENCE_S, UNWATCHED_PATIENCE_S, rehome
 from serve.gateway.replica_session import GONE, Holder
 from serve.policies.pacing import PlaybackClock
 from serve.records import EncodedChunk, Pacing, Refused, Status, Verdict, VideoRecord
-from serve.rpc import answer, patient
-from serve.wire.problems import SILENCES
+from serve.rpc import UNAVAILABLE, answer, patient
 
 _LOG = logging.getLogger("ray.serve")
 _SECOND_AHEAD_S = 0.4  # of media left to a viewer when his second chunk is asked for: others' first ones come first
@@ -64,14 +63,14 @@ class Driver:
         beat = asyncio.ensure_future(self._beat())
         try:
             outcome = await self._drive()
-        except SILENCES as error:
+        except UNAVAILABLE as error:
             _LOG.warning("video %s: %s", self._video.id, type(error).__name__)
             outcome = "failed"
-            with contextlib.suppress(*SILENCES):
+            with contextlib.suppress(*UNAVAILABLE):
                 await self._fail(GONE.code, GONE.message)
         except asyncio.CancelledError:
             beat.cancel()
-            with contextlib.suppress(*SILENCES):
+            with contextlib.suppress(*UNAVAILABLE):
                 await answer(self._store.release.remote(self._video.id, self._video.epoch), _RELEASE_S)
             raise
         finally:
@@ -84,7 +83,7 @@ class Driver:
     async def _save_recording(self) -> None:
         """Keep the log of a session that is recorded, as far as it went, before its replica forgets it."""
         if self._video.record and (text := await self._holder.recording()):
-            with contextlib.suppress(*SILENCES):
+            with contextlib.suppress(*UNAVAILABLE):
                 await answer(self._store.put_recording.remote(self._video.id, text))
 
     async def _drive(self) -> str | None:
@@ -231,7 +230,7 @@ class Driver:
         while True:
             await asyncio.sleep(max(0.0, self._checked_s + _BEAT_S - time.monotonic()))
             self._checked_s = time.monotonic()
-            with contextlib.suppress(*SILENCES):
+            with contextlib.suppress(*UNAVAILABLE):
                 await answer(self._store.check.remote(self._video.id, self._video.epoch))
 
     async def _check(self) -> Verdict:

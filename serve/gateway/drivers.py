@@ -11,8 +11,7 @@ from diagonal.metrics import MetricSink
 from serve.gateway.driver import Driver
 from serve.gateway.fleet import Fleet
 from serve.records import VideoRecord
-from serve.rpc import answer, apart, patient
-from serve.wire.problems import SILENCES
+from serve.rpc import UNAVAILABLE, answer, apart, patient
 
 _LOG = logging.getLogger("ray.serve")
 _LOOK_EVERY_S = 0.5
@@ -55,7 +54,7 @@ class Drivers:
         """Take up, until cancelled, what other gateways left behind: nobody may be there who asks for it."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            with contextlib.suppress(*SILENCES):  # the store is away: look again
+            with contextlib.suppress(*UNAVAILABLE):  # the store is away: look again
                 for video in await answer(self._store.orphans.remote()):
                     _LOG.info("video %s is taken up from a gateway that is gone", video.id)
                     await self.adopt(video)

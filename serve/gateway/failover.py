@@ -10,8 +10,7 @@ from typing import Any
 
 from serve.policies.routing import address, elsewhere
 from serve.records import InteractionKind, Opened, Refused, VideoRecord
-from serve.rpc import answer, patient
-from serve.wire.problems import SILENCES
+from serve.rpc import UNAVAILABLE, answer, patient
 
 _LOG = logging.getLogger("ray.serve")
 PATIENCE_S = 10.0  # of a viewer before a stream that stands still counts as ended
@@ -58,7 +57,7 @@ async def _take_up(video: VideoRecord, store: Any, anywhere: Any, ahead_s: float
         if isinstance(opened, Refused) and opened.param == "session_id":  # it is there from a try that was not heard
             await answer(anywhere.close.remote(video.id, "moved"), _CALL_TIMEOUT_S)
         return opened, not parts
-    except SILENCES:
+    except UNAVAILABLE:
         return _LOST, False
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from diagonal.errors import require
 from serve.policies.traffic import Shares
 from serve.records import ModelInfo, Refused, VideoRecord
-from serve.rpc import answer
-from serve.wire.problems import SILENCES, unavailable, wrong_value
+from serve.rpc import UNAVAILABLE, answer
+from serve.wire.problems import unavailable, wrong_value
 
 _LOG = logging.getLogger("ray.serve")
 _READY_TIMEOUT_S = 5.0
@@ -63,7 +63,7 @@ class Fleet:
         """What each release serves that answers now; the failure of one when none does."""
         found = await asyncio.gather(*(self.info(name) for name in self._handles), return_exceptions=True)
         for one in found:
-            if isinstance(one, BaseException) and not isinstance(one, SILENCES):
+            if isinstance(one, BaseException) and not isinstance(one, UNAVAILABLE):
                 raise one
         infos = [one for one in found if isinstance(one, ModelInfo)]
         if not infos:
@@ -80,7 +80,7 @@ class Fleet:
         for name in self._shares.ranked(video_id):
             try:
                 return await self.info(name)
-            except SILENCES:
+            except UNAVAILABLE:
                 _LOG.warning("release %s does not answer", name)
         raise unavailable()
 
@@ -100,7 +100,7 @@ class Fleet:
     async def _ready(self, name: str) -> bool:
         try:
             return bool(await answer(self._handles[name].ready.remote(), _READY_TIMEOUT_S))
-        except SILENCES:
+        except UNAVAILABLE:
             return False
 
 

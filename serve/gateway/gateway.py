@@ -11,18 +11,19 @@ from typing import Any, NoReturn
 
 from diagonal.chain import Link
 from diagonal.metrics import MetricSink
-from serve.api.auth import LOCAL_CALLER
-from serve.api.headers import rate_limits
 from serve.gateway.drivers import Drivers
 from serve.gateway.failover import opening
 from serve.gateway.fleet import Fleet
 from serve.gateway.prompt_policy import PromptPolicy
 from serve.gateway.reader import BrokenStreamError, ChunkReader
 from serve.gateway.replica_session import Holder
+from serve.gateway.requests import asked_change, new_video, new_video_id
 from serve.policies.load_shedding import RecentRefusals
 from serve.policies.routing import address
 from serve.records import (
     KEPT_CHUNKS,
+    LOCAL,
+    LOCAL_CALLER,
     Caller,
     Idempotency,
     Interaction,
@@ -32,15 +33,15 @@ from serve.records import (
     Provenance,
     Refused,
     Status,
+    Usage,
     VideoRecord,
 )
-from serve.rpc import answer, apart, patient
+from serve.rpc import UNAVAILABLE, answer, apart, patient
 from serve.settings import ServeSettings
-from serve.store.credentials import CLIENT_SECRET_S, Secret
-from serve.store.tables import LOCAL
+from serve.tokens import CLIENT_SECRET_S, Secret
 from serve.tracing import traces_of
-from serve.wire.problems import SILENCES, Problem, not_found, refused, wrong_value
-from serve.wire.schemas import InteractionRequest, VideoRequest, asked_change, new_video, new_video_id
+from serve.wire.problems import Problem, not_found, refused, wrong_value
+from serve.wire.schemas import InteractionRequest, VideoRequest
 
 _READY_TIMEOUT_S = 5.0
 _LOOK_EVERY_S = 0.2
@@ -125,7 +126,7 @@ class Gateway:
             raise Problem(503, "draining", "this gateway is about to end; another one goes on", retry_after_s=1.0)
         try:
             ready = await answer(self._store.ready.remote(), _READY_TIMEOUT_S) and await self._fleet.ready()
-        except SILENCES:
+        except UNAVAILABLE:
             ready = False
         if not ready:
             raise Problem(503, "not_ready", "the service is not ready", retry_after_s=1.0)
@@ -200,15 +201,15 @@ class Gateway:
             raise self._rejected(known, "quota")
         try:
             opened = await self._open(video)
-        except (Problem, *SILENCES):
+        except (Problem, *UNAVAILABLE):
             await patient(lambda: self._store.withdraw.remote(video, caller))
             raise
         video = replace(video, status=Status.IN_PROGRESS, replica=opened.replica, mime=opened.mime)
         try:
             kept = await answer(self._store.opened.remote(video.id, opened.replica, opened.mime, opened.init))
-        except SILENCES:
+        except UNAVAILABLE:
             await self._at(video).close.remote(video.id, "cancelled")
-            with contextlib.suppress(*SILENCES):  # then it counts until the store's upkeep ends it
+            with contextlib.suppress(*UNAVAILABLE):  # then it counts until the store's upkeep ends it
                 await answer(self._store.withdraw.remote(video, caller))
             raise
         if not kept:
@@ -273,14 +274,15 @@ class Gateway:
             raise Problem(409, "event_id_conflict", message, param="interaction.event_id")
         return change.event_id
 
-    async def rate_limits(self, caller: Caller) -> dict[str, str]:
-        """Headers that say what is left of the caller's quotas; none where they cannot be told now."""
+    async def usage(self, caller: Caller) -> Usage | None:
+        """What the caller's account used of its quotas; None without quotas, or when the store does not answer."""
         if not (caller.sessions or caller.frames_per_minute):
-            return {}
+            return None
         try:
-            return rate_limits(caller, await answer(self._store.usage.remote(caller)))
-        except SILENCES:
-            return {}
+            usage: Usage = await answer(self._store.usage.remote(caller))
+        except UNAVAILABLE:
+            return None
+        return usage
 
     async def content_size(self, video_id: str, caller: Caller) -> int:
         """Bytes of the finished file; `Problem` says why there is none."""
@@ -368,7 +370,7 @@ class Gateway:
         """Tell the replica. One that is gone is replaced by the session's driver, which tells the next one."""
         try:
             refusal = await self._tell_replica(video, change)
-        except SILENCES:
+        except UNAVAILABLE:
             refusal = None
         if refusal is not None and refusal.code == "session_lost":
             refusal = None

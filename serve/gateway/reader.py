@@ -10,8 +10,7 @@ from typing import Any
 
 from diagonal.metrics import MetricSink
 from serve.records import Segment, Status, VideoRecord
-from serve.rpc import CALL_TIMEOUT_S, answer, patient
-from serve.wire.problems import SILENCES
+from serve.rpc import CALL_TIMEOUT_S, UNAVAILABLE, answer, patient
 
 _SEGMENT_WAIT_S = 5.0
 
@@ -85,10 +84,10 @@ class ChunkReader:
 
     async def tell_position(self, position_s: float, window_s: float) -> None:
         """How far the viewer has played, and how much media he wants ahead."""
-        with contextlib.suppress(*SILENCES):  # the next one says it again
+        with contextlib.suppress(*UNAVAILABLE):  # the next one says it again
             await answer(self._store.playback.remote(self._video.id, self.name, position_s, window_s))
 
     async def leave(self, return_s: float = 0.0) -> None:
         """Say that nobody reads here any more, or that he may be back within `return_s`."""
-        with contextlib.suppress(*SILENCES):  # the store forgets silent readers
+        with contextlib.suppress(*UNAVAILABLE):  # the store forgets silent readers
             await answer(self._store.leave.remote(self._video.id, self.name, return_s))

@@ -7,8 +7,7 @@ from typing import Any
 
 from serve.policies.routing import address
 from serve.records import EncodedChunk, Refused, VideoRecord
-from serve.rpc import answer
-from serve.wire.problems import SILENCES
+from serve.rpc import UNAVAILABLE, answer
 
 GONE = Refused("session_lost", "the part of the service that held the session is gone")
 _SLICE_S = 2.0  # a replica answers a pull within this, with a chunk or without
@@ -34,36 +33,36 @@ class Holder:
             call = self._replica.pull.remote(self._video_id, chunk, ahead, since_chunk, _SLICE_S)
             made: tuple[EncodedChunk, ...] | Refused | None = await answer(call, _SLICE_S + _SILENCE_S)
             return made
-        except SILENCES:
+        except UNAVAILABLE:
             return GONE
 
     async def lost(self) -> bool:
         """Whether the session is to be moved: its replica is gone, drains, hangs, or let it go."""
         try:
             return not await answer(self._replica.holds.remote(self._video_id, self._name), _SILENCE_S)
-        except SILENCES:
+        except UNAVAILABLE:
             return True
 
     async def pause(self) -> None:
         """Free the session's cache, if it is still there."""
-        with contextlib.suppress(*SILENCES):
+        with contextlib.suppress(*UNAVAILABLE):
             await answer(self._replica.pause.remote(self._video_id), _SILENCE_S)
 
     async def resume(self) -> bool:
         """Whether the session may go on; a replica that lost it says so at the next pull."""
-        with contextlib.suppress(*SILENCES):
+        with contextlib.suppress(*UNAVAILABLE):
             refused = await answer(self._replica.resume.remote(self._video_id), _SILENCE_S)
             return not (isinstance(refused, Refused) and refused.retry_after_s is not None)
         return True
 
     async def recording(self) -> str | None:
         """The log of a recorded session, if it is still there."""
-        with contextlib.suppress(*SILENCES):
+        with contextlib.suppress(*UNAVAILABLE):
             told = await answer(self._replica.recording.remote(self._video_id), _SILENCE_S)
             return None if isinstance(told, Refused) else str(told)
         return None
 
     async def close(self, outcome: str) -> None:
         """Free the session's slot, if that replica is still there."""
-        with contextlib.suppress(*SILENCES):
+        with contextlib.suppress(*UNAVAILABLE):
             await answer(self._replica.close.remote(self._video_id, outcome, self._name), _SILENCE_S)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,6 @@ from diagonal.errors import FieldError, require
 from diagonal.media.encode import write_mp4
 from diagonal.mp4 import boxes
 from serve.records import Interaction, InteractionKind, Pacing, VideoRecord
-from serve.store.media_files import Seal
 
 FORMAT = "video/mp4"
 GENERATION = "org.diagonal.generation"  # the label of our own assertion
@@ -37,6 +36,14 @@ _SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedi
 _BOX = bytes.fromhex("d8fec3d61b0e483c92975828877ec481")  # C2PA's uuid box (C2PA 2.1, A.5.1)
 _HALF_BYTES = 32  # of an ES256 signature
 _TRIAL = VideoRecord("trial", "trial", "", 0, 1, 1, 1, "16x16", Pacing.NONE, 0.0)
+
+
+@dataclass(frozen=True)
+class Seal:
+    """`write(plain, target)` makes of a finished file the one that counts; `is_on(path)` tells whether one is."""
+
+    write: Callable[[Path, Path], None]
+    is_on: Callable[[Path], bool]
 
 
 class SigningError(RuntimeError):

@@ -5,10 +5,13 @@ Everything here waits for the disk: the store calls it on its one thread.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
-from serve.provenance.signing_key import ChunkSigner
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from diagonal.chain import Link, public_key_of, signed_link
 from serve.records import LIVE, ChunkEvents, EncodedChunk, KeptChunk, Segment, Status, VideoRecord
 from serve.store.database import Database
 from serve.store.media_files import INIT, MediaFiles
@@ -59,3 +62,26 @@ class Shelf:
             if video.endless:
                 return replace(news, gone=True)
             raise
+
+
+class ChunkSigner:
+    """Makes the link of each chunk, on the one before it that the database holds: so the chain outlives the process."""
+
+    def __init__(self, key: Ed25519PrivateKey, database: Database, files: MediaFiles) -> None:
+        self._key, self._database, self._files = key, database, files
+        self.public_key = public_key_of(key)
+
+    def links(self, video_id: str, chunks: Sequence[EncodedChunk]) -> list[Link]:
+        """The links of a video's next chunks, in order."""
+        previous, made = self._previous(video_id, chunks[0].chunk), list[Link]()
+        for chunk in chunks:
+            sha256 = hashlib.sha256(chunk.data).hexdigest()
+            made.append(signed_link(self._key, video_id, chunk.chunk, sha256, previous, chunk.last))
+            previous = made[-1].signature
+        return made
+
+    def _previous(self, video_id: str, chunk: int) -> str:
+        if chunk == 0:
+            return hashlib.sha256(self._files.read(video_id, INIT)).hexdigest()
+        before = self._database.links(video_id, chunk - 1, 1)
+        return before[0].signature if before and before[0].chunk == chunk - 1 else ""

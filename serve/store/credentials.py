@@ -1,13 +1,8 @@
-"""API keys and one-time client secrets: what is handed out is random, what is kept is its SHA-256.
-
-A secret reads `<kind>_<id>_<random>`. The id is public: logs and lists name it, and a row is found by it.
-"""
+"""API keys and one-time client secrets in the database: of each only its hash is kept."""
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-import secrets
 from dataclasses import dataclass
 
 import sqlalchemy as sql
@@ -15,19 +10,7 @@ import sqlalchemy as sql
 from diagonal.errors import require
 from serve.records import Caller
 from serve.store.tables import CLIENT_SECRETS, KEYS, Tables
-
-KEY, CLIENT_SECRET, RESUME = "dk", "ek", "rt"
-CLIENT_SECRET_S = 60.0
-_ID_BYTES, _RANDOM_BYTES = 8, 32
-_LONGEST = 128
-
-
-@dataclass(frozen=True)
-class Secret:
-    """A secret's public id and hash; the text itself is told once and kept nowhere."""
-
-    id: str
-    hash: str
+from serve.tokens import CLIENT_SECRET, KEY, Secret, new_secret
 
 
 @dataclass(frozen=True)
@@ -41,20 +24,6 @@ class KeyRecord:
     frames_per_minute: int
     created_at: float
     revoked_at: float | None
-
-
-def new_secret(kind: str) -> tuple[str, Secret]:
-    """The text to hand out, and what to keep of it."""
-    text = f"{kind}_{secrets.token_hex(_ID_BYTES)}_{secrets.token_urlsafe(_RANDOM_BYTES)}"
-    return text, parse_secret(kind, text) or Secret("", "")
-
-
-def parse_secret(kind: str, text: str) -> Secret | None:
-    """Id and hash of a secret that somebody shows; None when it is none of that kind."""
-    parts = text.split("_", 2)
-    if len(parts) != 3 or parts[0] != kind or not text.isascii() or len(text) > _LONGEST:
-        return None
-    return Secret(parts[1], hashlib.sha256(text.encode()).hexdigest())
 
 
 class Credentials:

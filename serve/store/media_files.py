@@ -5,25 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from diagonal.media.encode import write_fragments
 from diagonal.storage import Folder
 from diagonal.storage.disk import Disk, sync
+from serve.provenance.content_credentials import Seal
 
 INIT = "init"
 FINISHED = "video.mp4"
 RECORDING = "recording.json"
-
-
-@dataclass(frozen=True)
-class Seal:
-    """`write(plain, target)` makes of a finished file the one that counts; `is_on(path)` tells whether one is."""
-
-    write: Callable[[Path, Path], None]
-    is_on: Callable[[Path], bool]
 
 
 class MediaFiles:

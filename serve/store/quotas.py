@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sqlalchemy as sql
 
-from serve.records import Caller, Idempotency, Pacing, Refused, Status, Usage, VideoRecord
+from serve.records import WINDOW_S, Caller, Idempotency, Pacing, Refused, Status, Usage, VideoRecord
 from serve.store.database import read_video, video_row
 from serve.store.tables import IDEMPOTENCY, USAGE, VIDEOS, Tables
 
-WINDOW_S = 60.0
 IN_FLIGHT_S = 60.0  # after that, whoever was to answer is gone
 REMEMBERED_S = 24 * 3600.0
 _SESSIONS_RETRY_S = 5.0

@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from diagonal.chain import Link
 from diagonal.storage import Folder, StorageError
-from serve.provenance.signing_key import ChunkSigner, signing_key
+from serve.provenance.signing_key import signing_key
 from serve.records import (
     KEPT_CHUNKS,
     Caller,
@@ -39,14 +39,15 @@ from serve.records import (
     VideoRecord,
 )
 from serve.settings import ServeSettings
-from serve.store.chunks import Shelf
-from serve.store.credentials import Credentials, Secret
+from serve.store.chunks import ChunkSigner, Shelf
+from serve.store.credentials import Credentials
 from serve.store.database import Database
 from serve.store.finalizer import Finisher
 from serve.store.media_files import INIT, RECORDING, MediaFiles, read_part
 from serve.store.presence import Watch
 from serve.store.quotas import Admission
 from serve.store.tables import Tables
+from serve.tokens import Secret
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -12,8 +12,9 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy import Column, Float, Index, Integer, MetaData, String, Table, Text
 
+from serve.records import LOCAL
+
 VERSION = 4
-LOCAL = "local"  # who a video belongs to when callers of this machine need no key
 _BUSY_TIMEOUT_MS = 15_000
 _MIGRATION_LOCK = 7_046_029_254_386_353_131  # an advisory lock's number, the same in every process
 _TABLES = MetaData()

@@ -12,20 +12,18 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from diagonal.metrics import MetricSink
 from serve.records import Refused
+from serve.rpc import UNAVAILABLE
 
 _LOG = logging.getLogger("ray.serve")
 MEDIA_TYPE = "application/problem+json"
 _UNAVAILABLE_RETRY_S = 2.0
 _SHOWN_VALUE_CHARACTERS = 80
 _POLICY_CLOSE = 1008
-SILENCES = (RayError, RayServeException, TimeoutError)  # a part of the service that does not answer
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _REFUSALS = {"invalid_value": 400, "quota_too_small": 403, "idempotency_conflict": 422}
 
@@ -148,7 +146,7 @@ def install(app: FastAPI, metrics: MetricSink) -> None:
     app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    for silence in SILENCES:
+    for silence in UNAVAILABLE:
         app.add_exception_handler(silence, on_silence)
     app.add_exception_handler(Exception, on_anything)
 

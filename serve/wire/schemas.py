@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import models_json_schema
 
-from serve.records import Caller, Interaction, InteractionKind, ModelInfo, Pacing, Status, VideoRecord
-from serve.store.credentials import CLIENT_SECRET_S
-from serve.wire.chains import ProvenanceAnswer
-from serve.wire.problems import Problem, invalid, wrong_value
+from diagonal.chain import ALGORITHM, Link
+from serve.records import Caller, Interaction, ModelInfo, Provenance, Status, VideoRecord
+from serve.tokens import CLIENT_SECRET_S
+from serve.wire.problems import invalid
 
 MAX_SEED = 2**32 - 1
 MAX_TRANSITION_CHUNKS = 64
 MAX_BODY_BYTES = 64 * 1024
 MAX_MESSAGE_BYTES = 128 * 1024
 MAX_PENDING = 64
+MAX_LINKS = 10_000  # in one answer
 EXTRA_NAMES = AliasChoices("extra", "extra_params", "extra_body")
 EventId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
 
@@ -251,6 +252,50 @@ class ModelAnswer(BaseModel):
         )
 
 
+class LinkAnswer(BaseModel):
+    """One chunk's link; bytes in hexadecimal. It is signed over a JSON list, as `diagonal.chain` forms it."""
+
+    chunk: int
+    sha256: str
+    previous: str = Field(description="Signature of the link before; of chunk 0, SHA-256 of the initialisation segment")
+    last: bool
+    signature: str
+    public_key: str
+
+
+class ChainAnswer(BaseModel):
+    """A stream's chain, as far as it is made and kept. `prompt_salt` opens the hashes in the file's credentials."""
+
+    object: Literal["video.chain"] = "video.chain"
+    video_id: str
+    algorithm: str = ALGORITHM
+    prompt_salt: str
+    has_more: bool
+    links: list[LinkAnswer]
+
+    @classmethod
+    def of(cls, video: VideoRecord, links: Sequence[Link], has_more: bool) -> ChainAnswer:
+        told = [LinkAnswer.model_validate(link.as_answer()) for link in links]
+        return cls(video_id=video.id, prompt_salt=video.prompt_salt, has_more=has_more, links=told)
+
+
+class ProvenanceAnswer(BaseModel):
+    """What tells where videos of this service come from."""
+
+    chain_algorithm: str = ALGORITHM
+    chain_public_key: str = Field(description="Raw, in hexadecimal")
+    content_credentials: bool = Field(description="Whether finished files are signed (C2PA)")
+    watermark: str | None = Field(description="The invisible watermark in every frame; null: there is none")
+
+    @classmethod
+    def of(cls, told: Provenance) -> ProvenanceAnswer:
+        return cls(
+            chain_public_key=told.public_key,
+            content_credentials=told.content_credentials,
+            watermark=told.watermark or None,
+        )
+
+
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelAnswer]
@@ -294,110 +339,6 @@ def parse(kind: type[WireRequest], data: object, *, text: bool) -> Any:
         return kind.model_validate(data, strict=not text)
     except ValidationError as error:
         raise invalid(error) from None
-
-
-def checked_prompt(prompt: str, info: ModelInfo, param: str = "prompt") -> str:
-    """The prompt without surrounding space; `Problem` when nothing is left, or too much."""
-    text = prompt.strip()
-    if "\0" in text:
-        raise wrong_value(422, "invalid_value", param, prompt, "text without NUL")  # PostgreSQL keeps none
-    if not text:
-        raise wrong_value(422, "prompt_empty", param, prompt, f"1 to {info.max_prompt_characters} characters")
-    if len(text) > info.max_prompt_characters:
-        detail = f"{param} has {len(text)} characters: allowed are 1 to {info.max_prompt_characters}"
-        raise Problem(422, "prompt_too_long", detail, param=param)
-    return text
-
-
-def asked_change(request: InteractionRequest, info: ModelInfo) -> Interaction:
-    """What an interaction asks for; `Problem` when its event says nothing, or two things."""
-    asked = request.interaction
-    event, where = asked.event, "interaction.event"
-    if event.action is not None:
-        if event.prompt is not None or asked.transition_chunks:
-            raise Problem(422, "invalid_value", f"{where} has an action: it stands alone", param=f"{where}.action")
-        return Interaction(asked.event_id, "", kind=InteractionKind(event.action))
-    if event.prompt is None:
-        raise Problem(422, "missing_field", f"{where}.prompt is missing", param=f"{where}.prompt")
-    return Interaction(asked.event_id, checked_prompt(event.prompt, info, f"{where}.prompt"), asked.transition_chunks)
-
-
-def new_video_id() -> str:
-    """An id that nobody guesses."""
-    return f"video_{secrets.token_hex(16)}"
-
-
-def new_video(request: VideoRequest, info: ModelInfo, created_at: float, video_id: str) -> VideoRecord:
-    """The video that a request describes; `Problem` when this model cannot make it."""
-    prompt = checked_prompt(request.prompt, info)
-    if request.fps not in (None, info.fps):
-        raise wrong_value(400, "invalid_value", "fps", request.fps, str(info.fps))
-    scale = _scale(request, info)
-    return VideoRecord(
-        id=video_id,
-        model=info.name,
-        prompt=prompt,
-        seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
-        frames=_frames(request, info),
-        fps=info.fps,
-        scale=scale,
-        size=info.size(scale),
-        pacing=Pacing(request.extra.pacing),
-        created_at=created_at,
-        release_sha256=info.release_sha256,
-        record=request.extra.record,
-    )
-
-
-def _scale(request: VideoRequest, info: ModelInfo) -> int:
-    sizes = {info.size(scale): scale for scale in info.scales}
-    asked = request.size
-    if (request.width is None) != (request.height is None):
-        raise Problem(422, "invalid_value", "width and height belong together", param="width")
-    if request.width is not None:
-        pair = f"{request.width}x{request.height}"
-        if asked not in (None, pair):
-            raise wrong_value(400, "invalid_value", "size", asked, f"{pair}, as width and height say")
-        asked = pair
-    if asked is None:
-        return info.scales[0]
-    if asked not in sizes:
-        raise wrong_value(400, "invalid_value", "size", asked, " or ".join(sizes))
-    return sizes[asked]
-
-
-def _frames(request: VideoRequest, info: ModelInfo) -> int:
-    """Pixel frames; 0 for a stream without an end."""
-    seconds = _seconds(request.seconds)
-    if request.extra.endless:
-        if seconds is not None or request.num_frames is not None:
-            raise Problem(422, "invalid_value", "extra.endless stands without seconds and num_frames", param="extra")
-        return 0
-    if seconds is None:
-        if request.num_frames is not None and request.num_frames > info.max_frames:
-            raise wrong_value(400, "invalid_value", "num_frames", request.num_frames, f"1 to {info.max_frames}")
-        return request.num_frames or info.clip_frames
-    if not 0 < seconds <= info.max_frames / info.fps:
-        allowed = f"above 0, up to {info.max_frames / info.fps:g}"
-        raise wrong_value(400, "invalid_value", "seconds", request.seconds, allowed)
-    frames = max(1, round(seconds * info.fps))
-    if request.num_frames not in (None, frames):
-        allowed = f"{frames}, as seconds = {seconds:g} says; or give one of the two"
-        raise wrong_value(400, "invalid_value", "num_frames", request.num_frames, allowed)
-    return frames
-
-
-def _seconds(value: float | str | None) -> float | None:
-    """OpenAI sends seconds as text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not math.isfinite(seconds):
-        raise wrong_value(422, "invalid_value", "seconds", value, "a number")
-    return seconds
 
 
 def _progress(video: VideoRecord) -> int:

@@ -24,11 +24,11 @@ from diagonal.model.manifest import ReleaseError
 from diagonal.model.release import Release
 from diagonal.storage import Folder
 from serve.gateway.fleet import Fleet
-from serve.policies.traffic import NAME, Canaries, ReleaseSettings, Shares, parse_releases
+from serve.policies.traffic import Canaries, Shares
 from serve.records import Refused
 from serve.replica.loading import Loaded, load_engine
 from serve.replica.replica import Replica
-from serve.settings import ServeSettings
+from serve.settings import NAME, ReleaseSettings, ServeSettings, parse_releases
 from tests.networks import small_release
 from tests.serve.harness import FakeEngine, RecordingSink, SideBySide, Until
 from tests.serve.sockets import viewer

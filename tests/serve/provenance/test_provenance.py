@@ -21,7 +21,6 @@ from diagonal.errors import FieldError
 from diagonal.media.encode import Pixels, read_mp4
 from diagonal.media.watermark import Detection, SpreadSpectrum, payload_of
 from diagonal.mp4 import boxes
-from serve.api.auth import LOCAL_CALLER
 from serve.provenance.content_credentials import (
     GENERATION,
     ContentCredentials,
@@ -30,7 +29,7 @@ from serve.provenance.content_credentials import (
     validation_state,
 )
 from serve.provenance.watermarks import Watermarks
-from serve.records import Status
+from serve.records import LOCAL_CALLER, Status
 from serve.settings import ServeSettings
 from serve.store.finalizer import Finisher
 from serve.store.store import Store

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import httpx2
 import pytest
 
-from serve.store import credentials, quotas
+from serve.records import WINDOW_S
+from serve.tokens import CLIENT_SECRET, parse_secret
 from tests.serve.harness import FakeEngine, Service, Until
 from tests.serve.hostile import new_key, start, told
 from tests.serve.sockets import cut, viewer
@@ -100,7 +101,7 @@ def test_s8_a_secret_ends_after_its_seconds_whatever_the_clock_says(
     value = http.post("/v1/realtime/client_secrets", headers=headers, json=body).json()["value"]
     jump()
     time.sleep(1.2)
-    shown = credentials.parse_secret(credentials.CLIENT_SECRET, value)
+    shown = parse_secret(CLIENT_SECRET, value)
     assert shown is not None and guarded.run(guarded.store.redeem(shown)) is None
 
 
@@ -127,7 +128,7 @@ def test_s8_and_17_a_quota_neither_opens_nor_shuts_with_a_jump(
             until(lambda: not engine.sessions, "room again")
     assert codes == [200, 200, 429]
     wait_s = int(http.post("/v1/videos", json=body, headers=headers).headers["retry-after"])
-    assert 1 <= wait_s <= quotas.WINDOW_S
+    assert 1 <= wait_s <= WINDOW_S
 
 
 def test_s8_the_time_to_the_first_frame_is_measured_by_no_clock_that_jumps(

@@ -25,10 +25,11 @@ from serve.records import (
     Status,
     VideoRecord,
 )
-from serve.store.credentials import Credentials, parse_secret
+from serve.store.credentials import Credentials
 from serve.store.database import Database, chunk_events
 from serve.store.quotas import Admission
 from serve.store.tables import VERSION, Tables
+from serve.tokens import parse_secret
 
 VIDEO = VideoRecord(
     id="video_1",

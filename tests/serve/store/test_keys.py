@@ -9,8 +9,9 @@ import pytest
 
 from serve.keys import DONE, REFUSED, main
 from serve.settings import ServeSettings
-from serve.store.credentials import Credentials, parse_secret
+from serve.store.credentials import Credentials
 from serve.store.tables import Tables
+from serve.tokens import parse_secret
 
 
 def test_a_key_is_made_listed_and_revoked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
