@@ -27,12 +27,11 @@ from diagonal.engine.snapshot import Snapshot
 from diagonal.errors import require
 from diagonal.media.encode import ChunkEncoder
 from diagonal.mp4 import boxes
-from serve.api.auth import LOCAL_CALLER
 from serve.api.realtime import RealtimeLimits
 from serve.api.routes import create_app
 from serve.gateway.fleet import Fleet
 from serve.gateway.gateway import Gateway
-from serve.records import EncodedChunk, Pacing, Status, VideoRecord
+from serve.records import LOCAL_CALLER, EncodedChunk, Pacing, Status, VideoRecord
 from serve.replica.loading import Loaded
 from serve.replica.replica import Replica
 from serve.settings import ServeSettings
