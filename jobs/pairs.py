@@ -31,10 +31,10 @@ from diagonal.data.pair_set import (
 )
 from diagonal.data.stages import EncodeText, SolveShard, teacher_id
 from diagonal.errors import require
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from diagonal.model.base_model import check_transformer
 from diagonal.storage import Folder
-from jobs.ray_metrics import ray_sink
+from jobs.ray_metrics import ray_metrics
 from jobs.runs.plan import carry_out
 from jobs.runs.prompts import pair_prompts, pair_prompts_folder, prompts_sha256
 from jobs.runs.run import JobFailed, Run, connect, main, say
@@ -86,14 +86,14 @@ def usable_pairs(run: Run) -> list[tuple[str, int]]:
             say(f"pairs: {row['file']}, row {row['index']} (sample {row['sample']}) set aside: {row['reason']}")
         if bad:
             connect()  # a number told before is told nobody
-            _count_bad(ray_sink(), "ode_init", bad)
+            _count_bad(ray_metrics(), "ode_init", bad)
         keep_usable(folder, plan_of(run), bad)
     return usable_places(folder)
 
 
-def _count_bad(sink: MetricSink, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def _count_bad(metrics: MetricsBackend, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for reason, count in Tally(row["reason"] for row in rows).items():
-        sink.inc("diagonal_data_quarantined_total", count, stage=stage, reason=reason)
+        metrics.inc("diagonal_data_quarantined_total", count, stage=stage, reason=reason)
 
 
 def _trajectory_bytes(run: Run) -> int:
@@ -120,7 +120,7 @@ def solve_shards(run: Run, folder: Folder, plan: PairPlan, missing: Sequence[int
     if config.train.pool:
         place["label_selector"] = {"pool": config.train.pool}
     dataset = _mapped(dataset, run, SolveShard, arguments, workers, **place)
-    progress = _Progress(ray_sink(), len(missing), sum(len(plan.samples(number)) for number in missing))
+    progress = _Progress(ray_metrics(), len(missing), sum(len(plan.samples(number)) for number in missing))
     try:
         for row in dataset.iter_rows():
             aside = json.loads(row["set_aside"])
@@ -171,22 +171,22 @@ def check_seen(folder: Folder, shard: Shard, within_s: float = SEEN_WITHIN_S) ->
 class _Progress:
     """Counts shards in the metrics and says how far the job is."""
 
-    def __init__(self, sink: MetricSink, shards: int, rows: int) -> None:
-        self._sink, self._missing = sink, rows
+    def __init__(self, metrics: MetricsBackend, shards: int, rows: int) -> None:
+        self._metrics, self._missing = metrics, rows
         self._started_s, self._shards, self._done, self._rows = time.monotonic(), shards, 0, 0
-        sink.set("diagonal_pairs_missing", rows)
+        metrics.set("diagonal_pairs_missing", rows)
 
     def __call__(self, shard: Shard, encode_s: float, solve_s: float) -> None:
         self._done += 1
         self._rows += shard.rows
         self._missing -= shard.rows + len(shard.set_aside)
         seconds = time.monotonic() - self._started_s
-        self._sink.inc("diagonal_pairs_total", shard.rows)
-        self._sink.set("diagonal_pairs_per_second", self._rows / seconds)
-        self._sink.set("diagonal_pairs_missing", self._missing)
-        self._sink.observe("diagonal_pairs_shard_seconds", encode_s, step="encode")
-        self._sink.observe("diagonal_pairs_shard_seconds", solve_s, step="solve")
-        _count_bad(self._sink, "pairs", shard.set_aside)
+        self._metrics.inc("diagonal_pairs_total", shard.rows)
+        self._metrics.set("diagonal_pairs_per_second", self._rows / seconds)
+        self._metrics.set("diagonal_pairs_missing", self._missing)
+        self._metrics.observe("diagonal_pairs_shard_seconds", encode_s, step="encode")
+        self._metrics.observe("diagonal_pairs_shard_seconds", solve_s, step="solve")
+        _count_bad(self._metrics, "pairs", shard.set_aside)
         aside = f" ({len(shard.set_aside)} rows set aside)" if shard.set_aside else ""
         left_s = (self._shards - self._done) * seconds / self._done
         say(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from ray.exceptions import RayError
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from diagonal.metrics import FactorySink, kept_alive
+from diagonal.metrics import FactoryBackend, kept_alive
 
 
-def ray_sink() -> FactorySink:
+def ray_metrics() -> FactoryBackend:
     """Of this process, which is to be one of Ray's by the time that it tells something."""
-    return kept_alive(FactorySink(Counter, Gauge, Histogram, failures=(RayError,)))
+    return kept_alive(FactoryBackend(Counter, Gauge, Histogram, failures=(RayError,)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from ray.exceptions import RayError
 from ray.serve import metrics
 
-from diagonal.metrics import FactorySink, kept_alive
+from diagonal.metrics import FactoryBackend, kept_alive
 
 
-def serve_sink() -> FactorySink:
+def serve_metrics() -> FactoryBackend:
     """Of this process; to be called where Serve has said which replica it is."""
-    return kept_alive(FactorySink(metrics.Counter, metrics.Gauge, metrics.Histogram, failures=(RayError,)))
+    return kept_alive(FactoryBackend(metrics.Counter, metrics.Gauge, metrics.Histogram, failures=(RayError,)))

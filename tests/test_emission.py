@@ -30,17 +30,17 @@ from tests.engine.test_budget import admitted
 from tests.jobs.conftest import SMALL
 from tests.jobs.workers.test_reporting import FIGURES, hooks, reporter
 from tests.networks import small_release
+from tests.recorded_metrics import RecordedMetrics
 from tests.serve.harness import Cluster, FakeEngine, Service, deadline
 from tests.serve.hostile import new_key
 from tests.serve.sockets import cut, viewer
-from tests.sinks import Recorded
 
 PROMPT, OTHER, FORBIDDEN = "a red circle moves left", "a blue square moves right", "a heron"
 FRAMES, CHUNKS = 117, 10
 DEADLINE_S = 60.0
 
 
-class Seen(Recorded):
+class Seen(RecordedMetrics):
     """What was told, and the ids and keys that none of it may hold."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     """A stream that is steered, resumed through another gateway, and goes on when its replica is killed."""
     seen = Seen()
     cluster = Cluster(ServeSettings(data=str(tmp_path_factory.mktemp("moved")), gateways=2, replicas=2), FakeEngine())
-    cluster.metrics = seen  # type: ignore[assignment]
+    cluster.metrics = seen
     cluster.start()
     try:
         with viewer(cluster.urls[0], deadline_s=DEADLINE_S) as one:
@@ -90,7 +90,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     (folder / "deny.txt").write_text("heron")
     policy = f"{DENY_LIST}{folder / 'deny.txt'}"
     service = Service(ServeSettings(data=str(folder), auth="keys", prompt_policy=policy), FakeEngine())
-    service.metrics = seen  # type: ignore[assignment]
+    service.metrics = seen
     service.start()
     headers = new_key(service)
     try:
@@ -147,7 +147,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     seen, run = Seen(), small_run(tmp_path_factory.mktemp("trained"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Feed, "batches", plain_batches)
-        patch.setattr(Worker, "_sink", lambda self: seen)
+        patch.setattr(Worker, "_metrics", lambda self: seen)
         for start in range(2):
             if start:
                 checkpoints = run.folder / "train/distill/checkpoints"
@@ -158,7 +158,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Seen:
             with Worker(run, place, torch.device("cpu"), Watchdog(300, "here"), on_ray=False) as worker:
                 distill.train(worker, distill.distill_feed(run))
     telling = hooks()
-    telling.reporter = reporter(tmp_path_factory.mktemp("skipped"), seen)  # type: ignore[arg-type]
+    telling.reporter = reporter(tmp_path_factory.mktemp("skipped"), seen)
     telling.reporter.started(0, None)
     telling.report(1, FIGURES | {"skipped": 1.0})
 
@@ -188,7 +188,7 @@ def paired(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     finish(folder, plan, shards)
     spoil(folder, shards[0].file, -1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairs, "ray_sink", lambda: seen)
+        patch.setattr(pairs, "ray_metrics", lambda: seen)
         patch.setattr(pairs, "connect", lambda: None)
         pairs.usable_pairs(run)
     return seen
@@ -213,7 +213,7 @@ def test_nothing_is_told_that_is_not_declared(runs: list[Seen]) -> None:
 
 
 def test_no_label_holds_a_session_a_prompt_or_a_key(runs: list[Seen]) -> None:
-    values = {value for run in runs for told in run.told for value in told.labels.values()}
+    values = {value for run in runs for record in run.records for value in record.labels.values()}
     secrets = {secret for run in runs for secret in run.secrets}
     assert len(secrets) > 8 and not [value for value in values for secret in secrets if secret in value]
     assert all(value.replace("_", "").isalnum() and len(value) < 32 for value in values)
@@ -221,8 +221,8 @@ def test_no_label_holds_a_session_a_prompt_or_a_key(runs: list[Seen]) -> None:
 
 def test_buckets_reach_as_far_as_what_is_seen(runs: list[Seen]) -> None:
     for spec in ALL:
-        told = [one.value for run in runs for one in run.of(spec.name)]
-        assert not spec.buckets or max(told) <= spec.buckets[-1], spec.name
+        values = [value for run in runs for value in run.values(spec.name)]
+        assert not spec.buckets or max(values) <= spec.buckets[-1], spec.name
 
 
 def test_a_stream_that_is_resumed_and_moved_counts_once(moved: Seen) -> None:
@@ -246,8 +246,8 @@ def test_the_real_time_factor_is_generated_media_over_busy_time(moved: Seen) -> 
 
 
 def test_a_run_tells_of_its_updates_its_restart_and_its_checkpoints(trained: Seen) -> None:
-    told = [(one.labels["network"], one.value) for one in trained.of("diagonal_updates_total")]
-    assert told[:4] == [("generator", 1.0), ("critic", 1.0)] * 2, "of two updates"
+    updates = [(one.labels["network"], one.value) for one in trained.of("diagonal_updates_total")]
+    assert updates[:4] == [("generator", 1.0), ("critic", 1.0)] * 2, "of two updates"
     assert trained.total("diagonal_restarts_total") == 1 == trained.total("diagonal_checkpoints_refused_total")
     assert [one.value for one in trained.of("diagonal_training_stage")][:2] == [1, 2]
     assert trained.total("diagonal_nonfinite_updates_total") == 1 == trained.total("diagonal_checkpoints_skipped_total")
@@ -268,8 +268,8 @@ def test_an_engine_without_ray_shows_its_numbers_to_prometheus() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with exporter(port) as sink:
-        stream(engine_of(metrics=sink), spec_of(), 2)
+    with exporter(port) as metrics:
+        stream(engine_of(metrics=metrics), spec_of(), 2)
         text = httpx2.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(lines["diagonal_frames_generated_total"]) == 9 + 12

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from diagonal.evaluate.bench.rates import ceiling_tflops
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.flops import UpdateFlops, update_flops
 from jobs.runs.plan import read_layouts
@@ -40,30 +40,30 @@ class Effort:
 
 
 class StageMetrics:
-    """The training metrics of one stage, through any sink."""
+    """The training metrics of one stage, through any backend."""
 
-    def __init__(self, sink: MetricSink, stage: str, last: int, effort: Effort | None = None) -> None:
-        self._sink, self._stage, self._last, self._effort = sink, stage, last, effort
+    def __init__(self, metrics: MetricsBackend, stage: str, last: int, effort: Effort | None = None) -> None:
+        self._metrics, self._stage, self._last, self._effort = metrics, stage, last, effort
 
     def started(self, update: int, workers: int, restarted: bool, refused: int) -> None:
         """The workers go on after that update; `refused` checkpoints could not be used."""
-        self._sink.inc("diagonal_restarts_total", int(restarted), stage=self._stage)
-        self._sink.inc("diagonal_checkpoints_refused_total", refused, stage=self._stage)
-        self._sink.set("diagonal_training_workers", workers, stage=self._stage)
-        self._sink.set("diagonal_training_updates_planned", self._last, stage=self._stage)
-        self._sink.set("diagonal_training_update", update, stage=self._stage)
+        self._metrics.inc("diagonal_restarts_total", int(restarted), stage=self._stage)
+        self._metrics.inc("diagonal_checkpoints_refused_total", refused, stage=self._stage)
+        self._metrics.set("diagonal_training_workers", workers, stage=self._stage)
+        self._metrics.set("diagonal_training_updates_planned", self._last, stage=self._stage)
+        self._metrics.set("diagonal_training_update", update, stage=self._stage)
 
     def update(self, update: int, number: int, figures: Mapping[str, float], samples: int, rate: float) -> None:
         """Update `update`, of stage `number`, came out so; `rate` are updates a second."""
-        sink, stage = self._sink, self._stage
-        sink.inc("diagonal_samples_total", samples, stage=stage)
-        sink.inc("diagonal_tokens_total", figures["tokens"], stage=stage)
-        sink.inc("diagonal_data_wait_seconds_total", figures["data_wait_s"], stage=stage)
-        sink.observe("diagonal_update_seconds", figures["update_s"], stage=stage)
-        sink.set("diagonal_updates_per_second", rate, stage=stage)
-        sink.set("diagonal_training_update", update, stage=stage)
-        sink.set("diagonal_training_stage", number, stage=stage)
-        sink.inc("diagonal_nonfinite_updates_total", figures.get("skipped", 0.0), stage=stage)
+        metrics, stage = self._metrics, self._stage
+        metrics.inc("diagonal_samples_total", samples, stage=stage)
+        metrics.inc("diagonal_tokens_total", figures["tokens"], stage=stage)
+        metrics.inc("diagonal_data_wait_seconds_total", figures["data_wait_s"], stage=stage)
+        metrics.observe("diagonal_update_seconds", figures["update_s"], stage=stage)
+        metrics.set("diagonal_updates_per_second", rate, stage=stage)
+        metrics.set("diagonal_training_update", update, stage=stage)
+        metrics.set("diagonal_training_stage", number, stage=stage)
+        metrics.inc("diagonal_nonfinite_updates_total", figures.get("skipped", 0.0), stage=stage)
         self._terms(figures)
         self._work(number, figures, samples)
 
@@ -72,35 +72,35 @@ class StageMetrics:
         for name, value in figures.items():
             if name.endswith(NORM):
                 network = _network(name)
-                self._sink.inc("diagonal_updates_total", 1, stage=self._stage, network=network)
-                self._sink.set("diagonal_gradient_norm", value, stage=self._stage, network=network)
+                self._metrics.inc("diagonal_updates_total", 1, stage=self._stage, network=network)
+                self._metrics.set("diagonal_gradient_norm", value, stage=self._stage, network=network)
             elif name not in OWN:
-                self._sink.set("diagonal_loss", value, stage=self._stage, loss=name)
+                self._metrics.set("diagonal_loss", value, stage=self._stage, loss=name)
 
     def _work(self, number: int, figures: Mapping[str, float], samples: int) -> None:
         if self._effort is None:
             return
         networks = {_network(name) for name in figures if name.endswith(NORM)}
         flops = self._effort.flops(number, networks, samples)
-        self._sink.inc("diagonal_model_flops_total", flops, stage=self._stage)
+        self._metrics.inc("diagonal_model_flops_total", flops, stage=self._stage)
         possible = self._effort.peak_flops * max(figures["update_s"], 1e-9)
-        self._sink.set("diagonal_model_flops_utilisation_ratio", flops / possible, stage=self._stage)
+        self._metrics.set("diagonal_model_flops_utilisation_ratio", flops / possible, stage=self._stage)
 
     def checkpoints(self, age_s: float, interval_s: float) -> None:
         """How old the newest whole one is, and how far apart they are."""
-        self._sink.set("diagonal_checkpoint_age_seconds", age_s, stage=self._stage)
-        self._sink.set("diagonal_checkpoint_interval_seconds", interval_s, stage=self._stage)
+        self._metrics.set("diagonal_checkpoint_age_seconds", age_s, stage=self._stage)
+        self._metrics.set("diagonal_checkpoint_interval_seconds", interval_s, stage=self._stage)
 
     def saved(self, waited_s: float | None) -> None:
         """Training waited so long for a checkpoint that is now being written; None: it was left out."""
         if waited_s is None:
-            self._sink.inc("diagonal_checkpoints_skipped_total", 1, stage=self._stage)
+            self._metrics.inc("diagonal_checkpoints_skipped_total", 1, stage=self._stage)
         else:
-            self._sink.observe("diagonal_checkpoint_wait_seconds", waited_s, stage=self._stage)
+            self._metrics.observe("diagonal_checkpoint_wait_seconds", waited_s, stage=self._stage)
 
     def whole(self, wrote_s: float) -> None:
         """A checkpoint is whole, and was written in so long."""
-        self._sink.observe("diagonal_checkpoint_save_seconds", wrote_s, stage=self._stage)
+        self._metrics.observe("diagonal_checkpoint_save_seconds", wrote_s, stage=self._stage)
 
 
 def _network(norm: str) -> str:

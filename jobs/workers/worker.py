@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from diagonal.config import Config
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from diagonal.model.base_model import load_text
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
@@ -27,7 +27,7 @@ from diagonal.training.distributed import gloo_group
 from diagonal.training.loop import Hooks
 from diagonal.training.parallel import ParallelPlan, Precision, device_mesh
 from diagonal.training.state import TrainState
-from jobs.ray_metrics import ray_sink
+from jobs.ray_metrics import ray_metrics
 from jobs.runs.plan import estimate, read_layouts
 from jobs.runs.run import Run, say
 from jobs.runs.update_log import Outbox
@@ -140,12 +140,12 @@ class Worker:
         """What rank 0 tells of the stage."""
         first = self.place.stage == "ode_init"
         effort = Effort.of(self.run, (0,) if first else (1, 2), self.device, self.place.world_size)
-        metrics = StageMetrics(self._sink(), self.place.stage, feed.updates, effort)
+        metrics = StageMetrics(self._metrics(), self.place.stage, feed.updates, effort)
         every = (self.config.ode_init if first else self.config.distill).checkpoint_every
         return Reporter(self.place, outbox, metrics, feed.updates, feed.batch_size, every)
 
-    def _sink(self) -> MetricSink:
-        return ray_sink()
+    def _metrics(self) -> MetricsBackend:
+        return ray_metrics()
 
 
 class _Preempted:

@@ -15,7 +15,7 @@ from serve.gateway.fleet import Fleet
 from serve.gateway.gateway import Gateway
 from serve.gateway.shutdown import is_stopping
 from serve.policies.traffic import Canaries
-from serve.ray_metrics import serve_sink
+from serve.ray_metrics import serve_metrics
 from serve.settings import ServeSettings
 
 _LOG = logging.getLogger("ray.serve")
@@ -28,7 +28,7 @@ class GatewayDeployment:
     def __init__(
         self, settings: ServeSettings, store: DeploymentHandle, replicas: Mapping[str, DeploymentHandle]
     ) -> None:
-        self._metrics = serve_sink()
+        self._metrics = serve_metrics()
         if settings.auth == "local":
             _LOG.warning("auth=local: callers on this machine need NO API KEY; everybody else is refused")
         self._fleet, self._configured = Fleet(replicas), False

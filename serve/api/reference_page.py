@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from diagonal.metrics import NullSink
+from diagonal.metrics import NullBackend
 from diagonal.storage import Folder
 from serve.api.routes import create_app
 from serve.gateway.gateway import Gateway
@@ -39,7 +39,7 @@ Text messages that a viewer sends; [serving.md](serving.md) tells what comes bac
 def description() -> dict[str, Any]:
     """What `/openapi.json` answers; no store and no replica is needed for it."""
     gateway = SimpleNamespace(settings=ServeSettings())
-    return create_app(cast(Gateway, gateway), NullSink()).openapi()
+    return create_app(cast(Gateway, gateway), NullBackend()).openapi()
 
 
 def page(api: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
 import diagonal
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from serve.api.access_log import Edge
 from serve.api.auth import Door
 from serve.api.body import read_body
@@ -56,7 +56,7 @@ _PAGE_HEADERS = {
 
 
 def create_app(
-    gateway: Gateway, metrics: MetricSink, names_answers: bool = True, limits: RealtimeLimits | None = None
+    gateway: Gateway, metrics: MetricsBackend, names_answers: bool = True, limits: RealtimeLimits | None = None
 ) -> FastAPI:
     """The application of one gateway; `names_answers`: it sets X-Request-Id itself (Serve's proxy does otherwise)."""
 

@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from serve.gateway.failover import PATIENCE_S, UNWATCHED_PATIENCE_S, rehome
 from serve.gateway.replica_session import GONE, Holder
 from serve.policies.pacing import PlaybackClock
@@ -38,7 +38,13 @@ class Driver:
     """Drives one video, from the chunk that the store waits for, until it is over or another driver took it."""
 
     def __init__(
-        self, video: VideoRecord, store: Any, replica: Any, metrics: MetricSink, lead_s: float, start_timeout_s: float
+        self,
+        video: VideoRecord,
+        store: Any,
+        replica: Any,
+        metrics: MetricsBackend,
+        lead_s: float,
+        start_timeout_s: float,
     ) -> None:
         self._store, self._metrics, self._replicas = store, metrics, replica
         self._clock = PlaybackClock(lead_s, time.monotonic)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from typing import Any
 
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from serve.gateway.driver import Driver
 from serve.gateway.fleet import Fleet
 from serve.records import VideoRecord
@@ -20,7 +20,7 @@ _LOOK_EVERY_S = 0.5
 class Drivers:
     """One task a video. Of several gateways that want a video, the store lets one have it."""
 
-    def __init__(self, store: Any, fleet: Fleet, metrics: MetricSink, start_timeout_s: float) -> None:
+    def __init__(self, store: Any, fleet: Fleet, metrics: MetricsBackend, start_timeout_s: float) -> None:
         self._store, self._fleet, self._metrics = store, fleet, metrics
         self._start_timeout_s = start_timeout_s
         self._tasks: dict[str, asyncio.Task[None]] = {}

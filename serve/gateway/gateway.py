@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from diagonal.chain import Link
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from serve.gateway.drivers import Drivers
 from serve.gateway.failover import opening
 from serve.gateway.fleet import Fleet
@@ -56,7 +56,7 @@ class Gateway:
         settings: ServeSettings,
         store: Any,
         fleet: Fleet,
-        metrics: MetricSink,
+        metrics: MetricsBackend,
         is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """`is_stopping` says whether this process is about to end (`serve.gateway.shutdown`)."""

@@ -17,7 +17,7 @@ from typing import Any
 import regex
 
 from diagonal.errors import FieldError, require
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from serve.settings import DENY_LIST, ServeSettings, load_plug_in
 from serve.wire.problems import Problem
 
@@ -34,12 +34,12 @@ _LOOK_ALIKE = str.maketrans("авеіјкмнорстухԁһӏѕԛԝүαβει�
 class PromptPolicy:
     """Asks `judge(prompt, account)`, plain or async, about each prompt; only True lets it pass. None asks nobody."""
 
-    def __init__(self, judge: Judge | None, timeout_s: float, metrics: MetricSink) -> None:
+    def __init__(self, judge: Judge | None, timeout_s: float, metrics: MetricsBackend) -> None:
         self._judge, self._timeout_s, self._metrics = judge, timeout_s, metrics
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="policy")
 
     @classmethod
-    def from_settings(cls, settings: ServeSettings, metrics: MetricSink) -> PromptPolicy:
+    def from_settings(cls, settings: ServeSettings, metrics: MetricsBackend) -> PromptPolicy:
         """As `prompt_policy` says; `FieldError` when its file or module is not there, or not as it should be."""
         name, timeout_s = settings.prompt_policy, settings.prompt_policy_timeout_s
         judge: Judge | None = None

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from serve.records import Segment, Status, VideoRecord
 from serve.rpc import CALL_TIMEOUT_S, UNAVAILABLE, answer, patient
 
@@ -30,7 +30,7 @@ class ChunkReader:
         video: VideoRecord,
         store: Any,
         adopt: Callable[[], Awaitable[object]],
-        metrics: MetricSink,
+        metrics: MetricsBackend,
         name: str = "",
         resumed: bool = False,
     ) -> None:

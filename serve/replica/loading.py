@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from diagonal.config import Config
 from diagonal.engine.engine import Engine
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from diagonal.model.manifest import MANIFEST, file_hash
 from diagonal.model.release import Release
 from serve.provenance.watermarks import Watermarks
@@ -25,7 +25,7 @@ class Loaded(NamedTuple):
     manifest_sha256: str = ""
 
 
-def load_engine(settings: ServeSettings, metrics: MetricSink) -> Loaded:
+def load_engine(settings: ServeSettings, metrics: MetricsBackend) -> Loaded:
     """The release, and an engine that holds it and has measured what its chunks cost.
 
     `ReleaseError` when it is not whole, or was not promoted and nobody said that it may be served all the same.

@@ -23,10 +23,10 @@ from diagonal.engine.session import ChunkResult, IllegalMoveError, PromptChange,
 from diagonal.engine.snapshot import SnapshotError, merged
 from diagonal.errors import FieldError
 from diagonal.media.encode import ChunkEncoder, Pixels
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from serve.policies.autoscaling import BUSY, REFUSED, SESSIONS, SLOTS
 from serve.provenance.watermarks import Watermarks
-from serve.ray_metrics import serve_sink
+from serve.ray_metrics import serve_metrics
 from serve.records import EncodedChunk, ModelInfo, Opened, Refused
 from serve.replica.encoder_pool import SpareEncoders
 from serve.replica.engine_thread import EngineThread
@@ -53,12 +53,12 @@ class Replica:
     def __init__(
         self,
         settings: ServeSettings,
-        load: Callable[[ServeSettings, MetricSink], tuple[Any, ...]] = load_engine,
-        metrics: MetricSink | None = None,
+        load: Callable[[ServeSettings, MetricsBackend], tuple[Any, ...]] = load_engine,
+        metrics: MetricsBackend | None = None,
         name: str | None = None,
     ) -> None:
         self._settings = settings
-        self._metrics, self._traces = metrics or serve_sink(), traces_of(settings, "replica")
+        self._metrics, self._traces = metrics or serve_metrics(), traces_of(settings, "replica")
         self._name = name or str(serve.get_replica_context().replica_id.unique_id)
         loaded = Loaded(*load(settings, self._metrics))
         self._config, self._engine = loaded.config, loaded.engine

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from serve.records import Refused
 from serve.rpc import UNAVAILABLE
 
@@ -112,7 +112,7 @@ async def reject(problem: Problem, scope: Scope, receive: Receive, send: Send) -
     await response({**scope, "type": "http"}, receive, as_websocket)
 
 
-def install(app: FastAPI, metrics: MetricSink) -> None:
+def install(app: FastAPI, metrics: MetricsBackend) -> None:
     """Make every error of `app` such an answer."""
 
     def told(request: Request, problem: Problem) -> JSONResponse:

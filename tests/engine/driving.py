@@ -11,28 +11,11 @@ from torch import Tensor
 from diagonal.diffusion.rollout import DenoisedChunk
 from diagonal.engine.engine import Engine
 from diagonal.engine.session import ChunkResult, Session, SessionSpec
-from diagonal.metrics import NullSink
 from diagonal.model.vae import Decoder, DecoderState
 from tests.networks import SmallRelease, small_release
 
 PROMPT = "a red circle moves left"
 OTHER = "a blue square moves right"
-
-
-class Sink(NullSink):
-    """Checks names as `NullSink` does, and keeps sums and last values."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, float] = {}
-        self.gauges: dict[str, float] = {}
-
-    def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
-        super().inc(name, value, **labels)
-        self.totals[name] = self.totals.get(name, 0.0) + value
-
-    def set(self, name: str, value: float, **labels: str) -> None:
-        super().set(name, value, **labels)
-        self.gauges[name] = value
 
 
 class Clock:

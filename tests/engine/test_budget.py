@@ -8,19 +8,22 @@ from torch import Tensor
 from diagonal.engine.engine import BudgetError, CapacityError, Engine
 from diagonal.engine.session import PromptChange
 from diagonal.model.vae import DecoderState
-from tests.engine.driving import OTHER, Clock, Sink, engine_of, pull, spec_of, stream, timed
+from tests.engine.driving import OTHER, Clock, engine_of, pull, spec_of, stream, timed
 from tests.networks import small_release
+from tests.recorded_metrics import RecordedMetrics
 
 # A forward takes so long, and so much more for each session in it. A chunk of two steps alone: 2*(a + b) s.
 
 
-def engine_at(forward_s: float, row_s: float, *settings: str, warm: bool = True) -> tuple[Engine, Clock, Sink]:
-    clock, sink = Clock(), Sink()
+def engine_at(
+    forward_s: float, row_s: float, *settings: str, warm: bool = True
+) -> tuple[Engine, Clock, RecordedMetrics]:
+    clock, metrics = Clock(), RecordedMetrics()
     release = timed(small_release("serve.max_sessions=6", *settings), clock, forward_s, row_s)
-    engine = engine_of(release=release, clock=clock, metrics=sink)
+    engine = engine_of(release=release, clock=clock, metrics=metrics)
     if warm:
         engine.warm_up()
-    return engine, clock, sink
+    return engine, clock, metrics
 
 
 def admitted(engine: Engine, names: str, **wish: object) -> str:
@@ -171,7 +174,7 @@ def test_a_recache_that_is_due_counts_against_the_slack() -> None:
 
 
 def test_recaches_are_measured_by_what_a_step_with_one_takes_longer() -> None:
-    engine, _, sink = engine_at(0.0, 0.05)
+    engine, _, metrics = engine_at(0.0, 0.05)
     assert engine._cost.recache_s(3) == pytest.approx(0.15)
     stream(engine, spec_of("a", frames=None), 5)
     cost = engine._cost.step_s
@@ -181,7 +184,7 @@ def test_recaches_are_measured_by_what_a_step_with_one_takes_longer() -> None:
     assert [cost(kind, 1) for kind in {kind for kind, _ in engine._cost._steps}] == before
     assert engine._cost.recache_s(3) == pytest.approx(0.15)
     assert engine._cost.recaches_per_chunk == pytest.approx(0.02)
-    assert sink.totals["diagonal_recaches_total"] == 1
+    assert metrics.total("diagonal_recaches_total") == 1
 
 
 def test_a_step_that_rebuilds_a_decoder_tells_nothing_of_the_cost_of_a_recache() -> None:
@@ -206,11 +209,11 @@ def test_a_step_that_rebuilds_a_decoder_tells_nothing_of_the_cost_of_a_recache()
 def test_under_overload_a_new_session_runs_the_shorter_schedule_where_that_is_allowed() -> None:
     never, _, _ = engine_at(0.0, 0.08)
     assert admitted(never, "ab") == "a"  # 0.57 each
-    engine, _, sink = engine_at(0.0, 0.08, "serve.overload_steps=2", "serve.budget_share=0.95")
+    engine, _, metrics = engine_at(0.0, 0.08, "serve.overload_steps=2", "serve.budget_share=0.95")
     assert admitted(engine, "abc") == "ab"  # 0.57 + 2 forwards of 0.08 in 0.5625 s
     assert (engine.info("a").steps, engine.info("a").shortened) == ("4322222", False)
     assert (engine.info("b").steps, engine.info("b").shortened) == ("2", True)
-    assert sink.totals["diagonal_schedules_shortened_total"] == 1
+    assert metrics.total("diagonal_schedules_shortened_total") == 1
     assert pull(engine, "b").forwards == 2 and engine.snapshot("b").shortened
 
 
@@ -222,6 +225,6 @@ def test_a_schedule_that_was_asked_for_is_never_shortened() -> None:
 
 
 def test_the_predicted_load_is_a_metric() -> None:
-    engine, _, sink = engine_at(0.0, 0.05)
+    engine, _, metrics = engine_at(0.0, 0.05)
     engine.open(spec_of("a"))
-    assert sink.gauges["diagonal_budget_used_ratio"] == pytest.approx(4 * 0.05 / 0.5625)
+    assert metrics.last("diagonal_budget_used_ratio") == pytest.approx(4 * 0.05 / 0.5625)

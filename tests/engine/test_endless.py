@@ -13,20 +13,9 @@ from diagonal.engine.session import PromptChange
 from diagonal.engine.snapshot import Snapshot
 from diagonal.model import dit
 from diagonal.model.vae import decoder_of
-from tests.engine.driving import OTHER, Sink, engine_of, equal, pull, spec_of, stream
+from tests.engine.driving import OTHER, engine_of, equal, pull, spec_of, stream
 from tests.networks import small_release, small_vae
-
-
-class DriftSink(Sink):
-    """Also keeps what was observed, with its labels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.observed: list[tuple[str, float, dict[str, str]]] = []
-
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        super().observe(name, value, **labels)
-        self.observed.append((name, value, labels))
+from tests.recorded_metrics import RecordedMetrics
 
 
 def held(engine: Engine) -> tuple[int, ...]:
@@ -47,7 +36,7 @@ def test_two_hundred_chunks_take_the_memory_of_ten_and_positions_stay_within_the
         return rotary_table(rope, frames, *grid)
 
     monkeypatch.setattr(dit, "rotary_table", noted)
-    engine = engine_of(metrics=(sink := DriftSink()))
+    engine = engine_of(metrics=(metrics := RecordedMetrics()))
     stream(engine, spec_of(frames=None), 10)
     after_ten, sent = held(engine), len(engine.snapshot("s").to_bytes())
     for chunk in range(10, 200):
@@ -59,7 +48,7 @@ def test_two_hundred_chunks_take_the_memory_of_ten_and_positions_stay_within_the
     assert held(engine) == after_ten
     assert abs(len(engine.snapshot("s").to_bytes()) - sent) < 100
     assert max(positions) == engine.config.cache.window_frames == 12
-    drift = [labels for name, _, labels in sink.observed if name == "diagonal_stream_drift_ratio"]
+    drift = metrics.labels("diagonal_stream_drift_ratio")
     assert {labels["measure"] for labels in drift} == set(MEASURES) and all(set(d) == {"measure"} for d in drift)
 
 
@@ -75,7 +64,7 @@ def test_a_video_codecs_decoder_keeps_no_more_after_twenty_chunks_than_after_nin
 
 
 def test_a_new_anchor_leaves_sink_and_newest_chunk_and_the_window_fills_again() -> None:
-    engine = engine_of(metrics=(sink := Sink()))
+    engine = engine_of(metrics=(metrics := RecordedMetrics()))
     plain = stream(engine_of(), spec_of(frames=None), 9)
     found = stream(engine, spec_of(frames=None), 7)
     engine.reanchor("s")
@@ -85,15 +74,15 @@ def test_a_new_anchor_leaves_sink_and_newest_chunk_and_the_window_fills_again() 
         windows.append(engine._sessions["s"].cache.chunks)
     assert windows == [(0, 6, 7), (0, 6, 7, 8), (0, 7, 8, 9)]
     assert equal(found[:7], plain[:7]) and not torch.equal(found[7].pixels, plain[7].pixels)
-    assert sink.totals["diagonal_recaches_total"] == 1
+    assert metrics.total("diagonal_recaches_total") == 1
 
 
 def test_a_new_anchor_where_there_is_nothing_to_drop_changes_nothing() -> None:
-    engine, plain = engine_of(metrics=(sink := Sink())), stream(engine_of(), spec_of(), 4)
+    engine, plain = engine_of(metrics=(metrics := RecordedMetrics())), stream(engine_of(), spec_of(), 4)
     found = stream(engine, spec_of(), 2)
     engine.reanchor("s")
     found += [pull(engine), pull(engine)]
-    assert equal(found, plain) and "diagonal_recaches_total" not in sink.totals
+    assert equal(found, plain) and not metrics.of("diagonal_recaches_total")
 
 
 def test_a_stream_is_anchored_anew_every_so_many_chunks_where_that_is_configured() -> None:

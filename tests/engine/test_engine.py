@@ -11,20 +11,20 @@ from diagonal.engine.session import ChunkResult, PromptChange
 from diagonal.engine.specs import Timeline
 from diagonal.errors import FieldError
 from diagonal.model.vae import decoder_of
-from tests.engine.driving import OTHER, PROMPT, Clock, Sink, engine_of, equal, meanwhile, pull, spec_of, stream
+from tests.engine.driving import OTHER, PROMPT, Clock, engine_of, equal, meanwhile, pull, spec_of, stream
 from tests.networks import SmallRelease, small_release, small_vae
-from tests.sinks import Recorded
+from tests.recorded_metrics import RecordedMetrics
 
 # What comes out
 
 
 @pytest.mark.parametrize(("frames", "chunks"), [(1, 1), (9, 1), (10, 2), (81, 7), (82, 8)])
 def test_any_number_of_frames_comes_out_exactly(frames: int, chunks: int) -> None:
-    engine = engine_of(metrics=(sink := Sink()))
+    engine = engine_of(metrics=(metrics := RecordedMetrics()))
     results = stream(engine, spec_of(frames=frames))
     assert [result.chunk for result in results] == list(range(chunks))
     assert [result.last for result in results] == [False] * (chunks - 1) + [True]
-    assert sum(len(result.pixels) for result in results) == frames == sink.totals["diagonal_frames_generated_total"]
+    assert sum(len(result.pixels) for result in results) == frames == metrics.total("diagonal_frames_generated_total")
     assert [result.first_pixel_frame for result in results] == [0, 9, 21, 33, 45, 57, 69, 81][:chunks]
     assert all(r.pixels.shape[1:] == (32, 48, 3) and r.pixels.dtype == torch.uint8 for r in results)
     engine.request("s")
@@ -91,14 +91,14 @@ def test_a_session_may_run_another_schedule_under_the_releases_own_context() -> 
 
 
 def test_a_prompt_change_applies_at_the_next_chunk_and_is_reported_there_once() -> None:
-    plain, engine = stream(engine_of(), spec_of()), engine_of(metrics=(sink := Sink()))
+    plain, engine = stream(engine_of(), spec_of()), engine_of(metrics=(metrics := RecordedMetrics()))
     changed = stream(engine, spec_of(), 3)
     engine.interact("s", PromptChange("e1", OTHER))
     changed += [pull(engine) for _ in range(4)]
     assert [result.applied_event_ids for result in changed] == [(), (), (), ("e1",), (), (), ()]
     assert equal(changed[:3], plain[:3])
     assert all(not torch.equal(a.pixels, b.pixels) for a, b in zip(changed[3:], plain[3:], strict=True))
-    assert changed[3].forwards == 2 and sink.totals["diagonal_model_forward_calls_total"] == 17 + 3
+    assert changed[3].forwards == 2 and metrics.total("diagonal_model_forward_calls_total") == 17 + 3
 
 
 def test_a_change_to_the_same_prompt_changes_no_pixel_before_the_first_eviction() -> None:
@@ -188,7 +188,7 @@ def test_an_unknown_session_is_a_key_error_and_closing_it_is_nothing() -> None:
 
 
 def test_closing_frees_the_cache_within_one_step_and_leaves_the_others_alone() -> None:
-    engine = engine_of(metrics=(sink := Sink()))
+    engine = engine_of(metrics=(metrics := RecordedMetrics()))
     alone = stream(engine_of(), spec_of("b"), 4)
     stream(engine, spec_of("a"), 3)
     others = stream(engine, spec_of("b"), 3)
@@ -196,17 +196,17 @@ def test_closing_frees_the_cache_within_one_step_and_leaves_the_others_alone() -
     engine.close("a")
     assert both == 6 * page
     assert equal([*others, pull(engine, "b")], alone)
-    assert engine.stats().cache_bytes == 4 * page == sink.gauges["diagonal_kv_cache_bytes"]
+    assert engine.stats().cache_bytes == 4 * page == metrics.last("diagonal_kv_cache_bytes")
     engine.close("b")
     engine.step()
     stats = engine.stats()
     assert (stats.active_sessions, stats.free_slots, stats.cache_bytes) == (0, 4, 0)
-    assert sink.gauges["diagonal_kv_cache_bytes"] == sink.gauges["diagonal_sessions_active"] == 0
+    assert metrics.last("diagonal_kv_cache_bytes") == metrics.last("diagonal_sessions_active") == 0
 
 
 def test_the_gauge_of_the_cache_is_the_formula_of_every_window_to_the_byte_and_the_pool_bounds_it() -> None:
     """METHOD I.8: 2 * layers * heads * head_dim * element size, for each token of the window."""
-    engine = engine_of("cache.window_frames=9", metrics=(sink := Sink()))
+    engine = engine_of("cache.window_frames=9", metrics=(metrics := RecordedMetrics()))
     layout, tokens = engine._maker._network.config, engine.geometry.frame_tokens
     frame = 2 * layout.num_layers * layout.num_attention_heads * layout.attention_head_dim * 4 * tokens
     for name in "abcd":
@@ -216,9 +216,9 @@ def test_the_gauge_of_the_cache_is_the_formula_of_every_window_to_the_byte_and_t
             engine.request(name)
         assert len(engine.step()) == 4
         window = min(9, 3 * (chunk + 1))
-        assert sink.gauges["diagonal_kv_cache_bytes"] == 4 * window * frame
+        assert metrics.last("diagonal_kv_cache_bytes") == 4 * window * frame
         assert engine.info("a").cache_bytes == window * frame
-    assert sink.gauges["diagonal_kv_cache_bytes"] == sink.gauges["diagonal_kv_cache_capacity_bytes"]
+    assert metrics.last("diagonal_kv_cache_bytes") == metrics.last("diagonal_kv_cache_capacity_bytes")
 
 
 def test_a_slot_is_free_within_the_chunk_in_which_its_session_is_closed() -> None:
@@ -271,8 +271,8 @@ def test_the_session_with_the_least_slack_goes_first() -> None:
 
 def test_a_viewer_who_waited_plays_on_from_the_chunk_that_came_late() -> None:
     """What a stall took is not owed for ever: the session is as urgent again as one that never stalled."""
-    clock, sink = Clock(), Recorded()
-    engine = engine_of(clock=clock, metrics=sink)
+    clock, metrics = Clock(), RecordedMetrics()
+    engine = engine_of(clock=clock, metrics=metrics)
     engine.open(spec_of(frames=None))
     ahead = []
     for wait_s in (0.0, 10.0, 0.25):
@@ -281,7 +281,7 @@ def test_a_viewer_who_waited_plays_on_from_the_chunk_that_came_late() -> None:
         engine.step()
         ahead.append(engine.info("s").ahead_s)
     assert ahead == [9 / 16, 12 / 16, 24 / 16 - 0.25]
-    assert [told.value for told in sink.of("diagonal_playout_slack_seconds")] == [0.0, 0.5]
+    assert metrics.values("diagonal_playout_slack_seconds") == [0.0, 0.5]
 
 
 def test_only_sessions_that_asked_are_served() -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from diagonal.engine.chunk_maker import Emitted, SessionError, emit
 from diagonal.engine.engine import Engine, Health
-from tests.engine.driving import BreakingDecoder, Sink, engine_of, equal, pull, spec_of, stream
+from tests.engine.driving import BreakingDecoder, engine_of, equal, pull, spec_of, stream
 from tests.engine.test_isolation import PoisonedText
 from tests.networks import SmallRelease, draw, small_release
+from tests.recorded_metrics import RecordedMetrics
 
 
 def poisoned() -> SmallRelease:
@@ -170,12 +171,12 @@ def codes(engine: Engine, names: Sequence[str]) -> dict[str, str | None]:
 
 
 def test_a_failure_of_the_pool_ends_its_session_alone() -> None:
-    engine = engine_of("serve.max_sessions=2", metrics=(sink := Sink()))
+    engine = engine_of("serve.max_sessions=2", metrics=(metrics := RecordedMetrics()))
     stream(engine, spec_of("a"), 2)
     stream(engine, spec_of("b"), 2)
     taken = [engine._pool.take() for _ in range(engine._pool.free_pages - 1)]
     assert codes(engine, "ab") == {"b": "out_of_memory", "a": None}
-    assert sink.totals["diagonal_session_failures_total"] == 1
+    assert metrics.total("diagonal_session_failures_total") == 1
     for page in taken:
         engine._pool.give_back(page)
     assert codes(engine, "a") == {"a": None} and engine.stats().active_sessions == 1

@@ -10,8 +10,9 @@ from diagonal.engine.engine import BudgetError, CapacityError, Engine
 from diagonal.engine.session import IllegalMoveError, PromptChange, SessionState
 from diagonal.engine.snapshot import latents_bytes
 from diagonal.model.vae import decoder_of
-from tests.engine.driving import OTHER, Clock, Sink, engine_of, equal, meanwhile, pull, spec_of, stream, timed
+from tests.engine.driving import OTHER, Clock, engine_of, equal, meanwhile, pull, spec_of, stream, timed
 from tests.networks import small_release, small_vae
+from tests.recorded_metrics import RecordedMetrics
 
 
 def pause(engine: Engine, session_id: str = "s") -> None:
@@ -27,7 +28,7 @@ def kv_of(engine: Engine, session_id: str = "s") -> Tensor:
 def test_a_pause_frees_cache_and_decoder_at_the_next_chunk_boundary_and_counts_what_stays() -> None:
     release = small_release()
     release.codec = decoder_of(small_vae())
-    engine = engine_of(release=release, metrics=(sink := Sink()))
+    engine = engine_of(release=release, metrics=(metrics := RecordedMetrics()))
     stream(engine, spec_of(frames=None), 9)
     before = engine.info("s")
     assert before.state is SessionState.RUNNING
@@ -39,8 +40,8 @@ def test_a_pause_frees_cache_and_decoder_at_the_next_chunk_boundary_and_counts_w
     assert after.latents_bytes == stats.snapshot_bytes == latents_bytes(release.config)
     assert (stats.active_sessions, stats.paused_sessions, stats.cache_bytes, stats.state_bytes) == (0, 1, 0, 0)
     assert stats.free_slots == 4
-    assert sink.gauges["diagonal_sessions_paused"] == 1 and sink.gauges["diagonal_kv_cache_bytes"] == 0
-    assert sink.gauges["diagonal_snapshot_bytes"] == stats.snapshot_bytes
+    assert metrics.last("diagonal_sessions_paused") == 1 and metrics.last("diagonal_kv_cache_bytes") == 0
+    assert metrics.last("diagonal_snapshot_bytes") == stats.snapshot_bytes
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3])

@@ -2,7 +2,7 @@
 
 Nearly all that is measured happens here for real: viewers who watch, steer, leave, are refused or find no room; a
 replica that freezes and one that dies; bad prompts, bad rows, a worker that dies. What has no honest cause on such a
-machine within a minute is told by hand through the same sink (`TOLD`).
+machine within a minute is told by hand through the same backend (`TOLD`).
 """
 
 from __future__ import annotations
@@ -86,16 +86,16 @@ TOLD = {  # metric -> labels
     "diagonal_checkpoints_refused_total": {"stage": "distill"},
     "diagonal_data_quarantined_total": {"stage": "ode_init", "reason": "checksum"},
 }
-TELLER = '''"""Tells what has no honest cause here, through the sink that jobs have."""
+TELLER = '''"""Tells what has no honest cause here, through the backend that jobs have."""
 import json, sys, time
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram
-from diagonal.metrics import BY_NAME, FactorySink
+from diagonal.metrics import BY_NAME, FactoryBackend
 ray.init(logging_level="ERROR")
-sink = FactorySink(Counter, Gauge, Histogram)
+metrics = FactoryBackend(Counter, Gauge, Histogram)
 for _ in range(int(sys.argv[2])):
     for name, labels in json.loads(sys.argv[1]).items():
-        (sink.inc if BY_NAME[name].kind == "counter" else sink.set)(name, 0.4, **labels)
+        (metrics.inc if BY_NAME[name].kind == "counter" else metrics.set)(name, 0.4, **labels)
     time.sleep(1)
 '''
 

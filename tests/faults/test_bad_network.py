@@ -95,8 +95,8 @@ def test_s11_over_a_network_that_is_too_narrow_playback_stalls_and_that_is_count
         one.until("session.done")
     assert one.indices == list(range(6)) and player.stalled_s > 2.0
     assert max(player.leads) <= WINDOW_S + CHUNK_S + 0.05
-    counted: list[Any] = service.metrics.values["diagonal_stream_stalls_total"]
-    assert len(counted) >= 2 and sum(service.metrics.values["diagonal_stream_stall_seconds_total"]) > 0.5
+    counted: list[Any] = service.metrics.values("diagonal_stream_stalls_total")
+    assert len(counted) >= 2 and sum(service.metrics.values("diagonal_stream_stall_seconds_total")) > 0.5
 
 
 def test_s11_and_s3_a_connection_that_comes_back_after_an_outage_goes_on(

@@ -22,7 +22,7 @@ import httpx2
 import pytest
 import uvicorn
 
-from diagonal.metrics import FactorySink
+from diagonal.metrics import FactoryBackend
 from serve.api.realtime import RealtimeLimits
 from serve.replica import replica
 from serve.settings import ServeSettings
@@ -35,12 +35,14 @@ CHUNK_BYTES = 400_000
 
 
 @contextmanager
-def crowded(folder: Path, limits: RealtimeLimits | None = None, sink: Any = None, **changes: Any) -> Iterator[Service]:
+def crowded(
+    folder: Path, limits: RealtimeLimits | None = None, metrics: Any = None, **changes: Any
+) -> Iterator[Service]:
     """A service with ten places, which asks everybody for a key."""
     engine = FakeEngine()
     engine.config = replace(engine.config, serve=replace(engine.config.serve, max_sessions=10))
     service = Service(replace(ServeSettings(data=str(folder), auth="keys"), **changes), engine, limits)
-    service.metrics = sink or service.metrics
+    service.metrics = metrics or service.metrics
     service.start()
     try:
         yield service
@@ -150,8 +152,8 @@ def test_s3_a_pulled_cable_is_noticed_without_credits_too(tmp_path: Path, monkey
             assert len(service.engine.made) < 45 / 0.75
 
 
-def counting(series: set[Any]) -> FactorySink:
-    """A sink that notes which series there are."""
+def counting(series: set[Any]) -> FactoryBackend:
+    """A backend that notes which series there are."""
 
     class Counted:
         def __init__(self, name: str, *_: Any) -> None:
@@ -162,13 +164,13 @@ def counting(series: set[Any]) -> FactorySink:
 
         set = observe = inc
 
-    return FactorySink(Counted, Counted, Counted)
+    return FactoryBackend(Counted, Counted, Counted)
 
 
 def test_16_a_thousand_sessions_make_no_series_that_the_first_ones_did_not(tmp_path: Path) -> None:
     """Of many keys, prompts and ids, finished, cancelled, refused and wrong."""
     series = set[Any]()
-    with crowded(tmp_path, sink=counting(series)) as service:
+    with crowded(tmp_path, metrics=counting(series)) as service:
         with httpx2.Client(base_url=service.urls[0], timeout=30) as http:
             first, headers = set[Any](), new_key(service)
             end_s = time.monotonic() + 100

@@ -44,7 +44,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 
 class Forgetful:
-    """A sink that keeps nothing, as one that is scraped."""
+    """A backend that keeps nothing, as one that is scraped."""
 
     def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
         pass

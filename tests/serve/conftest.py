@@ -61,10 +61,10 @@ def make_service(settings: ServeSettings, engine: FakeEngine) -> Iterator[Callab
     made: list[Service] = []
 
     def make(
-        store: dict[str, float] | None = None, limits: RealtimeLimits | None = None, sink: Any = None, **changes: Any
+        store: dict[str, float] | None = None, limits: RealtimeLimits | None = None, metrics: Any = None, **changes: Any
     ) -> Service:
         service = Service(replace(settings, **changes), engine, limits, **(store or {}))
-        service.metrics = sink or service.metrics
+        service.metrics = metrics or service.metrics
         made.append(service)
         service.start()
         return service

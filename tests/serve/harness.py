@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from serve.replica.replica import Replica
 from serve.settings import ServeSettings
 from serve.store.store import Store
 from tests.networks import small_release
+from tests.recorded_metrics import RecordedMetrics
 
 Until = Callable[..., Any]
 """The fixture `until`: `until(condition, what)`."""
@@ -47,20 +47,6 @@ PROMPT, OTHER = "a red circle moves left", "a blue square moves right"
 
 NAMES = ("stable", "next")
 CONFIG = Config.from_preset("tiny", ["serve.max_sessions=2", "serve.max_prompt_characters=200", "serve.max_seconds=60"])
-
-
-class RecordingSink:
-    """Keeps what it is told, by metric name."""
-
-    def __init__(self) -> None:
-        self.values: defaultdict[str, list[float]] = defaultdict(list)
-        self.labels: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
-
-    def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
-        self.values[name].append(value)
-        self.labels[name].append(labels)
-
-    set = observe = inc
 
 
 @dataclass
@@ -215,7 +201,7 @@ class Service:
     def __init__(
         self, settings: ServeSettings, engine: FakeEngine, limits: RealtimeLimits | None = None, **store: float
     ) -> None:
-        self.settings, self.engine, self.metrics = settings, engine, RecordingSink()
+        self.settings, self.engine, self.metrics = settings, engine, RecordedMetrics()
         self._limits = limits
         self.gateways: list[Gateway] = []
         self.urls: list[str] = []

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 
 from diagonal.errors import FieldError
-from diagonal.metrics import NullSink
+from diagonal.metrics import NullBackend
 from diagonal.model.release import Release
 from serve.replica import loading
 from serve.settings import ServeSettings
@@ -61,5 +61,5 @@ def test_options_are_settings_of_the_releases_own_configuration(monkeypatch: pyt
         return Mock()
 
     monkeypatch.setattr(loading, "Engine", engine)
-    loaded = loading.load_engine(settings, NullSink())
+    loaded = loading.load_engine(settings, NullBackend())
     assert loaded.config == taken[0].config == Release.load().config.with_settings(["serve.cache_dtype=fp8"])

@@ -21,7 +21,7 @@ from diagonal.engine.scheduler import Candidate, choose
 from diagonal.engine.session import ChunkResult, Session, SessionState
 from diagonal.engine.sessions import EngineStats, Sessions
 from diagonal.engine.specs import PromptChange, SessionSpec
-from diagonal.metrics import MetricSink, NullSink
+from diagonal.metrics import MetricsBackend, NullBackend
 from diagonal.model.compiled import load_compiled, save_compiled
 
 __all__ = ["BudgetError", "CapacityError", "Engine", "EngineStats", "Health"]
@@ -52,13 +52,13 @@ class Engine(Sessions):
         release: Servable,
         *,
         device: torch.device | str = "cpu",
-        metrics: MetricSink | None = None,
+        metrics: MetricsBackend | None = None,
         clock: Callable[[], float] = time.monotonic,
         reanchor: ReanchorPolicy | None = None,
         read_aside: bool = False,
     ) -> None:
         maker = ChunkMaker(release, device, release.config.serve.max_sessions)
-        super().__init__(maker, metrics or NullSink(), clock, read_aside)
+        super().__init__(maker, metrics or NullBackend(), clock, read_aside)
         self._pool = maker.pool
         self._reanchor = reanchor or ReanchorPolicy.of(self.config.serve, maker.window_chunks)
         self._failures_in_row = 0

@@ -27,7 +27,7 @@ from diagonal.engine.session import IllegalMoveError, Session, SessionInfo, Sess
 from diagonal.engine.snapshot import Snapshot, SnapshotError, check_latents
 from diagonal.engine.specs import MAX_EVENTS, MAX_PENDING, PromptChange, SessionSpec
 from diagonal.errors import require
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from diagonal.schedule import StepSchedule
 
 _LEAST_LEFT = 0.1  # share of the device that sessions without a pace are expected to get at least
@@ -55,7 +55,9 @@ class EngineStats:
 class Sessions:
     """Admits sessions and takes what is asked of them; the engine's own thread does it at the next chunk boundary."""
 
-    def __init__(self, maker: ChunkMaker, metrics: MetricSink, clock: Callable[[], float], read_aside: bool) -> None:
+    def __init__(
+        self, maker: ChunkMaker, metrics: MetricsBackend, clock: Callable[[], float], read_aside: bool
+    ) -> None:
         self.config, self.geometry, self.identity = maker.config, maker.geometry, maker.identity
         self._maker, self._metrics, self._clock, self._read_aside = maker, metrics, clock, read_aside
         serve = self.config.serve

@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 
 from diagonal.config import Config
-from diagonal.metrics import NullSink
 from diagonal.storage import Folder
 from diagonal.training.checkpoint import CheckpointError, Restored
 from diagonal.training.distributed import GroupLostError
@@ -27,6 +26,7 @@ from jobs.workers.reporting import Agreement, Place, Progress, Reporter
 from jobs.workers.samples import curves, sample_captions, save_curves
 from jobs.workers.stage_metrics import OWN, StageMetrics
 from jobs.workers.watchdog import STALLED
+from tests.recorded_metrics import RecordedMetrics
 
 FIGURES = {
     "critic": 1.0,
@@ -39,26 +39,10 @@ FIGURES = {
 }
 
 
-class Sink(NullSink):
-    """Keeps what was counted and set, by name and labels."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[str, ...], float] = {}
-
-    def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
-        super().inc(name, value, **labels)
-        key = (name, *labels.values())
-        self.found[key] = self.found.get(key, 0.0) + value
-
-    def set(self, name: str, value: float, **labels: str) -> None:
-        super().set(name, value, **labels)
-        self.found[(name, *labels.values())] = value
-
-
-def reporter(folder: Path, sink: Sink) -> Reporter:
-    metrics = StageMetrics(sink, "distill", last=4)
+def reporter(folder: Path, metrics: RecordedMetrics) -> Reporter:
+    stage_metrics = StageMetrics(metrics, "distill", last=4)
     outbox = Outbox(Folder(str(folder)))
-    return Reporter(Place("distill", 0, 1), outbox, metrics, last=4, batch_size=4, checkpoint_every=2)
+    return Reporter(Place("distill", 0, 1), outbox, stage_metrics, last=4, batch_size=4, checkpoint_every=2)
 
 
 def hooks(stop: bool = False, **others: Any) -> Progress:
@@ -96,19 +80,20 @@ def test_losses_are_means_over_the_global_batch_and_rank_0_decides_for_all(tmp_p
 def test_every_update_is_counted_and_every_refused_checkpoint_said_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sink = Sink()
+    metrics = RecordedMetrics()
     for start in range(2):
-        made = reporter(tmp_path, sink)
+        made = reporter(tmp_path, metrics)
         refused = (CheckpointError(Folder(str(tmp_path)) / "update-9", "altered"),) if start else ()
         made.started(2 * start, Restored(Folder(str(tmp_path)), 2 * start, refused) if start else None)
         for update in (2 * start + 1, 2 * start + 2):
             made.update(update, 1, FIGURES, checkpoint_age_s=7.0)
         made.close()
-    found = {key[0]: value for key, value in sink.found.items()}
-    assert found["diagonal_updates_total"] == 4 and found["diagonal_samples_total"] == 16
-    assert found["diagonal_data_wait_seconds_total"] == 2.0 and found["diagonal_checkpoint_age_seconds"] == 7.0
-    assert found["diagonal_restarts_total"] == 1 and found["diagonal_checkpoints_refused_total"] == 1
-    assert sink.found["diagonal_gradient_norm", "distill", "critic"] == 2.0
+    totals = {"updates_total": 8, "samples_total": 16, "data_wait_seconds_total": 2.0, "restarts_total": 1}
+    totals["checkpoints_refused_total"] = 1
+    assert {name: metrics.total(f"diagonal_{name}") for name in totals} == totals
+    assert metrics.last("diagonal_checkpoint_age_seconds") == 7.0
+    norms = metrics.of("diagonal_gradient_norm")
+    assert norms[-1].value == 2.0 and norms[-1].labels == {"stage": "distill", "network": "critic"}
     assert "REFUSED" in capsys.readouterr().out
     record = read_journal((tmp_path / UPDATES).read_text().splitlines())
     assert [entry["samples"] for entry in record.updates] == [[0, 3], [4, 7], [8, 11], [12, 15]]
@@ -164,6 +149,7 @@ def test_sample_captions_are_of_unseen_scenes_or_the_first_prompts() -> None:
 WATCHED = """
 import sys, threading, time
 from jobs.watchdog import Watchdog
+from tests.recorded_metrics import RecordedMetrics
 dog = Watchdog(0.5, "distill, rank 1")
 for _ in range(int(sys.argv[1])):
     dog.beat()

@@ -105,7 +105,7 @@ def test_14_no_secret_is_told_whatever_goes_wrong(
             one.start(prompt=PROMPT, num_frames=81)
             while True:
                 told += json.dumps(one.next() | {"resume_token": ""})
-    told += logged(caplog) + "".join(capfd.readouterr()) + str(service.metrics.labels) + str(service.settings)
+    told += logged(caplog) + "".join(capfd.readouterr()) + str(service.metrics.records) + str(service.settings)
     data = Path(service.settings.data)
     own = [body_of(data / "signing_key.pem"), body_of(tmp_path / "key.pem")]
     secrets = [shown.split("_", 2)[2], SECRET_KEY, WATERMARK_KEY, *own]

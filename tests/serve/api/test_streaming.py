@@ -325,15 +325,15 @@ def test_a_session_that_its_gateways_forgot_is_freed(
         until(lambda: len(engine.made) == 1, "one chunk")
         service.run(service.gateways[0].close())
         until(lambda: not engine.sessions, "the place is free")
-    assert {"outcome": "abandoned"} in service.metrics.labels["diagonal_sessions_total"]
+    assert {"outcome": "abandoned"} in service.metrics.labels("diagonal_sessions_total")
 
 
 def test_what_was_sent_is_counted(http: httpx2.Client, service: Service, until: Until) -> None:
     http.get(f"/v1/videos/{start(http)}/stream")
     values = service.metrics.values
-    until(lambda: values["diagonal_sessions_total"] == [1.0], "the session is counted")
-    assert sum(values["diagonal_frames_sent_total"]) == 81
-    assert sum(values["diagonal_stream_media_seconds_total"]) == pytest.approx(81 / 16)
-    assert len(values["diagonal_time_to_first_frame_seconds"]) == 1
-    assert len(values["diagonal_chunk_encode_seconds"]) == 7
-    assert service.metrics.labels["diagonal_sessions_total"] == [{"outcome": "completed"}]
+    until(lambda: values("diagonal_sessions_total") == [1.0], "the session is counted")
+    assert sum(values("diagonal_frames_sent_total")) == 81
+    assert sum(values("diagonal_stream_media_seconds_total")) == pytest.approx(81 / 16)
+    assert len(values("diagonal_time_to_first_frame_seconds")) == 1
+    assert len(values("diagonal_chunk_encode_seconds")) == 7
+    assert service.metrics.labels("diagonal_sessions_total") == [{"outcome": "completed"}]

@@ -319,7 +319,7 @@ def test_11_and_14_neither_prompts_nor_keys_are_in_logs_metrics_or_files(
             while True:
                 one.next()
     client = http.post("/v1/realtime/client_secrets", headers=headers).json()["value"]
-    told = caplog.text + "".join(capfd.readouterr()) + str(guarded.metrics.labels)
+    told = caplog.text + "".join(capfd.readouterr()) + str(guarded.metrics.records)
     for canary in ("CANARY", secret, client, one.resume_token):
         assert canary not in told
     assert "ok-1" in told and headers["Authorization"].split("_")[1] in told  # what may be there is
@@ -357,7 +357,7 @@ def test_16_no_label_of_a_metric_is_the_callers_to_choose(guarded: Service, http
     for number in range(50):
         http.post("/v1/videos", json={"prompt": "x", f"field{number}": 1}, headers=headers)
         http.get(f"/v1/videos/video_{number}", headers=headers)
-    series = {(name, tuple(sorted(labels.items()))) for name, all_ in guarded.metrics.labels.items() for labels in all_}
+    series = {(record.name, tuple(sorted(record.labels.items()))) for record in guarded.metrics.records}
     assert len({one for one in series if one[0] == "diagonal_errors_total"}) == 2
 
 

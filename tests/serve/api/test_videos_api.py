@@ -183,7 +183,7 @@ def test_a_full_server_says_when_to_come_again(http: httpx2.Client, engine: Fake
     answer = http.post("/v1/videos", json={"prompt": "a red circle"})
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
     assert answer.json()["error"]["type"] == "rate_limit_error"
-    assert service.metrics.labels["diagonal_rejected_total"] == [{"reason": "full"}]
+    assert service.metrics.labels("diagonal_rejected_total") == [{"reason": "full"}]
 
 
 def test_deleting_a_running_video_frees_its_place(http: httpx2.Client, engine: FakeEngine, until: Until) -> None:

@@ -13,7 +13,7 @@ import pytest
 from ray.exceptions import RayActorError
 from websockets.exceptions import ConnectionClosed
 
-from diagonal.metrics import FactorySink
+from diagonal.metrics import FactoryBackend
 from diagonal.model.cache import PoolExhaustedError
 from diagonal.storage import StorageError
 from serve.gateway.failover import rehome
@@ -318,8 +318,8 @@ class Unmade:
 def test_s14_metrics_that_nobody_takes_cost_no_frame(
     make_service: Callable[..., Service], kind: Any, until: Until, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sink = FactorySink(kind, kind, kind)
-    service = make_service(sink=sink)
+    metrics = FactoryBackend(kind, kind, kind)
+    service = make_service(metrics=metrics)
     with httpx2.Client(base_url=service.urls[0], timeout=20) as http:
         video = start(http, num_frames=81)
         assert len(shades(http.get(f"/v1/videos/{video}/stream").content)) == 81
@@ -328,7 +328,7 @@ def test_s14_metrics_that_nobody_takes_cost_no_frame(
             one.until("session.done")
         assert http.get("/v1/nothing").status_code == 404
         until(lambda: told(http, video)["status"] == "completed", "completed")
-    assert sink.lost > 50 and SECRET not in caplog.text
+    assert metrics.lost > 50 and SECRET not in caplog.text
 
 
 class FullDisk(io.StringIO):

@@ -17,7 +17,8 @@ from websockets.exceptions import ConnectionClosed
 from serve.gateway.driver import Driver
 from serve.records import Pacing, Verdict, VideoRecord
 from serve.replica.replica import Replica
-from tests.serve.harness import PROMPT, Cluster, LocalHandle, RecordingSink, Until, assert_same_video, start
+from tests.recorded_metrics import RecordedMetrics
+from tests.serve.harness import PROMPT, Cluster, LocalHandle, Until, assert_same_video, start
 from tests.serve.sockets import Viewer, cut, viewer
 
 Make = Callable[..., Cluster]
@@ -286,7 +287,7 @@ def test_a_store_that_comes_back_is_given_time_to_learn_who_watches() -> None:
     async def drive() -> None:
         store, replica = ForgetfulStore(), SlowReplica()
         handles = LocalHandle(lambda _: store), LocalHandle(lambda _: replica)
-        running = asyncio.ensure_future(Driver(video, *handles, RecordingSink(), 1.0, 0.6).run())
+        running = asyncio.ensure_future(Driver(video, *handles, RecordedMetrics(), 1.0, 0.6).run())
         await asyncio.sleep(2.2)
         assert not store.ended, "its reader asked again in time"
         await asyncio.wait_for(running, 5)

@@ -17,7 +17,8 @@ from diagonal.errors import FieldError
 from serve.gateway.prompt_policy import DenyList, PromptPolicy, levelled
 from serve.settings import ServeSettings
 from serve.wire.problems import Problem
-from tests.serve.harness import RecordingSink, Service
+from tests.recorded_metrics import RecordedMetrics
+from tests.serve.harness import Service
 from tests.serve.sockets import viewer
 
 Make = Callable[..., Service]
@@ -53,13 +54,13 @@ def settings(name: str, timeout_s: float = 2.0) -> ServeSettings:
 
 def judged(name: str, prompt: str, account: str = "local", timeout_s: float = 2.0) -> tuple[str, list[dict[str, str]]]:
     """The code of the refusal, '' for none, and what was counted."""
-    metrics = RecordingSink()
+    metrics = RecordedMetrics()
     policy = PromptPolicy.from_settings(settings(name, timeout_s), metrics)
     try:
         asyncio.run(policy.check(prompt, account))
     except Problem as problem:
-        return problem.code, metrics.labels["diagonal_prompts_refused_total"]
-    return "", metrics.labels["diagonal_prompts_refused_total"]
+        return problem.code, metrics.labels("diagonal_prompts_refused_total")
+    return "", metrics.labels("diagonal_prompts_refused_total")
 
 
 def test_without_a_policy_every_prompt_passes() -> None:
@@ -85,7 +86,7 @@ def test_a_policy_that_hangs_has_refused_in_time() -> None:
     RELEASE.clear()
     release = threading.Timer(10.0, RELEASE.set)  # the interpreter waits for its threads at the end
     release.start()
-    metrics, started_s = RecordingSink(), time.monotonic()
+    metrics, started_s = RecordedMetrics(), time.monotonic()
     policy = PromptPolicy.from_settings(settings(f"{__name__}:hangs", 0.1), metrics)
 
     async def ask() -> None:
@@ -96,13 +97,13 @@ def test_a_policy_that_hangs_has_refused_in_time() -> None:
         release.cancel()
 
     asyncio.run(ask())
-    assert metrics.labels["diagonal_prompts_refused_total"] == [{"reason": "timeout"}] * 8
+    assert metrics.labels("diagonal_prompts_refused_total") == [{"reason": "timeout"}] * 8
 
 
 @pytest.mark.parametrize("name", ["no.such.module:policy", f"{__name__}:nothing", f"{__name__}:FORBIDDEN"])
 def test_a_policy_that_is_not_there_keeps_the_gateway_from_starting(name: str) -> None:
     with pytest.raises(FieldError, match="prompt_policy"):
-        PromptPolicy.from_settings(settings(name), RecordingSink())
+        PromptPolicy.from_settings(settings(name), RecordedMetrics())
 
 
 DISGUISED = [
@@ -162,7 +163,7 @@ def test_a_list_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list").write_bytes(b"\xff\xfe\x00")
     for name in ("none", "list"):
         with pytest.raises(FieldError, match="prompt_policy"):
-            PromptPolicy.from_settings(settings(f"deny-list:{tmp_path / name}"), RecordingSink())
+            PromptPolicy.from_settings(settings(f"deny-list:{tmp_path / name}"), RecordedMetrics())
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def test_every_way_in_asks_it(listed: Service, caplog: pytest.LogCaptureFixture)
             error = one.until("error")
             assert (error["code"], error["event_id"]) == ("prompt_refused", "e1")
         assert http.get(f"/v1/videos/{video}").json()["interactions"] == []
-    reasons = listed.metrics.labels["diagonal_prompts_refused_total"]
+    reasons = listed.metrics.labels("diagonal_prompts_refused_total")
     assert reasons == [{"reason": "policy"}] * 4
     of_a_client = ("websockets.client", "httpcore", "httpx2")
     logged = [one.getMessage() for one in caplog.records if not one.name.startswith(of_a_client)]

@@ -30,7 +30,8 @@ from serve.replica.loading import Loaded, load_engine
 from serve.replica.replica import Replica
 from serve.settings import NAME, ReleaseSettings, ServeSettings, parse_releases
 from tests.networks import small_release
-from tests.serve.harness import FakeEngine, RecordingSink, SideBySide, Until
+from tests.recorded_metrics import RecordedMetrics
+from tests.serve.harness import FakeEngine, SideBySide, Until
 from tests.serve.sockets import viewer
 
 PROMPT = "a red circle moves left"
@@ -338,7 +339,7 @@ def test_a_snapshot_of_another_release_is_refused(tmp_path: Path) -> None:
         for name, digest in (("stable", "a"), ("next", "a"), ("stable", "b")):
             release = replace(small_release(), name=name, manifest={"files": {"w.safetensors": {"sha256": digest}}})
             loaded = Loaded(name, release.config, Engine(release))
-            made.append(Replica(settings, lambda *_, loaded=loaded: loaded, RecordingSink(), f"r{len(made)}"))
+            made.append(Replica(settings, lambda *_, loaded=loaded: loaded, RecordedMetrics(), f"r{len(made)}"))
         try:
             await made[0].open("v", PROMPT, 3, 81, 1)
             first = await made[0].pull("v", 0, 0, -1)
@@ -379,7 +380,7 @@ def judged(folder: Path, **manifest: Any) -> str:
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loaded]:
     """What a replica loads, by these settings."""
     monkeypatch.setattr("serve.replica.loading.Engine", WarmEngine)
-    return lambda **settings: load_engine(ServeSettings(**settings), RecordingSink())
+    return lambda **settings: load_engine(ServeSettings(**settings), RecordedMetrics())
 
 
 def test_the_embedded_release_is_served_and_warm_before_anybody_is_told(load: Callable[..., Loaded]) -> None:

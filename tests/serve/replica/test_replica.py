@@ -14,12 +14,12 @@ import av
 import pytest
 
 from diagonal.engine.engine import Engine
-from diagonal.metrics import MetricSink
+from diagonal.metrics import MetricsBackend
 from serve.records import EncodedChunk, Opened, Refused
 from serve.replica.replica import Replica
 from serve.settings import ServeSettings
 from tests.networks import SmallRelease, small_release
-from tests.serve.harness import RecordingSink
+from tests.recorded_metrics import RecordedMetrics
 
 PROMPT, OTHER = "a red circle moves left", "a blue square moves right"
 DEADLINE_S = 60.0
@@ -32,10 +32,10 @@ def run(tmp_path: Path, work: Callable[[Callable[..., Replica]], Awaitable[None]
     def make(release: SmallRelease | None = None, **engine: Any) -> Replica:
         release = release or small_release()
 
-        def load(_: ServeSettings, metrics: MetricSink) -> Any:
+        def load(_: ServeSettings, metrics: MetricsBackend) -> Any:
             return release.name, release.config, Engine(release, metrics=metrics, **engine)
 
-        made.append(Replica(settings, load, RecordingSink(), f"replica-{len(made) + 1}"))
+        made.append(Replica(settings, load, RecordedMetrics(), f"replica-{len(made) + 1}"))
         return made[-1]
 
     async def all_of_it() -> None:

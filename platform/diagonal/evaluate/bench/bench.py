@@ -32,7 +32,7 @@ from diagonal.evaluate.bench.page import summary, write, write_page
 from diagonal.evaluate.bench.random_release import RandomRelease
 from diagonal.evaluate.bench.rates import Variant, ceiling_tflops, decoded_row, growth_row, network_row, variants
 from diagonal.evaluate.bench.training_page import environment
-from diagonal.metrics import MetricSink, NullSink, exporter
+from diagonal.metrics import MetricsBackend, NullBackend, exporter
 
 Row = dict[str, Any]
 SECTIONS = ("rates", "client", "schedules", "sessions", "batching", "growth")
@@ -50,7 +50,7 @@ class Bench:
     options: argparse.Namespace
     ends_s: float
     found: Row = field(default_factory=dict)
-    metrics: MetricSink = field(default_factory=NullSink)
+    metrics: MetricsBackend = field(default_factory=NullBackend)
 
     def run(self) -> Row:
         """Every section that fits, each written as soon as it is there."""
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "load": os.getloadavg()[0],
         **{name: getattr(options, name) for name in ("decoder", "fp8", "compile", "overlap", "clock")},
     }
-    with exporter(options.metrics_port) if options.metrics_port else nullcontext(NullSink()) as bench.metrics:
+    with exporter(options.metrics_port) if options.metrics_port else nullcontext(NullBackend()) as bench.metrics:
         print(summary(bench.run()))
     return 0
 
