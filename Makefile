@@ -1,6 +1,6 @@
 # The commands that a developer learns; .ci/run calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo cluster-smoke observe dashboards stop test test-faults check lint format lock lock-check clean
+.PHONY: help env env-dev demo cluster-smoke observe dashboards stop test test-fast test-faults check lint format lock lock-check clean
 
 VENV ?= .venv
 # The first interpreter that starts and has a supported version (a version manager's shim may exist and still refuse).
@@ -75,20 +75,27 @@ cluster-smoke: env ## distil and serve on a local cluster of four nodes, lose on
 stop: ## end the local Ray and the service, by process id
 	@$(VENV)/bin/python -m infra.local.cluster stop
 
-# Both parts of the tests that $(1) chooses. pytest ends with 5 where a choice (-k) left nothing of a part; that is no
-# failure while the other part has some.
-define in_two_parts
-	@part() { $(PYTEST) $(1) $(if $(REPORTS),--junitxml=$(REPORTS)/$@-$$1.xml) --part="$$@" $(PYTEST_ARGS); }; \
-	part together -n logical --maxprocesses=4 --dist=loadscope; first=$$?; part alone; second=$$?; \
-	if [ $$first = 5 ]; then first=$$second; elif [ $$second = 5 ]; then second=$$first; fi; \
-	[ $$first = 0 ] && [ $$second = 0 ]
+# The tests that $(1) chooses, in two runs of pytest: side by side, then those that need the machine for themselves.
+# pytest ends with 5 where a choice (-k) left nothing of a part; that is no failure while the other part has some.
+PART ?= together alone
+CHOICE ?= faults
+define in_parts
+	@status=5; for part in $(PART); do \
+		spread=; [ $$part = alone ] || spread="-n logical --maxprocesses=4 --dist=loadscope"; \
+		$(PYTEST) $(1) $(if $(REPORTS),--junitxml=$(REPORTS)/$@-$$part.xml) --part=$$part $$spread $(PYTEST_ARGS); \
+		one=$$?; [ $$status = 5 ] && status=$$one || [ $$one = 0 ] || [ $$one = 5 ] || status=$$one; \
+	done; [ $$status = 0 ]
 endef
 
 test: env-dev ## run the tests, but not those below: side by side, then those that start Ray or a browser
-	$(call in_two_parts,--ignore=tests/faults)
+	$(call in_parts,--ignore=tests/faults)
 
-test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, storage, networks (about 30 minutes)
-	$(call in_two_parts,-m faults tests/faults)
+test-fast: PART = together
+test-fast: env-dev ## before a commit: the tests without Ray, without a browser and not slow (under 2 minutes)
+	$(call in_parts,--ignore=tests/faults -m "not slow")
+
+test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, storage, networks (half an hour; CHOICE=ci: ten)
+	$(call in_parts,-m $(CHOICE) tests/faults)
 
 bench: env ## measure speed of the embedded model on this CPU (about 3 minutes): docs/results/speed.md
 	PYTHONPATH=platform $(VENV)/bin/python -m diagonal.evaluate.bench --preset tiny --no-compile --threads 1 \

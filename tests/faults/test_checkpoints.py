@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from diagonal.training.checkpoint_manifest import check_file, folder_name
 from jobs.runs.update_log import Record
@@ -17,6 +18,7 @@ from tests.faults.nodes import Nodes, until
 from tests.s3 import FaultyProxy
 
 
+@pytest.mark.ci
 def test_altered_checkpoints_are_refused_loudly_and_the_one_before_them_used(
     cluster: Nodes, stopped: StoppedRun, nodes: list[Any], start: Launcher, tmp_path: Path, unbroken: Record
 ) -> None:
@@ -65,6 +67,7 @@ def test_workers_killed_at_every_write_of_a_checkpoint_leave_the_one_before_it(
     assert difference(job.record(), unbroken) == ""
 
 
+@pytest.mark.ci
 def test_a_full_disk_ends_the_run_with_its_cause_and_leaves_the_old_checkpoint_whole(
     cluster: Nodes, nodes: list[Any], start: Launcher
 ) -> None:

@@ -83,6 +83,7 @@ def missed(found: dict[str, Any]) -> dict[str, Any]:
     return {name: found.get(name, figures.get(name)) for name, is_kept in kept.items() if not is_kept}
 
 
+@pytest.mark.ci
 def test_an_overload_is_refused_at_once_and_those_who_are_in_play_on(
     started: LiveService, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +101,7 @@ def test_an_overload_is_refused_at_once_and_those_who_are_in_play_on(
     assert not late, late
 
 
+@pytest.mark.ci
 def test_a_replica_that_is_killed_ends_no_stream_and_disturbs_no_other(live: LiveService, ffprobe: str) -> None:
     watchers = watching(live, 9, (OverHttp, OverSocket, OverHttp, OverSocket))
     holders = [live.holder(one.id) for one in watchers]
@@ -122,6 +124,7 @@ def test_without_a_replica_for_ten_seconds_a_stream_is_cut_and_does_not_seem_to_
     assert live.record(watcher.id).error_code == "session_lost"
 
 
+@pytest.mark.ci
 def test_scaling_down_loses_nothing(live: LiveService, ffprobe: str) -> None:
     watchers = watching(live, 12, (OverHttp, OverSocket, OverHttp, OverSocket))
     assert len({live.holder(one.id) for one in watchers}) == 2
@@ -147,6 +150,7 @@ def test_gateways_are_stopped_under_their_viewers(live: LiveService, ffprobe: st
     assert len(live.parts("Gateway")) == 1
 
 
+@pytest.mark.ci
 def test_the_whole_service_is_replaced_under_its_viewers(live: LiveService, ffprobe: str) -> None:
     before = {pid for part in ("Store", "Gateway", "Replica") for pid in live.parts(part).values()}
     watchers = watching(live, 40)
@@ -176,7 +180,7 @@ def test_streams_do_not_notice_that_serves_controller_died(live: LiveService, ff
     assert max(watcher.longest_gap_s() for watcher in watchers) < CHUNK_S + BUSY_S
 
 
-@pytest.mark.parametrize("part", ["gateway", "proxy"])
+@pytest.mark.parametrize("part", [pytest.param("gateway", marks=pytest.mark.ci), "proxy"])
 def test_a_viewer_goes_on_by_his_token_after_a_gateway_or_a_proxy_died(
     live: LiveService, ffprobe: str, part: str
 ) -> None:

@@ -7,6 +7,8 @@ import signal
 import time
 from typing import Any
 
+import pytest
+
 from jobs.runs.update_log import Record
 from tests.faults.job import EVERY, MIDDLE, UPDATES_IN_ALL, Job, Launcher, difference, sample_numbers
 from tests.faults.nodes import Nodes, until
@@ -21,6 +23,7 @@ def went_on(job: Job, lost_after: int) -> None:
     assert lost_after - EVERY <= starts[1]["start_after"] <= lost_after + 1, (starts, lost_after)
 
 
+@pytest.mark.ci
 def test_a_killed_worker_costs_at_most_one_interval_and_changes_no_bit(
     cluster: Nodes, nodes: list[Any], start: Launcher, unbroken: Record
 ) -> None:

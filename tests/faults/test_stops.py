@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from jobs.runs.update_log import Record
 from tests.faults.conftest import StoppedRun
 from tests.faults.job import Launcher, difference, sample_numbers
@@ -12,6 +14,7 @@ from tests.faults.job import Launcher, difference, sample_numbers
 SOON_S = 30.0
 
 
+@pytest.mark.ci
 def test_sigterm_ends_a_run_within_half_a_minute_with_a_checkpoint_and_says_how_to_go_on(stopped: StoppedRun) -> None:
     """T8."""
     assert stopped.stopped_in_s < SOON_S and stopped.status == 128 + 15

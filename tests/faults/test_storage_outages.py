@@ -6,6 +6,8 @@ import re
 import time
 from typing import Any
 
+import pytest
+
 from jobs.runs.update_log import Record
 from tests.faults.job import START_S, Job, Launcher, difference
 from tests.faults.nodes import Nodes, until
@@ -45,6 +47,7 @@ def whole(job: Job) -> None:
             assert sizes[f"{checkpoint.folder.name}/{name}"] == entry["bytes"]
 
 
+@pytest.mark.ci
 def test_an_outage_longer_than_the_patience_ends_the_run_and_names_the_storage(
     nodes: list[Any], start: Launcher, bucket: str, faulty_s3: FaultyProxy
 ) -> None:
