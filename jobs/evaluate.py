@@ -9,35 +9,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import diagonal
-from diagonal.config import Config
 from diagonal.data.prompts import read_prompts
 from diagonal.errors import require
 from diagonal.evaluate.contact_sheet import contact_sheet, save_png
+from diagonal.evaluate.environment import system_description, write_report
 from diagonal.evaluate.plots import save_curves
 from diagonal.evaluate.quality import gate, report, vbench, videos
-from diagonal.evaluate.quality.comparison import Source, digest, run_panel
+from diagonal.evaluate.quality.comparison import Source, identity, run_panel
 from diagonal.evaluate.quality.sources import Student, Teacher, clip_seeds, codec_maker, draw_captions
 from diagonal.evaluate.quality.streams import drift_part, kept_batches, stream_seeds, turn_part
 from diagonal.evaluate.quality.worlds import World, world_for
-from diagonal.jsonfile import write_json
 from diagonal.model.base_model import base_folder
-from diagonal.model.manifest import file_hash
 from diagonal.model.release import Release
 from diagonal.schedule import StepSchedule
 from diagonal.storage import Folder
-from jobs.promote import promote
+from jobs.runs.artefacts import promote
 from jobs.runs.run import main, say
 
 ROWS_ON_SHEET, SHEET_SIDE_PX = 6, 128
@@ -98,7 +91,7 @@ def evaluate(options: argparse.Namespace, command: str) -> dict[str, Any]:
     baselines = [name for name in (TEACHER, SELF_FORCING) if name in found]
     schedule, cache = release.config.schedule, release.config.cache
     return {
-        **circumstances(command),
+        **system_description(command),
         "clips": options.clips,
         "seed": options.seed,
         "prompts": label,
@@ -148,20 +141,6 @@ def sources_of(options: argparse.Namespace, release: Release, ours: Student, wor
     return found
 
 
-def identity(folder: Path, config: Config, *more: object) -> str:
-    """What tells a source apart: its weights, and the settings that decide its clips."""
-    weights = {str(path.relative_to(folder)): file_hash(path) for path in sorted(folder.rglob("*.safetensors"))}
-    tree = config.to_dict()
-    return digest(
-        [
-            weights,
-            *(tree[name] for name in ("preset", "geometry", "schedule", "cache", "model")),
-            tree["serve"]["decoder"],
-            *more,
-        ]
-    )
-
-
 def _drift(
     options: argparse.Namespace,
     ours: Student,
@@ -204,34 +183,15 @@ def _keep_sheet(out: str, name: str, first: int, pixels: Tensor) -> None:
         save_png(sheet, Path(f"{out}-{name.split()[0]}.png"))
 
 
-def circumstances(command: str) -> dict[str, Any]:
-    """When, where and by what command."""
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg()[:2])
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "torch": torch.__version__,
-        "diagonal": diagonal.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "command": command,
-        "load": f"{load} of {os.cpu_count()} cores",
-    }
-
-
-def write_report(out: str, found: Mapping[str, Any], text: str) -> None:
-    """OUT.json and OUT.md, each whole or not at all."""
-    write_json(f"{out}.json", found)
-    Folder(str(Path(out).absolute().parent)).write(f"{Path(out).name}.md", text.encode())
-    say(f"report {out}.md")
-
-
 def work(argv: Sequence[str]) -> None:
     options = arguments(argv)
     command = " ".join(["python jobs/evaluate.py", *argv])
     if options.videos:
-        found = {**circumstances(command), **videos.measure_all(options.videos, say)}
+        found = {**system_description(command), **videos.measure_all(options.videos, say)}
         if options.vbench:
             found["vbench"] = vbench.evaluate(options.videos, options.device, say)
         write_report(options.out, found, videos.markdown(found))
+        say(f"report {options.out}.md")
         return
     found = json.loads(json.dumps(evaluate(options, command)))
     if options.gate:
@@ -241,6 +201,7 @@ def work(argv: Sequence[str]) -> None:
         promote(options.release, judged.reasons, judged.promoted, ours["figures"])
         say(f"release {options.release} is {'' if judged.promoted else 'not '}promoted: {'; '.join(judged.reasons)}")
     write_report(options.out, found, report.markdown(found))
+    say(f"report {options.out}.md")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from diagonal.model.manifest import MANIFEST
-from diagonal.model.release import Release
-from diagonal.storage import Folder
+from jobs.runs.artefacts import promote
 from jobs.runs.run import main, say
 
 
@@ -18,19 +15,6 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--reason", action="append", required=True, help="what was found; may be repeated")
     parser.add_argument("--refuse", action="store_true", help="say that it may not be served")
     return parser.parse_args(argv)
-
-
-def promote(
-    uri: str, reasons: Sequence[str], promoted: bool = True, scores: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Write the judgement into the manifest of a whole release, and return it; nothing else changes but its scores,
-    where new ones are given."""
-    Release.load(uri)
-    folder = Folder(uri)
-    manifest = {**folder.read_json(MANIFEST), "promoted": promoted, "promotion_reasons": list(reasons)}
-    manifest = {**manifest, "scores": dict(scores)} if scores else manifest
-    folder.write_json(MANIFEST, manifest)
-    return manifest
 
 
 def work(argv: Sequence[str]) -> None:

@@ -10,24 +10,23 @@ at the budget of --updates from the shared initialisation, with the steps and co
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diagonal.config import Config
 from diagonal.errors import require
+from diagonal.evaluate.environment import system_description, write_report
 from diagonal.evaluate.experiments.runs import PARTS, Plan, student_of
 from diagonal.evaluate.experiments.search import Point, clip_ms, grid, pareto, parse_context, profile, worth
 from diagonal.evaluate.intervals import interval
 from diagonal.evaluate.plots import save_points
-from diagonal.evaluate.quality.comparison import FORMAT, Source, digest, run_panel
+from diagonal.evaluate.quality.comparison import FORMAT, Source, digest, identity, run_panel
 from diagonal.evaluate.quality.report import shown, table
 from diagonal.evaluate.quality.sources import Student, clip_seeds, draw_captions, own_world, summary
 from diagonal.model.base_model import base_folder, embedded
 from diagonal.model.release import Release
 from diagonal.storage import Folder
-from jobs.evaluate import circumstances, identity, write_report
 from jobs.runs.run import main, say
 
 COSTS = ("clip_ms", "forwards")
@@ -102,7 +101,7 @@ def _measure(
         say=say,
     )[point.name]
     return {
-        **circumstances(""),
+        **system_description(""),
         "name": point.name,
         "settings": list(point.settings),
         "forwards": student.forwards,
@@ -156,7 +155,7 @@ def work(argv: Sequence[str]) -> None:
     told = sorted(rows.values(), key=lambda row: costs[row["name"]])
     chosen = profile(release.name, points, rows, options.cost, options.margin)
     report = {
-        **circumstances(" ".join(["python jobs/search.py", *argv])),
+        **system_description(" ".join(["python jobs/search.py", *argv])),
         "release": release.name,
         "clips": options.clips,
         "seed": options.seed,
@@ -167,7 +166,8 @@ def work(argv: Sequence[str]) -> None:
     }
     save_points(Path(f"{options.out}.png"), {n: (costs[n], qualities[n]) for n in rows}, front, options.cost)
     Folder(str(Path(options.out).absolute().parent)).write_json(f"{Path(options.out).name}-profile.json", chosen)
-    write_report(options.out, json.loads(json.dumps(report)), markdown(report))
+    write_report(options.out, report, markdown(report))
+    say(f"report {options.out}.md")
     for name in front:
         say(f"Pareto: {name}: {options.cost} {costs[name]:g}, quality {qualities[name]:.4f}")
 

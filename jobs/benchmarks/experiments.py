@@ -16,12 +16,12 @@ from pathlib import Path
 
 from diagonal.config import Config
 from diagonal.errors import require
+from diagonal.evaluate.environment import system_description, write_report
 from diagonal.evaluate.experiments.page import collect, page
 from diagonal.evaluate.experiments.runs import Plan, run_row, run_speed
 from diagonal.evaluate.experiments.table import Experiment, experiment, experiments
 from diagonal.model.base_model import base_folder, embedded
 from diagonal.storage.fetch import fetch
-from jobs.evaluate import circumstances, write_report
 from jobs.runs.run import main, say
 
 
@@ -86,14 +86,14 @@ def run(options: argparse.Namespace, command: str) -> None:
         for seed in options.seeds:
             for variant in (v for v in one.variants if options.only in v.name):
                 say(f"{one.key}: {variant.name}, seed {seed}")
-                run_row(plan, one, variant, seed, circumstances(command), say)
+                run_row(plan, one, variant, seed, system_description(command), say)
 
 
 def speed(options: argparse.Namespace, command: str) -> None:
     """The variants of experiments in turns; students that are not there are trained."""
     plan = plan_of(options)
     for one in (one for one in chosen(options.keys, plan.config.schedule.shift) if one.measure == "clips"):
-        found = run_speed(plan, one, options.seeds[0], circumstances(command), say)
+        found = run_speed(plan, one, options.seeds[0], system_description(command), say)
         say("\n".join(f"{one.key}: {name}: {fps:.0f} fps" for name, fps in found["fps"].items()))
 
 
@@ -129,6 +129,7 @@ def work(argv: Sequence[str]) -> None:
         for entry in found["experiments"]:
             entry["command"] = f"{entry['command']} {budget_arguments(options)}"
         write_report(options.out, found, page(found, shift))
+        say(f"report {options.out}.md")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import httpx2
 from diagonal.client import AsyncRealtime, DiagonalError, ServerFullError
 from diagonal.client.protocol import start_fields
 from diagonal.errors import FieldError, require
-from diagonal.evaluate.environment import circumstances
+from diagonal.evaluate.environment import system_description, this_command
 from diagonal.evaluate.load.figures import Trace, percentiles, summarise, table
 from diagonal.evaluate.load.page import PAGE, overload_text, write_page
 from diagonal.jsonfile import write_json
@@ -181,7 +181,8 @@ def work(argv: Sequence[str]) -> None:
         credits_s=options.credits,
         change_every=options.change_every,
     )
-    about = circumstances("jobs.benchmarks.load") | {"kind": "overload" if options.overload else "load"}
+    kind = "overload" if options.overload else "load"
+    about = system_description(this_command("jobs.benchmarks.load")) | {"kind": kind}
     if options.overload:
         found: dict[str, Any] = asyncio.run(overload(plan, options.last, options.seed, options.carrier))
         print(overload_text(found))

@@ -29,7 +29,7 @@ from diagonal.client import DiagonalClient, DiagonalError
 from diagonal.engine.engine import Engine
 from diagonal.engine.specs import SessionSpec
 from diagonal.errors import FieldError, require
-from diagonal.evaluate.environment import circumstances
+from diagonal.evaluate.environment import system_description, this_command
 from diagonal.evaluate.load.figures import percentiles
 from diagonal.evaluate.load.page import against_text
 from diagonal.jsonfile import write_json
@@ -239,7 +239,7 @@ def main() -> int:
     """0 when both were measured, 2 otherwise."""
     try:
         options = arguments(sys.argv[1:])
-        about = circumstances("jobs.benchmarks.serve_overhead") | {"kind": "in-process"}
+        about = system_description(this_command("jobs.benchmarks.serve_overhead")) | {"kind": "in-process"}
         asked = {name: getattr(options, name) for name in ("clips", "rounds", "frames", "engine_cpu")}
         found = about | asked | measure(options)
         print(against_text(found))

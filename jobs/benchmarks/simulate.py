@@ -21,7 +21,7 @@ from typing import Any
 from diagonal.client import DiagonalError
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
-from diagonal.evaluate.environment import circumstances
+from diagonal.evaluate.environment import system_description, this_command
 from diagonal.evaluate.simulation.arrivals import SPREADS, Burst, Crowd, Loss
 from diagonal.evaluate.simulation.chunk_times import ChunkTimes
 from diagonal.evaluate.simulation.engine import EngineSetup
@@ -163,7 +163,7 @@ def work(argv: Sequence[str]) -> bool:
     if options.report:
         print(write_page(Path(PAGE)))
         return True
-    about = circumstances("jobs.benchmarks.simulate")
+    about = system_description(this_command("jobs.benchmarks.simulate"))
     if options.check:
         found = check(options.check, options.metrics, configuration(options), options.replicas, options.gateways)
         print("\n".join(check_lines(found)))

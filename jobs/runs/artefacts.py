@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from diagonal.errors import require
 from diagonal.model.base_model import LINEAGE, base_uri, save_student
 from diagonal.model.manifest import MANIFEST
-from diagonal.model.release import write_release
+from diagonal.model.release import Release, write_release
 from diagonal.storage import Folder
 from diagonal.storage.fetch import fetch
 from jobs.runs.run import Run
@@ -53,6 +53,19 @@ def publish_release(run: Run, student: Path, lineage: Mapping[str, Any]) -> None
         write_release(
             folder, name=run.name, student=student, base=run.base, lineage=lineage, scores={}, statement=statement
         )
+
+
+def promote(
+    uri: str, reasons: Sequence[str], promoted: bool = True, scores: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the judgement into the manifest of a whole release, and return it; nothing else changes but its scores,
+    where new ones are given."""
+    Release.load(uri)
+    folder = Folder(uri)
+    manifest = {**folder.read_json(MANIFEST), "promoted": promoted, "promotion_reasons": list(reasons)}
+    manifest = {**manifest, "scores": dict(scores)} if scores else manifest
+    folder.write_json(MANIFEST, manifest)
+    return manifest
 
 
 def initial_student(run: Run) -> Path:

@@ -8,8 +8,7 @@ from diagonal.evaluate.quality.report import shown
 from diagonal.model.manifest import MANIFEST
 from jobs.runs.console import duration
 from jobs.runs.run import SUMMARY, Run, say
-from jobs.runs.update_log import UPDATES, Record, read_journal
-from jobs.workers.samples import NOT_CURVES
+from jobs.runs.update_log import NOT_CURVES, UPDATES, Record, read_journal
 
 RECENT = 20
 

@@ -15,6 +15,7 @@ from typing import Any
 from diagonal.storage import Folder, StorageError
 
 UPDATES = "updates.jsonl"
+NOT_CURVES = {"update", "samples", "tokens", "update_s", "data_wait_s", "skipped", "stage", "world_size"}
 Entry = dict[str, Any]
 
 _log = logging.getLogger(__name__)

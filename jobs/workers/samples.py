@@ -27,8 +27,8 @@ from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, decoder_of
 from diagonal.schedule import StepSchedule
 from diagonal.training.parallel import rollout_scope
+from jobs.runs.update_log import NOT_CURVES
 
-NOT_CURVES = {"update", "samples", "tokens", "update_s", "data_wait_s", "skipped", "stage", "world_size"}
 SHEET_SIDE_PX = 128
 
 

@@ -11,7 +11,7 @@ from diagonal.evaluate.bench.rates import ceiling_tflops
 from diagonal.metrics import MetricsBackend
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.flops import UpdateFlops, update_flops
-from jobs.runs.plan import read_layouts
+from jobs.runs.layouts import read_layouts
 from jobs.runs.run import Run
 
 OWN = {"samples", "tokens", "data_wait_s", "update_s", "skipped"}  # figures that are no losses

@@ -28,7 +28,8 @@ from diagonal.training.loop import Hooks
 from diagonal.training.parallel import ParallelPlan, Precision, device_mesh
 from diagonal.training.state import TrainState
 from jobs.ray_metrics import ray_metrics
-from jobs.runs.plan import estimate, read_layouts
+from jobs.runs.layouts import read_layouts
+from jobs.runs.plan import estimate
 from jobs.runs.run import Run, say
 from jobs.runs.update_log import Outbox
 from jobs.workers.control import StopRequests

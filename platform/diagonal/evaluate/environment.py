@@ -7,25 +7,42 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import diagonal
+from diagonal.jsonfile import write_json
+from diagonal.storage import Folder
 
-Circumstances = dict[str, str | float | int]
+SystemDescription = dict[str, str | float | int]
 
 
-def circumstances(module: str) -> Circumstances:
-    """Of a measurement by `python -m module` with this process's arguments; `load` is the machine's of five minutes."""
+def system_description(command: str) -> SystemDescription:
+    """Of a measurement by `command`; `load` is the machine's of five minutes."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{processor()}, {os.cpu_count()} CPUs",
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": command,
         "commit": commit(),
         "load": round(os.getloadavg()[1], 2),
         "python": platform.python_version(),
+        "torch": version("torch"),
         "diagonal": diagonal.__version__,
     }
+
+
+def this_command(module: str) -> str:
+    """`python -m module` with this process's arguments."""
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+
+
+def write_report(out: str, figures: Mapping[str, Any], text: str) -> None:
+    """OUT.json and OUT.md, each whole or not at all."""
+    write_json(f"{out}.json", figures)
+    Folder(str(Path(out).absolute().parent)).write(f"{Path(out).name}.md", text.encode())
 
 
 def processor() -> str:

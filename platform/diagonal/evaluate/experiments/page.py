@@ -292,7 +292,8 @@ def _circumstances(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [row for variant in variants for row in variant.get("rows", [])]
     if not rows:
         return []
-    dates, machines = _list(dict.fromkeys(r["date"] for r in rows)), _list(dict.fromkeys(r["machine"] for r in rows))
+    dates = _list(dict.fromkeys(row["date"][:10] for row in rows))
+    machines = _list(dict.fromkeys(row["machine"] for row in rows))
     spent = [row["training_cpu_s"] for row in rows if "training_cpu_s" in row]
     cost = f"; a training took {min(spent) / 60:.1f} to {max(spent) / 60:.1f} CPU-minutes" if spent else ""
     return [f"{dates}, {machines}, torch {rows[0]['torch']}{cost}.", ""]

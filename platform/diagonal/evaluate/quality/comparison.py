@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diagonal.config import Config
 from diagonal.evaluate.quality.features import clip_features
 from diagonal.evaluate.quality.serving_options import psnr_db
 from diagonal.evaluate.quality.sources import CLIPS_PER_BATCH, Make
 from diagonal.evaluate.quality.worlds import World
 from diagonal.media.measures import measure
+from diagonal.model.manifest import file_hash
 from diagonal.storage import Folder
 
 FORMAT = 1  # of a part; another one makes all parts anew
@@ -127,6 +130,14 @@ def part_hash(source: Source, reference: str, captions: Sequence[str], seeds: Se
 def digest(value: object) -> str:
     """24 hexadecimal digits of a value that JSON can say."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def identity(folder: Path, config: Config, *more: object) -> str:
+    """What tells a source apart: its weights, and the settings that decide its clips."""
+    weights = {str(path.relative_to(folder)): file_hash(path) for path in sorted(folder.rglob("*.safetensors"))}
+    tree = config.to_dict()
+    settings = [tree[name] for name in ("preset", "geometry", "schedule", "cache", "model")]
+    return digest([weights, *settings, tree["serve"]["decoder"], *more])
 
 
 def read_clips(

@@ -1,0 +1,100 @@
+"""The configurations of a run's networks, as their folders have them, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import UMT5Config
+
+from diagonal.config import Config
+from diagonal.errors import FieldError, require
+from diagonal.model.architecture import TransformerLayout
+from diagonal.model.base_model import base_uri, check_transformer
+from diagonal.storage import Folder
+from jobs.runs.run import Run
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The configurations of a run's networks, as their folders have them."""
+
+    student: Mapping[str, Any]
+    teacher: Mapping[str, Any]
+    text: Mapping[str, Any] | None
+    codec: Mapping[str, Any] | None
+
+
+def read_layouts(run: Run) -> Layouts:
+    """The configurations of all networks of a run, checked against its geometry and one another."""
+    config = run.config
+    if run.from_scratch and not run.folder.has("base/transformer/config.json"):
+        network = config.network
+        layout = {
+            "num_layers": network.layers,
+            "num_attention_heads": network.heads,
+            "attention_head_dim": network.head_dim,
+            "ffn_dim": network.ffn_dim,
+            "text_dim": network.text_dim,
+            "freq_dim": network.frequency_dim,
+            "in_channels": config.geometry.latent_channels,
+            "out_channels": config.geometry.latent_channels,
+            "patch_size": [1, config.geometry.patch_height, config.geometry.patch_width],
+        }
+        return Layouts(layout, layout, None, None)
+    require(
+        bool(config.model.path) or config.is_embedded,
+        "model.path",
+        config.model.path,
+        "a folder of the base model in diffusers' layout, local or s3:// (embedded presets have their own)",
+    )
+    base = Folder(base_uri(config), config.train.storage_patience_s)
+    for part in PARTS:
+        require((base / part).exists(), "model.path", str(base), f"a folder in diffusers' layout, with {part}/")
+    student = _network(config, "model.path", base, base)
+    given = config.distill.teacher
+    teacher = _network(config, "distill.teacher", Folder(given), base) if given else student
+    _check_init(run, base)
+    codec, text = (base.read_json(f"{part}/config.json") for part in ("vae", "text_encoder"))
+    if codec.get("_class_name") == "AutoencoderKLWan":
+        codec = {**_defaults(AutoencoderKLWan), **codec}
+    return Layouts(student, teacher, {**UMT5Config().to_dict(), **text}, codec)
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """What a diffusers class takes for keys that its config.json leaves out."""
+    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+def _network(config: Config, field: str, folder: Folder, base: Folder) -> Mapping[str, Any]:
+    """The layout of the network in `folder`, checked as the job will, beside the base model's text encoder."""
+    require(folder.has("transformer/config.json"), field, str(folder), "a folder that holds transformer/config.json")
+    weights = any(name.endswith(".safetensors") for name in (folder / "transformer").files())
+    require(weights, field, str(folder / "transformer"), "a folder that holds weights as .safetensors")
+    with tempfile.TemporaryDirectory(prefix="diagonal-plan-") as name:
+        for source, part in ((folder, "transformer"), (base, "text_encoder")):
+            source.get(f"{part}/config.json", Path(name) / part / "config.json")
+        try:
+            check_transformer(Path(name), config)
+        except FieldError as error:
+            raise FieldError(f"{field}: {error.field}", error.value, error.allowed) from error
+    layout: Mapping[str, Any] = {**_defaults(WanTransformer3DModel), **folder.read_json("transformer/config.json")}
+    TransformerLayout.of(layout)
+    return layout
+
+
+def _check_init(run: Run, base: Folder) -> None:
+    given = run.config.distill.init
+    if given.endswith(".pt"):
+        file = Folder(given)
+        require(file.parent.has(file.name), "distill.init", given, "a .pt file that exists")
+    elif given:
+        _network(run.config, "distill.init", Folder(given), base)
