@@ -4,9 +4,9 @@
 
 VENV ?= .venv
 # The first interpreter that starts and has a supported version (a version manager's shim may exist and still refuse).
-PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	$$name -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$name && break; done)
-SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 TORCH_INDEX_URL ?=
 KEEP ?= 1
 FROM_SCRATCH ?= 0
@@ -20,6 +20,8 @@ BENCH_PRESET ?= wan-1.3b
 BENCH_FOLDER ?= docs/results
 BENCH = env PYTHONPATH=platform $(or $(BENCH_PYTHON),python3) -m diagonal.evaluate.bench --preset $(BENCH_PRESET)
 UV ?= uv
+# Asked for on Windows or in a browser alone.
+ELSEWHERE = colorama httpx2-jsfetch pywin32 tzdata
 
 HAS_GPU = $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # `===` compares the version letter by letter, so on a GPU machine a local CPU build can never stand in for the plain one.
@@ -31,7 +33,7 @@ help: ## show this list
 	@echo "Targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' Makefile
 	@echo "Variables:"
-	@echo "  PYTHON=...           interpreter for the environment, 3.11 or 3.12 (found by itself)"
+	@echo "  PYTHON=...           interpreter for the environment, 3.11 to 3.14 (found by itself)"
 	@echo "  VENV=...             folder of the environment (default .venv)"
 	@echo "  TORCH_INDEX_URL=...  extra package index for torch. Without a GPU, give PyTorch's CPU index here: it holds"
 	@echo "                       $(TORCH) without CUDA and saves several GB. Default: your own pip settings"
@@ -43,17 +45,17 @@ help: ## show this list
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' || \
-		{ echo "Python 3.11 or 3.12 is needed, and none was found: give one with PYTHON=/path/to/python" >&2; exit 1; }
+		{ echo "Python 3.11 to 3.14 is needed, and none was found: give one with PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 		{ echo "$(PYTHON) has no venv module: install it (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) '$(TORCH)' --editable '.[train,serve]'
+	$(PIP_INSTALL) '$(TORCH)' --editable '.[train,serve,completion]'
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) '$(TORCH)' --editable '.[train,serve,dev]'
+	$(PIP_INSTALL) '$(TORCH)' --editable '.[dev]'
 	@touch $(VENV)/run.stamp $@
 
 env: $(VENV)/run.stamp ## make the environment that training and serving need
@@ -119,12 +121,14 @@ lint: env-dev ## ruff alone: rules, then format
 format: env-dev ## format the code
 	$(VENV)/bin/python -m ruff format .
 
-requirements.lock: constraints.txt
-	@echo '# Every package of constraints.txt with the hashes of its files, but torch, whose build differs by machine.' > $@.new
-	@echo '# Made by `make lock`. Install torch first, then: pip install --require-hashes --no-deps -r requirements.lock' >> $@.new
-	@grep -v -e '^#' -e '^torch==' $< | $(UV) pip compile - --no-deps --generate-hashes --python-version 3.11 \
-		--no-annotate --no-header --quiet >> $@.new
-	@mv $@.new $@
+requirements.lock: pyproject.toml constraints.txt
+	@echo '# Every package of constraints.txt with the hashes of its files, for every Python and system that is supported;' > $@.new
+	@echo '# but torch, whose build differs by machine. Made by `make lock`. Install torch first, then:' >> $@.new
+	@echo '# pip install --require-hashes --no-deps -r requirements.lock' >> $@.new
+	@printf '%s\n' torch $(ELSEWHERE) > $@.without
+	@$(UV) pip compile pyproject.toml --all-extras --constraint constraints.txt --excludes $@.without --universal \
+		--python-version 3.11 --generate-hashes --no-annotate --no-header --quiet >> $@.new
+	@rm $@.without && mv $@.new $@
 
 lock: requirements.lock ## renew requirements.lock from constraints.txt; needs uv
 

@@ -83,7 +83,7 @@ def traces_of(settings: ServeSettings, part: str) -> Traces:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise FieldError("traces", endpoint, "'' without OpenTelemetry: pip install 'diagonal[traces]'") from error
+        raise FieldError("traces", endpoint, "'' without OpenTelemetry (the extra `traces`)") from error
     provider = TracerProvider(resource=Resource.create({"service.name": f"diagonal-{part}"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")))
     return OpenTelemetryTraces(provider)

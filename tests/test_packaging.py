@@ -20,7 +20,8 @@ from packaging.version import Version
 # The CUDA build of torch brings these; which of them depends on the machine, so none is pinned.
 OF_A_GPU = re.compile(r"nvidia-|cuda-|triton$")
 REGISTRY_HOSTS = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org")
-EXTRAS = ("", "train", "serve", "serve-postgres", "provenance", "traces", "dashboards", "dev")
+EXTRAS = "model train serve serve-postgres provenance traces dashboards completion dev".split()
+CLIENT = {"httpx2", "websockets", "cryptography"}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,12 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(repository: 
     assert {name for name in wheel_names if ".dist-info/" not in name} == expected
 
 
+def requirements(project: dict[str, Any]) -> list[Requirement]:
+    """What the project and its extras ask for, but the extras that name others of them."""
+    texts = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    return [one for one in map(Requirement, texts) if one.name != project["name"]]
+
+
 def needed(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
@@ -93,9 +100,8 @@ def closure(name: str, extras: set[str]) -> dict[str, str]:
 def test_everything_that_is_installed_is_pinned_at_the_tested_version(
     project: dict[str, Any], pins: dict[str, Version]
 ) -> None:
-    texts = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
     installed: dict[str, str] = {}
-    for requirement in map(Requirement, texts):
+    for requirement in requirements(project):
         installed |= closure(requirement.name, requirement.extras)
     different = {
         name: (version, str(pins.get(name)))
@@ -107,10 +113,9 @@ def test_everything_that_is_installed_is_pinned_at_the_tested_version(
 
 
 def test_the_pins_satisfy_what_the_project_asks_for(project: dict[str, Any], pins: dict[str, Version]) -> None:
-    assert tuple(project["optional-dependencies"]) == EXTRAS[1:]
-    for text in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
-        requirement = Requirement(text)
-        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+    assert list(project["optional-dependencies"]) == EXTRAS
+    for requirement in requirements(project):
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 
 def test_pins_choose_neither_the_cpu_build_nor_the_cuda_one(pins: dict[str, Version]) -> None:
@@ -149,9 +154,35 @@ def test_the_lock_holds_every_pin_but_torch_with_hashes(repository: Path, pins: 
 
 def test_the_tested_versions_are_allowed_and_the_others_are_not(project: dict[str, Any]) -> None:
     allowed = Requirement("python" + project["requires-python"]).specifier
-    assert [minor for minor in range(9, 15) if allowed.contains(f"3.{minor}")] == [11, 12]
-    (torch,) = (Requirement(text) for text in project["dependencies"] if text.startswith("torch"))
-    assert [minor for minor in range(9, 16) if torch.specifier.contains(f"2.{minor}.0")] == [11, 12, 13]
+    assert [minor for minor in range(9, 17) if allowed.contains(f"3.{minor}")] == [11, 12, 13, 14]
+    named = [line.rpartition(":: 3.")[2] for line in project["classifiers"] if ":: Python :: 3." in line]
+    assert named == ["11", "12", "13", "14"]
+    ranges = {one.name: one.specifier for one in requirements(project)}
+    assert [minor for minor in range(9, 17) if ranges["torch"].contains(f"2.{minor}.0")] == [11, 12, 13, 14]
+
+
+def test_the_client_alone_is_three_packages(project: dict[str, Any]) -> None:
+    assert {Requirement(text).name for text in project["dependencies"]} == CLIENT
+
+
+def test_the_client_and_its_command_line_start_with_those_three_alone(repository: Path) -> None:
+    """Every package of an extra is hidden from the import, as where nothing but the client is installed."""
+    table = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    hidden = {one.name.lower() for one in requirements(table)} - CLIENT
+    code = f"""
+import sys
+from diagonal.client.cli import main
+import diagonal.client
+try:
+    main(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+of_extras = {hidden | {"PIL", "google", "numpy", "pydantic", "yaml"}!r} & set(sys.modules)
+assert not of_extras, of_extras
+"""
+    environment = os.environ | {"PYTHONPATH": str(repository / "platform")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "generate" in done.stdout, done.stderr
 
 
 def test_the_console_script_leads_to_a_function(project: dict[str, Any]) -> None:
@@ -168,6 +199,14 @@ def test_no_file_names_a_package_registry(repository: Path) -> None:
     assert [path for path, text in texts.items() if REGISTRY_HOSTS.search(text)] == []
 
 
+def test_no_message_tells_to_install_the_package_of_a_stranger(repository: Path) -> None:
+    """The name on the public index is not this project's."""
+    tops = ("platform", "jobs", "serve", "infra", "docs")
+    paths = [path for top in tops for path in (repository / top).rglob("*.*") if path.suffix in (".py", ".md", ".yaml")]
+    paths += [repository / "README.md"]
+    assert [path for path in paths if re.search(r"pip install ['\"]?diagonal", path.read_text())] == []
+
+
 def test_make_alone_lists_every_command_and_variable(repository: Path) -> None:
     done = subprocess.run(["make"], cwd=repository, capture_output=True, text=True, timeout=30, check=True)
     for word in ("help", "env", "demo", "stop", "test", "check", "lint", "clean"):
@@ -180,7 +219,7 @@ def test_an_unsupported_interpreter_is_refused_with_the_allowed_versions(reposit
     arguments = ["make", "env", f"VENV={tmp_path / 'venv'}", "PYTHON=false"]
     done = subprocess.run(arguments, cwd=repository, capture_output=True, text=True, timeout=30)
     assert done.returncode != 0
-    assert "Python 3.11 or 3.12 is needed" in done.stderr
+    assert "Python 3.11 to 3.14 is needed" in done.stderr
     assert not (tmp_path / "venv").exists()
 
 

@@ -115,7 +115,7 @@ def test_who_asks_for_traces_without_the_package_is_told_what_to_install(
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:4318" if by_variable else "")
     settings = ServeSettings(traces="" if by_variable else "http://127.0.0.1:4318")
-    with pytest.raises(FieldError, match=r"pip install 'diagonal\[traces\]'"):
+    with pytest.raises(FieldError, match=r"the extra `traces`"):
         traces_of(settings, "gateway")
 
 

@@ -131,7 +131,7 @@ def exporter(port: int) -> Iterator[FactoryBackend]:
     try:
         import prometheus_client as prometheus
     except ImportError as error:
-        raise FieldError("metrics", port, "used with prometheus-client (pip install 'diagonal[serve]')") from error
+        raise FieldError("metrics", port, "used with prometheus-client (the extra `serve`)") from error
     registry = prometheus.CollectorRegistry()
 
     def made(kind: Any) -> Callable[..., _Labelled]:
