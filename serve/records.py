@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -187,6 +188,28 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class OpenSession:
+    """What a replica needs to begin a video's session; `frames` is None for a stream without an end.
+
+    `paced`: somebody watches while it is made. `record`: keep the log that `recording` gives.
+    """
+
+    video_id: str
+    prompt: str
+    seed: int
+    frames: int | None
+    scale: int
+    paced: bool = False
+    record: bool = False
+    traceparent: str = ""
+
+    @classmethod
+    def of(cls, video: VideoRecord) -> OpenSession:
+        about = (video.id, video.prompt, video.seed, video.frames or None, video.scale)
+        return cls(*about, video.live, video.record, video.traceparent)
+
+
+@dataclass(frozen=True)
 class Opened:
     """A replica took a session; `init` is the stream's initialisation segment."""
 
@@ -238,8 +261,8 @@ class KeptChunk:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the store tells a driver: whether to go on, whether another one drives now, and who watches.
+class DriveDecision:
+    """What the store tells a driver: whether to continue, whether another one drives now, and who watches.
 
     `position_s` is how far the slowest reader that tells has played, None when nobody does, and `window_s` how much
     media he wants ahead. `returning`: a reader that lost its connection may still come back.
@@ -253,6 +276,20 @@ class Verdict:
     window_s: float | None = None
     returning: bool = False
     paused: bool = False
+
+
+@dataclass(frozen=True)
+class PutChunks:
+    """A driver's next chunks for the store; `snapshot` is what another replica needs to continue after the newest.
+
+    Unless `whole_snapshot`, it is what that adds to the one before.
+    """
+
+    video_id: str
+    epoch: int
+    chunks: Sequence[EncodedChunk]
+    snapshot: bytes = b""
+    whole_snapshot: bool = False
 
 
 @dataclass(frozen=True)

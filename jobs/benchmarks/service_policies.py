@@ -32,8 +32,8 @@ class Repeated:
         self._recent.note(_VIDEO, Refused("server_full", "", retry_after_s=retry_after_s))
 
     def repeated_s(self) -> float | None:
-        found = self._recent.of(_VIDEO)
-        self._recent.answered(_VIDEO)  # a question takes no time here
+        found = self._recent.cached_refusal(_VIDEO)
+        self._recent.clear_probe(_VIDEO)  # a question takes no time here
         return None if found is None else found.retry_after_s
 
 

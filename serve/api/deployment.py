@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from diagonal.errors import FieldError
+from serve.actors import remote_store
 from serve.api.routes import create_app
 from serve.gateway.fleet import Fleet
 from serve.gateway.gateway import Gateway
@@ -33,7 +34,7 @@ class GatewayDeployment:
             _LOG.warning("auth=local: callers on this machine need NO API KEY; everybody else is refused")
         self._fleet, self._configured = Fleet(replicas), False
         self._others: dict[tuple[str, str], DeploymentHandle] = {}
-        self._gateway = Gateway(settings, store, self._fleet, self._metrics, is_stopping)
+        self._gateway = Gateway(settings, remote_store(store), self._fleet, self._metrics, is_stopping)
 
     def reconfigure(self, user_config: Mapping[str, object]) -> None:
         """Called by Serve with the deployment's `user_config`: `weights` share new videos among the releases, and

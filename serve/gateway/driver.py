@@ -11,14 +11,14 @@ import contextlib
 import logging
 import time
 from dataclasses import replace
-from typing import Any
 
 from diagonal.metrics import MetricsBackend
+from serve.actors import Replicas, StoreApi
 from serve.gateway.failover import PATIENCE_S, UNWATCHED_PATIENCE_S, rehome
-from serve.gateway.replica_session import GONE, Holder
+from serve.gateway.replica_session import GONE, ReplicaSession
 from serve.policies.pacing import PlaybackClock
-from serve.records import EncodedChunk, Pacing, Refused, Status, Verdict, VideoRecord
-from serve.rpc import UNAVAILABLE, answer, patient
+from serve.records import DriveDecision, EncodedChunk, Pacing, PutChunks, Refused, Status, VideoRecord
+from serve.rpc import UNAVAILABLE, call, call_with_retry
 
 _LOG = logging.getLogger("ray.serve")
 _SECOND_AHEAD_S = 0.4  # of media left to a viewer when his second chunk is asked for: others' first ones come first
@@ -40,13 +40,13 @@ class Driver:
     def __init__(
         self,
         video: VideoRecord,
-        store: Any,
-        replica: Any,
+        store: StoreApi,
+        replicas: Replicas,
         metrics: MetricsBackend,
         lead_s: float,
         start_timeout_s: float,
     ) -> None:
-        self._store, self._metrics, self._replicas = store, metrics, replica
+        self._store, self._metrics, self._replicas = store, metrics, replicas
         self._clock = PlaybackClock(lead_s, time.monotonic)
         self._start_timeout_s = start_timeout_s
         self._unwatched_s = self._checked_s = time.monotonic()
@@ -54,13 +54,13 @@ class Driver:
         self._chunk, self._media_s = video.chunks_done, video.frames_done / video.fps
         self._from_s = self._media_s  # who watched before another gateway went has nothing left to play
         self._died_at, self._deaths = -1, 0
-        self._told: Verdict | None = None  # by the store, when it took the newest chunk
+        self._told: DriveDecision | None = None  # by the store, when it took the newest chunk
         self._held_by(video)
         self._held = video.epoch > 0  # the replica was told to pause, or another driver may have done so
 
     def _held_by(self, video: VideoRecord) -> None:
         """The session is at the video's replica now."""
-        self._video, self._holder = video, Holder(self._replicas, video)
+        self._video, self._session = video, ReplicaSession(self._replicas, video)
         self._saved_chunk = self._whole_chunk = -1  # the newest ones with a (whole) snapshot in the store, from here
         self._lost, self._looked_s = False, time.monotonic()
 
@@ -77,20 +77,20 @@ class Driver:
         except asyncio.CancelledError:
             beat.cancel()
             with contextlib.suppress(*UNAVAILABLE):
-                await answer(self._store.release.remote(self._video.id, self._video.epoch), _RELEASE_S)
+                await call(self._store.release(self._video.id, self._video.epoch), _RELEASE_S)
             raise
         finally:
             beat.cancel()
         if outcome is not None:
             if outcome != "completed":
                 await self._save_recording()
-            await self._holder.close(outcome)
+            await self._session.close(outcome)
 
     async def _save_recording(self) -> None:
         """Keep the log of a session that is recorded, as far as it went, before its replica forgets it."""
-        if self._video.record and (text := await self._holder.recording()):
+        if self._video.record and (text := await self._session.recording()):
             with contextlib.suppress(*UNAVAILABLE):
-                await answer(self._store.put_recording.remote(self._video.id, text))
+                await call(self._store.put_recording(self._video.id, text))
 
     async def _drive(self) -> str | None:
         """How the session ended; None when another driver has it."""
@@ -111,7 +111,7 @@ class Driver:
                     return None if (await self._check()).superseded else "cancelled"
                 if made[-1].last:
                     return "completed"
-        await patient(lambda: self._store.complete.remote(self._video.id))
+        await call_with_retry(lambda: self._store.complete(self._video.id))
         return "completed"
 
     def _is_deadly(self, why: Refused) -> bool:
@@ -121,7 +121,7 @@ class Driver:
             self._died_at = self._chunk
         return self._died_at == self._chunk and self._deaths >= _DEATHS
 
-    async def _pull(self, verdict: Verdict) -> tuple[EncodedChunk, ...] | Refused | None:
+    async def _pull(self, verdict: DriveDecision) -> tuple[EncodedChunk, ...] | Refused | None:
         """The next chunks, with what another replica needs to go on after them; None when none is there yet.
 
         The first one comes alone and without: somebody waits for it, and a session that is lost before its second chunk
@@ -131,20 +131,20 @@ class Driver:
             return GONE
         ahead = 0 if self._paced or verdict.position_s is not None else _AHEAD
         if self._chunk == 0:
-            made = await self._holder.pull(0, ahead)
+            made = await self._session.pull(0, ahead)
             return made[:1] if isinstance(made, tuple) else made
-        return await self._holder.pull(self._chunk, ahead, -1 if self._wants_whole() else self._saved_chunk)
+        return await self._session.pull(self._chunk, ahead, -1 if self._wants_whole() else self._saved_chunk)
 
     def _wants_whole(self) -> bool:
         """Whether the next snapshot is to be a whole one."""
         return self._saved_chunk < 0 or self._chunk - self._whole_chunk >= _WHOLE_SNAPSHOT_EVERY
 
-    async def _move(self, why: Refused, verdict: Verdict) -> bool:
+    async def _move(self, why: Refused, verdict: DriveDecision) -> bool:
         """Take the session up on another replica; False when it is over, lost, or somebody else's."""
         if not (await self._check()).go:
             return True  # the next look says how it ended
         if why.code == "chunk_gone":
-            await self._holder.close("moved")
+            await self._session.close("moved")
         watched = self._video.live or verdict.readers
         ahead_s = self._media_s - self._clock.position_s()
         patience_s = PATIENCE_S if watched else UNWATCHED_PATIENCE_S
@@ -174,9 +174,10 @@ class Driver:
         if newest.last:
             await self._save_recording()
         whole = bool(snapshot) and self._wants_whole()
-        about = (self._video.id, self._video.epoch, (*made[:-1], replace(newest, snapshot=b"")), snapshot, whole)
+        chunks = (*made[:-1], replace(newest, snapshot=b""))
+        request = PutChunks(self._video.id, self._video.epoch, chunks, snapshot, whole)
         began_s = time.monotonic()
-        self._told = await patient(lambda: self._store.put_chunks.remote(*about))
+        self._told = await call_with_retry(lambda: self._store.put_chunks(request))
         self._metrics.observe("diagonal_store_write_seconds", time.monotonic() - began_s)
         if self._told is None:
             return False
@@ -188,7 +189,7 @@ class Driver:
         self._media_s += sum(chunk.frames for chunk in made) / self._video.fps
         return True
 
-    async def _wait_for_turn(self) -> Verdict:
+    async def _wait_for_turn(self) -> DriveDecision:
         """Wait until the next chunk may be made, or the video is no longer wanted."""
         while True:
             verdict, self._told = self._told or await self._check(), None
@@ -196,7 +197,7 @@ class Driver:
                 return verdict
             if self._video.live and not verdict.readers and not verdict.returning and self._given_up(verdict):
                 await self._end(Status.CANCELLED, "abandoned", "nobody watches it any more")
-                return Verdict(go=False)
+                return DriveDecision(go=False)
             if verdict.readers:
                 self._clock.start(self._from_s)
             await self._hold(verdict.paused or (self._video.live and verdict.returning))
@@ -211,10 +212,10 @@ class Driver:
         if self._held or now_s - self._looked_s < LOOK_AT_HOLDER_S:
             return False
         self._looked_s = now_s
-        self._lost = await self._holder.lost()
+        self._lost = await self._session.lost()
         return self._lost
 
-    def _given_up(self, verdict: Verdict) -> bool:
+    def _given_up(self, verdict: DriveDecision) -> bool:
         """Whether its readers left, or none came for long: a store that restarts forgets them until they ask again."""
         return verdict.had_reader or time.monotonic() - self._unwatched_s > self._start_timeout_s
 
@@ -226,10 +227,15 @@ class Driver:
         if wanted and not self._held:
             self._clock.pause()
             self._held = True
-            await self._holder.pause()
-        elif self._held and not wanted and await self._holder.resume():
+            await self._session.pause()
+        elif self._held and not wanted and await self._may_resume():
             self._clock.resume()
             self._held = False
+
+    async def _may_resume(self) -> bool:
+        """Whether there is room for the session again; a replica that lost it says so at the next pull."""
+        refused = await self._session.resume()
+        return refused is None or refused.retry_after_s is None
 
     async def _beat(self) -> None:
         """Let the store hear of this driver while a call takes long."""
@@ -237,21 +243,21 @@ class Driver:
             await asyncio.sleep(max(0.0, self._checked_s + _BEAT_S - time.monotonic()))
             self._checked_s = time.monotonic()
             with contextlib.suppress(*UNAVAILABLE):
-                await answer(self._store.check.remote(self._video.id, self._video.epoch))
+                await call(self._store.check(self._video.id, self._video.epoch))
 
-    async def _check(self) -> Verdict:
+    async def _check(self) -> DriveDecision:
         self._checked_s = asked_s = time.monotonic()
-        verdict: Verdict = await patient(lambda: self._store.check.remote(self._video.id, self._video.epoch))
+        verdict = await call_with_retry(lambda: self._store.check(self._video.id, self._video.epoch))
         self._note_watched(verdict, asked_s)
         return verdict
 
-    def _note_watched(self, verdict: Verdict, asked_s: float) -> None:
+    def _note_watched(self, verdict: DriveDecision, asked_s: float) -> None:
         """Since when nobody watches, as far as one can know: a store that was away may have forgotten readers."""
         now_s = time.monotonic()
         if verdict.readers or now_s - asked_s > _AWAY_S:
             self._unwatched_s = now_s
 
-    def _wait_s(self, verdict: Verdict) -> float:
+    def _wait_s(self, verdict: DriveDecision) -> float:
         """How long until the next chunk may be made, by the viewer's own player or by a clock that stands for it."""
         if verdict.position_s is not None:
             ahead_s = self._media_s - verdict.position_s
@@ -272,4 +278,4 @@ class Driver:
         return "failed"
 
     async def _end(self, status: Status, code: str, message: str) -> None:
-        await patient(lambda: self._store.end.remote(self._video.id, status, code, message))
+        await call_with_retry(lambda: self._store.end(self._video.id, status, code, message))

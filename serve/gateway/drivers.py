@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Any
 
 from diagonal.metrics import MetricsBackend
+from serve.actors import StoreApi
 from serve.gateway.driver import Driver
 from serve.gateway.fleet import Fleet
 from serve.records import VideoRecord
-from serve.rpc import UNAVAILABLE, answer, apart, patient
+from serve.rpc import UNAVAILABLE, call, call_with_retry, detached
 
 _LOG = logging.getLogger("ray.serve")
 _LOOK_EVERY_S = 0.5
@@ -20,7 +20,7 @@ _LOOK_EVERY_S = 0.5
 class Drivers:
     """One task a video. Of several gateways that want a video, the store lets one have it."""
 
-    def __init__(self, store: Any, fleet: Fleet, metrics: MetricsBackend, start_timeout_s: float) -> None:
+    def __init__(self, store: StoreApi, fleet: Fleet, metrics: MetricsBackend, start_timeout_s: float) -> None:
         self._store, self._fleet, self._metrics = store, fleet, metrics
         self._start_timeout_s = start_timeout_s
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -32,21 +32,21 @@ class Drivers:
         """Drive a video whose newest epoch is this gateway's."""
         model = self._fleet.known(video)
         lead_s = model.lead_s if model else 1.0
-        replicas = self._fleet.handle(video)
+        replicas = self._fleet.replicas(video)
         driver = Driver(video, self._store, replicas, self._metrics, lead_s, self._start_timeout_s)
-        task = apart(driver.run())
+        task = detached(driver.run())
         self._tasks[video.id] = task
         task.add_done_callback(lambda done: self._forget(video.id, done))
 
     async def adopt(self, video: VideoRecord) -> None:
         """Drive a video instead of whoever did, unless another gateway was faster."""
-        mine: VideoRecord | None = await answer(self._store.claim.remote(video.id, video.replica, video.epoch))
+        mine = await call(self._store.claim(video.id, video.replica, video.epoch))
         if mine is not None:
             self.start(mine)
 
     async def adopt_if_orphan(self, video_id: str) -> None:
         """Drive a video that nobody drives."""
-        video: VideoRecord | None = await patient(lambda: self._store.get.remote(video_id))
+        video = await call_with_retry(lambda: self._store.get(video_id))
         if video is not None and video.orphan:
             await self.adopt(video)
 
@@ -55,7 +55,7 @@ class Drivers:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             with contextlib.suppress(*UNAVAILABLE):  # the store is away: look again
-                for video in await answer(self._store.orphans.remote()):
+                for video in await call(self._store.orphans()):
                     _LOG.info("video %s is taken up from a gateway that is gone", video.id)
                     await self.adopt(video)
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from diagonal.errors import require
+from serve.actors import Replicas
 from serve.policies.traffic import Shares
 from serve.records import ModelInfo, Refused, VideoRecord
-from serve.rpc import UNAVAILABLE, answer
+from serve.rpc import UNAVAILABLE, call
 from serve.wire.problems import unavailable, wrong_value
 
 _LOG = logging.getLogger("ray.serve")
@@ -22,7 +23,8 @@ class Fleet:
     """The releases of one service by name; of a single one whose name only its replicas know, by ''."""
 
     def __init__(self, handles: Mapping[str, Any]) -> None:
-        self._own, self._handles = dict(handles), dict(handles)
+        self._own = {name: Replicas(handle) for name, handle in handles.items()}
+        self._replicas = self._own
         self._shares = Shares.parse(list(handles))
         self._infos: dict[str, ModelInfo] = {}
 
@@ -31,16 +33,18 @@ class Fleet:
 
         `FieldError`, and nothing changes, when the weights or a name are none.
         """
-        handles = self._own | dict(others or {})
-        require(len(handles) == len(self._own) + len(others or {}), "applications", sorted(others or {}), "other names")
-        self._shares = Shares.parse(list(handles), weights)
-        self._handles = handles
-        self._infos = {name: info for name, info in self._infos.items() if name in handles}
+        replicas = self._own | {name: Replicas(handle) for name, handle in (others or {}).items()}
+        require(
+            len(replicas) == len(self._own) + len(others or {}), "applications", sorted(others or {}), "other names"
+        )
+        self._shares = Shares.parse(list(replicas), weights)
+        self._replicas = replicas
+        self._infos = {name: info for name, info in self._infos.items() if name in replicas}
         _LOG.info("new videos are shared by %s", dict(self._shares.weights))
 
-    def handle(self, video: VideoRecord) -> Any:
+    def replicas(self, video: VideoRecord) -> Replicas:
         """The replicas of the video's release: no others ever hold its session."""
-        return self._handles.get(video.model) or self._handles.get("") or _Absent()
+        return self._replicas.get(video.model) or self._replicas.get("") or Replicas(_Absent())
 
     def known(self, video: VideoRecord) -> ModelInfo | None:
         """What the video's release serves, if that was asked for already."""
@@ -49,19 +53,19 @@ class Fleet:
     async def info(self, name: str) -> ModelInfo:
         """What a release serves; asked for once."""
         if name not in self._infos:
-            self._infos[name] = await answer(self._handles[name].describe.remote(), _READY_TIMEOUT_S)
+            self._infos[name] = await call(self._replicas[name].at().describe(), _READY_TIMEOUT_S)
         return self._infos[name]
 
     async def info_of(self, video: VideoRecord) -> ModelInfo:
         """What the video's release serves; `Problem` 503 when it is no longer there."""
-        name = video.model if video.model in self._handles else ""
-        if name not in self._handles:
+        name = video.model if video.model in self._replicas else ""
+        if name not in self._replicas:
             raise unavailable()
         return await self.info(name)
 
     async def infos(self) -> list[ModelInfo]:
         """What each release serves that answers now; the failure of one when none does."""
-        found = await asyncio.gather(*(self.info(name) for name in self._handles), return_exceptions=True)
+        found = await asyncio.gather(*(self.info(name) for name in self._replicas), return_exceptions=True)
         for one in found:
             if isinstance(one, BaseException) and not isinstance(one, UNAVAILABLE):
                 raise one
@@ -85,10 +89,10 @@ class Fleet:
         raise unavailable()
 
     async def _named(self, asked: str) -> ModelInfo:
-        key = asked if asked in self._handles else ""
-        info = await self.info(key) if key in self._handles else None
+        key = asked if asked in self._replicas else ""
+        info = await self.info(key) if key in self._replicas else None
         if info is None or info.name != asked:
-            names = sorted({*self._handles, info.name if info else ""} - {""})
+            names = sorted({*self._replicas, info.name if info else ""} - {""})
             raise wrong_value(404, "model_not_found", "model", asked, " or ".join(map(repr, names)))
         return info
 
@@ -99,7 +103,7 @@ class Fleet:
 
     async def _ready(self, name: str) -> bool:
         try:
-            return bool(await answer(self._handles[name].ready.remote(), _READY_TIMEOUT_S))
+            return await call(self._replicas[name].at().ready(), _READY_TIMEOUT_S)
         except UNAVAILABLE:
             return False
 

@@ -7,19 +7,18 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from diagonal.chain import Link
 from diagonal.metrics import MetricsBackend
+from serve.actors import StoreApi
 from serve.gateway.drivers import Drivers
-from serve.gateway.failover import opening
 from serve.gateway.fleet import Fleet
 from serve.gateway.prompt_policy import PromptPolicy
 from serve.gateway.reader import BrokenStreamError, ChunkReader
-from serve.gateway.replica_session import Holder
+from serve.gateway.replica_session import ReplicaSession, check_room, open_session
 from serve.gateway.requests import asked_change, new_video, new_video_id
 from serve.policies.load_shedding import RecentRefusals
-from serve.policies.routing import address
 from serve.records import (
     KEPT_CHUNKS,
     LOCAL,
@@ -29,14 +28,13 @@ from serve.records import (
     Interaction,
     InteractionKind,
     ModelInfo,
-    Opened,
     Provenance,
     Refused,
     Status,
     Usage,
     VideoRecord,
 )
-from serve.rpc import UNAVAILABLE, answer, apart, patient
+from serve.rpc import UNAVAILABLE, call, call_with_retry, detached
 from serve.settings import ServeSettings
 from serve.tokens import CLIENT_SECRET_S, Secret
 from serve.tracing import traces_of
@@ -49,12 +47,12 @@ _PART_BYTES = 1 << 20
 
 
 class Gateway:
-    """What the routes do. `store` is a Serve handle, `fleet` holds those of the releases."""
+    """What the routes do."""
 
     def __init__(
         self,
         settings: ServeSettings,
-        store: Any,
+        store: StoreApi,
         fleet: Fleet,
         metrics: MetricsBackend,
         is_stopping: Callable[[], bool] = lambda: False,
@@ -72,7 +70,7 @@ class Gateway:
 
     def open(self) -> None:
         """Begin the upkeep, inside the event loop that serves the routes."""
-        self._upkeep = [apart(self._drivers.look_after_orphans()), apart(self._watch_for_stop())]
+        self._upkeep = [detached(self._drivers.look_after_orphans()), detached(self._watch_for_stop())]
 
     async def drain(self) -> None:
         """This gateway is to end: it is not ready any more, and leaves its viewers and videos to the other ones."""
@@ -97,24 +95,24 @@ class Gateway:
     async def provenance(self) -> Provenance:
         """What tells where a video came from; asked for once."""
         if self._provenance is None:
-            self._provenance = await answer(self._store.provenance.remote())
+            self._provenance = await call(self._store.provenance())
         return self._provenance
 
     async def chain(self, video_id: str, caller: Caller, start: int, limit: int) -> tuple[VideoRecord, list[Link]]:
         """The caller's video, and its chain from chunk `start` on, at most `limit` links."""
         video = await self.get(video_id, caller)
-        return video, list(await answer(self._store.links.remote(video_id, start, limit)))
+        return video, await call(self._store.links(video_id, start, limit))
 
     async def recording(self, video_id: str, caller: Caller) -> str:
         """The log of the caller's video, as far as it is made, from which it can be made again."""
         video = await self.get(video_id, caller)
         if not video.record:
             raise Problem(404, "no_recording", "the video was not asked for with extra.record", param="video_id")
-        running = None if video.status.over else await Holder(self._fleet.handle(video), video).recording()
-        text = running or await answer(self._store.recording.remote(video_id))
+        running = None if video.status.over else await self._session(video).recording()
+        text = running or await call(self._store.recording(video_id))
         if text is None:
             raise Problem(404, "recording_gone", "the part of the service that kept the log is gone", param="video_id")
-        return str(text)
+        return text
 
     def count_error(self, code: str) -> None:
         """Count an error that was told, by its code."""
@@ -125,7 +123,7 @@ class Gateway:
         if self._draining.is_set():
             raise Problem(503, "draining", "this gateway is about to end; another one goes on", retry_after_s=1.0)
         try:
-            ready = await answer(self._store.ready.remote(), _READY_TIMEOUT_S) and await self._fleet.ready()
+            ready = await call(self._store.ready(), _READY_TIMEOUT_S) and await self._fleet.ready()
         except UNAVAILABLE:
             ready = False
         if not ready:
@@ -133,21 +131,21 @@ class Gateway:
 
     async def caller(self, shown: Secret) -> Caller | None:
         """Whose key this is."""
-        found: Caller | None = await answer(self._store.caller.remote(shown))
+        found = await call(self._store.caller(shown))
         return found
 
     async def redeem(self, shown: Secret) -> Caller | None:
         """Use a client secret up: who made it."""
-        key_id = await answer(self._store.redeem.remote(shown))
+        key_id = await call(self._store.redeem(shown))
         if key_id is None or key_id == LOCAL:
             return LOCAL_CALLER if key_id == LOCAL else None
-        found: Caller | None = await answer(self._store.caller_of.remote(key_id))
+        found = await call(self._store.caller_of(key_id))
         return found
 
     async def create_client_secret(self, caller: Caller, seconds: float = CLIENT_SECRET_S) -> tuple[str, float]:
         """A secret with which a browser opens one session in the caller's name, and when it ends."""
-        text, expires_at = await answer(self._store.create_client_secret.remote(caller.key_id, seconds))
-        return str(text), float(expires_at)
+        text, expires_at = await call(self._store.create_client_secret(caller.key_id, seconds))
+        return text, float(expires_at)
 
     async def create(
         self,
@@ -159,71 +157,65 @@ class Gateway:
     ) -> VideoRecord:
         """Admit a video: a replica holds its session before this answers, and a driver makes it.
 
-        `traceparent` names the caller's own span.
+        A caller who goes away meanwhile leaves nothing half made. `traceparent` names the caller's own span.
         """
-        with self._traces.span("create_video", traceparent) as span:
-            return await self._create(request, caller, idempotency, resume_hash, span)
+        work = self._create(request, caller, idempotency, resume_hash, traceparent)
+        return await asyncio.shield(detached(work))
 
     async def _create(
-        self, request: VideoRequest, caller: Caller, idempotency: Idempotency | None, resume_hash: str, span: str
+        self, request: VideoRequest, caller: Caller, idempotency: Idempotency | None, resume_hash: str, traceparent: str
     ) -> VideoRecord:
         began_s, video_id = time.monotonic(), new_video_id()
-        info = await self._fleet.choose(video_id, request.model)
-        video = new_video(request, info, time.time(), video_id)
-        await self._policy.check(video.prompt, caller.account)
-        video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash, traceparent=span)
-        if idempotency is None and (full := self._refusals.of(video)):  # a repeated request may be of a known video
-            raise self._rejected(full, "full_lately")
+        with self._traces.span("create_video", traceparent) as span:
+            info = await self._fleet.choose(video_id, request.model)
+            video = new_video(request, info, time.time(), video_id)
+            video = replace(video, owner=caller.key_id, account=caller.account, resume_hash=resume_hash)
+            video = replace(video, traceparent=span)
+            await self._policy.check(video.prompt, caller.account)
+            with self._traces.span("admission", span, model=video.model), self._refusals.probe(video):
+                earlier = await self._admit(video, caller, idempotency)
+                if earlier is None:
+                    video = await self._open(video, caller)
+                    self._drivers.start(video)
+            return replace(earlier or video, age_s=time.monotonic() - began_s)
+
+    async def _admit(self, video: VideoRecord, caller: Caller, idempotency: Idempotency | None) -> VideoRecord | None:
+        """Charge the caller's quotas; the video that this request made before, if it did. `Problem`: no room.
+
+        What a replica would refuse is refused before anything is written, if one refused the like lately. A repeated
+        request may be of a known video: it is always looked up.
+        """
+        if idempotency is None:
+            if cached := self._refusals.cached_refusal(video):
+                raise self._rejected(cached, "full_lately")
+            if self._refusals.refused_recently(video):
+                if refusal := await check_room(self._fleet.replicas(video), video):
+                    self._refuse(video, refusal)
+        earlier = await call(self._store.admit(video, caller, idempotency))
+        if isinstance(earlier, Refused):
+            raise self._rejected(earlier, "quota")
+        return earlier
+
+    async def _open(self, video: VideoRecord, caller: Caller) -> VideoRecord:
+        """The video with a replica that holds its session; where there is none its admission is taken back."""
+        session = None
         try:
-            if idempotency is None and self._refusals.lately(video):
-                await self._check_room(video)
-            # A caller who goes away leaves nothing half made.
-            made = await asyncio.shield(apart(self._admit(video, caller, idempotency)))
-        finally:
-            self._refusals.answered(video)
-        return replace(made, age_s=time.monotonic() - began_s)
-
-    async def _check_room(self, video: VideoRecord) -> None:
-        """Refuse at once what a replica would refuse: nothing is written for it, and nothing to be withdrawn."""
-        asked = (video.id, video.prompt, video.seed, video.frames or None, video.live)
-        if full := await answer(self._fleet.handle(video).room.remote(*asked)):
-            self._refuse(video, full)
-
-    async def _admit(self, video: VideoRecord, caller: Caller, idempotency: Idempotency | None) -> VideoRecord:
-        with self._traces.span("admission", video.traceparent, model=video.model):
-            return await self._admitted(video, caller, idempotency)
-
-    async def _admitted(self, video: VideoRecord, caller: Caller, idempotency: Idempotency | None) -> VideoRecord:
-        known: VideoRecord | Refused | None = await answer(self._store.admit.remote(video, caller, idempotency))
-        if isinstance(known, VideoRecord):
-            return known
-        if isinstance(known, Refused):
-            raise self._rejected(known, "quota")
-        try:
-            opened = await self._open(video)
+            opened = await open_session(self._fleet.replicas(video), video)
+            if isinstance(opened, Refused):
+                self._refuse(video, opened)
+            video = replace(video, status=Status.IN_PROGRESS, replica=opened.replica, mime=opened.mime)
+            session = self._session(video)
+            kept = await call(self._store.opened(video.id, opened.replica, opened.mime, opened.init))
         except (Problem, *UNAVAILABLE):
-            await patient(lambda: self._store.withdraw.remote(video, caller))
-            raise
-        video = replace(video, status=Status.IN_PROGRESS, replica=opened.replica, mime=opened.mime)
-        try:
-            kept = await answer(self._store.opened.remote(video.id, opened.replica, opened.mime, opened.init))
-        except UNAVAILABLE:
-            await self._at(video).close.remote(video.id, "cancelled")
+            if session is not None:
+                await session.close("cancelled")
             with contextlib.suppress(*UNAVAILABLE):  # then it counts until the store's upkeep ends it
-                await answer(self._store.withdraw.remote(video, caller))
+                await call_with_retry(lambda: self._store.withdraw(video, caller))
             raise
-        if not kept:
-            await self._at(video).close.remote(video.id, "cancelled")
+        if not kept:  # deleted meanwhile
+            await session.close("cancelled")
             raise not_found(video.id)
-        self._drivers.start(video)
         return video
-
-    async def _open(self, video: VideoRecord) -> Opened:
-        replica = self._fleet.handle(video).options(session_id=address("", video.id))
-        opened: Opened | Refused = await answer(replica.open.remote(*opening(video)))
-        if isinstance(opened, Refused):
-            self._refuse(video, opened)
-        return opened
 
     def _refuse(self, video: VideoRecord, refusal: Refused) -> NoReturn:
         self._refusals.note(video, refusal)
@@ -237,7 +229,7 @@ class Gateway:
 
     async def get(self, video_id: str, caller: Caller) -> VideoRecord:
         """The caller's video; whoever asks for one that nobody drives drives it."""
-        video: VideoRecord | None = await answer(self._store.get.remote(video_id))
+        video = await call(self._store.get(video_id))
         if video is None or video.owner != caller.key_id:
             raise not_found(video_id)
         if video.orphan:
@@ -245,31 +237,32 @@ class Gateway:
         return video
 
     async def newest(self, caller: Caller, limit: int, after: str | None, ascending: bool) -> list[VideoRecord]:
-        return list(await answer(self._store.newest.remote(caller.key_id, limit, after, ascending)))
+        return await call(self._store.newest(caller.key_id, limit, after, ascending))
 
     async def delete(self, video_id: str, caller: Caller) -> None:
         """Cancel the caller's video if it is not over, free its cache, and remove it."""
-        video: VideoRecord | None = await answer(self._store.delete.remote(video_id, caller.key_id))
+        video = await call(self._store.delete(video_id, caller.key_id))
         if video is None:
             raise not_found(video_id)
         if not video.status.over:
-            await answer(self._at(video).close.remote(video_id, "cancelled"))
+            await self._session(video).close("cancelled")
 
     async def interact(self, video_id: str, request: InteractionRequest, caller: Caller) -> str:
         """Change the prompt, pause or go on at the next chunk; returns the event's id. The same one is a retry."""
         video = await self.get(video_id, caller)
         change = asked_change(request, await self._fleet.info_of(video))
-        earlier = next((one for one in video.interactions if one.event_id == change.event_id), None)
-        if earlier is None:
+        by_event = {one.event_id: one for one in video.interactions}
+        noted: Interaction | bool | None = by_event.get(change.event_id)
+        if noted is None:
             _check_takes_changes(video)
             if change.kind is InteractionKind.PROMPT:
                 await self._policy.check(change.prompt, caller.account, "interaction.event.prompt")
-            earlier = await answer(self._store.add_interaction.remote(video_id, change))
-        if earlier is True:
+            noted = await call(self._store.add_interaction(video_id, change))
+        if noted is True:
             await self._apply(video, change)
-        elif earlier is False:
+        elif noted is False:
             raise Problem(429, "too_many_interactions", "too many prompt changes wait", retry_after_s=1.0)
-        elif not change.says_the_same(earlier):
+        elif not change.says_the_same(noted):
             message = f"event {change.event_id!r} is already there, with other content"
             raise Problem(409, "event_id_conflict", message, param="interaction.event_id")
         return change.event_id
@@ -279,7 +272,7 @@ class Gateway:
         if not (caller.sessions or caller.frames_per_minute):
             return None
         try:
-            usage: Usage = await answer(self._store.usage.remote(caller))
+            usage = await call(self._store.usage(caller))
         except UNAVAILABLE:
             return None
         return usage
@@ -293,7 +286,7 @@ class Gateway:
         if video.status is not Status.COMPLETED:
             message = f"the video is {video.status.value}, {video.frames_done} of {video.frames} frames are there"
             raise Problem(409, "video_not_ready", message, param="video_id")
-        found: tuple[int, bytes] | None = await answer(self._store.content.remote(video_id, 0, 0))
+        found = await call(self._store.content(video_id, 0, 0))
         if found is None:
             raise Problem(404, "content_gone", "the file is no longer there", param="video_id")
         return found[0]
@@ -301,7 +294,7 @@ class Gateway:
     async def content(self, video_id: str, start: int, stop: int) -> AsyncIterator[bytes]:
         """Bytes of the finished file; `BrokenStreamError` when it is removed meanwhile."""
         while start < stop:
-            part = await answer(self._store.content.remote(video_id, start, min(stop, start + _PART_BYTES)))
+            part = await call(self._store.content(video_id, start, min(stop, start + _PART_BYTES)))
             if part is None or not part[1]:
                 raise BrokenStreamError(video_id)
             yield part[1]
@@ -332,23 +325,24 @@ class Gateway:
 
     def leave_later(self, reader: ChunkReader, return_s: float = 0.0) -> None:
         """Say that the connection is gone, even though its task is being cancelled."""
-        task = apart(reader.leave(return_s))
+        task = detached(reader.leave(return_s))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
 
     async def take_over(self, caller: Caller, old_hash: str, new_hash: str) -> VideoRecord | None:
         """The video of a resume token, whose only reader its holder now is; None when the token does not count."""
-        taken: VideoRecord | None = await answer(self._store.take_over.remote(caller.key_id, old_hash, new_hash))
+        taken = await call(self._store.take_over(caller.key_id, old_hash, new_hash))
         if taken is not None and not taken.status.over and taken.id not in self._drivers:
             await self._drivers.adopt(taken)  # its gateway may be gone: a driver that is still there gives way
         return taken
 
     async def cancel(self, video: VideoRecord, code: str, message: str) -> None:
         """End the video where it is, and free its session within a chunk."""
-        if await patient(lambda: self._store.end.remote(video.id, Status.CANCELLED, code, message)):
-            if video.record and (text := await Holder(self._fleet.handle(video), video).recording()):
-                await answer(self._store.put_recording.remote(video.id, text))
-            await answer(self._at(video).close.remote(video.id, "cancelled"))
+        if await call_with_retry(lambda: self._store.end(video.id, Status.CANCELLED, code, message)):
+            session = self._session(video)
+            if video.record and (text := await session.recording()):
+                await call(self._store.put_recording(video.id, text))
+            await session.close("cancelled")
 
     async def close(self) -> None:
         """This gateway goes away; other gateways take its videos over."""
@@ -368,36 +362,23 @@ class Gateway:
 
     async def _apply(self, video: VideoRecord, change: Interaction) -> None:
         """Tell the replica. One that is gone is replaced by the session's driver, which tells the next one."""
-        try:
-            refusal = await self._tell_replica(video, change)
-        except UNAVAILABLE:
-            refusal = None
-        if refusal is not None and refusal.code == "session_lost":
-            refusal = None
-        if refusal is None and change.kind is not InteractionKind.PROMPT:
-            pause = change.kind is InteractionKind.PAUSE
-            await patient(lambda: self._store.set_paused.remote(video.id, change.event_id, pause))
-        if refusal is not None:
-            await patient(lambda: self._store.remove_interaction.remote(video.id, change.event_id))
-            now: VideoRecord | None = await patient(lambda: self._store.get.remote(video.id))
-            if now is not None:
-                _check_takes_changes(now)  # it may have ended in between, which says more
-            if refusal.code == "session_over":
-                raise Problem(409, "video_over", "the last chunk is made: it takes no changes any more")
-            raise refused(refusal)
+        refusal = await self._session(video).apply(change)
+        if refusal is None or refusal.code == "session_lost":
+            if change.kind is not InteractionKind.PROMPT:
+                paused = change.kind is InteractionKind.PAUSE
+                await call_with_retry(lambda: self._store.set_paused(video.id, change.event_id, paused))
+            return
+        await call_with_retry(lambda: self._store.remove_interaction(video.id, change.event_id))
+        newest = await call_with_retry(lambda: self._store.get(video.id))
+        if newest is not None:
+            _check_takes_changes(newest)  # it may have ended in between, which says more
+        if refusal.code == "session_over":
+            raise Problem(409, "video_over", "the last chunk is made: it takes no changes any more")
+        raise refused(refusal)
 
-    async def _tell_replica(self, video: VideoRecord, change: Interaction) -> Refused | None:
-        replica = self._at(video)
-        if change.kind is InteractionKind.PROMPT:
-            tell = replica.interact.remote(video.id, change.event_id, change.prompt, change.transition_chunks)
-        else:
-            tell = (replica.pause if change.kind is InteractionKind.PAUSE else replica.resume).remote(video.id)
-        told: Refused | None = await answer(tell)
-        return told
-
-    def _at(self, video: VideoRecord) -> Any:
-        """The handle of the replica that holds the video's session."""
-        return self._fleet.handle(video).options(session_id=address(video.replica, video.id))
+    def _session(self, video: VideoRecord) -> ReplicaSession:
+        """The video's session at the replica that holds it."""
+        return ReplicaSession(self._fleet.replicas(video), video)
 
 
 def _check_takes_changes(video: VideoRecord) -> None:

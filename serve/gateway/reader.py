@@ -6,11 +6,11 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
 from diagonal.metrics import MetricsBackend
+from serve.actors import StoreApi
 from serve.records import Segment, Status, VideoRecord
-from serve.rpc import CALL_TIMEOUT_S, UNAVAILABLE, answer, patient
+from serve.rpc import CALL_TIMEOUT_S, UNAVAILABLE, call, call_with_retry
 
 _SEGMENT_WAIT_S = 5.0
 
@@ -28,7 +28,7 @@ class ChunkReader:
     def __init__(
         self,
         video: VideoRecord,
-        store: Any,
+        store: StoreApi,
         adopt: Callable[[], Awaitable[object]],
         metrics: MetricsBackend,
         name: str = "",
@@ -58,13 +58,13 @@ class ChunkReader:
     async def read(self, chunk: int) -> Segment | None:
         """A chunk (-1 is the initialisation segment), or why there will be none; waits as long as it takes."""
 
-        def ask() -> Any:
-            return self._store.segment.remote(self._video.id, self.name, chunk, _SEGMENT_WAIT_S)
+        def ask() -> Awaitable[Segment | None]:
+            return self._store.segment(self._video.id, self.name, chunk, _SEGMENT_WAIT_S)
 
         if chunk in self._ready:
             return self._ready.pop(chunk)
         while True:
-            segment: Segment | None = await patient(ask, _SEGMENT_WAIT_S + CALL_TIMEOUT_S)
+            segment = await call_with_retry(ask, _SEGMENT_WAIT_S + CALL_TIMEOUT_S)
             if segment is None or segment.final:
                 self._ready = {} if segment is None else dict(enumerate(segment.following, chunk + 1))
                 return segment
@@ -85,9 +85,9 @@ class ChunkReader:
     async def tell_position(self, position_s: float, window_s: float) -> None:
         """How far the viewer has played, and how much media he wants ahead."""
         with contextlib.suppress(*UNAVAILABLE):  # the next one says it again
-            await answer(self._store.playback.remote(self._video.id, self.name, position_s, window_s))
+            await call(self._store.playback(self._video.id, self.name, position_s, window_s))
 
     async def leave(self, return_s: float = 0.0) -> None:
         """Say that nobody reads here any more, or that he may be back within `return_s`."""
         with contextlib.suppress(*UNAVAILABLE):  # the store forgets silent readers
-            await answer(self._store.leave.remote(self._video.id, self.name, return_s))
+            await call(self._store.leave(self._video.id, self.name, return_s))

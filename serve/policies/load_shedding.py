@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
 
@@ -45,17 +46,25 @@ class RecentRefusals:
         known.refusal, known.asked_s = refusal, now_s
         known.told_s.append(now_s)
 
-    def answered(self, video: VideoRecord) -> None:
-        """Whoever asked after `of` told nothing has an answer: the next one may ask."""
+    @contextmanager
+    def probe(self, video: VideoRecord) -> Iterator[None]:
+        """Whoever asks inside, as `cached_refusal` told nothing, has an answer at its end: the next one may ask."""
+        try:
+            yield
+        finally:
+            self.clear_probe(video)
+
+    def clear_probe(self, video: VideoRecord) -> None:
+        """Whoever asked as `cached_refusal` told nothing has an answer: the next one may ask."""
         if known := self._known.get((video.model, video.pacing)):
             known.asking_s = -inf
 
-    def lately(self, video: VideoRecord) -> bool:
+    def refused_recently(self, video: VideoRecord) -> bool:
         """Whether a replica refused one like it not long ago."""
         known = self._known.get((video.model, video.pacing))
         return known is not None and self._now() - known.asked_s < _LATELY_S
 
-    def of(self, video: VideoRecord) -> Refused | None:
+    def cached_refusal(self, video: VideoRecord) -> Refused | None:
         """The refusal of one like it, if that is one of many, and fresh or being asked for anew by another."""
         known, now_s = self._known.get((video.model, video.pacing)), self._now()
         if known is None or len(known.told_s) < _MANY or now_s - known.told_s[0] >= _WITHIN_S:

@@ -27,7 +27,7 @@ from diagonal.metrics import MetricsBackend
 from serve.policies.autoscaling import BUSY, REFUSED, SESSIONS, SLOTS
 from serve.provenance.watermarks import Watermarks
 from serve.ray_metrics import serve_metrics
-from serve.records import EncodedChunk, ModelInfo, Opened, Refused
+from serve.records import EncodedChunk, ModelInfo, Opened, OpenSession, Refused
 from serve.replica.encoder_pool import SpareEncoders
 from serve.replica.engine_thread import EngineThread
 from serve.replica.loading import Loaded, describe, load_engine
@@ -81,31 +81,14 @@ class Replica:
     async def describe(self) -> ModelInfo:
         return self._info
 
-    async def open(
-        self,
-        session_id: str,
-        prompt: str,
-        seed: int,
-        frames: int | None,
-        scale: int,
-        paced: bool = False,
-        record: bool = False,
-        traceparent: str = "",
-    ) -> Opened | Refused:
-        """Hold a session, without an end where `frames` is None, and begin its first chunk.
+    async def open(self, request: OpenSession) -> Opened | Refused:
+        """Hold a session and begin its first chunk."""
+        refused = self._admit(lambda: self._engine.open(_spec(request)))
+        return refused or self._hold(request.video_id, Slot(self._encoders.take(request.scale)), 0, request.traceparent)
 
-        `paced` when somebody watches while it is made; `record` keeps the log that `recording` gives. Spans of its
-        chunks lie below `traceparent`.
-        """
-        spec = SessionSpec(session_id, prompt, seed, frames, paced=paced, record=record)
-        refused = self._admit(lambda: self._engine.open(spec))
-        return refused or self._hold(session_id, Slot(self._encoders.take(scale)), 0, traceparent)
-
-    async def room(
-        self, session_id: str, prompt: str, seed: int, frames: int | None, paced: bool = False
-    ) -> Refused | None:
+    async def check_room(self, request: OpenSession) -> Refused | None:
         """What `open` would refuse now; nothing changes."""
-        return self._admit(lambda: self._engine.check_room(SessionSpec(session_id, prompt, seed, frames, paced=paced)))
+        return self._admit(lambda: self._engine.check_room(_spec(request)))
 
     async def restore(
         self, parts: Sequence[bytes], scale: int, ahead_s: float | None = None, traceparent: str = ""
@@ -145,17 +128,17 @@ class Replica:
             return Refused("invalid_value", f"{error.field}: allowed is {error.allowed}", error.field)
         return None
 
-    def _hold(self, session_id: str, slot: Slot, chunk: int, traceparent: str) -> Opened:
-        self._slots[session_id] = slot
+    def _hold(self, video_id: str, slot: Slot, chunk: int, traceparent: str) -> Opened:
+        self._slots[video_id] = slot
         slot.trace = SessionTrace(self._traces, traceparent)
-        slot.mark = self._marks.of(session_id, slot.encoder.scale)
-        slot.task = self._loop.create_task(self._encode(session_id, slot))
-        self._want(session_id, slot, chunk)
+        slot.mark = self._marks.of(video_id, slot.encoder.scale)
+        slot.task = self._loop.create_task(self._encode(video_id, slot))
+        self._want(video_id, slot, chunk)
         self._report_slots()
         return Opened(self._name, slot.encoder.mime, slot.encoder.init_segment())
 
     async def pull(
-        self, session_id: str, chunk: int, ahead: int = 0, since_chunk: int | None = None, wait_s: float = _PULL_WAIT_S
+        self, video_id: str, chunk: int, ahead: int = 0, since_chunk: int | None = None, wait_s: float = _PULL_WAIT_S
     ) -> tuple[EncodedChunk, ...] | Refused | None:
         """A chunk, made if it is not there. `ahead` more are begun; those that are there soon come along, in order.
 
@@ -163,7 +146,7 @@ class Replica:
         it: all (-1), or what came after that chunk.
         None: it is not made within `wait_s`, and the engine is well. An engine that hangs is told at once.
         """
-        slot = self._slots.get(session_id)
+        slot = self._slots.get(video_id)
         if slot is None:
             return UNKNOWN
         slot.asked_at = time.monotonic()
@@ -171,7 +154,7 @@ class Replica:
         if chunk <= slot.made and chunk not in slot.chunks:
             return Refused("chunk_gone", f"chunk {chunk} was given up")
         future = slot.chunk(chunk)
-        self._want(session_id, slot, chunk + ahead)
+        self._want(video_id, slot, chunk + ahead)
         made = await self._made(future, wait_s)
         slot.asked_at = time.monotonic()
         if not isinstance(made, EncodedChunk):
@@ -206,23 +189,23 @@ class Replica:
                 return UNWELL
         return future.result() if future.done() else None
 
-    async def holds(self, session_id: str, holder: str) -> bool:
-        """Whether this is the replica `holder`, has the session, and its engine is well: else it is to be moved."""
-        slot = self._slots.get(session_id)
-        if slot is None or holder != self._name or not self._thread.healthy:
+    async def holds(self, video_id: str, replica_name: str) -> bool:
+        """Whether this is that replica, has the session, and its engine is well: else it is to be moved."""
+        slot = self._slots.get(video_id)
+        if slot is None or replica_name != self._name or not self._thread.healthy:
             return False
         slot.asked_at = time.monotonic()
         return True
 
-    async def interact(self, session_id: str, event_id: str, prompt: str, transition_chunks: int) -> Refused | None:
+    async def interact(self, video_id: str, event_id: str, prompt: str, transition_chunks: int) -> Refused | None:
         """Change the prompt from the next chunk on."""
-        slot = self._slots.get(session_id)
+        slot = self._slots.get(video_id)
         if slot is None:
             return UNKNOWN
         if slot.over:
             return Refused("session_over", "the session's last chunk is made")
         try:
-            self._engine.interact(session_id, PromptChange(event_id, prompt, transition_chunks))
+            self._engine.interact(video_id, PromptChange(event_id, prompt, transition_chunks))
         except KeyError:
             return UNKNOWN
         except FieldError as error:
@@ -230,35 +213,35 @@ class Replica:
         slot.changed_at[event_id] = time.monotonic()
         return None
 
-    async def recording(self, session_id: str) -> str | Refused:
+    async def recording(self, video_id: str) -> str | Refused:
         """The log of a recorded session up to its newest chunk, for `jobs/replay.py`."""
         try:
-            return self._engine.recording(session_id).to_json()
+            return self._engine.recording(video_id).to_json()
         except KeyError:
             return UNKNOWN
         except FieldError as error:
             return Refused("no_recording", f"{error.field}: allowed is {error.allowed}")
 
-    async def pause(self, session_id: str) -> Refused | None:
+    async def pause(self, video_id: str) -> Refused | None:
         """Free the session's cache at the next chunk boundary; chunks asked for come once it is resumed."""
-        refused = self._told(session_id, self._engine.pause)
+        refused = self._told(video_id, self._engine.pause)
         if refused is None:
-            self._slots[session_id].paused_at = time.monotonic()
+            self._slots[video_id].paused_at = time.monotonic()
         return refused
 
-    async def resume(self, session_id: str) -> Refused | None:
+    async def resume(self, video_id: str) -> Refused | None:
         """Go on with a paused session; `server_full` with when to ask again where there is no room for it."""
-        refused = self._told(session_id, self._engine.resume)
+        refused = self._told(video_id, self._engine.resume)
         if refused is None:
-            slot = self._slots[session_id]
+            slot = self._slots[video_id]
             slot.paused_at, slot.asked_at = None, time.monotonic()
         return refused
 
-    def _told(self, session_id: str, tell: Callable[[str], None]) -> Refused | None:
-        if session_id not in self._slots:
+    def _told(self, video_id: str, tell: Callable[[str], None]) -> Refused | None:
+        if video_id not in self._slots:
             return UNKNOWN
         try:
-            refused = self._admit(lambda: tell(session_id))
+            refused = self._admit(lambda: tell(video_id))
         except KeyError:
             return UNKNOWN
         except IllegalMoveError as error:
@@ -266,17 +249,17 @@ class Replica:
         self._thread.wake()
         return refused
 
-    async def close(self, session_id: str, outcome: str, holder: str = "") -> None:
+    async def close(self, video_id: str, outcome: str, replica_name: str = "") -> None:
         """Free the session's slot within one chunk; unknown ids are ignored.
 
-        With `holder` only that replica does it: a call for one that is gone reaches another, which may have it now.
+        With `replica_name` that replica alone does it: a call for one that is gone reaches another, which may have it.
         """
-        if holder not in ("", self._name):
+        if replica_name not in ("", self._name):
             return
-        slot = self._slots.pop(session_id, None)
+        slot = self._slots.pop(video_id, None)
         if slot is None:
             return
-        self._engine.close(session_id)
+        self._engine.close(video_id)
         self._thread.wake()
         for future in slot.chunks.values():
             if not future.done():
@@ -318,8 +301,8 @@ class Replica:
     async def shut(self) -> None:
         """End the engine's thread (tests; Serve ends the process)."""
         self._reaper.cancel()
-        for session_id in list(self._slots):
-            await self.close(session_id, "shutdown")
+        for video_id in list(self._slots):
+            await self.close(video_id, "shutdown")
         self._thread.stop()
         self._encoders.close()
         self._pool.shutdown()
@@ -330,14 +313,14 @@ class Replica:
         size = (geometry.pixel_height, geometry.pixel_width, geometry.pixel_fps)
         return ChunkEncoder(*size, codec=codec, scale=scale)  # type: ignore[arg-type]
 
-    def _want(self, session_id: str, slot: Slot, chunk: int) -> None:
+    def _want(self, video_id: str, slot: Slot, chunk: int) -> None:
         """Ask the engine for all chunks up to `chunk` that it was not asked for: it may begin one while it decodes
         the one before."""
         if chunk > slot.wanted:
             slot.wanted = chunk
             if not slot.over:
                 with contextlib.suppress(KeyError):  # it failed: that is on its way here
-                    self._engine.request(session_id, chunk)
+                    self._engine.request(video_id, chunk)
                 self._thread.wake()
 
     def _deliver(self, result: ChunkResult) -> None:
@@ -354,14 +337,14 @@ class Replica:
             slot.snapshots[result.chunk] = result.snapshot
         slot.results.put_nowait(result)
 
-    async def _encode(self, session_id: str, slot: Slot) -> None:
+    async def _encode(self, video_id: str, slot: Slot) -> None:
         """Encode one session's chunks in order."""
         over = False
         while not over:
             result = await slot.results.get()
             over = slot.over and slot.results.empty()
             if result.error is not None:
-                _LOG.warning("session %s failed in chunk %d", session_id, result.chunk)
+                _LOG.warning("session %s failed in chunk %d", video_id, result.chunk)
                 self._fail(slot, result.chunk)
                 continue
             started_s = time.monotonic()
@@ -369,7 +352,7 @@ class Replica:
             try:
                 data = await self._loop.run_in_executor(pool, _encode_chunk, slot, result)
             except Exception as error:  # edge: whatever an encoder raises is one session's end, and told at once
-                _LOG.error("session %s: chunk %d was not encoded: %s", session_id, result.chunk, type(error).__name__)
+                _LOG.error("session %s: chunk %d was not encoded: %s", video_id, result.chunk, type(error).__name__)
                 slot.over = True
                 return self._fail(slot, result.chunk)
             self._metrics.observe("diagonal_chunk_encode_seconds", time.monotonic() - started_s)
@@ -401,9 +384,9 @@ class Replica:
         while True:
             await asyncio.sleep(_REAP_EVERY_S)
             now_s = time.monotonic()
-            for session_id in [name for name, slot in self._slots.items() if self._left_behind(slot, now_s)]:
-                _LOG.warning("session %s was left behind by its gateway", session_id)
-                await self.close(session_id, "abandoned")
+            for video_id in [name for name, slot in self._slots.items() if self._left_behind(slot, now_s)]:
+                _LOG.warning("session %s was left behind by its gateway", video_id)
+                await self.close(video_id, "abandoned")
             self._report_slots()
 
     def _left_behind(self, slot: Slot, now_s: float) -> bool:
@@ -415,6 +398,11 @@ class Replica:
         self._metrics.set("diagonal_sessions_free", self._engine.stats().free_slots)
         waiting = sum(slot.wanted > slot.made and not slot.over for slot in self._slots.values())
         self._metrics.set("diagonal_sessions_waiting", waiting)
+
+
+def _spec(request: OpenSession) -> SessionSpec:
+    about = (request.video_id, request.prompt, request.seed, request.frames)
+    return SessionSpec(*about, paced=request.paced, record=request.record)
 
 
 def _encode_chunk(slot: Slot, result: ChunkResult) -> bytes:

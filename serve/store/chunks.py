@@ -12,7 +12,7 @@ from dataclasses import replace
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from diagonal.chain import Link, public_key_of, signed_link
-from serve.records import LIVE, ChunkEvents, EncodedChunk, KeptChunk, Segment, Status, VideoRecord
+from serve.records import LIVE, ChunkEvents, EncodedChunk, KeptChunk, PutChunks, Segment, Status, VideoRecord
 from serve.store.database import Database
 from serve.store.media_files import INIT, MediaFiles
 
@@ -25,15 +25,14 @@ class Shelf:
     def __init__(self, database: Database, files: MediaFiles, signer: ChunkSigner) -> None:
         self._database, self._files, self._signer = database, files, signer
 
-    def keep(
-        self, video_id: str, epoch: int, chunks: Sequence[EncodedChunk], snapshot: bytes, whole: bool, now: float
-    ) -> bool:
+    def keep(self, request: PutChunks, now: float) -> bool:
         """Put chunks and the newest's snapshot on the disk, then into the database; whether they were the next ones."""
+        video_id, epoch, chunks, snapshot = request.video_id, request.epoch, request.chunks, request.snapshot
         links = self._signer.links(video_id, chunks)
         kept = [KeptChunk(chunk, f"{chunk.chunk}-{epoch}", link) for chunk, link in zip(chunks, links, strict=True)]
         files = {one.file: one.chunk.data for one in kept}
         if snapshot:
-            kept[-1] = replace(kept[-1], snapshot=f"snapshot-{kept[-1].file}", whole_snapshot=whole)
+            kept[-1] = replace(kept[-1], snapshot=f"snapshot-{kept[-1].file}", whole_snapshot=request.whole_snapshot)
             files[kept[-1].snapshot] = snapshot
         self._files.put(video_id, files)
         return self._database.add_chunks(video_id, epoch, kept, now)

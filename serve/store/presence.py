@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from serve.records import LIVE, Verdict
+from serve.records import LIVE, DriveDecision
 
 
 @dataclass
@@ -53,11 +53,11 @@ class Watch:
         self.news.set()
         self.news = asyncio.Event()
 
-    def verdict(self, paused: bool = False) -> Verdict:
+    def decision(self, paused: bool = False) -> DriveDecision:
         """What a driver needs to know of the readers: the slowest one that tells its position sets the pace."""
         telling = [reader for reader in self.readers.values() if reader.position_s is not None]
         slowest = min(telling, key=lambda reader: reader.position_s or 0.0, default=None)
-        return Verdict(
+        return DriveDecision(
             True,
             readers=len(self.readers),
             had_reader=self.had_reader,

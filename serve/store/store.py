@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,15 +27,15 @@ from serve.provenance.signing_key import signing_key
 from serve.records import (
     KEPT_CHUNKS,
     Caller,
-    EncodedChunk,
+    DriveDecision,
     Idempotency,
     Interaction,
     Provenance,
+    PutChunks,
     Refused,
     Segment,
     Status,
     Usage,
-    Verdict,
     VideoRecord,
 )
 from serve.settings import ServeSettings
@@ -159,35 +159,28 @@ class Store:
         found = await self._run(self._database.under_way)
         return [replace(video, orphan=True) for video in found if self._is_orphan(video) and not video.whole]
 
-    async def check(self, video_id: str, epoch: int) -> Verdict:
+    async def check(self, video_id: str, epoch: int) -> DriveDecision:
         """A driver asks whether to make the next chunk."""
         video = await self._run(self._database.get, video_id)
         if video is None or video.status.over or video.epoch != epoch:
-            return Verdict(go=False, superseded=video is not None and video.epoch != epoch)
+            return DriveDecision(go=False, superseded=video is not None and video.epoch != epoch)
         if video.endless and video.frames_done >= self._settings.max_stream_s * video.fps:
             await self.end(video_id, Status.COMPLETED)
-            return Verdict(go=False)
+            return DriveDecision(go=False)
         watch = self._watches[video_id]
         watch.driven_at = time.monotonic()
         watch.forget_silent(self._reader_silence_s, self._settings.resume_window_s)
-        return watch.verdict(video.paused)
+        return watch.decision(video.paused)
 
-    async def put_chunks(
-        self,
-        video_id: str,
-        epoch: int,
-        chunks: Sequence[EncodedChunk],
-        snapshot: bytes = b"",
-        whole_snapshot: bool = False,
-    ) -> Verdict | None:
+    async def put_chunks(self, request: PutChunks) -> DriveDecision | None:
         """Keep the next chunks and hand them to whoever waits; with the last the file is made. None: not wanted.
 
-        Else it says what `check` would: a driver need not ask again. `snapshot` is what another replica needs to go on
-        after the newest, or what that adds to the one kept before. The names of files hold the epoch: a driver that
+        Else it says what `check` would: a driver need not ask again. The names of files hold the epoch: a driver that
         was replaced can never change a chunk that was served.
         """
-        verdict = await self.check(video_id, epoch)
-        if not verdict.go or not await self._run(self._keep, video_id, epoch, chunks, snapshot, whole_snapshot):
+        video_id, chunks = request.video_id, request.chunks
+        decision = await self.check(video_id, request.epoch)
+        if not decision.go or not await self._run(self._keep, request):
             return None
         self._tell(video_id)
         newest = chunks[-1]
@@ -195,9 +188,9 @@ class Store:
             await self._trim_endless(video_id, newest.chunk + 1 - KEPT_CHUNKS)
         if newest.last:
             await self.complete(video_id)  # at its end all snapshots go: not before, who waits for the chunk is first
-        elif whole_snapshot:
+        elif request.whole_snapshot:
             await self._drop_snapshots(video_id, newest.chunk)
-        return verdict
+        return decision
 
     async def snapshots(self, video_id: str) -> list[bytes]:
         """What a replica needs to go on after the newest chunk that it can go on from, oldest part first."""
@@ -396,8 +389,8 @@ class Store:
         """Seconds since 1970, by the clock's reading when this process began."""
         return self._zero_s + time.monotonic()
 
-    def _keep(self, video_id: str, epoch: int, chunks: Sequence[EncodedChunk], snapshot: bytes, whole: bool) -> bool:
-        return self._shelf.keep(video_id, epoch, chunks, snapshot, whole, self._now())
+    def _keep(self, request: PutChunks) -> bool:
+        return self._shelf.keep(request, self._now())
 
     def _find(self, video_id: str, chunk: int, reader: str) -> Segment | None:
         video = self._database.get(video_id)

@@ -26,6 +26,7 @@ from diagonal.engine.snapshot import Snapshot
 from diagonal.errors import require
 from diagonal.media.encode import ChunkEncoder
 from diagonal.mp4 import boxes
+from serve.actors import remote_store
 from serve.api.realtime import RealtimeLimits
 from serve.api.routes import create_app
 from serve.gateway.fleet import Fleet
@@ -282,7 +283,7 @@ class Service:
                 await part.shut()
 
     def _server(self) -> uvicorn.Server:
-        store = LocalHandle(lambda _: self.store)
+        store = remote_store(LocalHandle(lambda _: self.store))
         gateway = Gateway(self.settings, store, self.make_fleet(), self.metrics)
         self.gateways.append(gateway)
         app = create_app(gateway, self.metrics, limits=self._limits)

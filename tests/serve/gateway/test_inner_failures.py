@@ -17,7 +17,7 @@ from diagonal.metrics import FactoryBackend
 from diagonal.model.cache import PoolExhaustedError
 from diagonal.storage import StorageError
 from serve.gateway.failover import rehome
-from serve.rpc import CALL_TIMEOUT_S, patient
+from serve.rpc import CALL_TIMEOUT_S, call_with_retry
 from tests.engine.test_isolation import PoisonedText
 from tests.networks import small_release
 from tests.serve.harness import Cluster, FakeEngine, Service, Until, shades
@@ -57,7 +57,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that answers with an error is asked again for a second, not for twenty."""
-    monkeypatch.setattr(patient, "__defaults__", (CALL_TIMEOUT_S, 1.0))
+    monkeypatch.setattr(call_with_retry, "__defaults__", (CALL_TIMEOUT_S, 1.0))
     monkeypatch.setattr(rehome, "__defaults__", (1.0,))
 
 

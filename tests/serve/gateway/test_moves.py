@@ -14,8 +14,9 @@ import pytest
 from ray.exceptions import RayActorError
 from websockets.exceptions import ConnectionClosed
 
+from serve.actors import Replicas, remote_store
 from serve.gateway.driver import Driver
-from serve.records import Pacing, Verdict, VideoRecord
+from serve.records import Pacing, DriveDecision, VideoRecord
 from serve.replica.replica import Replica
 from tests.recorded_metrics import RecordedMetrics
 from tests.serve.harness import PROMPT, Cluster, LocalHandle, Until, assert_same_video, start
@@ -41,7 +42,7 @@ def kill_gateway(cluster: Cluster, number: int) -> None:
     drivers = cluster.gateways[number]._drivers
 
     async def kill() -> None:
-        drivers._store._find = lambda _: None
+        drivers._store._handle._find = lambda _: None  # type: ignore[attr-defined]
         for task in [*drivers._tasks.values(), *cluster.gateways[number]._upkeep]:
             task.cancel()
 
@@ -258,11 +259,11 @@ class ForgetfulStore:
     def __init__(self) -> None:
         self.began_s, self.ended = time.monotonic(), list[str]()
 
-    async def check(self, *_: Any) -> Verdict:
+    async def check(self, *_: Any) -> DriveDecision:
         since_s = time.monotonic() - self.began_s
         if 0.3 < since_s < 1.5:
             raise RayActorError
-        return Verdict(go=not self.ended, readers=int(since_s < 0.3 or 1.8 < since_s < 2.1))
+        return DriveDecision(go=not self.ended, readers=int(since_s < 0.3 or 1.8 < since_s < 2.1))
 
     async def end(self, video_id: str, status: Any, code: str, message: str) -> bool:
         self.ended.append(code)
@@ -286,8 +287,8 @@ def test_a_store_that_comes_back_is_given_time_to_learn_who_watches() -> None:
 
     async def drive() -> None:
         store, replica = ForgetfulStore(), SlowReplica()
-        handles = LocalHandle(lambda _: store), LocalHandle(lambda _: replica)
-        running = asyncio.ensure_future(Driver(video, *handles, RecordedMetrics(), 1.0, 0.6).run())
+        at = remote_store(LocalHandle(lambda _: store)), Replicas(LocalHandle(lambda _: replica))
+        running = asyncio.ensure_future(Driver(video, *at, RecordedMetrics(), 1.0, 0.6).run())
         await asyncio.sleep(2.2)
         assert not store.ended, "its reader asked again in time"
         await asyncio.wait_for(running, 5)

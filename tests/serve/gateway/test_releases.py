@@ -25,7 +25,7 @@ from diagonal.model.release import Release
 from diagonal.storage import Folder
 from serve.gateway.fleet import Fleet
 from serve.policies.traffic import Canaries, Shares
-from serve.records import Refused
+from serve.records import OpenSession, Refused
 from serve.replica.loading import Loaded, load_engine
 from serve.replica.replica import Replica
 from serve.settings import NAME, ReleaseSettings, ServeSettings, parse_releases
@@ -222,9 +222,9 @@ def test_a_release_of_another_application_comes_and_goes() -> None:
     for weights, others in (({"next": 1}, {}), ({"stable": 1}, {"stable": object()})):
         with pytest.raises(FieldError):
             fleet.share(weights, others)
-        assert fleet._shares.ranked("video_1") == ["next"] and set(fleet._handles) == set(NAMES)
+        assert fleet._shares.ranked("video_1") == ["next"] and set(fleet._replicas) == set(NAMES)
     fleet.share(None)
-    assert fleet._shares.ranked("video_1") == ["stable"] and set(fleet._handles) == {"stable"}
+    assert fleet._shares.ranked("video_1") == ["stable"] and set(fleet._replicas) == {"stable"}
 
 
 # A running service.
@@ -321,7 +321,7 @@ def test_a_video_whose_release_is_gone_ends_and_what_was_made_stays(
 
     async def withdraw() -> None:  # as a gateway that starts without the release, which takes the video over
         for gateway in service.gateways:
-            gateway._fleet._handles.pop("next")
+            gateway._fleet._replicas.pop("next")
             gateway._fleet._shares = Shares.parse(["stable"])
         await service.gateways[0]._drivers.let_go()
         await service.gateways[1]._drivers.adopt(await service.store.get(video))
@@ -341,7 +341,7 @@ def test_a_snapshot_of_another_release_is_refused(tmp_path: Path) -> None:
             loaded = Loaded(name, release.config, Engine(release))
             made.append(Replica(settings, lambda *_, loaded=loaded: loaded, RecordedMetrics(), f"r{len(made)}"))
         try:
-            await made[0].open("v", PROMPT, 3, 81, 1)
+            await made[0].open(OpenSession("v", PROMPT, 3, 81, 1))
             first = await made[0].pull("v", 0, 0, -1)
             assert isinstance(first, tuple) and first[0].snapshot
             for other, part in ((made[1], "release"), (made[2], "content")):
@@ -427,7 +427,7 @@ def test_a_video_that_is_being_made_is_streamed_though_its_release_is_taken_away
 ) -> None:
     video = start(http, model="next", num_frames=33, extra={"pacing": "realtime"})["id"]
     for gateway in service.gateways:  # as one whose configuration no longer names the release
-        gateway._fleet._handles.pop("next")
+        gateway._fleet._replicas.pop("next")
         gateway._fleet._shares = Shares.parse(["stable"])
     for url in service.urls:
         streamed = httpx2.get(f"{url}/v1/videos/{video}/stream", timeout=60)

@@ -41,14 +41,17 @@ def asked(**changes: Any) -> VideoRecord:
 
 def refuse(refusals: RecentRefusals, times: int) -> None:
     for _ in range(times):
-        assert refusals.of(asked()) is None
+        assert refusals.cached_refusal(asked()) is None
         refusals.note(asked(), FULL)
 
 
 def test_a_few_refusals_are_no_overload(refusals: RecentRefusals) -> None:
     refuse(refusals, 8)
-    assert refusals.of(asked()) is FULL
-    assert refusals.of(asked(pacing=Pacing.NONE)) is None and refusals.of(asked(model="other")) is None
+    assert refusals.cached_refusal(asked()) is FULL
+    assert (
+        refusals.cached_refusal(asked(pacing=Pacing.NONE)) is None
+        and refusals.cached_refusal(asked(model="other")) is None
+    )
 
 
 def test_a_replica_is_asked_as_often_as_who_was_refused_was_told_to_come_again(
@@ -58,7 +61,7 @@ def test_a_replica_is_asked_as_often_as_who_was_refused_was_told_to_come_again(
     questions = 0
     for _ in range(800):
         clock[0] += 0.01
-        if refusals.of(asked()) is None:
+        if refusals.cached_refusal(asked()) is None:
             questions += 1
             refusals.note(asked(), SOON)
     assert 7 <= questions <= 9
@@ -71,15 +74,15 @@ def test_one_at_a_time_asks_anew(refusals: RecentRefusals, clock: list[float]) -
         clock[0] += 0.05
         for _ in range(round(seconds * 10)):  # they keep coming meanwhile
             clock[0] += 0.1
-            told.append(refusals.of(asked()))
+            told.append(refusals.cached_refusal(asked()))
 
     told: list[Refused | None] = []
     wait(2.0)
     assert told == [FULL] * 19 + [None], "after two seconds one asks"
     wait(0.4)
     assert told[20:] == [FULL] * 4, "the others are told what was true before"
-    refusals.answered(asked())
-    assert refusals.of(asked()) is None, "there was room: the next one asks at once"
+    refusals.clear_probe(asked())
+    assert refusals.cached_refusal(asked()) is None, "there was room: the next one asks at once"
     wait(0.6)
     assert told[24:] == [FULL] * 4 + [None, FULL], "an answer that does not come holds nobody up for long"
 
@@ -107,7 +110,7 @@ def test_after_a_refusal_a_replica_is_asked_for_room_before_anything_is_written(
 def test_an_overload_that_is_over_is_forgotten(refusals: RecentRefusals, clock: list[float]) -> None:
     refuse(refusals, 8)
     clock[0] += 2.1
-    assert refusals.of(asked()) is None
+    assert refusals.cached_refusal(asked()) is None
     clock[0] += 1.0
     refuse(refusals, 3)
 
@@ -115,7 +118,7 @@ def test_an_overload_that_is_over_is_forgotten(refusals: RecentRefusals, clock: 
 def test_what_would_be_refused_at_any_time_is_not_remembered(refusals: RecentRefusals) -> None:
     for _ in range(20):
         refusals.note(asked(), Refused("invalid_value", "no"))
-    assert refusals.of(asked()) is None
+    assert refusals.cached_refusal(asked()) is None
 
 
 def test_in_an_overload_store_and_replica_are_not_asked(

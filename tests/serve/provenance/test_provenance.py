@@ -29,7 +29,7 @@ from serve.provenance.content_credentials import (
     validation_state,
 )
 from serve.provenance.watermarks import Watermarks
-from serve.records import LOCAL_CALLER, Status
+from serve.records import LOCAL_CALLER, PutChunks, Status
 from serve.settings import ServeSettings
 from serve.store.finalizer import Finisher
 from serve.store.store import Store
@@ -113,8 +113,8 @@ def test_prompt_changes_are_in_the_credentials_where_they_began(tmp_path: Path, 
 
         await put_video(store, init)
         assert await store.add_interaction("video_1", Interaction("e1", LATER)) is True
-        await store.put_chunks("video_1", 0, [made[0]])
-        await store.put_chunks("video_1", 0, [replace(made[1], applied_event_ids=("e1",))])
+        await store.put_chunks(PutChunks("video_1", 0, [made[0]]))
+        await store.put_chunks(PutChunks("video_1", 0, [replace(made[1], applied_event_ids=("e1",))]))
         video, found = await store.get("video_1"), await store.content("video_1", 0, 1 << 20)
         assert video is not None and found is not None
         _, manifest, _ = manifest_in(found[1])
@@ -156,7 +156,7 @@ def test_a_file_that_cannot_be_signed_is_tried_again_and_then_fails_with_a_reaso
         await put_video(store, init)
         monkeypatch.setattr(ContentCredentials, "sign", broken)
         for chunk in made:
-            await store.put_chunks("video_1", 0, [chunk])
+            await store.put_chunks(PutChunks("video_1", 0, [chunk]))
         for tried in (1, 2):
             video = await store.get("video_1")
             assert video is not None and video.status is Status.IN_PROGRESS and len(tries) == tried
@@ -180,7 +180,7 @@ def test_a_signing_that_works_again_completes_the_file(
         with monkeypatch.context() as patch:
             patch.setattr(ContentCredentials, "_signature", lambda self, data: b"")
             for chunk in made:
-                await store.put_chunks("video_1", 0, [chunk])
+                await store.put_chunks(PutChunks("video_1", 0, [chunk]))
             video = await store.get("video_1")
             assert video is not None and video.status is Status.IN_PROGRESS
         await store.sweep()
@@ -199,7 +199,7 @@ def test_a_file_made_before_files_were_signed_does_not_pass_for_a_signed_one(tmp
         await put_video(store, init)
         store._finisher._end = lambda *_: asyncio.sleep(0)
         for chunk in made:
-            await store.put_chunks("video_1", 0, [chunk])
+            await store.put_chunks(PutChunks("video_1", 0, [chunk]))
         assert [validation_state(path) for path in (tmp_path / "data").rglob("*.mp4")] == ["unsigned"]
 
     async def signed(store: Store) -> None:
@@ -221,7 +221,7 @@ def test_without_a_certificate_files_are_not_signed_and_the_service_says_so(
         assert await store.admit(VIDEO, LOCAL_CALLER, None) is None
         assert await store.opened(VIDEO.id, "replica-1", "video/mp4", init)
         for chunk in made:
-            await store.put_chunks("video_1", 0, [chunk])
+            await store.put_chunks(PutChunks("video_1", 0, [chunk]))
         assert [validation_state(path) for path in (tmp_path / "data").rglob("*.mp4")] == ["unsigned"]
 
     in_signing_store(tmp_path, None, work)
@@ -249,7 +249,7 @@ def test_the_reader_trusts_a_file_whose_root_it_knows(tmp_path: Path, signer: Si
     async def work(store: Store) -> bytes:
         await put_video(store, init)
         for chunk in made:
-            await store.put_chunks("video_1", 0, [chunk])
+            await store.put_chunks(PutChunks("video_1", 0, [chunk]))
         found = await store.content("video_1", 0, 1 << 20)
         assert found is not None and isinstance(store._finisher, Finisher)
         return found[1]

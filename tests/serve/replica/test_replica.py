@@ -15,7 +15,7 @@ import pytest
 
 from diagonal.engine.engine import Engine
 from diagonal.metrics import MetricsBackend
-from serve.records import EncodedChunk, Opened, Refused
+from serve.records import OpenSession, EncodedChunk, Opened, Refused
 from serve.replica.replica import Replica
 from serve.settings import ServeSettings
 from tests.networks import SmallRelease, small_release
@@ -56,7 +56,7 @@ async def pull(replica: Replica, chunk: int, session_id: str = "v", since: int |
 
 async def frames_of(replica: Replica, chunks: int, **wish: Any) -> list[bytes]:
     """The stream of a session: initialisation segment and chunks."""
-    opened = await replica.open("v", PROMPT, 3, wish.get("frames", 81), 2)
+    opened = await replica.open(OpenSession("v", PROMPT, 3, wish.get("frames", 81), 2))
     assert isinstance(opened, Opened)
     return [opened.init, *[(await pull(replica, chunk)).data for chunk in range(chunks)]]
 
@@ -122,7 +122,7 @@ def test_a_session_goes_on_at_another_replica_with_no_frame_twice_and_none_missi
 def test_increments_of_each_chunk_are_enough_to_go_on(tmp_path: Path) -> None:
     async def work(make: Callable[..., Replica]) -> None:
         first, second = make(), make()
-        await first.open("v", PROMPT, 3, 200, 1)
+        await first.open(OpenSession("v", PROMPT, 3, 200, 1))
         parts: list[bytes] = []
         for chunk in range(7):
             parts.append((await pull(first, chunk, since=chunk - 1)).snapshot)
@@ -141,7 +141,7 @@ def test_a_pull_brings_what_is_there_and_a_session_goes_on_from_the_newest_of_it
 
     async def work(make: Callable[..., Replica]) -> None:
         first, second = make(), make()
-        await first.open("v", PROMPT, 3, 81, 1)
+        await first.open(OpenSession("v", PROMPT, 3, 81, 1))
         whole = await pull(first, 0, since=-1)
         made = await first.pull("v", 1, 2, 0)
         assert isinstance(made, tuple) and [one.chunk for one in made] == [1, 2, 3]
@@ -171,13 +171,13 @@ def test_a_snapshot_that_does_not_fit_is_refused_and_takes_no_slot(tmp_path: Pat
 def test_a_session_that_would_slow_the_others_down_is_refused_with_when_to_ask_again(tmp_path: Path) -> None:
     async def work(make: Callable[..., Replica]) -> None:
         replica = make(small_release("serve.budget_share=0.000001"))
-        assert isinstance(await replica.open("v", PROMPT, 3, 81, 1, True), Opened)
+        assert isinstance(await replica.open(OpenSession("v", PROMPT, 3, 81, 1, True)), Opened)
         await pull(replica, 0)
-        refused = await replica.open("w", PROMPT, 3, 81, 1, True)
+        refused = await replica.open(OpenSession("w", PROMPT, 3, 81, 1, True))
         assert isinstance(refused, Refused) and refused.code == "server_full"
         assert refused.retry_after_s is not None and 1.0 <= refused.retry_after_s <= 60.0
         assert refused.reason == "budget"
-        assert isinstance(await replica.open("x", PROMPT, 3, 81, 1), Opened), "nobody watches it"
+        assert isinstance(await replica.open(OpenSession("x", PROMPT, 3, 81, 1)), Opened), "nobody watches it"
 
     run(tmp_path, work)
 
@@ -188,7 +188,7 @@ def test_a_resume_without_room_says_so_and_pauses_of_nothing_are_refused(tmp_pat
         await frames_of(replica, 1)
         await replica.pause("v")
         await settled(lambda: replica._engine.stats().free_slots == 1)
-        await replica.open("w", PROMPT, 3, 9, 1)
+        await replica.open(OpenSession("w", PROMPT, 3, 9, 1))
         refused = await replica.resume("v")
         assert isinstance(refused, Refused) and refused.code == "server_full" and refused.retry_after_s
         await replica.pull("w", 0)
@@ -219,12 +219,12 @@ def test_a_replica_is_ready_when_its_engine_makes_chunks_and_not_when_it_cannot(
         await asyncio.sleep(0.3)
         assert not await replica.ready()
         for number in range(2):
-            assert isinstance(await replica.open(f"bad{number}", PROMPT, 3, 9, 1), Opened)
+            assert isinstance(await replica.open(OpenSession(f"bad{number}", PROMPT, 3, 9, 1)), Opened)
             failed = await replica.pull(f"bad{number}", 0)
             assert isinstance(failed, Refused) and failed.code == "generation_failed"
         await settled(lambda: not replica._thread.healthy)
         assert replica._thread.alive
-        unwell = await replica.open("next", PROMPT, 3, 9, 1)
+        unwell = await replica.open(OpenSession("next", PROMPT, 3, 9, 1))
         assert isinstance(unwell, Refused) and unwell.code == "replica_unwell" and unwell.retry_after_s
         with pytest.raises(RuntimeError, match="three chunks in a row"):
             replica.check_health()
@@ -241,7 +241,7 @@ def test_a_session_paused_for_too_long_is_ended_and_others_are_not(
     async def work(make: Callable[..., Replica]) -> None:
         replica = make(small_release("serve.max_paused_s=0.4"))
         await frames_of(replica, 1)
-        await replica.open("w", PROMPT, 3, 81, 1)
+        await replica.open(OpenSession("w", PROMPT, 3, 81, 1))
         await replica.pause("v")
         await asyncio.sleep(0.2)
         assert set(replica._slots) == {"v", "w"}
@@ -256,7 +256,7 @@ def test_a_first_chunk_waits_for_no_other_encoding(tmp_path: Path) -> None:
         try:
             for _ in range(ServeSettings.encode_threads):
                 replica._pool.submit(busy.wait, DEADLINE_S)
-            await replica.open("v", PROMPT, 3, 81, 2)
+            await replica.open(OpenSession("v", PROMPT, 3, 81, 2))
             assert (await pull(replica, 0)).frames == 9
             assert await replica.pull("v", 1, wait_s=0.5) is None, "a later one waits for its turn"
         finally:

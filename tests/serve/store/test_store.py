@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from diagonal.media.encode import read_mp4
-from serve.records import Pacing, Status
+from serve.records import Pacing, Status, PutChunks
 from serve.settings import ServeSettings
 from serve.store.media_files import MediaFiles
 from serve.store.store import Store
@@ -37,7 +37,7 @@ def test_the_last_chunk_makes_the_file(tmp_path: Path) -> None:
         await put_video(store, init)
         assert await store.content("video_1", 0, 10) is None
         for chunk in made:
-            assert await store.put_chunks("video_1", 0, [chunk])
+            assert await store.put_chunks(PutChunks("video_1", 0, [chunk]))
         video = await store.get("video_1")
         assert video is not None and video.status is Status.COMPLETED
         found = await store.content("video_1", 0, 1 << 20)
@@ -53,11 +53,11 @@ def test_chunks_that_came_together_are_read_together_unless_a_viewer_paces_them(
 
     async def work(store: Store) -> None:
         await put_video(store, init, replace(VIDEO, pacing=pacing))
-        assert not await store.put_chunks("video_1", 0, made[1:]), "the first one is missing"
+        assert not await store.put_chunks(PutChunks("video_1", 0, made[1:])), "the first one is missing"
         for _ in range(2):  # the answer was lost
-            assert await store.put_chunks("video_1", 0, made[:1], b"whole", True)
-        assert await store.put_chunks("video_1", 0, made[1:], b"more")
-        assert await store.put_chunks("video_1", 0, made) is None, "it is over"
+            assert await store.put_chunks(PutChunks("video_1", 0, made[:1], b"whole", True))
+        assert await store.put_chunks(PutChunks("video_1", 0, made[1:], b"more"))
+        assert await store.put_chunks(PutChunks("video_1", 0, made)) is None, "it is over"
         segment = await store.segment("video_1", "reader", 0, 0)
         assert segment is not None and segment.data == made[0].data
         together = [made[1].data] if pacing is Pacing.NONE else []
@@ -75,7 +75,7 @@ def test_a_session_goes_on_from_the_newest_of_chunks_that_came_together(tmp_path
     async def work(store: Store) -> None:
         await put_video(store, video=replace(VIDEO, frames=99))
         for first, last, state in ((0, 1, b"a"), (1, 4, b"b"), (4, 6, b"c")):
-            assert await store.put_chunks("video_1", 0, parts[first:last], state, first == 0)
+            assert await store.put_chunks(PutChunks("video_1", 0, parts[first:last], state, first == 0))
         assert await store.snapshots("video_1") == [b"a", b"b", b"c"]
         video = await store.get("video_1")
         assert video is not None and (video.chunks_done, video.frames_done) == (6, 54)
@@ -91,7 +91,7 @@ def test_who_waits_for_a_chunk_is_told_when_it_comes(tmp_path: Path) -> None:
         waiting = asyncio.create_task(store.segment("video_1", "reader", 0, 10.0))
         await asyncio.sleep(0.05)
         began = time.monotonic()
-        await store.put_chunks("video_1", 0, [made[0]])
+        await store.put_chunks(PutChunks("video_1", 0, [made[0]]))
         segment = await waiting
         assert segment is not None and segment.data == made[0].data and time.monotonic() - began < 5
 
