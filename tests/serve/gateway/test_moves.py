@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed
 
 from serve.actors import Replicas, remote_store
 from serve.gateway.driver import Driver
-from serve.records import Pacing, DriveDecision, VideoRecord
+from serve.records import DriveDecision, Pacing, VideoRecord
 from serve.replica.replica import Replica
 from tests.recorded_metrics import RecordedMetrics
 from tests.serve.harness import PROMPT, Cluster, LocalHandle, Until, assert_same_video, start

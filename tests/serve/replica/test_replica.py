@@ -15,7 +15,7 @@ import pytest
 
 from diagonal.engine.engine import Engine
 from diagonal.metrics import MetricsBackend
-from serve.records import OpenSession, EncodedChunk, Opened, Refused
+from serve.records import EncodedChunk, Opened, OpenSession, Refused
 from serve.replica.replica import Replica
 from serve.settings import ServeSettings
 from tests.networks import SmallRelease, small_release
