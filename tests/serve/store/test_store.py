@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from diagonal.media.encode import read_mp4
-from serve.records import Pacing, Status, PutChunks
+from serve.records import Pacing, PutChunks, Status
 from serve.settings import ServeSettings
 from serve.store.media_files import MediaFiles
 from serve.store.store import Store
