@@ -38,8 +38,8 @@ RANKS = {
 # Rooms inside the three largest folders. A room imports rooms of lower ranks, and itself.
 ROOMS = {
     "serve": {
-        **dict.fromkeys(("records", "settings", "tokens", "rpc", "actors", "ray_metrics"), 0),
-        "tracing": 1,
+        **dict.fromkeys(("records", "settings", "tokens", "rpc", "ray_metrics"), 0),
+        **dict.fromkeys(("actors", "tracing"), 1),
         **dict.fromkeys(("policies", "wire", "provenance"), 2),
         **dict.fromkeys(("gateway", "store", "replica"), 3),  # the three processes reach each other by handle alone
         "api": 4,
