@@ -1,6 +1,7 @@
 """The directions and laws of the house, read from the source; each check also sees a breach that it must find."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -126,6 +127,7 @@ class Source:
         return (node for node in ast.walk(self.tree) if not kinds or isinstance(node, kinds))
 
 
+@functools.cache
 def sources() -> list[Source]:
     paths = (path for top in ("platform", "jobs", "serve", "infra", "tests") for path in (ROOT / top).rglob("*.py"))
     return [Source(path.relative_to(ROOT).as_posix(), path.read_text()) for path in sorted(paths)]
