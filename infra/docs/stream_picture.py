@@ -1,6 +1,6 @@
 """The moving picture of the front page: one stream of the embedded model, whose prompt changes while it plays.
 
-    python -m infra.docs.stream_picture docs/images/stream.gif
+python -m infra.docs.stream_picture docs/images/stream.gif
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from diagonal.engine.engine import Engine
 from diagonal.engine.session import SessionSpec
 from diagonal.engine.specs import PromptChange
-from diagonal.model.weights import Release
+from diagonal.model.release import Release
 
-PROMPTS = (
-    "a red circle moving right quickly",
-    "a blue square moving up slowly",
-    "a yellow circle moving left quickly",
-)
+PROMPTS = ("a red circle moving right quickly", "a blue square moving up slowly", "a yellow circle moving left quickly")
 CHUNKS_A_PROMPT = 6
 SEED = 5
 SIDE, STRIP = 224, 24  # pixels of the picture, and of the caption below it
