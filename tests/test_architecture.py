@@ -22,6 +22,7 @@ RANKS = {
     "metrics": 0,
     "storage": 0,
     "jsonfile": 0,
+    "playback": 0,
     "mp4": 0,
     "chain": 0,
     "config": 1,

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 
 from diagonal.config import Config
-from diagonal.engine.admission import ChunkKind, settled_chunk
+from diagonal.engine.budget import ChunkKind, first_stable_chunk
 from diagonal.errors import require
 from diagonal.evaluate.load.figures import Trace, summarise
 from diagonal.evaluate.simulation.arrivals import Crowd, Visit
@@ -138,7 +138,7 @@ def measure(plan: Plan, read: Metrics, setup: EngineSetup) -> ChunkTimes:
 
 def steps(setup: EngineSetup, seconds: Mapping[int, float]) -> list[StepTime]:
     """All kinds of a chunk at the mean of a clip: its first chunks are few, and their decoding costs as much."""
-    chunks = range(settled_chunk(setup.schedule, setup.window_chunks) + 1)
+    chunks = range(first_stable_chunk(setup.schedule, setup.window_chunks) + 1)
     kinds = [ChunkKind.of(setup.schedule, chunk, setup.window_chunks) for chunk in chunks]
     return [
         StepTime(kind.forwards, kind.context_chunks, size, took_s)

@@ -33,7 +33,7 @@ def load_engine(settings: ServeSettings, metrics: MetricsBackend) -> Loaded:
     release = Release.load(settings.release or None).with_settings(settings.release_settings)
     if not settings.allow_unpromoted:
         release.check_promoted()
-    engine = Engine(release, device=settings.device, metrics=metrics, read_aside=True)
+    engine = Engine(release, device=settings.device, metrics=metrics, encode_prompts_async=True)
     engine.warm_up()
     manifest_sha256 = file_hash(release.folder / MANIFEST)
     return Loaded(settings.model or release.name, release.config, engine, release.promoted, manifest_sha256)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diagonal.diffusion.rollout import DenoisedChunk
 from diagonal.engine.engine import Engine
+from diagonal.engine.model_runner import ModelRunner
 from diagonal.engine.session import ChunkResult, Session, SessionSpec
 from diagonal.model.vae import Decoder, DecoderState
 from tests.networks import SmallRelease, small_release
@@ -54,15 +55,21 @@ def timed(release: SmallRelease, clock: Clock, forward_s: float, row_s: float = 
     return release
 
 
+def runner(engine: Engine) -> ModelRunner:
+    """What makes the engine's chunks."""
+    assert isinstance(engine.maker, ModelRunner)
+    return engine.maker
+
+
 def meanwhile(engine: Engine, action: Callable[[], object]) -> None:
     """Do something from now on whenever the engine is about to denoise, as another thread would."""
-    denoise = engine._maker.denoise
+    denoise = engine.maker.denoise
 
     def act(batch: Sequence[Session]) -> DenoisedChunk:
         action()
         return denoise(batch)
 
-    engine._maker.denoise = act  # type: ignore[method-assign]
+    engine.maker.denoise = act  # type: ignore[method-assign]
 
 
 def pull(engine: Engine, session_id: str = "s") -> ChunkResult:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagonal.engine.admission import (
+from diagonal.engine.budget import (
     Budget,
     BudgetError,
     ChunkKind,
@@ -18,7 +18,7 @@ from diagonal.engine.admission import (
     bounded_s,
     busy_share,
     demand_of,
-    settled_chunk,
+    first_stable_chunk,
 )
 from diagonal.errors import FieldError
 from diagonal.geometry import ChunkGeometry
@@ -77,9 +77,11 @@ def test_recaches_are_averaged_by_chunk_and_by_how_often_they_happen() -> None:
 
 
 def test_a_stream_settles_when_its_window_is_full_and_its_row_repeats() -> None:
-    found = [settled_chunk(StepSchedule(steps), WINDOW) for steps in ("4322222", "2", "3333333", "222223", "43333332")]
+    found = [
+        first_stable_chunk(StepSchedule(steps), WINDOW) for steps in ("4322222", "2", "3333333", "222223", "43333332")
+    ]
     assert found == [3, 3, 3, 5, 7]
-    assert settled_chunk(StepSchedule("2"), 1) == 1
+    assert first_stable_chunk(StepSchedule("2"), 1) == 1
 
 
 def test_busy_time_is_that_of_full_batches_and_the_rest_over_the_period_of_a_chunk() -> None:

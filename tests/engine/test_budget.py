@@ -8,7 +8,7 @@ from torch import Tensor
 from diagonal.engine.engine import BudgetError, CapacityError, Engine
 from diagonal.engine.session import PromptChange
 from diagonal.model.vae import DecoderState
-from tests.engine.driving import OTHER, Clock, engine_of, pull, spec_of, stream, timed
+from tests.engine.driving import OTHER, Clock, engine_of, pull, runner, spec_of, stream, timed
 from tests.networks import small_release
 from tests.recorded_metrics import RecordedMetrics
 
@@ -175,35 +175,35 @@ def test_a_recache_that_is_due_counts_against_the_slack() -> None:
 
 def test_recaches_are_measured_by_what_a_step_with_one_takes_longer() -> None:
     engine, _, metrics = engine_at(0.0, 0.05)
-    assert engine._cost.recache_s(3) == pytest.approx(0.15)
+    assert engine.admission.cost.recache_s(3) == pytest.approx(0.15)
     stream(engine, spec_of("a", frames=None), 5)
-    cost = engine._cost.step_s
-    before = [cost(kind, 1) for kind in {kind for kind, _ in engine._cost._steps}]
+    cost = engine.admission.cost.step_s
+    before = [cost(kind, 1) for kind in {kind for kind, _ in engine.admission.cost._steps}]
     engine.interact("a", PromptChange("e", OTHER))
     pull(engine, "a")
-    assert [cost(kind, 1) for kind in {kind for kind, _ in engine._cost._steps}] == before
-    assert engine._cost.recache_s(3) == pytest.approx(0.15)
-    assert engine._cost.recaches_per_chunk == pytest.approx(0.02)
+    assert [cost(kind, 1) for kind in {kind for kind, _ in engine.admission.cost._steps}] == before
+    assert engine.admission.cost.recache_s(3) == pytest.approx(0.15)
+    assert engine.admission.cost.recaches_per_chunk == pytest.approx(0.02)
     assert metrics.total("diagonal_recaches_total") == 1
 
 
 def test_a_step_that_rebuilds_a_decoder_tells_nothing_of_the_cost_of_a_recache() -> None:
     engine, clock, _ = engine_at(0.0, 0.05)
     stream(engine, spec_of("a", frames=None), 5)
-    before = engine._cost.recache_s(3)
-    decode = engine._maker._decoder.decode
+    before = engine.admission.cost.recache_s(3)
+    decode = runner(engine)._decoder.decode
 
     def slow(latents: Tensor, state: DecoderState) -> Tensor:
         clock.now_s += 5.0 if latents.shape[2] > 3 else 0.0
         return decode(latents, state)
 
-    engine._maker._decoder.decode = slow  # type: ignore[method-assign]
+    runner(engine)._decoder.decode = slow  # type: ignore[method-assign]
     engine.pause("a")
     engine.step()
     engine.resume("a")
     pull(engine, "a")
-    assert engine._cost.recache_s(3) == before
-    assert engine.stats().busy == pytest.approx((0.1 + engine._cost.recaches_per_chunk * before) / 0.75)
+    assert engine.admission.cost.recache_s(3) == before
+    assert engine.stats().busy == pytest.approx((0.1 + engine.admission.cost.recaches_per_chunk * before) / 0.75)
 
 
 def test_under_overload_a_new_session_runs_the_shorter_schedule_where_that_is_allowed() -> None:

@@ -23,9 +23,9 @@ def release_of(codec: str, *settings: str) -> SmallRelease:
 
 def poison(engine: Engine, value: float) -> int:
     """Write `value` into every page that no session holds, as if its last owner had left it there; how many."""
-    held = {page for session in engine._sessions.values() for page in session.cache.pages}
-    free = torch.tensor([page for page in range(engine._pool.pages) if page not in held])
-    for memory in (engine._pool.keys, engine._pool.values):
+    held = {page for session in engine.table.sessions.values() for page in session.cache.pages}
+    free = torch.tensor([page for page in range(engine.maker.pool.pages) if page not in held])
+    for memory in (engine.maker.pool.keys, engine.maker.pool.values):
         memory[:, free] = value
     return len(free)
 
@@ -38,7 +38,7 @@ def test_a_session_in_anothers_slot_makes_the_pixels_of_a_fresh_engine(codec: st
     stream(engine, spec_of("a", frames=None, prompt=OTHER), CHUNKS)
     engine.close("a")
     engine.step()
-    assert poison(engine, value) == engine._pool.pages
+    assert poison(engine, value) == engine.maker.pool.pages
     assert equal(stream(engine, spec_of("b", frames=None, seed=5), CHUNKS), fresh)
 
 
@@ -47,8 +47,8 @@ def test_poison_in_a_page_that_is_read_would_be_seen() -> None:
     engine = engine_of(release=release_of("linear"))
     expected = stream(engine_of(release=release_of("linear")), spec_of(), 3)
     stream(engine, spec_of(), 2)
-    (session,) = engine._sessions.values()
-    engine._pool.values[:, session.cache.pages[0]] = 1e4
+    (session,) = engine.table.sessions.values()
+    engine.maker.pool.values[:, session.cache.pages[0]] = 1e4
     assert not equal([pull(engine)], expected[2:])
 
 
@@ -59,12 +59,12 @@ def test_an_owner_writes_his_own_pages_and_no_other_ones() -> None:
         stream(engine, spec_of(name, frames=None, seed=ord(name)), 1)
     for turn in range(3 * CHUNKS):
         name = names[turn % 3]
-        before = [memory.clone() for memory in (engine._pool.keys, engine._pool.values)]
+        before = [memory.clone() for memory in (engine.maker.pool.keys, engine.maker.pool.values)]
         pull(engine, name)
-        pages = {one: set(engine._sessions[one].cache.pages) for one in names}
+        pages = {one: set(engine.table.sessions[one].cache.pages) for one in names}
         assert sum(map(len, pages.values())) == len(set.union(*pages.values())), "no page has two owners"
-        others = torch.tensor([page for page in range(engine._pool.pages) if page not in pages[name]])
-        for memory, old in zip((engine._pool.keys, engine._pool.values), before, strict=True):
+        others = torch.tensor([page for page in range(engine.maker.pool.pages) if page not in pages[name]])
+        for memory, old in zip((engine.maker.pool.keys, engine.maker.pool.values), before, strict=True):
             assert torch.equal(memory[:, others], old[:, others])
 
 
@@ -101,7 +101,7 @@ def test_what_is_not_finite_in_one_session_does_not_reach_the_one_that_shares_it
         return {result.session_id: result for result in engine.step()}
 
     clean, poisoned = two(), two()
-    poisoned._pool.values[:, poisoned._sessions["a"].cache.pages[0]] = float("nan")
+    poisoned.maker.pool.values[:, poisoned.table.sessions["a"].cache.pages[0]] = float("nan")
     expected, found = step(clean), step(poisoned)
     assert found["a"].code == "not_finite"
     assert torch.equal(found["b"].pixels, expected["b"].pixels)

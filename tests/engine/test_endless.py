@@ -20,9 +20,14 @@ from tests.recorded_metrics import RecordedMetrics
 
 def held(engine: Engine) -> tuple[int, ...]:
     """Bytes of all that a session keeps, and the lengths of its lists."""
-    info, session = engine.info("s"), engine._sessions["s"]
-    lists = (len(session.events), len(session.pending), len(session.kept), len(session.timeline.blends))
-    return info.cache_bytes, info.decoder_bytes, info.latents_bytes, engine._pool.bytes_in_use, *lists
+    info, session = engine.info("s"), engine.table.sessions["s"]
+    lists = (
+        len(session.events),
+        len(session.prompt.pending),
+        len(session.latents.window),
+        len(session.prompt.timeline.blends),
+    )
+    return info.cache_bytes, info.decoder_bytes, info.latents_bytes, engine.maker.pool.bytes_in_use, *lists
 
 
 def test_two_hundred_chunks_take_the_memory_of_ten_and_positions_stay_within_the_window(
@@ -71,7 +76,7 @@ def test_a_new_anchor_leaves_sink_and_newest_chunk_and_the_window_fills_again() 
     windows = []
     for _ in range(3):
         found.append(pull(engine))
-        windows.append(engine._sessions["s"].cache.chunks)
+        windows.append(engine.table.sessions["s"].cache.chunks)
     assert windows == [(0, 6, 7), (0, 6, 7, 8), (0, 7, 8, 9)]
     assert equal(found[:7], plain[:7]) and not torch.equal(found[7].pixels, plain[7].pixels)
     assert metrics.total("diagonal_recaches_total") == 1
@@ -98,7 +103,7 @@ def test_a_stream_that_drifted_is_anchored_anew_and_that_is_known_after_a_move()
     assert chunks and min(b - a for a, b in zip([0, *chunks], chunks, strict=False)) >= 4
     elsewhere = engine_of("serve.reanchor_drift=0.02")
     elsewhere.restore(Snapshot.from_bytes(engine.snapshot("s").to_bytes()))
-    assert elsewhere._sessions["s"].reanchored == engine._sessions["s"].reanchored
+    assert elsewhere.table.sessions["s"].rebuild.reanchored == engine.table.sessions["s"].rebuild.reanchored
     assert elsewhere.info("s").drift == engine.info("s").drift != {}
 
 

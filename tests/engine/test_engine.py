@@ -11,7 +11,7 @@ from diagonal.engine.session import ChunkResult, PromptChange
 from diagonal.engine.specs import Timeline
 from diagonal.errors import FieldError
 from diagonal.model.vae import decoder_of
-from tests.engine.driving import OTHER, PROMPT, Clock, engine_of, equal, meanwhile, pull, spec_of, stream
+from tests.engine.driving import OTHER, PROMPT, Clock, engine_of, equal, meanwhile, pull, runner, spec_of, stream
 from tests.networks import SmallRelease, small_release, small_vae
 from tests.recorded_metrics import RecordedMetrics
 
@@ -58,10 +58,10 @@ def test_a_chunk_made_again_on_a_fresh_engine_is_bit_equal() -> None:
 def test_noise_that_was_drawn_ahead_is_the_same_noise() -> None:
     engine, plain = engine_of(), stream(engine_of(), spec_of(), 3)
     found = stream(engine, spec_of(), 1)
-    session, maker = engine._sessions["s"], engine._maker
-    session.next_chunk -= 1  # as it stands when the chunk before is emitted
+    session, maker = engine.table["s"], runner(engine)
+    session.progress.next_chunk -= 1  # as it stands when the chunk before is emitted
     maker.draw_ahead([session])
-    session.next_chunk += 1
+    session.progress.next_chunk += 1
     assert set(maker._drawn) == {(3, 1)}
     maker._drawn[3, 1] = maker._drawn[3, 1].clone()
     assert equal([*found, pull(engine), pull(engine)], plain)
@@ -207,7 +207,7 @@ def test_closing_frees_the_cache_within_one_step_and_leaves_the_others_alone() -
 def test_the_gauge_of_the_cache_is_the_formula_of_every_window_to_the_byte_and_the_pool_bounds_it() -> None:
     """METHOD I.8: 2 * layers * heads * head_dim * element size, for each token of the window."""
     engine = engine_of("cache.window_frames=9", metrics=(metrics := RecordedMetrics()))
-    layout, tokens = engine._maker._network.config, engine.geometry.frame_tokens
+    layout, tokens = runner(engine)._network.config, engine.geometry.frame_tokens
     frame = 2 * layout.num_layers * layout.num_attention_heads * layout.attention_head_dim * 4 * tokens
     for name in "abcd":
         engine.open(spec_of(name, frames=None, seed=ord(name)))

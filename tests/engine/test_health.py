@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagonal.engine.chunk_maker import Emitted, SessionError, emit
+from diagonal.engine.chunk_maker import Emitted, SessionError
 from diagonal.engine.engine import Engine, Health
+from diagonal.engine.model_runner import emit
 from tests.engine.driving import BreakingDecoder, engine_of, equal, pull, spec_of, stream
 from tests.engine.test_isolation import PoisonedText
 from tests.networks import SmallRelease, draw, small_release
@@ -70,7 +71,7 @@ def test_an_exercise_leaves_sessions_and_memory_as_they_are() -> None:
 def test_an_exercise_needs_no_page_that_a_session_holds() -> None:
     engine = engine_of("serve.max_sessions=1")
     stream(engine, spec_of(), 5)
-    assert engine._pool.free_pages == 0 and engine.exercise()
+    assert engine.maker.pool.free_pages == 0 and engine.exercise()
     assert pull(engine).error is None
 
 
@@ -174,11 +175,11 @@ def test_a_failure_of_the_pool_ends_its_session_alone() -> None:
     engine = engine_of("serve.max_sessions=2", metrics=(metrics := RecordedMetrics()))
     stream(engine, spec_of("a"), 2)
     stream(engine, spec_of("b"), 2)
-    taken = [engine._pool.take() for _ in range(engine._pool.free_pages - 1)]
+    taken = [engine.maker.pool.take() for _ in range(engine.maker.pool.free_pages - 1)]
     assert codes(engine, "ab") == {"b": "out_of_memory", "a": None}
     assert metrics.total("diagonal_session_failures_total") == 1
     for page in taken:
-        engine._pool.give_back(page)
+        engine.maker.pool.give_back(page)
     assert codes(engine, "a") == {"a": None} and engine.stats().active_sessions == 1
 
 
@@ -244,4 +245,4 @@ def test_a_session_closed_while_its_chunk_is_made_is_freed_with_that_step_and_sh
     (result,) = engine.step()
     assert result.session_id == "b" and (result.pixels.int() - plain[1].pixels.int()).abs().max() <= 1
     stats = engine.stats()
-    assert stats.active_sessions == 1 and stats.cache_bytes == 2 * engine._pool.page_bytes
+    assert stats.active_sessions == 1 and stats.cache_bytes == 2 * engine.maker.pool.page_bytes

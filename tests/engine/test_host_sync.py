@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diagonal.engine.chunk_maker import ChunkMaker
+from diagonal.engine.model_runner import ModelRunner
 from tests.engine.driving import engine_of, spec_of
 from tests.networks import small_release
 
@@ -52,7 +52,7 @@ def watched() -> Iterator[list[str]]:
 @pytest.mark.parametrize("settings", [(), ("serve.cache_dtype=fp8",), ("schedule.context=0.0",)])
 def test_neither_forwards_nor_decoding_read_a_number_from_the_device(settings: tuple[str, ...]) -> None:
     release = small_release(*settings)
-    maker = ChunkMaker(release, "cpu", 2)
+    maker = ModelRunner(release, "cpu", 2)
     sessions = [maker.new_session(spec_of(name, seed=seed), release.config.schedule) for seed, name in enumerate("ab")]
     for session in sessions:
         maker.prepare(session)
@@ -63,8 +63,8 @@ def test_neither_forwards_nor_decoding_read_a_number_from_the_device(settings: t
             maker.decode(sessions, list(done.clean))
         assert seen == []
         for session in sessions:
-            session.under_way += 1
-            session.cache.begin(session.making)
+            session.progress.in_flight += 1
+            session.cache.begin(session.progress.making)
 
 
 def test_a_step_of_two_sessions_brings_their_chunks_over_in_one_transfer() -> None:

@@ -76,17 +76,17 @@ def test_a_recorded_session_is_replayed_bit_for_bit(settings: list[str]) -> None
 def test_a_re_cache_writes_the_same_pages_before_the_first_eviction(settings: list[str]) -> None:
     driven = engine(settings)
     stream(driven, spec_of(frames=None), 3)
-    before, session = copy.deepcopy(driven._pool), driven._sessions["s"]
+    before, session = copy.deepcopy(driven.maker.pool), driven.table.sessions["s"]
     pages = list(session.cache.pages)
     driven.pause("s")
     driven.step()
     driven.resume("s")
     pull(driven)
-    for kept, now in ((before.keys, driven._pool.keys), (before.values, driven._pool.values)):
+    for kept, now in ((before.keys, driven.maker.pool.keys), (before.values, driven.maker.pool.values)):
         found = [now[:, page].float() for page in session.cache.pages[:3]]
         assert all(torch.equal(kept[:, page].float(), new) for page, new in zip(pages, found, strict=True))
-    if before.exponents is not None and driven._pool.exponents is not None:
-        new = driven._pool.exponents[:, :, list(session.cache.pages[:3])]
+    if before.exponents is not None and driven.maker.pool.exponents is not None:
+        new = driven.maker.pool.exponents[:, :, list(session.cache.pages[:3])]
         assert torch.equal(before.exponents[:, :, pages], new)
 
 
@@ -107,7 +107,7 @@ def test_an_8_bit_cache_takes_its_formulas_bytes_and_snapshots_stay_as_they_were
     driven, plain = engine(["serve.cache_dtype=fp8"]), engine([])
     taken = [stream(made, spec_of(frames=None), 9)[-1].snapshot for made in (driven, plain)]
     layers, heads, head_dim, tokens, chunks = 2, 2, 16, 18, 4
-    assert driven._pool.keys.dtype == FORMAT
+    assert driven.maker.pool.keys.dtype == FORMAT
     assert driven.info("s").cache_bytes == 2 * layers * tokens * heads * (head_dim + 1) * chunks
     assert all(snapshot is not None for snapshot in taken)
     sizes = {snapshot.tensor_bytes for snapshot in taken if snapshot is not None}

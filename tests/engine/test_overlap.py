@@ -13,8 +13,7 @@ from torch import Tensor
 
 from diagonal.engine.chunk_maker import SessionError
 from diagonal.engine.engine import Engine
-from diagonal.engine.in_flight import Flight
-from diagonal.engine.lanes import Lane, lanes
+from diagonal.engine.pipeline import DecodeStream, InFlightBatch, decode_streams
 from diagonal.engine.session import ChunkResult, PromptChange, Session, SessionState
 from diagonal.engine.snapshot import Snapshot
 from diagonal.model.vae import Decoder, DecoderState
@@ -49,17 +48,17 @@ def steps(engine: Engine) -> list[list[ChunkResult]]:
 def noted(engine: Engine) -> list[str]:
     """What is done from now on, in order: `make` and `show`, each with the session."""
     done: list[str] = []
-    denoise, land = engine._maker.denoise, engine._land
+    denoise, complete = engine.maker.denoise, engine.stepper._complete
 
     def denoising(batch: Sequence[Session]) -> Any:
         done.append(f"make {batch[0].spec.session_id}")
         return denoise(batch)
 
-    def landing(flight: Flight) -> Any:
-        done.append(f"show {flight.batch[0].spec.session_id}")
-        return land(flight)
+    def completing(batch: InFlightBatch) -> Any:
+        done.append(f"show {batch.sessions[0].spec.session_id}")
+        return complete(batch)
 
-    engine._maker.denoise, engine._land = denoising, landing  # type: ignore[method-assign]
+    engine.maker.denoise, engine.stepper._complete = denoising, completing  # type: ignore[method-assign]
     return done
 
 
@@ -87,18 +86,21 @@ def test_a_chunk_is_shown_after_the_next_ones_forwards_were_given_to_the_device(
 
 def test_a_stream_alone_never_waits_for_another_step() -> None:
     engine = engine_of(BESIDE)
-    assert equal(stream(engine, spec_of()), stream(engine_of(), spec_of())) and engine._flights == []
+    assert equal(stream(engine, spec_of()), stream(engine_of(), spec_of())) and engine.stepper.in_flight == []
 
 
 def test_sessions_that_are_closed_or_paused_under_way_are_so_when_their_chunk_is_out() -> None:
     engine = opened(BESIDE, frames=None)
     (first,) = engine.step()
-    assert first.session_id == "a" and [f.batch[0].spec.session_id for f in engine._flights] == ["b"]
+    assert first.session_id == "a" and [f.sessions[0].spec.session_id for f in engine.stepper.in_flight] == ["b"]
     before = engine.snapshot("b")
     engine.pause("b")
     engine.close("a")
     assert before.next_chunk == 0 and engine.info("b").state is SessionState.RUNNING
-    assert [result.session_id for result in (*engine.step(), *engine.step())] == ["b", "c"] and engine._flights == []
+    assert [result.session_id for result in (*engine.step(), *engine.step())] == [
+        "b",
+        "c",
+    ] and engine.stepper.in_flight == []
     assert engine.info("b").state is SessionState.PAUSED and engine.snapshot("b").next_chunk == 1
     engine.resume("b")
     expected = opened(frames=None)
@@ -109,11 +111,11 @@ def test_sessions_that_are_closed_or_paused_under_way_are_so_when_their_chunk_is
 
 def test_one_that_is_closed_under_way_is_dropped_and_its_pages_come_back() -> None:
     engine = opened(BESIDE, frames=None)
-    free = engine._pool.free_pages
+    free = engine.maker.pool.free_pages
     engine.step()
     engine.close("b")
     assert {result.session_id for result in engine.step()} == {"c"}
-    assert engine._pool.free_pages == free - 2
+    assert engine.maker.pool.free_pages == free - 2
 
 
 def test_a_decoder_that_fails_ends_its_session_alone() -> None:
@@ -141,7 +143,7 @@ def test_a_stream_alone_is_decoded_beside_its_own_next_forwards_and_comes_out_ch
     done = noted(engine)
     results = [engine.step() for _ in range(5)]
     assert done == ["make a", *["make a", "show a"] * 4, "show a"]
-    assert [len(made) for made in results] == [1] * 5 and engine.step() == [] and engine._flights == []
+    assert [len(made) for made in results] == [1] * 5 and engine.step() == [] and engine.stepper.in_flight == []
     plain = alone()
     assert equal([made[0] for made in results], [plain.step()[0] for _ in range(5)])
 
@@ -150,7 +152,7 @@ def test_what_comes_with_a_chunk_is_the_session_as_it_was_after_it_not_as_it_is_
     engine, expected = alone(BESIDE), stream(engine_of(), spec_of("a", frames=57, paced=False))
     for chunk in range(4):
         (result,) = engine.step()
-        assert engine._flights and result.snapshot is not None and result.snapshot.next_chunk == chunk + 1
+        assert engine.stepper.in_flight and result.snapshot is not None and result.snapshot.next_chunk == chunk + 1
         if chunk < 3:  # nothing is evicted yet: bit-equal
             other = engine_of()
             other.restore(Snapshot.from_bytes(result.snapshot.to_bytes()))
@@ -181,7 +183,7 @@ def test_a_stream_that_is_paused_with_a_chunk_under_way_stands_still_behind_it_a
     engine.pause("a")
     assert engine.info("a").state is SessionState.RUNNING
     made += engine.step()
-    assert engine.info("a").state is SessionState.PAUSED and engine._pool.bytes_in_use == 0 and engine.step() == []
+    assert engine.info("a").state is SessionState.PAUSED and engine.maker.pool.bytes_in_use == 0 and engine.step() == []
     engine.resume("a")
     made += engine.step()
     assert equal(made, [*stream(engine_of(), spec_of("a", frames=57))][:3])
@@ -209,36 +211,36 @@ def test_a_chunk_that_fails_with_the_next_one_under_way_ends_its_session_alone_a
     breaking: Any, code: str, begun: int
 ) -> None:
     engine = alone(BESIDE, ALONE, decoder=breaking(small_release().codec, 2))
-    whole, done = engine._pool.free_pages, noted(engine)
+    whole, done = engine.maker.pool.free_pages, noted(engine)
     results = [*engine.step(), *engine.step()]
     assert [(result.chunk, result.code) for result in results] == [(0, None), (1, code)]
-    assert done.count("make a") == begun and engine.step() == [] and engine._flights == []
-    assert engine._pool.free_pages == whole and engine.stats().active_sessions == 0
+    assert done.count("make a") == begun and engine.step() == [] and engine.stepper.in_flight == []
+    assert engine.maker.pool.free_pages == whole and engine.stats().active_sessions == 0
     assert equal(stream(engine, spec_of("b")), stream(engine_of(), spec_of("b")))
 
 
 def test_forwards_that_fail_do_not_take_the_chunk_before_them_along(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = alone(BESIDE)
-    denoise, whole = engine._maker.denoise, engine._pool.free_pages
+    denoise, whole = engine.maker.denoise, engine.maker.pool.free_pages
 
     def failing(batch: Sequence[Session]) -> Any:
-        if batch[0].making == 2:
+        if batch[0].progress.making == 2:
             raise SessionError("forward_failed", "the network gave up")
         return denoise(batch)
 
-    monkeypatch.setattr(engine._maker, "denoise", failing)
+    monkeypatch.setattr(engine.maker, "denoise", failing)
     results = [engine.step() for _ in range(3)]
     assert [(r.chunk, r.code) for made in results for r in made] == [(0, None), (1, None), (2, "forward_failed")]
-    assert engine.step() == [] and engine._flights == [] and engine._pool.free_pages == whole
+    assert engine.step() == [] and engine.stepper.in_flight == [] and engine.maker.pool.free_pages == whole
 
 
 def test_a_stream_that_is_closed_with_a_chunk_under_way_leaves_nothing() -> None:
     engine = alone(BESIDE, frames=None)
-    whole = engine._pool.free_pages
+    whole = engine.maker.pool.free_pages
     engine.step()
     engine.close("a")
-    assert engine._flights and engine.step() == [] and engine._flights == []
-    assert engine._pool.free_pages > whole - 1 and engine.stats().active_sessions == 0
+    assert engine.stepper.in_flight and engine.step() == [] and engine.stepper.in_flight == []
+    assert engine.maker.pool.free_pages > whole - 1 and engine.stats().active_sessions == 0
 
 
 def test_who_waits_for_a_first_chunk_goes_before_who_has_one_under_way() -> None:
@@ -263,7 +265,7 @@ class FakeStream:
         self.done.append(f"{self.name} waits for {other.name}")
 
 
-def test_a_lane_begins_behind_the_current_stream_keeps_what_it_reads_and_ends_behind_its_own_work(
+def test_a_decode_stream_begins_behind_the_current_stream_keeps_what_it_reads_and_ends_behind_its_own_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done: list[str] = []
@@ -278,10 +280,10 @@ def test_a_lane_begins_behind_the_current_stream_keeps_what_it_reads_and_ends_be
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: done.append(f"{stream.name} reads"))
-    lane = Lane(side, before)  # type: ignore[arg-type]
-    with lane.after([torch.zeros(1), torch.zeros(2)]):
+    stream = DecodeStream(side, before)  # type: ignore[arg-type]
+    with stream.after([torch.zeros(1), torch.zeros(2)]):
         done.append("decode")
-    with lane.inside():
+    with stream.inside():
         done.append("bring over")
     assert done == [
         "side waits for current",
@@ -297,6 +299,6 @@ def test_a_lane_begins_behind_the_current_stream_keeps_what_it_reads_and_ends_be
     ]
 
 
-def test_a_device_without_streams_has_one_lane_in_its_turn() -> None:
-    for found in (lanes(torch.device("cpu"), True), lanes(torch.device("cuda"), False)):
+def test_a_device_without_streams_has_one_stream_in_its_turn() -> None:
+    for found in (decode_streams(torch.device("cpu"), True), decode_streams(torch.device("cuda"), False)):
         assert next(found) is next(found) and next(found)._stream is None

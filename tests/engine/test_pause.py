@@ -21,8 +21,8 @@ def pause(engine: Engine, session_id: str = "s") -> None:
 
 
 def kv_of(engine: Engine, session_id: str = "s") -> Tensor:
-    pages = list(engine._sessions[session_id].cache.pages)
-    return torch.stack((engine._pool.keys[:, pages], engine._pool.values[:, pages]))
+    pages = list(engine.table.sessions[session_id].cache.pages)
+    return torch.stack((engine.maker.pool.keys[:, pages], engine.maker.pool.values[:, pages]))
 
 
 def test_a_pause_frees_cache_and_decoder_at_the_next_chunk_boundary_and_counts_what_stays() -> None:

@@ -41,7 +41,7 @@ def gated(held: str) -> tuple[SmallRelease, Gate]:
 
 def test_a_prompt_that_takes_long_to_encode_keeps_no_other_session_waiting() -> None:
     release, gate = gated(OTHER)
-    engine = engine_of(release=release, read_aside=True)
+    engine = engine_of(release=release, encode_prompts_async=True)
     for name, prompt in (("a", PROMPT), ("slow", OTHER)):
         engine.open(spec_of(name, prompt=prompt))
         engine.request(name)
@@ -58,7 +58,7 @@ def test_a_prompt_that_takes_long_to_encode_keeps_no_other_session_waiting() -> 
 
 def test_a_changed_prompt_is_encoded_while_the_others_chunks_are_made_and_shows_in_the_next_chunk() -> None:
     release, gate = gated(OTHER)
-    engine = engine_of(release=release, read_aside=True)
+    engine = engine_of(release=release, encode_prompts_async=True)
     for name in "ab":
         stream(engine, spec_of(name), 1)
     engine.interact("b", PromptChange("e", OTHER))
@@ -73,7 +73,7 @@ def test_a_changed_prompt_is_encoded_while_the_others_chunks_are_made_and_shows_
 def test_an_idle_engine_takes_a_request_at_once_while_a_prompt_is_encoded() -> None:
     """The step that waits for the prompt is woken by the request of a session whose text is there."""
     release, gate = gated(OTHER)
-    engine = engine_of(release=release, read_aside=True)
+    engine = engine_of(release=release, encode_prompts_async=True)
     stream(engine, spec_of("a"), 1)
     engine.open(spec_of("slow", prompt=OTHER))
     engine.request("slow")
@@ -102,17 +102,18 @@ def test_a_change_that_comes_while_another_is_taken_in_does_not_disturb_it() -> 
     engine = engine_of(release=(release := small_release()))
     stream(engine, spec_of("a"), 1)
     engine.interact("a", PromptChange("one", OTHER))
-    expected = release.network.read(release.encoder.encode([OTHER]))  # type: ignore[operator]
-    follow = engine._maker._follow_timeline
+    expected = release.network.project_text(release.encoder.encode([OTHER]))  # type: ignore[operator]
+    session = engine.table["a"]
+    begin_chunk = session.begin_chunk
 
-    def interrupted(session, changes):  # type: ignore[no-untyped-def]
+    def interrupted(changes: Sequence[PromptChange]) -> bool:
         engine.interact("a", PromptChange("two", "red"))
-        return follow(session, changes)
+        return begin_chunk(changes)
 
-    engine._maker._follow_timeline = interrupted  # type: ignore[method-assign]
+    session.begin_chunk = interrupted  # type: ignore[method-assign]
     result = pull(engine, "a")
     assert result.error is None and result.applied_event_ids == ("one",)
-    assert torch.equal(engine._sessions["a"].text.keys[1], expected.keys[1])  # type: ignore[union-attr]
+    assert torch.equal(session.prompt.text.keys[1], expected.keys[1])  # type: ignore[union-attr]
 
 
 def test_a_prompt_that_failed_is_tried_anew_and_old_ones_are_let_go() -> None:

@@ -161,7 +161,7 @@ def test_only_who_asked_for_a_recording_has_one_and_nothing_of_it_is_kept_for_ot
     pull(engine)
     with pytest.raises(FieldError, match="session = 's': allowed is a session that was opened with record"):
         engine.recording("s")
-    assert engine._sessions["s"].events == [] and engine.snapshot("s").events is None
+    assert engine.table.sessions["s"].events == [] and engine.snapshot("s").events is None
     with pytest.raises(KeyError):
         engine.recording("x")
 

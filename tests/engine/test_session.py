@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diagonal.diffusion.rollout import KeptChunk, new_cache
-from diagonal.engine.admission import RECACHE_ONCE
+from diagonal.engine.budget import RECACHE_ONCE
 from diagonal.engine.session import IllegalMoveError, PromptChange, Session, SessionSpec, SessionState, decoder_bytes
 from diagonal.engine.snapshot import Identity
 from diagonal.errors import FieldError
@@ -117,45 +117,45 @@ def test_an_endless_stream_has_no_last_chunk_and_shows_every_frame() -> None:
 def test_slack_is_the_media_made_less_the_time_gone_by() -> None:
     session = session_of()
     assert session.slack_s(GEOMETRY, 100.0) == float("-inf")
-    session.started_s, session.next_chunk = 10.0, 3
+    session.playback.zero_s, session.progress.next_chunk = 10.0, 3
     assert session.slack_s(GEOMETRY, 12.0) == 33 / 16 - 2.0
-    session.next_chunk = 4
+    session.progress.next_chunk = 4
     assert session.slack_s(GEOMETRY, 12.0) == 45 / 16 - 2.0
 
 
 def test_a_session_set_to_play_has_so_much_slack_then_on_whatever_clock() -> None:
     session = session_of()
-    session.next_chunk = 5
-    session.play_from(GEOMETRY, None, 50.0)
-    assert session.started_s is None
-    session.play_from(GEOMETRY, 0.8125, 7000.0)
+    session.progress.next_chunk = 5
+    session.playback.begin(50.0, session.media_s(GEOMETRY), None)
+    assert session.playback.zero_s is None
+    session.playback.begin(7000.0, session.media_s(GEOMETRY), 0.8125)
     assert session.slack_s(GEOMETRY, 7000.0) == 0.8125 and session.slack_s(GEOMETRY, 7001.0) == -0.1875
 
 
 def test_a_session_ends_when_its_frames_are_made_and_what_is_ahead_is_played() -> None:
     session = session_of(81)
-    assert session.progress(GEOMETRY, 0.0).remaining_s == 81 / 16
-    session.next_chunk = 5
-    session.play_from(GEOMETRY, 0.5, 10.0)
-    assert session.progress(GEOMETRY, 10.0).remaining_s == (81 - 57) / 16 + 0.5
-    assert session_of(None).progress(GEOMETRY, 0.0).remaining_s == float("inf")
+    assert session.demand_progress(GEOMETRY, 0.0).remaining_s == 81 / 16
+    session.progress.next_chunk = 5
+    session.playback.begin(10.0, session.media_s(GEOMETRY), 0.5)
+    assert session.demand_progress(GEOMETRY, 10.0).remaining_s == (81 - 57) / 16 + 0.5
+    assert session_of(None).demand_progress(GEOMETRY, 0.0).remaining_s == float("inf")
 
 
 def test_a_session_needs_a_recache_a_chunk_in_a_transition_and_one_for_a_switch_or_a_pause() -> None:
     def recaches(session: Session) -> float:
-        return session.progress(GEOMETRY, 0.0).recaches
+        return session.demand_progress(GEOMETRY, 0.0).recaches
 
     session = session_of()
     assert recaches(session) == 0.0
-    session.stale = "resume"
+    session.rebuild.reason = "resume"
     assert recaches(session) == RECACHE_ONCE
-    session.stale = ""
-    session.pending.append(PromptChange("e", "a", 1))
+    session.rebuild.reason = ""
+    session.prompt.pending.append(PromptChange("e", "a", 1))
     assert recaches(session) == RECACHE_ONCE
-    session.pending.append(PromptChange("e", "a", 2))
+    session.prompt.pending.append(PromptChange("e", "a", 2))
     assert recaches(session) == 1.0
-    session.pending.clear()
-    session.timeline = session.timeline.change("b", 3).advance()
+    session.prompt.pending.clear()
+    session.prompt.timeline = session.prompt.timeline.change("b", 3).advance()
     assert recaches(session) == 1.0
 
 
@@ -163,12 +163,14 @@ def test_what_is_kept_is_the_window_without_the_chunk_in_progress_and_the_newest
     session = session_of(history_frames=7)
     parts = [draw(4, 3, 4, 6, seed=chunk) for chunk in range(9)]
     for chunk, part in enumerate(parts):
-        session.remember(KeptChunk(chunk, part, 0.5), part)
-        assert [item.chunk for item in session.kept] == [0, *range(max(1, chunk - 1), chunk + 1)][: chunk + 1]
-    assert session.history is not None
-    assert torch.equal(session.history, torch.cat(parts, dim=1)[:, -7:])
-    assert session.history.untyped_storage().nbytes() == session.history.nbytes, "no older frame hides behind it"
-    assert session.latents_bytes() == (3 * 3 + 7) * 4 * 4 * 6 * 4
+        session.latents.add(KeptChunk(chunk, part, 0.5), part, session.cache, session.history_frames)
+        assert [item.chunk for item in session.latents.window] == [0, *range(max(1, chunk - 1), chunk + 1)][: chunk + 1]
+    assert session.latents.history is not None
+    assert torch.equal(session.latents.history, torch.cat(parts, dim=1)[:, -7:])
+    assert session.latents.history.untyped_storage().nbytes() == session.latents.history.nbytes, (
+        "no older frame hides behind it"
+    )
+    assert session.latents.bytes == (3 * 3 + 7) * 4 * 4 * 6 * 4
 
 
 def test_the_decoders_bytes_are_those_of_its_tensors() -> None:

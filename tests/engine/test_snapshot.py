@@ -167,7 +167,7 @@ def test_a_log_and_a_queue_of_changes_are_bounded() -> None:
         engine.interact("s", PromptChange(f"e{number}", OTHER))
     with pytest.raises(FieldError, match="event_id = 'one more': allowed is one of at most 64 that wait"):
         engine.interact("s", PromptChange("one more", OTHER))
-    session = engine._sessions["s"]
+    session = engine.table.sessions["s"]
     for _ in range(2 * MAX_EVENTS):
         session.log("prompt")
     assert len(session.events) == MAX_EVENTS

@@ -19,7 +19,7 @@ def text_of(timeline: Timeline) -> Tensor:
 def test_a_transition_moves_the_text_evenly_and_lands_exactly_on_its_target() -> None:
     start, target = PROMPTS["a"], PROMPTS["b"]
     timeline = Timeline.of("a").change("b", 4)
-    assert torch.equal(text_of(timeline), start) and timeline.moving
+    assert torch.equal(text_of(timeline), start) and timeline.in_transition
     for done in range(1, 5):
         timeline = timeline.advance()
         torch.testing.assert_close(text_of(timeline), start + done / 4 * (target - start), rtol=0, atol=1e-6)

@@ -49,7 +49,7 @@ def test_joined_projections_and_a_text_read_once_give_what_the_plain_network_giv
     network.fuse()
     assert not any("to_q." in name or "to_v." in name for name, _ in network.blocks[0].attn1.named_parameters())
     text = draw(batch, TEXT_TOKENS, TEXT_DIM, seed=3)
-    parts = [network.read(one[None]) for one in text]
+    parts = [network.project_text(one[None]) for one in text]
     assert_near(run(network, batch, TextContext.joined(parts)), run(plain, batch), 1e-5)
     layer = 2 * TEXT_TOKENS * 32 * 4
     assert parts[0].bytes == 3 * layer, "keys and values of every layer, counted to the byte"
@@ -107,7 +107,7 @@ def test_forwards_replayed_over_static_inputs_are_the_plain_ones(batch: int, mon
     generator._graphs = True
     for seed in (3, 4):
         text = draw(batch, TEXT_TOKENS, TEXT_DIM, seed=seed)
-        assert_near(run(generator, batch, generator.read(text)), run(small_causal(layers=3), batch, text), 1e-5)
+        assert_near(run(generator, batch, generator.project_text(text)), run(small_causal(layers=3), batch, text), 1e-5)
     assert len(graphs) == 8 and sum(graph.replays for graph in graphs) == 2 * 2 * CHUNKS, "four lengths, written or not"
 
 

@@ -1,39 +1,26 @@
-"""From a session's state to pixels: text, re-cache, denoising, decode, emit. Holds the networks and the pool."""
+"""What an engine needs of the thing that makes chunks: `ModelRunner` on a device, or a simulation of one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from threading import Event
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from diagonal.config import Config
-from diagonal.diffusion.noise import chunk_noise
-from diagonal.diffusion.rollout import (
-    DenoisedChunk,
-    StepNoise,
-    chunk_noise_of,
-    denoise_chunk,
-    new_cache,
-    new_pool,
-    recache,
-)
-from diagonal.engine.prompts import Prompts, asked
-from diagonal.engine.session import Session, SessionState
-from diagonal.engine.snapshot import Identity, ReleaseLike
+from diagonal.diffusion.rollout import DenoisedChunk
+from diagonal.engine.session import Session
+from diagonal.engine.snapshot import Identity
 from diagonal.engine.specs import PromptChange, SessionSpec
-from diagonal.model.cache import CacheBatch, PoolExhaustedError, on_device
-from diagonal.model.compiled import for_serving
-from diagonal.model.dit import TextContext
-from diagonal.model.vae import Decoder, DecoderState
+from diagonal.model.cache import KVPool, PoolExhaustedError
 from diagonal.schedule import StepSchedule
 
 # What a session's own step may fail with; anything else is a fault of the engine, and ends its thread.
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, OSError)
-DRAWN_AT_MOST = 64
 OUT_OF_MEMORY = (PoolExhaustedError, MemoryError, torch.OutOfMemoryError)
 
 
@@ -58,170 +45,6 @@ def stage(code: str) -> Iterator[None]:
         raise SessionError(code, str(error)) from error
 
 
-class Servable(ReleaseLike, Protocol):
-    """What an engine asks of `diagonal.model.release.Release`."""
-
-    def generator(self, device: torch.device | str = "cpu") -> Any: ...
-
-    def text(self, device: torch.device | str = "cpu") -> Any: ...
-
-    def decoder(self, device: torch.device | str = "cpu") -> Decoder: ...
-
-
-class ChunkMaker:
-    """The steps of one chunk on one device. Not for more than one thread at a time."""
-
-    def __init__(self, release: Servable, device: torch.device | str, slots: int) -> None:
-        self.config: Config = release.config
-        self.geometry = release.config.geometry
-        self.identity = Identity.of(release)
-        self.window_chunks = self.config.cache.window_frames // self.geometry.chunk_frames
-        self._network = for_serving(release.generator(device), self.config)
-        text = release.text(device)
-        self.prompts = Prompts(lambda prompt: text.encode([prompt]), torch.device(device))
-        self._decoder = release.decoder(device)
-        self._drawn: dict[tuple[int, int], Tensor] = {}
-        self.pool = new_pool(self.config, self._network, slots * self.window_chunks)
-
-    def new_session(self, spec: SessionSpec, schedule: StepSchedule, shortened: bool = False) -> Session:
-        """A session with an empty cache."""
-        return Session(
-            spec,
-            schedule,
-            new_cache(self.config, self.pool),
-            self._decoder.start(),
-            self.config.serve.decoder_history_frames,
-            self.identity,
-            shortened,
-        )
-
-    def ask_texts(self, session: Session) -> None:
-        """Have the prompts encoded that its next chunk needs, and let go of others."""
-        session.texts = asked(self.prompts, session.prompts_needed, session.texts)
-
-    def prepare(self, session: Session, changes: Sequence[PromptChange] = ()) -> int:
-        """Bring text, cache and decoder to the next chunk; returns the forwards of a re-cache. One serves all reasons.
-
-        `SessionError` when something of it fails.
-        """
-        reasons = [session.stale] if session.stale else []
-        if session.state is SessionState.QUEUED:
-            session.move(SessionState.RUNNING)
-        with stage("prompt_failed"):
-            if self._follow_timeline(session, changes):
-                reasons.append("prompt")
-        with stage("recache_failed"):
-            if session.reanchor and self._cut_window(session):
-                reasons.append("reanchor")
-            forwards = self._recache(session, reasons) if reasons and session.kept else 0
-        with stage("decode_failed"):
-            self._rebuild_decoder(session)
-        with stage("recache_failed"):
-            session.cache.begin(session.making)
-        return forwards
-
-    def _follow_timeline(self, session: Session, changes: Sequence[PromptChange]) -> bool:
-        """Take in prompt changes and move one chunk on; whether the text is another one now."""
-        if changes:
-            session.applying = tuple(changes)
-            newest = changes[-1]
-            session.timeline = session.timeline.change(newest.prompt, newest.transition_chunks)
-            session.log(
-                "prompt",
-                prompt=newest.prompt,
-                transition_chunks=newest.transition_chunks,
-                event_ids=[change.event_id for change in changes],
-            )
-        moved = session.timeline.moving
-        session.timeline = session.timeline.advance()
-        if moved or session.text is None:
-            texts = asked(self.prompts, session.timeline.prompts, session.texts)
-            session.text = self._network.read(session.timeline.text(lambda prompt: texts[prompt].result()))
-        if moved:
-            session.drift.restart()
-        return moved
-
-    def _cut_window(self, session: Session) -> bool:
-        """Keep the sink and the newest chunk alone; whether that was less than before."""
-        cause, session.reanchor = session.reanchor, ""
-        session.reanchored = session.next_chunk
-        sink = session.cache.sink_chunks
-        if len(session.kept) <= sink + 1:
-            return False
-        del session.kept[sink:-1]
-        session.log("reanchor", cause=cause)
-        return True
-
-    def _recache(self, session: Session, reasons: Sequence[str]) -> int:
-        assert session.text is not None
-        forwards = recache(self._network, session.cache, session.kept, session.text)
-        session.log("recache", reasons=list(reasons), forwards=forwards)
-        return forwards
-
-    def _rebuild_decoder(self, session: Session) -> None:
-        """After a pause or a move: the decoder's state, from the newest clean latents."""
-        if session.stale and session.history is not None:
-            session.decoder_state = self._decoder.start()
-            history = session.history.unsqueeze(0).to(self.pool.keys.device).float()
-            self._decoder.decode(history, session.decoder_state)
-        session.stale = ""
-
-    def denoise(self, batch: Sequence[Session]) -> DenoisedChunk:
-        """The shared forwards of prepared sessions with one batch key; `SessionError` when they fail."""
-        with stage("forward_failed"):
-            chunks = [session.making for session in batch]
-            noise = self._noise([session.spec.seed for session in batch], chunks)
-            text = TextContext.joined([session.text for session in batch if session.text is not None])
-            caches = CacheBatch([session.cache for session in batch])
-            return denoise_chunk(self._network, batch[0].schedule, chunks[0], text, caches, noise)
-
-    def draw_ahead(self, batch: Sequence[Session]) -> None:
-        """The first noise of the chunk after each session's own: drawn while a GPU works, so nothing waits for it."""
-        keys = [(session.spec.seed, session.making + 1) for session in batch]
-        if len(self._drawn) > DRAWN_AT_MOST:  # those of sessions that ended
-            self._drawn.clear()
-        self._drawn.update({key: chunk_noise(*key, 0, self.geometry.chunk_shape()[1:]) for key in keys})
-
-    def _noise(self, seeds: Sequence[int], chunks: Sequence[int]) -> StepNoise:
-        """Noise by step of a batch's chunks, the first from what was drawn ahead where it was."""
-        later = chunk_noise_of(self.geometry, seeds, chunks, self.pool.keys.device)
-        first = [self._drawn.pop(key, None) for key in zip(seeds, chunks, strict=True)]
-        known = [noise for noise in first if noise is not None]
-        if len(known) < len(first):
-            return later
-        return lambda step: later(step) if step else on_device(torch.stack(known), self.pool.keys.device)
-
-    def decode(self, batch: Sequence[Session], clean: Sequence[Tensor]) -> list[Tensor | SessionError]:
-        """Pixels `[f, h, w, 3]` uint8 on the device, of each session's next latents `[c, f, h, w]`, or what it failed
-        with: where all together fail, each is decoded alone."""
-        states = [session.decoder_state for session in batch]
-        if self._decoder.can_join(states):
-            try:
-                with stage("decode_failed"):
-                    return list(self._decoder.decode_together(torch.stack(list(clean)), states))
-            except SessionError:
-                pass  # one by one shows whose latents it was
-        return [self._decode_alone(state, part) for state, part in zip(states, clean, strict=True)]
-
-    def _decode_alone(self, state: DecoderState, clean: Tensor) -> Tensor | SessionError:
-        try:
-            with stage("decode_failed"):
-                return self._decoder.decode(clean.unsqueeze(0), state)[0]
-        except SessionError as error:
-            return error
-
-    def evict(self, session: Session) -> None:
-        """Leave nothing of the session on the device; its latents are on the CPU anyway."""
-        session.cache.close()
-        session.decoder_state = self._decoder.start()
-        session.text, session.texts = None, {}
-
-    def settle(self) -> None:
-        """Wait for the device, where a time is to be measured outside the hot loop."""
-        if self.pool.keys.device.type == "cuda":
-            torch.cuda.synchronize(self.pool.keys.device)
-
-
 @dataclass(frozen=True)
 class Emitted:
     """One session's part of a step, on the CPU: pixels `[f, h, w, 3]` uint8, and the latents `[c, f, h, w]` that it
@@ -232,50 +55,40 @@ class Emitted:
     written: Tensor
 
 
-def emit(
-    pixels: Sequence[Tensor],
-    clean: Sequence[Tensor],
-    written: Sequence[Tensor],
-    dtype: torch.dtype,
-    finite: Sequence[Tensor],
-) -> list[Emitted | SessionError]:
-    """The step's one host sync: what its sessions show and keep, in one transfer, with whether it is finite.
+class ChunkMaker(Protocol):
+    """The steps of one chunk, over one pool of cache pages. Not for more than one thread at a time."""
 
-    Pixels are of one shape; latents are kept as `dtype`; `finite` says of each session's cache and pixels whether they
-    are finite, and the latents are looked at here. So a snapshot is made without the device, and never waits for the
-    next chunk's kernels.
-    `SessionError` stands for what is not finite, or could not be brought over.
-    """
-    try:
-        with stage("decode_failed"):
-            whole = [
-                torch.isfinite(torch.stack((end, start))).all() & known
-                for end, start, known in zip(clean, written, finite, strict=True)
-            ]
-            sound = torch.stack(whole).unsqueeze(1).to(torch.uint8)
-            latents = [torch.stack(list(parts)).to(dtype).flatten(1).view(torch.uint8) for parts in (clean, written)]
-            shown = torch.stack(list(pixels)).flatten(1).to(sound.device)
-            packed = _on_host(torch.cat((shown, *latents, sound), dim=1))  # host sync: the emit point
-    except SessionError as error:
-        if len(pixels) == 1:
-            return [error]
-        parts = zip(pixels, clean, written, finite, strict=True)
-        return [emit([shown], [end], [start], dtype, [known])[0] for shown, end, start, known in parts]
-    refused = SessionError("not_finite", "the generated latents, their cache or their pixels are not finite")
-    return [_unpacked(row, pixels[0].shape, clean[0].shape, dtype) if row[-1] else refused for row in packed]
+    config: Config
+    identity: Identity
+    pool: KVPool
+    window_chunks: int
+    encoded: Event  # set whenever a prompt is encoded
 
+    def new_session(self, spec: SessionSpec, schedule: StepSchedule, shortened: bool = False) -> Session:
+        """A session with an empty cache."""
 
-def _on_host(packed: Tensor) -> Tensor:
-    """Through pinned memory from a GPU, which is several times as fast for a chunk's 14 MB of pixels."""
-    if not packed.is_cuda:
-        return packed.cpu()
-    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-    host.copy_(packed, non_blocking=True)
-    torch.cuda.current_stream(packed.device).synchronize()
-    return host
+    def request_prompts(self, session: Session) -> None:
+        """Have the prompts encoded that its next chunk needs, and let go of others."""
 
+    def prepare(self, session: Session, changes: Sequence[PromptChange] = ()) -> int:
+        """Bring text, cache and decoder to the next chunk; returns the forwards of a re-cache. `SessionError`."""
 
-def _unpacked(row: Tensor, shown: torch.Size, latents: torch.Size, dtype: torch.dtype) -> Emitted:
-    """The parts of one session's row, latents in memory of their own: a snapshot holds no neighbour's."""
-    pixels, clean, written = row[:-1].split([shown.numel(), *[latents.numel() * dtype.itemsize] * 2])
-    return Emitted(pixels.view(shown), *(part.clone().view(dtype).view(latents) for part in (clean, written)))
+    def denoise(self, batch: Sequence[Session]) -> DenoisedChunk:
+        """The shared forwards of prepared sessions with one batch key. `SessionError` when they fail."""
+
+    def decode(self, batch: Sequence[Session], clean: Sequence[Tensor]) -> Sequence[Tensor | SessionError]:
+        """Pixels `[f, h, w, 3]` uint8 on the device, of each session's next latents `[c, f, h, w]`, or its error."""
+
+    def draw_ahead(self, batch: Sequence[Session]) -> None:
+        """What the chunk after each session's own will need from the host, while the device works."""
+
+    def to_host(
+        self, pixels: Sequence[Tensor], clean: Sequence[Tensor], written: Sequence[Tensor], finite: Sequence[Tensor]
+    ) -> Sequence[Emitted | SessionError]:
+        """What a step's sessions show and keep, in one transfer; an error for what is not finite."""
+
+    def evict(self, session: Session) -> None:
+        """Leave nothing of the session on the device; its latents are on the CPU anyway."""
+
+    def synchronize(self) -> None:
+        """Wait for the device, where a time is to be measured outside the hot loop."""

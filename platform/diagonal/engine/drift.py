@@ -87,7 +87,7 @@ class ReanchorPolicy:
         """As configured; after one by drift, the window fills before the next."""
         return cls(serve.reanchor_drift, serve.reanchor_every_chunks, window_chunks)
 
-    def settled(self, next_chunk: int, last: int) -> bool:
+    def decided(self, next_chunk: int, last: int) -> bool:
         """Whether `cause` is None before that chunk, whatever the pictures before it will be."""
         return not self.drift and not (self.every_chunks and next_chunk - last >= self.every_chunks)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diagonal.engine.chunk_maker import Servable
 from diagonal.engine.drift import ReanchorPolicy
 from diagonal.engine.engine import Engine
+from diagonal.engine.model_runner import Servable
 from diagonal.engine.recording import Recording
 from diagonal.engine.specs import Event, PromptChange
 

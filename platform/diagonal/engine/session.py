@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diagonal.diffusion.rollout import KeptChunk
-from diagonal.engine.admission import RECACHE_ONCE, Progress
+from diagonal.engine.budget import RECACHE_ONCE, Progress
 from diagonal.engine.drift import DriftMonitor
 from diagonal.engine.snapshot import Identity, MediaTimeline, Snapshot
 from diagonal.engine.specs import MAX_EVENTS, MAX_SEED, Event, PromptChange, SessionSpec, Timeline
@@ -21,6 +21,7 @@ from diagonal.geometry import ChunkGeometry
 from diagonal.model.cache import KVCache
 from diagonal.model.dit import TextContext
 from diagonal.model.vae import DecoderState
+from diagonal.playback import Playback
 from diagonal.schedule import StepSchedule
 
 __all__ = [
@@ -108,13 +109,114 @@ class SessionInfo:
 
 
 @dataclass
-class Session:
-    """One stream on this device. The pool owns its memory, the session its progress, the engine the step.
+class ChunkProgress:
+    """`next_chunk` is the first that is not out, `in_flight` counts the chunks from it on that are begun already.
 
-    `stale` names why its cache and decoder are to be built from `kept` and `history` before the next chunk.
-    `reanchor` names why its window is to be cut to sink and newest chunk before it. `wanted` is the last chunk that was
-    asked for, `under_way` how many are begun and not out: `next_chunk` and all beside it are of those that are out.
+    `requested_chunk` is the last that was asked for, `asked_s` when the oldest request that waits came.
     """
+
+    next_chunk: int = 0
+    requested_chunk: int = -1
+    in_flight: int = 0
+    asked_s: float | None = None
+
+    @property
+    def making(self) -> int:
+        """The chunk that is begun next."""
+        return self.next_chunk + self.in_flight
+
+
+@dataclass
+class PromptState:
+    """The text of a session: its timeline, the changes that wait, and those that the chunk being made takes in.
+
+    `text` is what the network reads, `embeddings` the prompts' own, which may still be encoded.
+    """
+
+    timeline: Timeline
+    pending: deque[PromptChange] = field(default_factory=deque)
+    applying: tuple[PromptChange, ...] = ()
+    embeddings: dict[str, Future[Tensor]] = field(default_factory=dict)
+    text: TextContext | None = None
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Prompts whose embeddings the next chunk is made from; () where the text stays as it is."""
+        newest = self.pending[-1] if self.pending else None
+        if newest is not None and newest.transition_chunks <= 1:
+            return (newest.prompt,)
+        if newest is None and self.text is not None and not self.timeline.in_transition:
+            return ()
+        return self.timeline.prompts if newest is None else (*self.timeline.prompts, newest.prompt)
+
+    @property
+    def encoding(self) -> bool:
+        """Whether embeddings that the next chunk needs are still to come."""
+        return not all(embedding.done() for embedding in self.embeddings.values())
+
+    @property
+    def changing(self) -> bool:
+        """Whether the next chunk's text is another than the one before."""
+        return bool(self.pending) or self.timeline.in_transition
+
+    def advance(self, changes: Sequence[PromptChange]) -> bool:
+        """Take in changes and move one chunk on; whether the text is another one now."""
+        if changes:
+            self.applying = tuple(changes)
+            self.timeline = self.timeline.change(changes[-1].prompt, changes[-1].transition_chunks)
+        moved = self.timeline.in_transition
+        self.timeline = self.timeline.advance()
+        return moved
+
+    def take_applied(self) -> tuple[str, ...]:
+        """The event ids of the changes that the finished chunk took in; they wait no longer."""
+        applied, self.applying = tuple(change.event_id for change in self.applying), ()
+        for _ in applied:
+            self.pending.popleft()
+        return applied
+
+
+@dataclass
+class KeptLatents:
+    """What cache and decoder are rebuilt from: the inputs that wrote the window, and the newest clean latents.
+
+    They lie on the CPU in the cache's element type: of a bfloat16 network's input that is what the network itself
+    reads, so that a re-cache loses nothing.
+    """
+
+    window: list[KeptChunk] = field(default_factory=list)
+    history: Tensor | None = None
+
+    def add(self, chunk: KeptChunk, clean: Tensor, cache: KVCache, history_frames: int) -> None:
+        """Keep a finished chunk's cache input and its clean latents `[c, f, h, w]`, within window and history."""
+        self.window.append(chunk)
+        if len(self.window) >= cache.window_chunks:
+            del self.window[cache.sink_chunks]
+        history = clean if self.history is None else torch.cat((self.history, clean), dim=1)
+        self.history = history[:, -history_frames:].contiguous()
+
+    @property
+    def bytes(self) -> int:
+        parts = [item.written for item in self.window] + ([] if self.history is None else [self.history])
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+@dataclass
+class Rebuild:
+    """What is to be done to the cache before the next chunk, and why; an empty reason is nothing.
+
+    With `reason`, cache and decoder are built from the kept latents. With `reanchor_reason`, the window is cut to sink
+    and newest chunk. `reanchored` is the chunk before which that was done last.
+    """
+
+    reason: str = ""
+    reanchor_reason: str = ""
+    reanchored: int = 0
+
+
+@dataclass
+class Session:
+    """One stream on this device. The pool owns its memory, the session its progress, the engine the step."""
 
     spec: SessionSpec
     schedule: StepSchedule
@@ -124,30 +226,19 @@ class Session:
     identity: Identity
     shortened: bool = False
     state: SessionState = SessionState.QUEUED
-    next_chunk: int = 0
-    timeline: Timeline = field(default_factory=lambda: Timeline(()))
-    text: TextContext | None = None
-    texts: dict[str, Future[Tensor]] = field(default_factory=dict)
-    pending: deque[PromptChange] = field(default_factory=deque)
-    applying: tuple[PromptChange, ...] = ()
-    kept: list[KeptChunk] = field(default_factory=list)
-    history: Tensor | None = None
-    events: list[Event] = field(default_factory=list)
+    progress: ChunkProgress = field(default_factory=ChunkProgress)
+    prompt: PromptState = field(init=False)
+    latents: KeptLatents = field(default_factory=KeptLatents)
+    rebuild: Rebuild = field(default_factory=Rebuild)
+    playback: Playback = field(default_factory=Playback)
     drift: DriftMonitor = field(default_factory=DriftMonitor)
-    started_s: float | None = None
-    ahead_s: float | None = None
-    asked_s: float | None = None
-    wanted: int = -1
-    under_way: int = 0
+    events: list[Event] = field(default_factory=list)
     pausing: bool = False
-    stale: str = ""
-    reanchor: str = ""
-    reanchored: int = 0
+    ahead_s: float | None = None
     saved: Snapshot | None = None
 
     def __post_init__(self) -> None:
-        if not self.timeline.blends:
-            self.timeline = Timeline.of(self.spec.prompt)
+        self.prompt = PromptState(Timeline.of(self.spec.prompt))
 
     def move(self, state: SessionState) -> None:
         """Change state; `IllegalMoveError` where the state machine does not allow it."""
@@ -161,7 +252,7 @@ class Session:
 
     @property
     def live(self) -> bool:
-        """Whether it holds a slot: everything but a paused session, until it is closed."""
+        """Whether it has a slot: everything but a paused session, until it is closed."""
         return self.state is not SessionState.PAUSED
 
     @property
@@ -170,29 +261,46 @@ class Session:
         return self.spec.paced and self.live and not self.ended
 
     @property
-    def making(self) -> int:
-        """The chunk that is begun next."""
-        return self.next_chunk + self.under_way
-
-    @property
     def context_chunks(self) -> int:
-        """How many chunks that one attends to."""
-        return min(len(self.kept) + self.under_way, self.cache.window_chunks - 1)
+        """How many chunks the one that is begun next attends to."""
+        return min(len(self.latents.window) + self.progress.in_flight, self.cache.window_chunks - 1)
 
     @property
-    def settled(self) -> bool:
-        """Whether the chunk to be begun follows the one under way as it is: with its text and its cache."""
-        return not (self.pending or self.timeline.moving or self.stale or self.reanchor or self.pausing)
+    def needs_recache(self) -> bool:
+        """Whether its cache is written again before its next chunk."""
+        return self.prompt.changing or bool(self.rebuild.reason or self.rebuild.reanchor_reason)
 
     def asks(self, geometry: ChunkGeometry) -> bool:
         """Whether it has a chunk that was asked for and not begun."""
-        total = self.total_chunks(geometry)
-        return self.making <= self.wanted and (total is None or self.making < total)
+        total, making = self.total_chunks(geometry), self.progress.making
+        return making <= self.progress.requested_chunk and (total is None or making < total)
+
+    def begin_chunk(self, changes: Sequence[PromptChange]) -> bool:
+        """Run, and take prompt changes in; whether the text is another one now."""
+        if self.state is SessionState.QUEUED:
+            self.move(SessionState.RUNNING)
+        if changes:
+            ids, newest = [change.event_id for change in changes], changes[-1]
+            self.log("prompt", prompt=newest.prompt, transition_chunks=newest.transition_chunks, event_ids=ids)
+        return self.prompt.advance(changes)
+
+    def cut_window(self) -> bool:
+        """Keep the sink and the newest chunk alone where that was asked for; whether that is less than before."""
+        cause, self.rebuild.reanchor_reason = self.rebuild.reanchor_reason, ""
+        if not cause:
+            return False
+        self.rebuild.reanchored = self.progress.next_chunk
+        sink = self.cache.sink_chunks
+        if len(self.latents.window) <= sink + 1:
+            return False
+        del self.latents.window[sink:-1]
+        self.log("reanchor", cause=cause)
+        return True
 
     def log(self, kind: str, **detail: Any) -> None:
         """Add to the event log of a recorded session, at the chunk to come; a full one takes no more."""
         if self.spec.record and len(self.events) < MAX_EVENTS:
-            self.events.append(Event(kind, self.next_chunk, detail))
+            self.events.append(Event(kind, self.progress.next_chunk, detail))
 
     def total_chunks(self, geometry: ChunkGeometry) -> int | None:
         """Chunks to generate, None for an endless stream."""
@@ -205,101 +313,64 @@ class Session:
             return frames
         return max(0, min(frames, self.spec.pixel_frames - geometry.pixel_start(chunk)))
 
+    def media_s(self, geometry: ChunkGeometry) -> float:
+        """Media in the chunks that are out."""
+        return geometry.pixel_start(self.progress.next_chunk) / geometry.pixel_fps
+
     def slack_s(self, geometry: ChunkGeometry, now_s: float) -> float:
         """Seconds until a viewer who played chunks as they came runs out of media; minus infinity before the first."""
-        if self.started_s is None:
-            return float("-inf")
-        return geometry.pixel_start(self.next_chunk) / geometry.pixel_fps - (now_s - self.started_s)
+        return self.playback.slack_s(now_s, self.media_s(geometry))
 
-    def ahead_media_s(self, geometry: ChunkGeometry) -> float:
-        """Media in the chunks that are under way."""
-        frames = geometry.pixel_start(self.making) - geometry.pixel_start(self.next_chunk)
+    def in_flight_media_s(self, geometry: ChunkGeometry) -> float:
+        """Media in the chunks that are begun and not out."""
+        frames = geometry.pixel_start(self.progress.making) - geometry.pixel_start(self.progress.next_chunk)
         return frames / geometry.pixel_fps
 
-    def play_from(self, geometry: ChunkGeometry, ahead_s: float | None, now_s: float) -> None:
-        """Set the clock so that the viewer has `ahead_s` seconds of media left now."""
-        if ahead_s is not None:
-            self.started_s = now_s - (geometry.pixel_start(self.next_chunk) / geometry.pixel_fps - ahead_s)
-
-    @property
-    def prompts_needed(self) -> tuple[str, ...]:
-        """Prompts whose embeddings the next chunk is made from; () where the text stays as it is."""
-        newest = self.pending[-1] if self.pending else None
-        if newest is not None and newest.transition_chunks <= 1:
-            return (newest.prompt,)
-        if newest is None and self.text is not None and not self.timeline.moving:
-            return ()
-        return self.timeline.prompts if newest is None else (*self.timeline.prompts, newest.prompt)
-
-    @property
-    def reading(self) -> bool:
-        """Whether embeddings that its next chunk needs are still to come."""
-        return not all(text.done() for text in self.texts.values())
-
-    def progress(self, geometry: ChunkGeometry, now_s: float) -> Progress:
+    def demand_progress(self, geometry: ChunkGeometry, now_s: float) -> Progress:
         """What admission needs to know of it."""
-        remaining_s = float("inf")
+        remaining_s, next_chunk = float("inf"), self.progress.next_chunk
         if self.spec.pixel_frames is not None:
-            to_make = max(0, self.spec.pixel_frames - geometry.pixel_start(self.next_chunk))
-            ahead_s = 0.0 if self.started_s is None else max(0.0, self.slack_s(geometry, now_s))
-            remaining_s = to_make / geometry.pixel_fps + ahead_s
-        return Progress(self.schedule, self.next_chunk, self.total_chunks(geometry), self._recaches(), remaining_s)
+            to_make = max(0, self.spec.pixel_frames - geometry.pixel_start(next_chunk))
+            remaining_s = to_make / geometry.pixel_fps + max(0.0, self.slack_s(geometry, now_s))
+        return Progress(self.schedule, next_chunk, self.total_chunks(geometry), self._recaches(), remaining_s)
 
     def _recaches(self) -> float:
         """Re-caches by chunk that it is known to need."""
-        if self.timeline.moving or any(change.transition_chunks > 1 for change in self.pending):
+        if self.prompt.timeline.in_transition or any(change.transition_chunks > 1 for change in self.prompt.pending):
             return 1.0
-        return RECACHE_ONCE if self.pending or self.stale else 0.0
-
-    def remember(self, chunk: KeptChunk, clean: Tensor) -> None:
-        """Keep a finished chunk's cache input and its clean latents `[c, f, h, w]`, within window and history.
-
-        They come on the CPU and in the cache's element type: of a bfloat16 network's input that is what the network
-        itself reads, so that a re-cache loses nothing.
-        """
-        self.kept.append(chunk)
-        if len(self.kept) >= self.cache.window_chunks:
-            del self.kept[self.cache.sink_chunks]
-        history = clean if self.history is None else torch.cat((self.history, clean), dim=1)
-        self.history = history[:, -self.history_frames :].contiguous()
+        return RECACHE_ONCE if self.prompt.pending or self.rebuild.reason else 0.0
 
     def save(self, geometry: ChunkGeometry, ahead_s: float | None) -> Snapshot:
-        """Note what another engine needs to go on from here; tensors are referred to, never changed later."""
-        media = MediaTimeline(self.next_chunk, geometry.pixel_start(self.next_chunk), geometry.pixel_fps)
-        events = tuple(self.events) if self.spec.record else None
+        """Note what another engine needs to continue from here; tensors are referred to, never changed later."""
+        next_chunk = self.progress.next_chunk
         self.saved = Snapshot(
             identity=self.identity,
             spec=self.spec,
             schedule=self.schedule,
             shortened=self.shortened,
-            next_chunk=self.next_chunk,
-            media=media,
+            next_chunk=next_chunk,
+            media=MediaTimeline(next_chunk, geometry.pixel_start(next_chunk), geometry.pixel_fps),
             ahead_s=ahead_s,
-            timeline=self.timeline,
-            kept=tuple(self.kept),
-            history=self.history,
-            reanchored=self.reanchored,
+            timeline=self.prompt.timeline,
+            kept=tuple(self.latents.window),
+            history=self.latents.history,
+            reanchored=self.rebuild.reanchored,
             drift=self.drift.to_dict(),
-            events=events,
+            events=tuple(self.events) if self.spec.record else None,
         )
         return self.saved
 
     def take_over(self, snapshot: Snapshot) -> None:
         """Stand where the snapshot's session stood; cache and decoder are built before the next chunk."""
-        self.next_chunk, self.timeline = snapshot.next_chunk, snapshot.timeline
-        self.kept, self.history = list(snapshot.kept), snapshot.history
-        self.reanchored, self.drift = snapshot.reanchored, DriftMonitor.from_dict(snapshot.drift)
-        self.pending = deque(snapshot.pending)
-        self.events = list(snapshot.events or ())
+        self.progress.next_chunk = snapshot.next_chunk
+        self.prompt.timeline, self.prompt.pending = snapshot.timeline, deque(snapshot.pending)
+        self.latents = KeptLatents(list(snapshot.kept), snapshot.history)
+        self.rebuild.reanchored, self.drift = snapshot.reanchored, DriftMonitor.from_dict(snapshot.drift)
+        self.events, self.saved = list(snapshot.events or ()), snapshot
 
     def device_bytes(self) -> int:
-        """Bytes beside its cache that it holds on the device: its decoder's features and its text."""
-        return decoder_bytes(self.decoder_state) + (0 if self.text is None else self.text.bytes)
-
-    def latents_bytes(self) -> int:
-        """Bytes of the latents that it keeps."""
-        parts = [item.written for item in self.kept] + ([] if self.history is None else [self.history])
-        return sum(part.numel() * part.element_size() for part in parts)
+        """Bytes beside its cache that it has on the device: its decoder's features and its text."""
+        return decoder_bytes(self.decoder_state) + (0 if self.prompt.text is None else self.prompt.text.bytes)
 
 
 def decoder_bytes(state: DecoderState) -> int:

@@ -100,7 +100,7 @@ class Timeline:
         return cls((Blend(prompt),))
 
     @property
-    def moving(self) -> bool:
+    def in_transition(self) -> bool:
         """Whether a change is under way."""
         return self.target is not None
 

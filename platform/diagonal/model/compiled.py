@@ -51,8 +51,8 @@ class StaticGenerator:
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.network.parameters()
 
-    def read(self, text: Tensor) -> TextContext:
-        return self.network.read(text)
+    def project_text(self, text: Tensor) -> TextContext:
+        return self.network.project_text(text)
 
     @torch.no_grad()
     def __call__(
@@ -69,7 +69,7 @@ class StaticGenerator:
             if cache is None or not self._graphs:
                 found: Tensor = self.network(latents, level, text, cache=cache, write=write)
                 return found
-            text = self.read(text) if isinstance(text, Tensor) else text
+            text = self.project_text(text) if isinstance(text, Tensor) else text
             key = (len(latents), cache.context_chunks)
             if key not in self._shapes:
                 self._shapes[key] = _Shape(self.network, latents, level, text, cache, self._pool)

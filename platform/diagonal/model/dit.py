@@ -80,12 +80,12 @@ class CausalBlock(WanTransformerBlock):
         mixed, key, value = self._self_attention(normed, rotary, context, mask)
         hidden = (hidden.float() + _by_frame(mixed.float(), gate)).type_as(hidden)
         normed = self.norm2(hidden.float()).type_as(hidden)
-        hidden = hidden + self._cross_attention(normed, self.read(text) if isinstance(text, Tensor) else text)
+        hidden = hidden + self._cross_attention(normed, self.project_text(text) if isinstance(text, Tensor) else text)
         normed = _modulate(self.norm3(hidden.float()), ffn_scale, ffn_shift).type_as(hidden)
         hidden = (hidden.float() + _by_frame(self.ffn(normed).float(), ffn_gate)).type_as(hidden)
         return hidden, key.detach(), value.detach()
 
-    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+    def project_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[b, l, heads, head_dim]` of embedded text `[b, l, n]`, for cross-attention."""
         attention = self.attn2
         key, value = (
@@ -188,11 +188,11 @@ class CausalWan(WanTransformer3DModel):
             block.fuse()
 
     @torch.no_grad()
-    def read(self, text: Tensor) -> TextContext:
+    def project_text(self, text: Tensor) -> TextContext:
         """What `forward` makes of embeddings `[b, l, n]` every time, to give it instead of them (inference)."""
         weight = self.condition_embedder.text_embedder.linear_1.weight
         embedded = self.condition_embedder.text_embedder(text.to(weight.device, weight.dtype))
-        keys, values = zip(*(block.read(embedded) for block in self.blocks), strict=True)
+        keys, values = zip(*(block.project_text(embedded) for block in self.blocks), strict=True)
         return TextContext(tuple(keys), tuple(value.contiguous() for value in values))
 
     def forward(

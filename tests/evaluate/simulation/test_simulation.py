@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from diagonal.engine.admission import CapacityError, ChunkKind
+from diagonal.engine.budget import CapacityError, ChunkKind
 from diagonal.engine.engine import Engine
 from diagonal.engine.specs import PromptChange
 from diagonal.errors import FieldError

@@ -176,7 +176,7 @@ def test_s5_a_replica_whose_chunks_all_fail_says_that_it_is_to_be_replaced(
     cluster = make_cluster(replicas=1)
     engine: Any = cluster.replica._engine
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
-        hook = engine._maker._network.register_forward_pre_hook(raises())
+        hook = engine.maker._network.register_forward_pre_hook(raises())
         for _ in range(3):
             bad = start(http)
             until(lambda bad=bad: told(http, bad)["status"] == "failed", "failed")
@@ -215,18 +215,18 @@ def test_s6_a_session_for_which_there_is_no_memory_ends_alone_and_the_replica_go
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, viewer(cluster.urls[0]) as neighbour:
         neighbour.start(prompt="a red circle", num_frames=105, seed=3)
         neighbour.read(1)
-        caches = {id(session.cache) for session in engine._sessions.values()}
-        take = engine._pool.take
+        caches = {id(session.cache) for session in engine.table.sessions.values()}
+        take = engine.maker.pool.take
 
         def refuses_newcomers() -> int:
-            if any(id(s.cache) not in caches and not s.cache.pages for s in engine._sessions.values()):
+            if any(id(s.cache) not in caches and not s.cache.pages for s in engine.table.sessions.values()):
                 raise PoolExhaustedError(SECRET)
             return int(take())
 
-        engine._pool.take = refuses_newcomers
+        engine.maker.pool.take = refuses_newcomers
         bad = start(http)
         until(lambda: told(http, bad)["status"] == "failed", "failed")
-        engine._pool.take = take
+        engine.maker.pool.take = take
         assert SECRET not in str(told(http, bad))
         good = start(http)
         until(lambda: told(http, good)["status"] == "completed", "completed")

@@ -106,7 +106,7 @@ def test_a_session_that_moves_where_all_is_full_waits_until_there_is_room(
     cluster = make_cluster()
     for replica in cluster.replicas.values():
         engine: Any = replica._engine
-        engine._slots = 1
+        engine.admission.slots = 1
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, ThreadPoolExecutor(2) as readers:
         other, video = start(http, frames=57, pacing="realtime"), start(http, 105, pacing="realtime")
         streams = [readers.submit(http.get, f"/v1/videos/{one}/stream") for one in (other, video)]

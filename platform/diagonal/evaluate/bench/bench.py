@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from diagonal.config import PRESETS, Config
-from diagonal.engine.chunk_maker import ChunkMaker
 from diagonal.engine.engine import Engine
+from diagonal.engine.model_runner import ModelRunner
 from diagonal.errors import FieldError, require
 from diagonal.evaluate.bench.page import summary, write, write_page
 from diagonal.evaluate.bench.random_release import RandomRelease
@@ -88,8 +88,8 @@ class Bench:
     def _note(self, name: str, reason: str) -> None:
         self.found[name] = {"not_measured": reason}
 
-    def _maker(self) -> ChunkMaker:
-        return ChunkMaker(self.release, self.device, _POOL_SESSIONS)
+    def _maker(self) -> ModelRunner:
+        return ModelRunner(self.release, self.device, _POOL_SESSIONS)
 
     def _rates(self) -> Row:
         """The configured schedule: the network alone, then an engine of one stream, with its decoder; its memory."""
@@ -149,7 +149,7 @@ class Bench:
     def _engine(self, sessions: int, batch: int) -> Engine:
         """An engine of so many slots that makes batches of at most so many, warmed up until nothing is compiled."""
         release = self.release.under([f"serve.max_sessions={sessions}", f"serve.batch_sessions={batch}"])
-        engine = Engine(release, device=self.device, metrics=self.metrics, read_aside=True)
+        engine = Engine(release, device=self.device, metrics=self.metrics, encode_prompts_async=True)
         engine.warm_up()
         return engine
 

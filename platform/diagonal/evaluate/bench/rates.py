@@ -14,8 +14,9 @@ import torch
 
 from diagonal.config import Config
 from diagonal.diffusion.rollout import KeptChunk
-from diagonal.engine.chunk_maker import ChunkMaker, Emitted, emit
+from diagonal.engine.chunk_maker import Emitted
 from diagonal.engine.engine import Engine
+from diagonal.engine.model_runner import ModelRunner, emit
 from diagonal.engine.session import Session
 from diagonal.engine.specs import SessionSpec
 from diagonal.evaluate.bench.attention import synchronize
@@ -72,10 +73,10 @@ def ceiling_tflops(device: torch.device, clock: Clock = time.perf_counter) -> fl
 
 
 class Stream:
-    """One session driven by hand over a `ChunkMaker`: no scheduler, no snapshots, a clock around each chunk."""
+    """One session driven by hand over a `ModelRunner`: no scheduler, no snapshots, a clock around each chunk."""
 
     def __init__(
-        self, maker: ChunkMaker, variant: Variant, *, decode: bool, clock: Clock = time.perf_counter, seed: int = 0
+        self, maker: ModelRunner, variant: Variant, *, decode: bool, clock: Clock = time.perf_counter, seed: int = 0
     ) -> None:
         self._maker, self._decode, self._clock = maker, decode, clock
         spec = SessionSpec("bench", PROMPT, seed, None, paced=False)
@@ -99,9 +100,9 @@ class Stream:
                 raise shown
         synchronize(device)
         seconds = self._clock() - started_s
-        kept = KeptChunk(self.session.next_chunk, done.written[0].cpu(), done.written_level)
-        self.session.remember(kept, done.clean[0].cpu())
-        self.session.next_chunk += 1
+        kept = KeptChunk(self.session.progress.next_chunk, done.written[0].cpu(), done.written_level)
+        self.session.latents.add(kept, done.clean[0].cpu(), self.session.cache, self.session.history_frames)
+        self.session.progress.next_chunk += 1
         return seconds
 
     def close(self) -> None:
@@ -109,7 +110,7 @@ class Stream:
 
 
 def network_row(
-    maker: ChunkMaker,
+    maker: ModelRunner,
     release: RandomRelease,
     variant: Variant,
     ceiling: float,
@@ -204,7 +205,7 @@ def percentiles(seconds: Sequence[float]) -> Row:
 
 
 def growth_row(
-    maker: ChunkMaker,
+    maker: ModelRunner,
     variant: Variant,
     early: int,
     late: int,

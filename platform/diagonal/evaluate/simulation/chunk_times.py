@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diagonal.config.parse import build
-from diagonal.engine.admission import ChunkKind
+from diagonal.engine.budget import ChunkKind
 from diagonal.errors import FieldError, require
 from diagonal.jsonfile import read_json
 

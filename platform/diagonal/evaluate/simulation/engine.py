@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from diagonal.config import Config
-from diagonal.engine.admission import (
+from diagonal.engine.budget import (
     RECACHE_ONCE,
     Budget,
     CapacityError,
@@ -22,7 +22,7 @@ from diagonal.engine.admission import (
     bounded_s,
     busy_share,
     demand_of,
-    settled_chunk,
+    first_stable_chunk,
 )
 from diagonal.engine.scheduler import Candidate, choose
 from diagonal.evaluate.simulation.chunk_times import Draws
@@ -290,7 +290,7 @@ class SimulatedEngine:
         setup, draws = self._setup, self._draws
         largest = min(setup.batch_limit, setup.slots)
         for size in [*(size for size in (1, 2, 4, 8, 16, 32) if size < largest), largest]:
-            for chunk in range(settled_chunk(setup.schedule, setup.window_chunks) + 1):
+            for chunk in range(first_stable_chunk(setup.schedule, setup.window_chunks) + 1):
                 kind = ChunkKind.of(setup.schedule, chunk, setup.window_chunks)
                 self._cost.observe(kind, size, draws.median_s(kind, size))
         if draws.times.recache_chunk_s:

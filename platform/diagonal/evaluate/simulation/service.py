@@ -15,7 +15,7 @@ from functools import partial
 from math import inf
 from typing import Protocol
 
-from diagonal.engine.admission import CapacityError
+from diagonal.engine.budget import CapacityError
 from diagonal.errors import require
 from diagonal.evaluate.load.figures import Player
 from diagonal.evaluate.simulation.arrivals import Crowd, Loss, Visit
