@@ -124,8 +124,8 @@ def alone() -> Seen:
     assert admitted(engine, "ab") == "ab"
     full = engine_of("serve.max_sessions=1", metrics=seen)
     full.open(spec_of("a"))
-    while full._pool.free_pages:
-        full._pool.take()
+    while full.maker.pool.free_pages:
+        full.maker.pool.take()
     assert pull(full, "a").code == "out_of_memory"
     return seen
 

@@ -32,7 +32,12 @@ class DriftMonitor:
     smoothed: dict[str, float] = field(default_factory=dict)
 
     def observe(self, pixels: Pixels) -> dict[str, float]:
-        """Take in a chunk `[f, h, w, 3]` uint8; each measure over its reference, {} while that is being learnt."""
+        """Take in a chunk `[f, h, w, 3]` uint8; each measure over its reference, {} while that is being learnt.
+
+        No picture says nothing.
+        """
+        if not len(pixels):
+            return {}
         stride = max(1, pixels.shape[1] // _SAMPLED_ROWS)
         found = {name: of(pixels[:, ::stride, ::stride]) for name, of in MEASURES.items()}
         self.chunks += 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diagonal.diffusion.rollout import KeptChunk
-from diagonal.engine.budget import RECACHE_ONCE, Progress
+from diagonal.engine.budget import RECACHE_ONCE, ChunkKind, Progress
 from diagonal.engine.drift import DriftMonitor
 from diagonal.engine.snapshot import Identity, MediaTimeline, Snapshot
 from diagonal.engine.specs import MAX_EVENTS, MAX_SEED, Event, PromptChange, SessionSpec, Timeline
@@ -264,6 +264,11 @@ class Session:
     def context_chunks(self) -> int:
         """How many chunks the one that is begun next attends to."""
         return min(len(self.latents.window) + self.progress.in_flight, self.cache.window_chunks - 1)
+
+    @property
+    def chunk_kind(self) -> ChunkKind:
+        """What the cost of its next chunk depends on, beside the size of its batch."""
+        return ChunkKind(self.schedule.forwards(self.progress.making), self.context_chunks)
 
     @property
     def needs_recache(self) -> bool:

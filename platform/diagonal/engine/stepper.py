@@ -222,7 +222,7 @@ class Stepper:
 
     def _make(self, batch: Sequence[Session], timer: StepTimer | None) -> None:
         """Send off a chunk for each; when the shared forward fails, one by one, so that only the culprit ends."""
-        started_s, kind = self._clock(), _kind(batch[0])
+        started_s, kind = self._clock(), batch[0].chunk_kind
         begun_s = timer.started_s if timer else started_s
         try:
             denoised = self._maker.denoise(batch)
@@ -344,7 +344,7 @@ class Stepper:
         sessions = [maker.new_session(_PROBE, schedule) for _ in range(size)]
         try:
             for _ in range(first_stable_chunk(schedule, maker.window_chunks) + 1):
-                started_s, kind = self._clock(), _kind(sessions[0])
+                started_s, kind = self._clock(), sessions[0].chunk_kind
                 for session in sessions:
                     maker.prepare(session)
                 self._rehearse_chunk(sessions)
@@ -370,11 +370,6 @@ class Stepper:
             kept = KeptChunk(session.progress.next_chunk, shown.written, denoised.written_level)
             session.latents.add(kept, shown.clean, session.cache, session.history_frames)
             session.progress.next_chunk += 1
-
-
-def _kind(session: Session) -> ChunkKind:
-    """What the session's next chunk costs depends on this, and on the size of its batch."""
-    return ChunkKind(session.schedule.forwards(session.progress.making), session.context_chunks)
 
 
 def _batch_key(session: Session) -> Hashable:
