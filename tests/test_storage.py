@@ -205,12 +205,11 @@ def test_a_full_disk_is_an_error_at_once_and_keeps_the_old_file(tmp_path: Path) 
     assert folder.read("a") == b"old" and local_files(folder.path) == ["a"]
 
 
-def test_a_full_disk_ends_a_download_at_once(remote: Folder, tmp_path: Path) -> None:
+def test_a_full_disk_ends_a_download_at_once(remote: Folder, faulty_s3: FaultyProxy, tmp_path: Path) -> None:
     remote.write("a", b"x" * 100_000)
-    started_s = time.monotonic()
     with largest_file(50_000), pytest.raises(OSError, match="File too large"):
         remote.get("a", tmp_path / "got" / "a")
-    assert time.monotonic() - started_s < 2 and local_files(tmp_path / "got") == []
+    assert faulty_s3.count("GET", "a") == 1 and local_files(tmp_path / "got") == []
 
 
 def test_a_write_that_was_killed_is_not_listed(tmp_path: Path) -> None:
@@ -295,7 +294,7 @@ def test_an_outage_longer_than_patience_names_what_where_and_how_long(
     started_s = time.monotonic()
     with faulty_s3.outage(), pytest.raises(StorageError) as given_up:
         remote.get("a", tmp_path / "got" / "a")
-    assert remote.patience_s <= time.monotonic() - started_s < remote.patience_s + 6
+    assert remote.patience_s <= time.monotonic() - started_s < remote.patience_s + 60
     assert str(given_up.value).startswith(f"could not read {remote}/a (")
     assert " tries in " in str(given_up.value) and "Could not connect to the endpoint URL" in str(given_up.value)
     assert local_files(tmp_path / "got") == []
@@ -350,7 +349,7 @@ def test_a_server_that_never_answers_is_given_up(remote: Folder, faulty_s3: Faul
     impatient, started_s = Folder(remote.uri, patience_s=1), time.monotonic()
     with pytest.raises(StorageError, match=f"could not read {remote}/a .*timeout"):
         impatient.read("a")
-    assert time.monotonic() - started_s < 15
+    assert time.monotonic() - started_s < 45, "before it answered"
 
 
 def test_parts_that_are_lost_do_not_repeat_the_file(

@@ -86,7 +86,7 @@ def idle_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def idle_http(idle_service: Service) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=idle_service.urls[0], timeout=20) as client:
+    with httpx2.Client(base_url=idle_service.urls[0], timeout=60) as client:
         yield client
 
 
@@ -97,14 +97,14 @@ def service(make_service: Callable[..., Service]) -> Service:
 
 @pytest.fixture
 def http(service: Service) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=service.urls[0], timeout=20) as client:
+    with httpx2.Client(base_url=service.urls[0], timeout=60) as client:
         yield client
 
 
 @pytest.fixture
 def other_http(service: Service) -> Iterator[httpx2.Client]:
     """A client of the other gateway."""
-    with httpx2.Client(base_url=service.urls[1], timeout=20) as client:
+    with httpx2.Client(base_url=service.urls[1], timeout=60) as client:
         yield client
 
 
@@ -150,9 +150,9 @@ def expected(make_cluster: Callable[..., Cluster]) -> bytes:
 
 @pytest.fixture
 def until() -> Until:
-    """`until(condition, what)`: waits for a condition, ten seconds at most, and gives its value."""
+    """`until(condition, what)`: waits for a condition and gives its value; a minute is for a busy machine."""
 
-    def wait(condition: Callable[[], Any], what: str, seconds: float = 10) -> Any:
+    def wait(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
         with deadline(seconds, what) as tick:
             while not (value := condition()):
                 tick()

@@ -12,7 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0  # of a busy machine: nothing that is asserted depends on it
 
 
 class Viewer:

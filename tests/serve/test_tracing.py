@@ -55,7 +55,7 @@ def test_a_request_its_admission_and_its_chunks_are_one_trace_below_the_callers_
 ) -> None:
     headers = new_key(traced) | {"traceparent": CALLER}
     if kind == "http":
-        with httpx2.Client(base_url=traced.urls[0], headers=headers, timeout=20) as http:
+        with httpx2.Client(base_url=traced.urls[0], headers=headers, timeout=60) as http:
             video = http.post("/v1/videos", json={"prompt": PROMPT, "num_frames": 33}).raise_for_status().json()["id"]
             assert http.get(f"/v1/videos/{video}/stream").status_code == 200
     else:
@@ -82,7 +82,7 @@ def test_a_request_that_is_refused_says_why_by_its_kind_alone(
     traced: Service, spans: InMemorySpanExporter, engine: FakeEngine
 ) -> None:
     engine.allow(0)
-    with httpx2.Client(base_url=traced.urls[0], headers=new_key(traced), timeout=20) as http:
+    with httpx2.Client(base_url=traced.urls[0], headers=new_key(traced), timeout=60) as http:
         for status in (200, 200, 429):
             assert http.post("/v1/videos", json={"prompt": PROMPT}).status_code == status
     refused = [one for one in spans.get_finished_spans() if one.attributes and "error.type" in one.attributes]

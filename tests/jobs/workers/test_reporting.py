@@ -148,7 +148,7 @@ def test_sample_captions_are_of_unseen_scenes_or_the_first_prompts() -> None:
 
 WATCHED = """
 import sys, threading, time
-from jobs.watchdog import Watchdog
+from jobs.workers.watchdog import Watchdog
 from tests.recorded_metrics import RecordedMetrics
 dog = Watchdog(0.5, "distill, rank 1")
 for _ in range(int(sys.argv[1])):

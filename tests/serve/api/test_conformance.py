@@ -81,7 +81,7 @@ def test_whatever_is_sent_each_answer_is_one_that_the_description_knows(
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
-        response = case.call(base_url=idle_service.urls[0], timeout=20)
+        response = case.call(base_url=idle_service.urls[0], timeout=60)
         case.validate_response(response, checks=CHECKS)
         checked.append(response.status_code)
 
@@ -173,6 +173,6 @@ def test_a_secret_lives_from_one_second_to_a_minute(idle_http: httpx2.Client) ->
 
 def free(service: Service) -> None:
     """Remove what was made, so that the next one finds room."""
-    with httpx2.Client(base_url=service.urls[0], timeout=20) as http:
+    with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
         for video in http.get("/v1/videos", params={"limit": 100}).json()["data"]:
             http.delete(f"/v1/videos/{video['id']}")

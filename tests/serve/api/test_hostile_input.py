@@ -37,7 +37,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def door(guarded: Service) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=guarded.urls[0], timeout=20) as client:
+    with httpx2.Client(base_url=guarded.urls[0], timeout=60) as client:
         yield client
 
 

@@ -222,7 +222,7 @@ def test_what_is_typed_while_a_session_is_watched_changes_its_prompt(
     service: Service, engine: FakeEngine, until: Until
 ) -> None:
     watching = CommandLine(service.urls[0], "a red circle", "--transition-chunks", "1")
-    until(lambda: len(engine.made) >= 2, "two chunks", seconds=20)
+    until(lambda: len(engine.made) >= 2, "two chunks")
     watching.type("a blue square")
     until(lambda: any(one.prompt == "a blue square" for one in engine.sessions.values()), "the new prompt")
     watching.type("/pause")
@@ -239,12 +239,12 @@ def test_an_interrupt_ends_the_session_and_the_file_is_whole(
 ) -> None:
     watching = CommandLine(service.urls[0], "a red circle", "--out", str(tmp_path / "x.mp4"))
     came = tmp_path / "x.mp4.part"
-    until(lambda: came.exists() and came.stat().st_size > 0, "a chunk is written", seconds=20)
+    until(lambda: came.exists() and came.stat().st_size > 0, "a chunk is written")
     watching.process.send_signal(signal.SIGINT)
     code, _, errors = watching.end()
     assert code == 0 and frames_of((tmp_path / "x.mp4").read_bytes()) >= 9, errors
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["x.mp4"]
-    until(lambda: not engine.sessions, "the place is free")
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
 
 
 def test_asyncio_does_the_same(service: Service) -> None:

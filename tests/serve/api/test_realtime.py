@@ -120,7 +120,7 @@ def test_stop_ends_the_session_and_frees_its_place(service: Service, engine: Fak
         done = one.until("session.done")
         assert done["stopped"] and done["chunks"] == len(one.chunks)
         assert closed(one)[0] == 1000
-    until(lambda: not engine.sessions, "the place is free", seconds=8)
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
 
 
 def test_a_viewer_who_leaves_frees_his_place_within_a_chunk(service: Service, engine: FakeEngine, until: Until) -> None:
@@ -128,7 +128,7 @@ def test_a_viewer_who_leaves_frees_his_place_within_a_chunk(service: Service, en
         one.start(num_frames=900)
         one.read(1)
     made = len(engine.made)
-    until(lambda: not engine.sessions, "the place is free", seconds=8)
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
     assert len(engine.made) <= made + 1
 
 
@@ -158,7 +158,7 @@ def test_who_leaves_before_an_answer_reached_him_left_properly_all_the_same(
         if stop:
             stop_and_close(one)
     gone.set()
-    until(lambda: not engine.sessions, "the place is free", seconds=8)
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
     assert engine.made == [(one.request_id, 0)]
 
 
@@ -171,7 +171,7 @@ def test_who_leaves_before_his_session_began_frees_its_place(
         one.say("session.start", prompt="a red circle", num_frames=900)
         (made,) = until(lambda: list(engine.sessions), "it is being made")
     gone.set()
-    until(lambda: not engine.sessions, "the place is free", seconds=8)
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
     with httpx2.Client(base_url=service.urls[0]) as http:
         video = http.get(f"/v1/videos/{made}").json()
     assert (video["status"], video["error"]["code"]) == ("cancelled", "abandoned"), video
@@ -222,7 +222,7 @@ def test_who_does_not_come_back_in_time_has_lost_his_session(
         one.start(num_frames=900)
         one.read(1)
         cut(one)
-    until(lambda: not engine.sessions, "the place is free", seconds=5)
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
     with viewer(service.urls[0]) as two:
         two.say("session.start", resume_token=one.resume_token)
         assert two.until("session.done")["stopped"]
@@ -281,7 +281,7 @@ def test_a_message_that_is_too_large_ends_the_session(service: Service, engine: 
         one.start(num_frames=21)
         one.say("session.ping", filler="x" * 200_000)
         assert closed(one)[0] == 1009
-    until(lambda: not engine.sessions, "the place is free")
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
 
 
 def test_a_session_that_does_not_start_in_time_is_closed(make_service: Callable[..., Service]) -> None:
@@ -304,7 +304,7 @@ def test_a_session_in_which_nothing_moves_is_ended_unless_it_pings(
             assert one.next()["type"] == "session.pong"
         code, error = closed(one)
         assert (code, error["code"]) == (1008, "stall_timeout")
-    until(lambda: not engine.sessions, "the place is free")
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
 
 
 def test_a_full_server_says_when_to_come_again(service: Service, engine: FakeEngine) -> None:

@@ -55,7 +55,7 @@ def page(open_page: Open, service: Service) -> Browser:
 
 
 def ready(page: Browser, until: Until) -> None:
-    until(lambda: " fps" in page.text("model"), "the page knows the model", seconds=30)
+    until(lambda: " fps" in page.text("model"), "the page knows the model")
 
 
 def started(page: Browser, until: Until, prompt: str = FIRST) -> None:
@@ -66,7 +66,7 @@ def started(page: Browser, until: Until, prompt: str = FIRST) -> None:
 
 
 def playing(page: Browser, until: Until) -> None:
-    until(lambda: page.text("state") == "playing", "playing", seconds=60)
+    until(lambda: page.text("state") == "playing", "playing")
 
 
 def played_s(page: Browser) -> float:
@@ -76,7 +76,7 @@ def played_s(page: Browser) -> float:
 def plays_on(page: Browser, until: Until, seconds: float = 1.0) -> None:
     """So much more is shown from now on."""
     from_s = played_s(page)
-    until(lambda: played_s(page) > from_s + seconds, "it plays on", seconds=60)
+    until(lambda: played_s(page) > from_s + seconds, "it plays on")
 
 
 def shows(page: Browser, prompt: str) -> bool:
@@ -89,7 +89,7 @@ def click(page: Browser, element_id: str) -> None:
 
 def saved(folder: Path, until: Until) -> Path:
     """The file that the browser saves, once it is whole."""
-    return Path(until(lambda: next(iter(folder.glob("*.mp4")), None), "the file is saved", seconds=30))
+    return Path(until(lambda: next(iter(folder.glob("*.mp4")), None), "the file is saved"))
 
 
 def frames_of(ffprobe: str, file: Path) -> int:
@@ -106,13 +106,13 @@ def test_it_plays_while_the_video_is_made_and_a_prompt_change_reaches_the_screen
     page: Browser, until: Until, http: httpx2.Client
 ) -> None:
     started(page, until)
-    until(lambda: page.text("state") == "playing" and shows(page, FIRST), "the first prompt is on screen", seconds=60)
+    until(lambda: page.text("state") == "playing" and shows(page, FIRST), "the first prompt is on screen")
     until(lambda: page.text("first-frame").endswith(" ms"), "the first frame's time is told")
     assert http.get("/v1/videos").json()["data"][0]["status"] == "in_progress"
     page.type(SECOND)
     page.press("Enter")
-    until(lambda: shows(page, SECOND), "the second prompt is on screen", seconds=60)
-    until(lambda: page.text("delay").endswith(" s"), "the delay is told", seconds=30)
+    until(lambda: shows(page, SECOND), "the second prompt is on screen")
+    until(lambda: page.text("delay").endswith(" s"), "the delay is told")
     rows = page.run("[...document.querySelectorAll('#timeline li')].map(row => [row.dataset.state, row.innerText])")
     assert [state for state, _ in rows] == ["on screen", "on screen"] and SECOND in rows[0][1]
     assert page.text("fps").endswith(" fps") and page.text("ahead").endswith(" s")
@@ -139,7 +139,7 @@ def test_escape_stops_it_and_frees_the_place(page: Browser, until: Until, engine
     started(page, until)
     playing(page, until)
     page.press("Escape")
-    until(lambda: not engine.sessions, "the place is free", seconds=30)
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
     assert page.text("state") == "stopped" and page.text("start") == "Start"
 
 
@@ -147,13 +147,13 @@ def test_closing_the_page_frees_the_place(page: Browser, until: Until, engine: F
     started(page, until)
     playing(page, until)
     page.call("Page.navigate", url="about:blank")
-    until(lambda: not engine.sessions, "the place is free", seconds=30)
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
 
     def ends() -> list[str]:
         found = [video["status"] for video in http.get("/v1/videos").json()["data"]]
         return found if found != ["in_progress"] else []
 
-    assert until(ends, "nobody waits for it", seconds=30) == ["cancelled"]
+    assert until(ends, "nobody waits for it") == ["cancelled"]
 
 
 def test_a_short_video_plays_to_its_end_and_its_finished_file_is_saved(
@@ -163,7 +163,7 @@ def test_a_short_video_plays_to_its_end_and_its_finished_file_is_saved(
     page.save_into(tmp_path)
     page.run("document.getElementById('seconds').value = 2")
     started(page, until)
-    until(lambda: page.text("state") == "finished", "finished", seconds=60)
+    until(lambda: page.text("state") == "finished", "finished")
     assert page.run("document.getElementById('video').getVideoPlaybackQuality().totalVideoFrames") >= 24
     click(page, "save")
     file = saved(tmp_path, until)
@@ -197,7 +197,7 @@ def test_what_was_played_long_ago_leaves_the_browsers_memory(page: Browser, unti
     page.run("document.getElementById('video').playbackRate = 8")
     until(lambda: played_s(page) > 60, "a minute is played", seconds=90)
     start_s = "document.getElementById('video').buffered.start(0)"
-    until(lambda: played_s(page) - float(page.run(start_s)) < 45, "what was played is dropped", seconds=30)
+    until(lambda: played_s(page) - float(page.run(start_s)) < 45, "what was played is dropped")
     assert page.text("error") == ""
 
 
@@ -207,7 +207,7 @@ def test_a_browser_that_has_the_managed_source_alone_plays_too(page: Browser, un
     page.call("Page.enable")
     page.call("Page.addScriptToEvaluateOnNewDocument", source=only)
     page.call("Page.reload")
-    until(lambda: page.run("Boolean(window.renamed && !window.MediaSource)"), "the page is loaded again", seconds=30)
+    until(lambda: page.run("Boolean(window.renamed && !window.MediaSource)"), "the page is loaded again")
     started(page, until)
     playing(page, until)
     plays_on(page, until)
@@ -218,9 +218,9 @@ def test_a_browser_that_can_play_none_of_it_says_so(page: Browser, until: Until,
     ready(page, until)
     page.run("MediaSource.isTypeSupported = () => false")
     started(page, until)
-    until(lambda: "this browser cannot play video/mp4" in page.text("error"), "the reason is told", seconds=30)
+    until(lambda: "this browser cannot play video/mp4" in page.text("error"), "the reason is told")
     assert page.text("state") == "failed" and played_s(page) == 0
-    until(lambda: not engine.sessions, "the place is free", seconds=30)
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
 
 
 def test_a_connection_that_is_cut_goes_on_by_its_token(
@@ -245,14 +245,14 @@ def test_a_prompt_that_was_changed_while_the_connection_was_lost_is_shown_all_th
     with wire(service.urls[0]) as cable:
         page = open_page(cable.url)
         started(page, until)
-        until(lambda: shows(page, FIRST), "the first prompt is on screen", seconds=60)
+        until(lambda: shows(page, FIRST), "the first prompt is on screen")
         cable.upstream = "http://127.0.0.1:9"  # nobody is there
         cable.cut()
         until(lambda: page.text("state") == "reconnecting…", "the loss is told")
         page.type(SECOND)
         page.press("Enter")
         cable.upstream = service.urls[1]
-        until(lambda: shows(page, SECOND), "the second prompt is on screen", seconds=60)
+        until(lambda: shows(page, SECOND), "the second prompt is on screen")
         assert page.text("error") == ""
 
 
@@ -275,7 +275,7 @@ def test_a_session_that_is_lost_for_good_is_told(page: Browser, until: Until, ht
     started(page, until)
     playing(page, until)
     http.delete(f"/v1/videos/{http.get('/v1/videos').json()['data'][0]['id']}")
-    until(lambda: page.text("state") == "failed", "the end is told", seconds=60)
+    until(lambda: page.text("state") == "failed", "the end is told")
     assert page.text("error") == "the video was removed" and page.text("start") == "Start"
 
 
@@ -302,14 +302,14 @@ def test_a_full_server_is_told_on_the_page(
     for _ in range(2):
         http.post("/v1/videos", json={"prompt": FIRST})
     started(page, until)
-    until(lambda: "every session slot is in use" in page.text("error"), "the error is shown", seconds=30)
+    until(lambda: "every session slot is in use" in page.text("error"), "the error is shown")
     assert "again in 3 s" in page.text("error") and page.text("start") == "Start"
 
 
 def test_a_video_that_fails_is_told_on_the_page(page: Browser, until: Until, engine: FakeEngine) -> None:
     engine.fail_at = 3
     started(page, until)
-    until(lambda: page.text("state") == "failed", "the failure is shown", seconds=60)
+    until(lambda: page.text("state") == "failed", "the failure is shown")
     assert page.text("error") == "generation failed"
 
 
@@ -318,10 +318,10 @@ def test_with_keys_it_asks_for_one_says_when_it_is_wrong_and_keeps_it_in_the_tab
 ) -> None:
     page = open_page(guarded.urls[0])
     page.save_into(tmp_path)
-    until(lambda: page.run("document.activeElement?.id") == "key", "it asks for a key", seconds=30)
+    until(lambda: page.run("document.activeElement?.id") == "key", "it asks for a key")
     page.type("dk_wrong")
     page.press("Enter")
-    until(lambda: "not known" in page.text("key-error"), "a wrong key is told", seconds=30)
+    until(lambda: "not known" in page.text("key-error"), "a wrong key is told")
     assert page.run("sessionStorage.length") == 0
     text = key()["Authorization"].removeprefix("Bearer ")
     page.type(text)
@@ -329,14 +329,14 @@ def test_with_keys_it_asks_for_one_says_when_it_is_wrong_and_keeps_it_in_the_tab
     ready(page, until)
     page.run("document.getElementById('seconds').value = 2")
     started(page, until)
-    until(lambda: page.text("state") == "finished", "finished", seconds=60)
+    until(lambda: page.text("state") == "finished", "finished")
     click(page, "save")
     assert frames_of(ffprobe, saved(tmp_path, until)) == 32  # the file, too, is fetched with the key
     held = page.run("[location.href, document.cookie, localStorage.length, document.documentElement.outerHTML]")
     assert text not in json.dumps(held) and held[2] == 0
     assert page.run("Object.values(sessionStorage)") == [text]
     click(page, "forget-key")
-    until(lambda: page.run("document.activeElement?.id") == "key", "it asks again", seconds=30)
+    until(lambda: page.run("document.activeElement?.id") == "key", "it asks again")
     assert page.run("sessionStorage.length") == 0
 
 
@@ -381,7 +381,7 @@ def test_everything_is_done_by_the_keyboard_alone_and_every_control_has_a_name(
     playing(page, until)
     page.tab_to("stop")
     page.press("Enter")
-    until(lambda: not engine.sessions, "the place is free", seconds=30)
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     controls = [
         node

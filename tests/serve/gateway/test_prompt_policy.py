@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,15 +83,15 @@ def test_a_policy_that_fails_has_refused_and_its_words_go_nowhere(name: str, cap
 
 def test_a_policy_that_hangs_has_refused_in_time() -> None:
     RELEASE.clear()
-    release = threading.Timer(10.0, RELEASE.set)  # the interpreter waits for its threads at the end
+    release = threading.Timer(60.0, RELEASE.set)  # the interpreter waits for its threads at the end
     release.start()
-    metrics, started_s = RecordedMetrics(), time.monotonic()
+    metrics = RecordedMetrics()
     policy = PromptPolicy.from_settings(settings(f"{__name__}:hangs", 0.1), metrics)
 
     async def ask() -> None:
         answers = await asyncio.gather(*(policy.check("x", "y") for _ in range(8)), return_exceptions=True)
         assert [getattr(one, "code", one) for one in answers] == ["prompt_policy_failed"] * 8
-        assert time.monotonic() - started_s < 5.0
+        assert not RELEASE.is_set(), "nobody waited for it"
         RELEASE.set()
         release.cancel()
 
@@ -151,12 +150,10 @@ def test_a_list_that_says_nothing_or_nonsense_is_refused(entries: list[str]) -> 
 def test_an_expression_that_would_take_for_ever_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "list"
     path.write_text("regex: (a|aa|a+)+$\n")
-    started_s = time.monotonic()
     assert judged(f"deny-list:{path}", "a" * 200 + "b", timeout_s=0.2) == (
         "prompt_policy_failed",
         [{"reason": "timeout"}],
     )
-    assert time.monotonic() - started_s < 20
 
 
 def test_a_list_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
@@ -175,7 +172,7 @@ def listed(make_service: Make, tmp_path: Path) -> Service:
 def test_every_way_in_asks_it(listed: Service, caplog: pytest.LogCaptureFixture) -> None:
     event: dict[str, Any] = {"event": {"prompt": FORBIDDEN}, "event_id": "e1"}
     listed.engine.allow(1)
-    with caplog.at_level(logging.DEBUG), httpx2.Client(base_url=listed.urls[0], timeout=20) as http:
+    with caplog.at_level(logging.DEBUG), httpx2.Client(base_url=listed.urls[0], timeout=60) as http:
         refused = http.post("/v1/videos", json={"prompt": FORBIDDEN})
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "prompt_refused")
         assert refused.json()["error"]["param"] == "prompt" and "heron" not in refused.text

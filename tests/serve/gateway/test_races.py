@@ -28,7 +28,7 @@ def test_s12_of_one_event_sent_by_many_at_once_one_is_applied(
     until(lambda: told(http, video)["chunks_done"] == 1, "one chunk")
 
     def say(number: int) -> int:
-        with httpx2.Client(base_url=service.urls[number % 2], timeout=20) as client:
+        with httpx2.Client(base_url=service.urls[number % 2], timeout=60) as client:
             prompt = "a blue square" if number < 8 else "a green square"
             return client.post(f"/v1/videos/{video}/interactions", json=change(prompt, "e1")).status_code
 
@@ -96,7 +96,7 @@ def test_a_session_that_is_deleted_under_its_viewer_ends_with_a_word(
         assert http.delete(f"/v1/videos/{one.request_id}").status_code == 200
         code, error = closed(one)
         assert (code, error["code"]) == (1008, "video_not_found")
-    until(lambda: not engine.sessions, "the place is free")
+    until(lambda: not engine.sessions, "the place is free", seconds=25)
     assert http.delete(f"/v1/videos/{one.request_id}").status_code == 404
 
 
@@ -144,7 +144,7 @@ def test_interactions_race_with_the_end_and_are_applied_or_dropped_but_never_wai
         answers: list[int] = []
 
         def hurry(video: str = video, answers: list[int] = answers) -> None:
-            with httpx2.Client(base_url=service.urls[1], timeout=20) as client:
+            with httpx2.Client(base_url=service.urls[1], timeout=60) as client:
                 for number in range(20):
                     path = f"/v1/videos/{video}/interactions"
                     answers.append(client.post(path, json=change("x", f"e{number}")).status_code)

@@ -145,4 +145,4 @@ def test_in_an_overload_store_and_replica_are_not_asked(
     assert len(calls) == 1, "it could be a retry of one that was admitted"
     service.gateways[0]._refusals._now = lambda: 10.0
     http.delete(f"/v1/videos/{videos[0]}").raise_for_status()
-    until(lambda: http.post("/v1/videos", json=REALTIME).status_code == 200, "the free place is given away", seconds=5)
+    until(lambda: http.post("/v1/videos", json=REALTIME).status_code == 200, "the free place is given away")

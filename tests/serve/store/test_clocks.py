@@ -49,7 +49,7 @@ def guarded(make_service: Callable[..., Service], wall: WallClock) -> Service:
 
 @pytest.fixture
 def http(guarded: Service) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=guarded.urls[0], timeout=20) as client:
+    with httpx2.Client(base_url=guarded.urls[0], timeout=60) as client:
         yield client
 
 

@@ -27,7 +27,7 @@ def start(http: httpx2.Client, frames: int, record: bool = True, pacing: str = "
 
 
 def completed(http: httpx2.Client, video: str, until: Until) -> None:
-    until(lambda: http.get(f"/v1/videos/{video}").json()["status"] == "completed", "completed", seconds=30)
+    until(lambda: http.get(f"/v1/videos/{video}").json()["status"] == "completed", "completed")
 
 
 def pictures(stream: bytes) -> Any:
