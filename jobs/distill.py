@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from diagonal.model.import_checkpoints import load_initial_student
 from diagonal.model.text import TextEncoder
 from diagonal.storage import Folder
 from diagonal.storage.fetch import fetch
-from diagonal.training.distill import Networks, PromptBatch
+from diagonal.training.distill import PromptBatch
 from diagonal.training.distributed import is_grouped
-from diagonal.training.loop import Plan, distill_state, distill_step, run_loop
-from diagonal.training.parallel import full_state_dict, full_tensors, parallelize
+from diagonal.training.loop import Plan, run_loop
+from diagonal.training.parallel import ParallelPlan, full_state_dict, full_tensors, parallelize
+from diagonal.training.stage import enter_stage2
 from diagonal.training.state import TrainState
 from jobs.export import export
 from jobs.ode_init import initialise
@@ -77,49 +77,31 @@ def _fit(run: Run) -> None:
 
 def train(worker: Worker, feed: Feed) -> None:
     """One rank of stages 1 and 2."""
-    options, text = worker.config.distill, worker.text()
-    state, networks = build(worker, text)
-    rows, hooks = worker.begin(state, feed, networks.generator, text)
+    text = worker.text()
+    state, plan = build(worker, text)
+    generator = state.networks["generator"]
+    assert isinstance(generator, CausalWan) and state.ema is not None
+    rows, hooks = worker.begin(state, feed, generator, text)
     batches = (prompt_batch(columns, text) for columns in rows)
-    geometry = worker.config.geometry
-    for stage, last in ((1, options.stage1_updates), (2, feed.updates)):
-        if stage == 2:
-            keep_stage1(worker, networks.generator)
-            networks = with_reference(worker, networks)
-        state.stage = stage
-        plan = Plan(
-            last,
-            options.checkpoint_every,
-            options.batch_size,
-            options.max_nonfinite,
-            distill_step(worker.config, stage, state, networks),
-            geometry.clip_chunks * geometry.chunk_tokens,
-        )
-        run_loop(state, plan, batches, hooks)
-    average = state.ema
-    assert average is not None
-    weights = full_tensors(average.shadow)
+    run_loop(state, plan, batches, hooks)
+    keep_stage1(worker, generator)
+    run_loop(state, enter_stage2(worker.config, state, plan, read_reference(worker)), batches, hooks)
+    weights = full_tensors(state.ema.shadow)
     if worker.place.rank == 0:
-        lineage = {
-            "parent": f"{worker.run.name}/stage1",
-            "teacher": teacher_lineage(worker.run),
-            "updates": state.update,
-            "weights": "ema",
-        }
-        write_student(worker.run, "stage2", networks.generator.config, weights, lineage)
+        lineage = {"parent": f"{worker.run.name}/stage1", "updates": state.update, "weights": "ema"}
+        write_student(worker.run, "stage2", generator.config, weights, {**lineage, **teacher_lineage(worker.run)})
 
 
-def build(worker: Worker, text: TextEncoder) -> tuple[TrainState, Networks]:
-    """Generator, critic and frozen teacher, each prepared once, with both optimizers and the average."""
-    config, mesh = worker.config, worker.mesh()
-    generator = load_initial_student(initial_student(worker.run), worker.run.base, config).to(worker.device)
-    critic = load_teacher(worker.run.base, config).to(worker.device)
-    teacher = load_teacher(teacher_folder(worker.run), config).to(worker.device)
-    for network in (generator, critic):
-        parallelize(network, network.blocks, mesh, worker.plan, trainable=True)
-    parallelize(teacher, teacher.blocks, mesh, worker.plan, trainable=False)
-    negative = text.encode([config.model.negative_prompt])
-    return distill_state(config, generator, critic), Networks(generator, critic, teacher, negative)
+def build(worker: Worker, text: TextEncoder) -> tuple[TrainState, Plan[PromptBatch]]:
+    """Stage 1's beginning: the student, a critic of the base model's weights, and the teacher."""
+    run, config = worker.run, worker.config
+
+    def load(role: str) -> Any:
+        if role == "generator":
+            return load_initial_student(initial_student(run), run.base, config)
+        return load_teacher(run.base if role == "critic" else teacher_folder(run), config)
+
+    return worker.build_stage(1, load, text.encode([config.model.negative_prompt]))
 
 
 def keep_stage1(worker: Worker, generator: CausalWan) -> None:
@@ -128,27 +110,23 @@ def keep_stage1(worker: Worker, generator: CausalWan) -> None:
         return
     weights = full_state_dict(generator)
     if worker.place.rank == 0:
-        lineage = {
-            "parent": lineage_of(worker.run.initial_student),
-            "teacher": teacher_lineage(worker.run),
-            "updates": worker.config.distill.stage1_updates,
-            "weights": "generator",
-        }
+        lineage = {"parent": lineage_of(worker.run.initial_student), "updates": worker.config.distill.stage1_updates}
+        lineage |= {"weights": "generator", **teacher_lineage(worker.run)}
         write_student(worker.run, "stage1", generator.config, weights, lineage)
 
 
-def with_reference(worker: Worker, networks: Networks) -> Networks:
-    """The same networks with stage 1's generator as frozen reference; read from its file by every rank."""
+def read_reference(worker: Worker) -> CausalWan:
+    """Stage 1's generator, frozen; every rank reads it from its file."""
     if is_grouped():
         torch.distributed.barrier()
     reference = load_causal(local_copy(worker.run, "stage1"), worker.config).to(worker.device)
-    parallelize(reference, reference.blocks, worker.mesh(), worker.plan, trainable=False)
-    return replace(networks, reference=reference)
+    plan = ParallelPlan.of(worker.config)
+    return parallelize(reference, reference.blocks, worker.mesh(), plan, trainable=False)
 
 
-def teacher_lineage(run: Run) -> str:
+def teacher_lineage(run: Run) -> dict[str, str]:
     """How lineage names the network that gave the real score."""
-    return lineage_of(run.config.distill.teacher) if run.config.distill.teacher else base_lineage(run)
+    return {"teacher": lineage_of(run.config.distill.teacher) if run.config.distill.teacher else base_lineage(run)}
 
 
 def prompt_batch(rows: Mapping[str, Any], text: TextEncoder) -> PromptBatch:

@@ -10,14 +10,12 @@ import torch
 
 from diagonal.data.stages import ReadPairs
 from diagonal.data.trajectory import from_bits
-from diagonal.model.attention import stage0_mask
 from diagonal.model.base_model import check_transformer, load_causal
+from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
-from diagonal.training.ema import Ema
-from diagonal.training.loop import Learner, OdeInitStep, Plan, run_loop
+from diagonal.training.loop import run_loop
 from diagonal.training.ode_init import PairBatch
-from diagonal.training.parallel import full_tensors, parallelize
-from diagonal.training.state import TrainState
+from diagonal.training.parallel import full_tensors
 from jobs.pairs import usable_pairs
 from jobs.runs.artefacts import base_lineage, write_student
 from jobs.runs.plan import carry_out
@@ -27,8 +25,6 @@ from jobs.workers.data_feed import Feed, sample_order
 from jobs.workers.ray_train import check_batch, fit
 from jobs.workers.samples import sample_captions
 from jobs.workers.worker import Worker
-
-CLIP_NORM = 10.0
 
 
 def initialise(run: Run) -> None:
@@ -50,28 +46,16 @@ def initialise(run: Run) -> None:
 
 def train(worker: Worker, feed: Feed) -> None:
     """One rank of stage 0."""
-    config, options = worker.config, worker.config.ode_init
-    student = load_causal(worker.run.base, config).to(worker.device)
-    text = worker.text()
-    parallelize(student, student.blocks, worker.mesh(), worker.plan, trainable=True)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.01)
-    ema = Ema(student.named_parameters(), options.ema_decay, start_update=1)
-    state = TrainState(0, {"generator": student}, {"generator": optimizer}, ema)
+    run, text = worker.run, worker.text()
+    state, plan = worker.build_stage(0, lambda _: load_causal(run.base, worker.config))
+    student = state.networks["generator"]
+    assert isinstance(student, CausalWan) and state.ema is not None
     rows, hooks = worker.begin(state, feed, student, text)
-    step = OdeInitStep(config, Learner(student, optimizer, CLIP_NORM), ema, stage0_mask(config))
-    plan = Plan(
-        options.updates,
-        options.checkpoint_every,
-        options.batch_size,
-        config.distill.max_nonfinite,
-        step,
-        config.geometry.clip_chunks * config.geometry.chunk_tokens,
-    )
     run_loop(state, plan, (pair_batch(columns, text, worker) for columns in rows), hooks)
-    weights = full_tensors(ema.shadow)
+    weights = full_tensors(state.ema.shadow)
     if worker.place.rank == 0:
-        lineage = {"parent": base_lineage(worker.run), "pairs": f"{worker.run.name}/pairs", "updates": state.update}
-        write_student(worker.run, "ode_init", student.config, weights, lineage)
+        lineage = {"parent": base_lineage(run), "pairs": f"{run.name}/pairs", "updates": state.update}
+        write_student(run, "ode_init", student.config, weights, lineage)
 
 
 def pair_batch(rows: Mapping[str, Any], text: TextEncoder, worker: Worker) -> PairBatch:

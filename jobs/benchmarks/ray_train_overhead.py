@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +23,10 @@ import torch.multiprocessing as processes
 from diagonal.config import Config
 from diagonal.errors import require
 from diagonal.jsonfile import write_json
+from diagonal.model.dit import CausalWan
 from diagonal.storage import Folder
 from diagonal.training.batch_partition import own_samples
-from diagonal.training.loop import Hooks, Plan, distill_step, run_loop
+from diagonal.training.loop import Hooks, run_loop
 from diagonal.training.state import TrainState
 from jobs.distill import build, distill_feed, prompt_batch
 from jobs.ray_cluster import connect
@@ -76,15 +78,16 @@ def typical(stamps: Sequence[Sequence[float]], clock: int, cycle: int) -> float:
 def run_updates(worker: Worker, feed: Feed, plain: bool) -> None:
     """One rank's updates of stage 1; rank 0 writes its stamps."""
     text = worker.text()
-    state, networks = build(worker, text)
+    state, plan = build(worker, text)
+    generator = state.networks["generator"]
+    assert isinstance(generator, CausalWan)
     if plain:
         rows, hooks = plain_rows(worker, feed), Hooks(_no_report, _no_save)
     else:
-        rows, hooks = worker.begin(state, feed, networks.generator, text)
+        rows, hooks = worker.begin(state, feed, generator, text)
     stamps: list[tuple[float, float]] = []
     batches = stamped((prompt_batch(columns, text) for columns in rows), stamps)
-    step = distill_step(worker.config, 1, state, networks)
-    run_loop(state, Plan(feed.updates, NEVER, feed.batch_size, NEVER, step), batches, hooks)
+    run_loop(state, replace(plan, checkpoint_every=NEVER, max_nonfinite=NEVER), batches, hooks)
     if worker.place.rank == 0:
         worker.run.folder.write_json(STAMPS, stamps)
 

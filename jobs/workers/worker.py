@@ -12,6 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from diagonal.config import Config
 from diagonal.metrics import MetricsBackend
@@ -24,8 +25,9 @@ from diagonal.training.batch_partition import own_samples
 from diagonal.training.checkpoint import Checkpointer
 from diagonal.training.distill import stage_schedule
 from diagonal.training.distributed import gloo_group
-from diagonal.training.loop import Hooks
-from diagonal.training.parallel import ParallelPlan, Precision, device_mesh
+from diagonal.training.loop import Hooks, Plan
+from diagonal.training.parallel import device_mesh
+from diagonal.training.stage import Load, build_stage
 from diagonal.training.state import TrainState
 from jobs.ray_metrics import ray_metrics
 from jobs.runs.layouts import read_layouts
@@ -79,12 +81,6 @@ class Worker:
     def config(self) -> Config:
         return self.run.config
 
-    @property
-    def plan(self) -> ParallelPlan:
-        """Precision and activation checkpointing of a trained network."""
-        train = self.config.train
-        return ParallelPlan(Precision(self.config.model.compute_dtype), train.checkpoint_activations, train.compile)
-
     def check_memory(self) -> None:
         """Refuse a stage that this rank's GPU has no room for, before anything is loaded."""
         if self.device.type != "cuda":
@@ -103,6 +99,10 @@ class Worker:
         group = self.config.train.shard_group
         group = group if group and self.place.world_size % group == 0 else 0
         return device_mesh(self.place.world_size, self.device.type, group)
+
+    def build_stage(self, stage: int, load: Load, negative: Tensor | None = None) -> tuple[TrainState, Plan[Any]]:
+        """`training.stage.build_stage` on this worker's device and mesh."""
+        return build_stage(self.config, stage, self.device, load, negative=negative, mesh=self.mesh())
 
     def begin(
         self, state: TrainState, feed: Feed, network: CausalWan, text: TextEncoder

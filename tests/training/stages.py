@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from diagonal.config import Config
 from diagonal.model.attention import stage0_mask
 from diagonal.training.batch_partition import own_samples
-from diagonal.training.distill import Networks, PromptBatch
+from diagonal.training.distill import DistillStep, Networks, PromptBatch
 from diagonal.training.ema import Ema
-from diagonal.training.loop import DistillStep, Learner, OdeInitStep
-from diagonal.training.ode_init import PairBatch
+from diagonal.training.loop import Learner
+from diagonal.training.ode_init import OdeInitStep, PairBatch
 from diagonal.training.parallel import ParallelPlan, device_mesh, parallelize
 from tests.networks import CHANNELS, TEXT_DIM, TEXT_TOKENS, draw, small_causal, small_config, small_wan
 

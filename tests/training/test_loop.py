@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diagonal.training.distill import Terms
-from diagonal.training.loop import Figures, Hooks, Learner, Plan, Stopped, TooManyNonFiniteError, run_loop
+from diagonal.training.loop import Figures, Hooks, Learner, Plan, Stopped, Terms, TooManyNonFiniteError, run_loop
 from diagonal.training.parallel import device_mesh, full_tensors, parallelize
 from diagonal.training.state import TrainState
 from tests.training.networks import Network, batch
@@ -124,15 +123,14 @@ def learner_of(network: nn.Module) -> Learner:
     return Learner(network, torch.optim.AdamW(network.parameters(), lr=0.1), clip_norm=1.0)
 
 
-def backward(network: nn.Module, noise: Tensor, *, gradient: float = 1.0, loss: float = 0.0) -> Callable[[], Terms]:
-    """The mean square of the output, whose gradient is times `gradient` and whose told value has `loss` added."""
+def learn(learner: Learner, noise: Tensor, *, gradient: float = 1.0, loss: float = 0.0) -> tuple[Figures, bool]:
+    """An update on the mean square of the output: its gradient times `gradient`, `loss` added to its report."""
 
-    def run() -> Terms:
-        found = network(noise, torch.ones(len(noise), 1)).square().mean()
-        (found * gradient).backward()
-        return {"square": found.detach() + loss}
+    def square(noise: Tensor) -> tuple[Tensor, Terms]:
+        value = learner.network(noise, torch.ones(len(noise), 1)).square().mean()
+        return value * gradient, {"square": value.detach() + loss}
 
-    return run
+    return learner.learn([(noise, 1.0)], square)
 
 
 def state_of(learner: Learner) -> dict[str, Tensor]:
@@ -146,14 +144,14 @@ BAD = [{"gradient": NAN}, {"gradient": INFINITY}, {"loss": NAN}, {"loss": -INFIN
 def test_a_non_finite_gradient_or_loss_changes_neither_weights_nor_moments(bad: dict[str, float]) -> None:
     network, noise = Network(), batch(4)
     learner = learner_of(network)
-    figures, applied = learner.learn(backward(network, noise))
+    figures, applied = learn(learner, noise)
     assert applied and figures["square"] > 0.0 and figures["gradient_norm"] > 0.0
     before = state_of(learner)
-    figures, applied = learner.learn(backward(network, noise, **bad))
+    figures, applied = learn(learner, noise, **bad)
     assert not applied and not all(map(math.isfinite, figures.values()))
     assert same(before, state_of(learner))
     assert all(parameter.grad is None for parameter in network.parameters())
-    _, applied = learner.learn(backward(network, noise))
+    _, applied = learn(learner, noise)
     assert applied and not same(before, state_of(learner))
 
 
@@ -161,9 +159,9 @@ def bad_on_rank_1(rank: int, bad: dict[str, float]) -> tuple[bool, bool]:
     network = Network()
     parallelize(network, network.blocks, device_mesh(2, "cpu"), PLAIN, trainable=True)
     learner, noise = learner_of(network), batch(4, seed=rank)
-    learner.learn(backward(network, noise))
+    learn(learner, noise)
     before = state_of(learner)
-    _, applied = learner.learn(backward(network, noise, **(bad if rank == 1 else {})))
+    _, applied = learn(learner, noise, **(bad if rank == 1 else {}))
     return applied, same(before, state_of(learner))
 
 

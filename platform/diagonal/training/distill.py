@@ -18,8 +18,9 @@ from diagonal.errors import require
 from diagonal.model.dit import CausalWan
 from diagonal.schedule import StepSchedule
 from diagonal.training import losses
-
-Terms = dict[str, Tensor]
+from diagonal.training.ema import Ema
+from diagonal.training.loop import Figures, Learner, Terms, micro_batched
+from diagonal.training.parallel import rollout_scope
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,34 @@ def _score_draws(config: Config, batch: PromptBatch, x: Tensor, role: str) -> tu
     noise = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws])
     level = losses.score_level(uniform, config.schedule.shift, settings.level_low, settings.level_high)
     return level.to(x.device), noise.to(x.device)
+
+
+@dataclass(frozen=True)
+class DistillStep:
+    """One update of stage 1 or 2: the critic always, the generator every `generator_every`-th."""
+
+    config: Config
+    stage: int
+    networks: Networks
+    generator: Learner
+    critic: Learner
+    ema: Ema
+
+    def __call__(self, update: int, batch: PromptBatch) -> Figures:
+        settings, networks = self.config.distill, self.networks
+        parts = micro_batched(batch, update, settings)
+        figures: Figures = {}
+        generator_applied = True
+        if update % settings.generator_every == 0:
+            terms, generator_applied = self.generator.learn(
+                parts, lambda part: generator_loss(networks, self.config, part, update, self.stage)
+            )
+            if generator_applied:
+                self.ema.update(update)
+            figures = {"generator_gradient_norm": terms.pop("gradient_norm"), **terms}
+        with rollout_scope(networks.generator):
+            terms, critic_applied = self.critic.learn(
+                parts, lambda part: critic_loss(networks, self.config, part, update, self.stage)
+            )
+        figures |= {"critic": terms["critic"], "critic_gradient_norm": terms["gradient_norm"]}
+        return {**figures, "skipped": float(not (generator_applied and critic_applied))}

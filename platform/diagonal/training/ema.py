@@ -35,15 +35,6 @@ class Ema:
             _local(self.shadow[name]).lerp_(_local(parameter).float(), weight)
         self.started = self.started or update >= self.start_update
 
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Write the average into `module`, a network of the same names and the same sharding."""
-        parameters = dict(module.named_parameters())
-        missing = sorted(self.shadow.keys() - parameters.keys())
-        require(not missing, "ema.names", missing, "names of the module's parameters")
-        for name, average in self.shadow.items():
-            parameters[name].copy_(average)
-
     def state_dict(self) -> dict[str, Any]:
         """`{"started": int64 scalar, "shadow": {name: tensor}}`; the tensors are the average's own, not copies."""
         return {"started": torch.tensor(int(self.started)), "shadow": dict(self.shadow)}

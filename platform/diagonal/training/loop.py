@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from diagonal.config import Config
-from diagonal.model.attention import BlockCausal
+from diagonal.config import DistillConfig, OdeInitConfig
 from diagonal.training.batch_partition import micro_batches, require_own
-from diagonal.training.distill import Networks, PromptBatch, Terms, critic_loss, generator_loss
 from diagonal.training.distributed import own_rank, world_size
-from diagonal.training.ema import Ema
-from diagonal.training.ode_init import PairBatch, ode_loss
 from diagonal.training.parallel import any_rank, clip_gradients, finish_gradients, rollout_scope
 from diagonal.training.state import TrainState
 
 Batch = TypeVar("Batch")
-Part = TypeVar("Part", PairBatch, PromptBatch)
+Part = TypeVar("Part")
+Terms = dict[str, Tensor]
 Figures = dict[str, float]
 
 
@@ -69,7 +66,7 @@ class Plan(Generic[Batch]):
 
 
 def run_loop(state: TrainState, plan: Plan[Batch], batches: Iterator[Batch], hooks: Hooks) -> None:
-    """Go on from `state.update` to `plan.last`; `batches` must begin at `state.samples_seen`.
+    """Train from `state.update` to `plan.last`; `batches` must begin at `state.samples_seen`.
 
     Figures reported are the step's and, of this rank: `samples` (of all ranks, since the run's start), `tokens` (of the
     update's clips), `data_wait_s` (for the batch) and `update_s` (computing); a long wait is a starved input.
@@ -115,14 +112,17 @@ class Learner:
     optimizer: torch.optim.Optimizer
     clip_norm: float
 
-    def learn(self, backward: Callable[[], Terms]) -> tuple[Figures, bool]:
-        """One optimizer update from the gradients that `backward` leaves; its terms, and whether it was applied.
+    def learn(
+        self, parts: Sequence[tuple[Part, float]], loss: Callable[[Part], tuple[Tensor, Terms]]
+    ) -> tuple[Figures, bool]:
+        """One optimizer update on micro-batches and their weights; the means of the loss's terms, and whether the
+        update was applied.
 
         The parameters stay gathered meanwhile, gradients are reduced once, and all ranks skip together when the norm
         or a loss is not finite on any: weights and moments then stay as they were.
         """
         with rollout_scope(self.network):
-            terms = backward()
+            terms = backward(parts, loss)
             finish_gradients(self.network)
         norm = clip_gradients(self.network.parameters(), self.clip_norm)
         values = torch.stack([*terms.values(), norm])
@@ -133,109 +133,36 @@ class Learner:
         return dict(zip([*terms, "gradient_norm"], values.tolist(), strict=True)), applied
 
 
-@dataclass(frozen=True)
-class OdeInitStep:
-    """One update of stage 0."""
-
-    config: Config
-    learner: Learner
-    ema: Ema
-    mask: BlockCausal
-
-    def __call__(self, update: int, batch: PairBatch) -> Figures:
-        settings = self.config.ode_init
-        require_own(batch.samples, update, settings.batch_size, own_rank(), world_size())
-
-        def loss_of(part: PairBatch) -> tuple[Tensor, Terms]:
-            loss = ode_loss(self.learner.network, self.config, part, self.mask)
-            return loss, {"ode_regression": loss.detach()}
-
-        figures, applied = self.learner.learn(
-            lambda: accumulate(batch, settings.micro_batch_size, settings.batch_size, loss_of)
-        )
-        if applied:
-            self.ema.update(update)
-        return {**figures, "skipped": float(not applied)}
-
-
-@dataclass(frozen=True)
-class DistillStep:
-    """One update of stage 1 or 2: the critic always, the generator every `generator_every`-th."""
-
-    config: Config
-    stage: int
-    networks: Networks
-    generator: Learner
-    critic: Learner
-    ema: Ema
-
-    def __call__(self, update: int, batch: PromptBatch) -> Figures:
-        settings = self.config.distill
-        require_own(batch.samples, update, settings.batch_size, own_rank(), world_size())
-        figures: Figures = {}
-        skipped = False
-        if update % settings.generator_every == 0:
-            found, applied = self.generator.learn(lambda: self._backward(batch, update, generator_loss))
-            if applied:
-                self.ema.update(update)
-            figures |= {"generator_gradient_norm": found.pop("gradient_norm"), **found}
-            skipped = not applied
-        with rollout_scope(self.networks.generator):
-            found, applied = self.critic.learn(lambda: self._backward(batch, update, critic_loss))
-        figures |= {"critic": found["critic"], "critic_gradient_norm": found["gradient_norm"]}
-        return {**figures, "skipped": float(skipped or not applied)}
-
-    def _backward(self, batch: PromptBatch, update: int, loss: Callable[..., tuple[Tensor, Terms]]) -> Terms:
-        settings = self.config.distill
-        return accumulate(
-            batch,
-            settings.micro_batch_size,
-            settings.batch_size,
-            lambda part: loss(self.networks, self.config, part, update, self.stage),
-        )
-
-
-def distill_state(config: Config, generator: nn.Module, critic: nn.Module) -> TrainState:
-    """The state that stage 1 begins with: both networks, already prepared, their optimizers and the average."""
-    settings = config.distill
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        name: torch.optim.AdamW(
-            network.parameters(), lr=lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
-        )
-        for name, network, lr in (("generator", generator, settings.lr), ("critic", critic, settings.critic_lr))
-    }
-    ema = Ema(generator.named_parameters(), settings.ema_decay, settings.ema_start)
-    return TrainState(1, {"generator": generator, "critic": critic}, optimizers, ema)
-
-
-def distill_step(config: Config, stage: int, state: TrainState, networks: Networks) -> DistillStep:
-    """The update of a stage over the state's optimizers and average."""
-    norm = config.distill.clip_norm
-    assert state.ema is not None
-    return DistillStep(
-        config,
-        stage,
-        networks,
-        Learner(networks.generator, state.optimizers["generator"], norm),
-        Learner(networks.critic, state.optimizers["critic"], norm),
-        state.ema,
-    )
-
-
-def accumulate(batch: Part, size: int, batch_size: int, loss_of: Callable[[Part], tuple[Tensor, Terms]]) -> Terms:
-    """Backward of each micro-batch of at most `size` samples; each term's mean over this rank's samples.
-
-    The gradients of all ranks average to that of the mean over the global batch of `batch_size` samples.
-    """
-    parts = micro_batches(len(batch.samples), size, batch_size, world_size())
+def backward(parts: Sequence[tuple[Part, float]], loss: Callable[[Part], tuple[Tensor, Terms]]) -> Terms:
+    """Backward of each micro-batch's weighted loss; each term's mean over this rank's samples."""
     total = sum(weight for _, weight in parts)
     means: Terms = {}
-    for where, weight in parts:
-        loss, terms = loss_of(batch.part(where))
-        (loss * weight).backward()
+    for part, weight in parts:
+        value, terms = loss(part)
+        (value * weight).backward()
         for name, term in terms.items():
             means[name] = means.get(name, 0.0) + term * (weight / total)
     return means
+
+
+class SampleBatch(Protocol):
+    """A rank's samples of one update, which can be cut."""
+
+    @property
+    def samples(self) -> Sequence[int]: ...
+
+    def part(self: BatchT, where: slice) -> BatchT: ...
+
+
+BatchT = TypeVar("BatchT", bound=SampleBatch)
+
+
+def micro_batched(batch: BatchT, update: int, settings: OdeInitConfig | DistillConfig) -> list[tuple[BatchT, float]]:
+    """The rank's batch in micro-batches with their weights, so that the gradients of all ranks average to that of the
+    mean over the global batch. `FieldError` where the samples are not this rank's of that update."""
+    require_own(batch.samples, update, settings.batch_size, own_rank(), world_size())
+    slices = micro_batches(len(batch.samples), settings.micro_batch_size, settings.batch_size, world_size())
+    return [(batch.part(where), weight) for where, weight in slices]
 
 
 def _device(state: TrainState) -> torch.device:

@@ -12,6 +12,8 @@ from diagonal.config import Config
 from diagonal.diffusion.flow import to_clean
 from diagonal.diffusion.noise import generator
 from diagonal.model.attention import BlockCausal
+from diagonal.training.ema import Ema
+from diagonal.training.loop import Figures, Learner, Terms, micro_batched
 from diagonal.training.losses import ode_regression
 
 
@@ -49,3 +51,23 @@ def ode_loss(network: nn.Module, config: Config, batch: PairBatch, mask: BlockCa
     latents, levels = draw_states(config, batch)
     velocity = network(latents, levels, batch.text, mask=mask)
     return ode_regression(to_clean(latents, velocity, levels), batch.states[:, -1], levels > 0)
+
+
+@dataclass(frozen=True)
+class OdeInitStep:
+    """One update of stage 0."""
+
+    config: Config
+    learner: Learner
+    ema: Ema
+    mask: BlockCausal
+
+    def __call__(self, update: int, batch: PairBatch) -> Figures:
+        figures, applied = self.learner.learn(micro_batched(batch, update, self.config.ode_init), self._loss)
+        if applied:
+            self.ema.update(update)
+        return {**figures, "skipped": float(not applied)}
+
+    def _loss(self, part: PairBatch) -> tuple[Tensor, Terms]:
+        loss = ode_loss(self.learner.network, self.config, part, self.mask)
+        return loss, {"ode_regression": loss.detach()}

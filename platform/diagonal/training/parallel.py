@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from diagonal.config import Config
 from diagonal.errors import require
 from diagonal.training.distributed import is_grouped
 
@@ -56,6 +57,12 @@ class ParallelPlan:
     checkpoint_blocks: bool = False
     compile: bool = False
     compile_backend: str = "inductor"
+
+    @classmethod
+    def of(cls, config: Config) -> ParallelPlan:
+        """As a run's configuration says."""
+        train = config.train
+        return cls(Precision(config.model.compute_dtype), train.checkpoint_activations, train.compile)
 
 
 def device_mesh(world_size: int, device_type: str, shard_group: int = 0) -> DeviceMesh | None:
@@ -163,11 +170,6 @@ def any_rank(flag: bool | Tensor, group: dist.ProcessGroup | None = None, device
     if is_grouped():
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
     return bool(value.item())
-
-
-def agree(flag: bool | Tensor, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> bool:
-    """Whether every rank says so; as `any_rank`."""
-    return not any_rank(flag.logical_not() if isinstance(flag, Tensor) else not flag, group, device)
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:

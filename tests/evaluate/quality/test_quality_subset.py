@@ -5,6 +5,8 @@ Bounds hold for several seeds (see each test), and each test breaks the code onc
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,9 +18,10 @@ from diagonal.model.base_model import embedded, load_causal, load_teacher, load_
 from diagonal.model.dit import CausalWan
 from diagonal.model.release import Release
 from diagonal.training import losses
-from diagonal.training.distill import Networks, PromptBatch
-from diagonal.training.loop import distill_state, distill_step
+from diagonal.training.distill import DistillStep, PromptBatch
 from diagonal.training.losses import frame_difference
+from diagonal.training.parallel import ParallelPlan
+from diagonal.training.stage import build_stage
 
 CLIPS, SEED = 8, 3
 DAMAGE = 0.85  # of the output layer: what the student draws keeps some of its noise, and its motion is wrong
@@ -86,9 +89,15 @@ class Distillation:
         with torch.no_grad():
             for parameter in self.student.proj_out.parameters():
                 parameter.mul_(DAMAGE)
-        critic, teacher = load_teacher(base, config).requires_grad_(True), load_teacher(base, config)
-        self.networks = Networks(self.student, critic, teacher, self.text.encode([""]))
-        self.state = distill_state(config, self.student, critic)
+        networks = {
+            "generator": self.student,
+            "critic": load_teacher(base, config),
+            "teacher": load_teacher(base, config),
+        }
+        negative = self.text.encode([""])
+        _, plan = build_stage(config, 1, "cpu", networks.__getitem__, negative=negative, parallel=ParallelPlan())
+        assert isinstance(plan.step, DistillStep)
+        self.step = replace(plan.step, stage=2)
         self.update = 0
 
     def motion(self, student: CausalWan) -> Tensor:
@@ -98,7 +107,7 @@ class Distillation:
 
     def run(self, updates: int, generator_every: int) -> None:
         config = MOTION_ALONE.with_settings([f"distill.generator_every={generator_every}"])
-        step, size = distill_step(config, 2, self.state, self.networks), config.distill.batch_size
+        step, size = replace(self.step, config=config), config.distill.batch_size
         for update in range(self.update + 1, self.update + updates + 1):
             own = range((update - 1) * size, update * size)
             step(update, PromptBatch(self.text.encode([self.captions[n] for n in own]), list(own)))

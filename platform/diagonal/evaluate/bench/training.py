@@ -33,12 +33,12 @@ from diagonal.model.attention import stage0_mask
 from diagonal.model.base_model import embedded
 from diagonal.model.dit import CausalWan
 from diagonal.model.flops import update_flops
-from diagonal.training.distill import Networks, PromptBatch
-from diagonal.training.ema import Ema
-from diagonal.training.loop import DistillStep, Figures, Learner, OdeInitStep
+from diagonal.training.distill import DistillStep, PromptBatch
+from diagonal.training.loop import Figures
 from diagonal.training.memory import estimate
 from diagonal.training.ode_init import PairBatch
-from diagonal.training.parallel import ParallelPlan, Precision, parallelize
+from diagonal.training.parallel import ParallelPlan
+from diagonal.training.stage import build_stage
 
 PEAK_TFLOPS = 790.0  # bfloat16 of an H100 or H200: an 8192-cubed product measured 788
 WAN_LAYOUT = {  # transformer/config.json of Wan2.1-T2V-1.3B
@@ -103,15 +103,23 @@ class Case:
         size = TransformerLayout.of(self.layout)
         work, regression = update_flops(config, size, size, 2), update_flops(config, size, size, 0)
         mode = "compiled" if compiled else "eager"
+        text = self._text()
+        pairs = self._pairs(text)
         with one_rank_mesh(self.device) as mesh:
-            step, text = self._distill_step(mesh, compiled)
+            step = self._step(2, mesh, compiled, text)
             whole = self._measured(f"stage 2 update, {mode}", work.generator + work.critic, 2, _of_prompts(step, text))
             alone = dataclasses.replace(step, config=seldom)
             critic = self._measured(
                 f"stage 2 update of the critic alone, {mode}", work.critic, 2, _of_prompts(alone, text)
             )
             del step, alone
-            first = self._measured(f"stage 0 update, {mode}", regression.generator, 0, self._regression(mesh, compiled))
+            step0 = self._step(0, mesh, compiled, text)
+            first = self._measured(
+                f"stage 0 update, {mode}",
+                regression.generator,
+                0,
+                lambda number: step0(number, dataclasses.replace(pairs, samples=[number - 1])),
+            )
         return [whole, critic, first]
 
     def _measured(self, what: str, flops: int, stage: int, update: Update) -> Row:
@@ -140,23 +148,18 @@ class Case:
             "skipped": skipped,  # updates whose gradients were not finite: their optimizer did not step
         }
 
-    def _plan(self, compiled: bool) -> ParallelPlan:
-        config = self.config
-        return ParallelPlan(Precision(config.model.compute_dtype), config.train.checkpoint_activations, compiled)
-
-    def _network(self, kind: type, mesh: DeviceMesh, compiled: bool, *, trainable: bool) -> Any:
-        """A network of random weights, drawn on the device by a seed, prepared as a job prepares it."""
+    def _load(self, role: str) -> Any:
+        """A network of random weights, drawn on the device by a seed."""
+        kind = CausalWan if role in ("generator", "reference") else WanTransformer3DModel
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.device(self.device):
-            network = kind(**self.layout).eval()
-        return parallelize(network, network.blocks, mesh, self._plan(compiled), trainable=trainable)
+            return kind(**self.layout).eval()
 
-    def _learner(self, network: Any, lr: float) -> Learner:
-        options = self.config.distill
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay
-        )
-        return Learner(network, optimizer, options.clip_norm)
+    def _step(self, stage: int, mesh: DeviceMesh, compiled: bool, text: torch.Tensor) -> Any:
+        """The stage's step, built as a job builds it."""
+        parallel = dataclasses.replace(ParallelPlan.of(self.config), compile=compiled)
+        built = build_stage(self.config, stage, self.device, self._load, negative=-text, mesh=mesh, parallel=parallel)
+        return built[1].step
 
     def _text(self) -> torch.Tensor:
         """Numbers in the place of an encoded prompt `[1, l, n]`: the text encoder is not part of these figures."""
@@ -164,28 +167,12 @@ class Case:
         shape = (1, self.config.model.text_tokens, self.layout["text_dim"])
         return torch.randn(shape, generator=draws, device=self.device)
 
-    def _distill_step(self, mesh: DeviceMesh, compiled: bool) -> tuple[DistillStep, torch.Tensor]:
-        generator = self._network(CausalWan, mesh, compiled, trainable=True)
-        critic = self._network(WanTransformer3DModel, mesh, compiled, trainable=True)
-        teacher = self._network(WanTransformer3DModel, mesh, compiled, trainable=False)
-        reference = self._network(CausalWan, mesh, compiled, trainable=False)
-        options, text = self.config.distill, self._text()
-        ema = Ema(generator.named_parameters(), options.ema_decay, options.ema_start)
-        networks = Networks(generator, critic, teacher, -text, reference)
-        learners = self._learner(generator, options.lr), self._learner(critic, options.critic_lr)
-        return DistillStep(self.config, 2, networks, *learners, ema), text
-
-    def _regression(self, mesh: DeviceMesh, compiled: bool) -> Update:
-        config, geometry = self.config, self.config.geometry
-        student = self._network(CausalWan, mesh, compiled, trainable=True)
-        ema = Ema(student.named_parameters(), config.ode_init.ema_decay, 1)
-        step = OdeInitStep(config, self._learner(student, config.ode_init.lr), ema, stage0_mask(config))
+    def _pairs(self, text: torch.Tensor) -> PairBatch:
+        """A trajectory of noise in the place of the teacher's."""
         draws = torch.Generator(self.device).manual_seed(1)
-        shape = (1, len(config.pairs.kept_raw), *geometry.clip_shape()[1:])
+        shape = (1, len(self.config.pairs.kept_raw), *self.config.geometry.clip_shape()[1:])
         states = torch.randn(shape, generator=draws, device=self.device)
-        levels = torch.linspace(1.0, 0.0, shape[1], device=self.device)
-        text = self._text()
-        return lambda number: step(number, PairBatch(states, levels, text, [number - 1]))
+        return PairBatch(states, torch.linspace(1.0, 0.0, shape[1], device=self.device), text, [])
 
 
 def _of_prompts(step: DistillStep, text: torch.Tensor) -> Update:

@@ -7,16 +7,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from diagonal.config import Config
 from diagonal.data.prompts import samples
 from diagonal.evaluate.quality.sources import own_world
 from diagonal.jsonfile import read_json
 from diagonal.model.base_model import LINEAGE, load_causal, load_teacher, load_text, save_student
+from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.training.batch_partition import own_samples
-from diagonal.training.distill import Networks, PromptBatch
-from diagonal.training.loop import Hooks, Plan, distill_state, distill_step, run_loop
+from diagonal.training.distill import PromptBatch
+from diagonal.training.loop import Hooks, run_loop
+from diagonal.training.parallel import ParallelPlan
+from diagonal.training.stage import build_stage, enter_stage2
 from diagonal.training.state import TrainState
 
 SAID_EVERY = 50
@@ -29,7 +33,7 @@ def trained_student(
     written to `folder`, unless it is there already. Returns its lineage, with the CPU-seconds that it took."""
     if not (folder / LINEAGE).is_file():
         began_s = time.process_time()
-        state, networks = _train(config, base, init, say)
+        state, generator = _train(config, base, init, say)
         assert state.ema is not None
         lineage = {
             "stage": "stage2",
@@ -38,30 +42,26 @@ def trained_student(
             "weights": "ema",
             "cpu_s": round(time.process_time() - began_s, 1),
         }
-        save_student(folder, config, networks.generator.config, state.ema.shadow, lineage)
+        save_student(folder, config, generator.config, state.ema.shadow, lineage)
     found: Mapping[str, object] = read_json(folder / LINEAGE)
     return found
 
 
-def _train(config: Config, base: Path, init: Path, say: Callable[[str], None]) -> tuple[TrainState, Networks]:
+def _train(config: Config, base: Path, init: Path, say: Callable[[str], None]) -> tuple[TrainState, CausalWan]:
     options, text = config.distill, load_text(base, config)
-    generator, critic = load_causal(init, config), load_teacher(base, config).requires_grad_(True)
-    networks = Networks(generator, critic, load_teacher(base, config), text.encode([config.model.negative_prompt]))
-    state = distill_state(config, generator, critic)
-    last = options.stage1_updates + options.stage2_updates
-    batches = _batches(config, text, last)
-    for stage, until in ((1, options.stage1_updates), (2, last)):
-        if stage == 2:  # what stage 1 came to is the reference, as jobs/distill.py has it
-            networks = replace(networks, reference=copy.deepcopy(generator).requires_grad_(False))
-        state.stage = stage
-        step = distill_step(config, stage, state, networks)
-        run_loop(
-            state,
-            Plan(until, last + 1, options.batch_size, options.max_nonfinite, step),
-            batches,
-            Hooks(_reporter(say, last), _keep_nothing),
-        )
-    return state, networks
+
+    def load(role: str) -> Any:
+        return load_causal(init, config) if role == "generator" else load_teacher(base, config)
+
+    negative = text.encode([config.model.negative_prompt])
+    state, plan = build_stage(config, 1, "cpu", load, negative=negative, parallel=ParallelPlan())
+    generator, last = state.networks["generator"], options.stage1_updates + options.stage2_updates
+    assert isinstance(generator, CausalWan)
+    batches, hooks = _batches(config, text, last), Hooks(_reporter(say, last), _keep_nothing)
+    run_loop(state, replace(plan, checkpoint_every=last + 1), batches, hooks)
+    plan = enter_stage2(config, state, plan, copy.deepcopy(generator).requires_grad_(False))
+    run_loop(state, replace(plan, checkpoint_every=last + 1), batches, hooks)
+    return state, generator
 
 
 def _batches(config: Config, text: TextEncoder, updates: int) -> Iterator[PromptBatch]:
