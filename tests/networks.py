@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, T5TokenizerFast, UMT5Config, U
 from diagonal.config import Config
 from diagonal.diffusion.rollout import new_cache
 from diagonal.geometry import ChunkGeometry
+from diagonal.model.architecture import constructor_settings
 from diagonal.model.cache import CacheBatch, KVCache, KVPool
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
@@ -76,7 +77,7 @@ def small_causal(seed: int = 0, *, layers: int = 2, dtype: torch.dtype = torch.f
     """Our network over the weights of `small_wan`; float64 throughout where asked for (see `exact_float64`)."""
     wan = small_wan(seed, layers=layers)
     with torch.random.fork_rng(devices=[]):
-        network = CausalWan(**{name: value for name, value in wan.config.items() if not name.startswith("_")})
+        network = CausalWan(**constructor_settings(CausalWan, wan.config))
     network.load_state_dict(wan.state_dict())
     return (network if dtype == torch.float32 else network.to(dtype)).eval()
 

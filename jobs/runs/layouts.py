@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.base_model import base_uri, check_transformer
+from diagonal.model.stored_weights import check_weights
 from diagonal.storage import Folder
 from jobs.runs.run import Run
 
@@ -68,6 +70,28 @@ def read_layouts(run: Run) -> Layouts:
     return Layouts(student, teacher, {**UMT5Config().to_dict(), **text}, codec)
 
 
+def check_stored_weights(run: Run) -> None:
+    """`FieldError` unless the weights of every network that a run reads fill it; reads the files' headers alone."""
+    config = run.config
+    if run.from_scratch and not run.folder.has("base/transformer/config.json"):
+        return
+    networks = [("model.path", base_uri(config), part) for part in ("transformer", "vae", "text_encoder")]
+    given = {"distill.teacher": config.distill.teacher, "distill.init": config.distill.init}
+    networks += [(field, uri, "transformer") for field, uri in given.items() if uri and not uri.endswith(".pt")]
+    for field, uri, part in networks:
+        with _named(field):
+            check_weights(Folder(uri, config.train.storage_patience_s), part)
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Errors of what a setting names begin with the setting."""
+    try:
+        yield
+    except FieldError as error:
+        raise FieldError(f"{setting}: {error.field}", error.value, error.allowed) from error
+
+
 def _defaults(kind: type) -> dict[str, Any]:
     """What a diffusers class takes for keys that its config.json leaves out."""
     parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
@@ -77,15 +101,11 @@ def _defaults(kind: type) -> dict[str, Any]:
 def _network(config: Config, field: str, folder: Folder, base: Folder) -> Mapping[str, Any]:
     """The layout of the network in `folder`, checked as the job will, beside the base model's text encoder."""
     require(folder.has("transformer/config.json"), field, str(folder), "a folder that holds transformer/config.json")
-    weights = any(name.endswith(".safetensors") for name in (folder / "transformer").files())
-    require(weights, field, str(folder / "transformer"), "a folder that holds weights as .safetensors")
     with tempfile.TemporaryDirectory(prefix="diagonal-plan-") as name:
         for source, part in ((folder, "transformer"), (base, "text_encoder")):
             source.get(f"{part}/config.json", Path(name) / part / "config.json")
-        try:
+        with _named(field):
             check_transformer(Path(name), config)
-        except FieldError as error:
-            raise FieldError(f"{field}: {error.field}", error.value, error.allowed) from error
     layout: Mapping[str, Any] = {**_defaults(WanTransformer3DModel), **folder.read_json("transformer/config.json")}
     TransformerLayout.of(layout)
     return layout

@@ -18,7 +18,7 @@ from diagonal.training import memory
 from diagonal.training.checkpoint_manifest import checkpoints
 from diagonal.training.distill import stage_schedule
 from jobs.runs.console import duration
-from jobs.runs.layouts import Layouts, read_layouts
+from jobs.runs.layouts import Layouts, check_stored_weights, read_layouts
 from jobs.runs.run import Run, opened, parser, say
 from jobs.runs.update_log import UPDATES, Record, read_journal
 
@@ -50,6 +50,7 @@ def plan(run: Run, last: str = "release", *, count_prompts: bool = False) -> lis
     """
     _check_writable(run.folder)
     layouts = read_layouts(run)
+    check_stored_weights(run)
     _check_batches(run)
     wanted = _wanted(run, last)
     lines = [f"run {run.name} in {run.folder}", *_shape_lines(run.config, layouts)]

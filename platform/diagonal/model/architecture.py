@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +22,19 @@ NAMES = {
     "out_channels": "out_channels",
     "patch": "patch_size",
 }
+
+
+def constructor_settings(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a network's config that the constructor of its class takes; a library ignores others as well."""
+    names = inspect.signature(kind).parameters
+    return {name: value for name, value in config.items() if name in names}
+
+
+def warn_of_unknown_settings(kind: type, config: Mapping[str, Any], source: str) -> None:
+    """One line that names the entries of a network's config that nobody reads; Python shows it once a process."""
+    unknown = sorted({name for name in config if not name.startswith("_")} - constructor_settings(kind, config).keys())
+    if unknown:
+        warnings.warn(f"{source}: {kind.__name__} takes no {', '.join(unknown)}: ignored", stacklevel=2)
 
 
 @dataclass(frozen=True)

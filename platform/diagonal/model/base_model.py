@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, ModelMixin, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
 import diagonal
 from diagonal.config import Config
 from diagonal.errors import require
 from diagonal.jsonfile import read_json, write_json
+from diagonal.model.architecture import constructor_settings
 from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import FastDecoder
+from diagonal.model.stored_weights import CODECS, refuse_differences, stored_shapes
+from diagonal.model.stored_weights import CONFIG as CONFIG
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of
 from diagonal.storage import Folder
 from diagonal.storage.fetch import fetch
 
-Model = TypeVar("Model", bound=ModelMixin)
-
-CONFIG, LINEAGE = "config.json", "lineage.json"
+LINEAGE = "lineage.json"
 FAST_DECODER = "decoder"  # of a release that has one
 
 
@@ -65,12 +66,17 @@ def load_causal(folder: Path, config: Config, dtype: torch.dtype = torch.float32
     return _load_whole(CausalWan, folder / "transformer", dtype).eval()
 
 
-def _load_whole(kind: type[Model], path: Path, dtype: torch.dtype = torch.float32) -> Model:
-    """A diffusers model whose weights and config agree: diffusers alone would draw a missing layer at random."""
-    network, found = kind.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
-    for problem in ("missing_keys", "unexpected_keys"):
-        keys = sorted(found[problem])
-        require(not keys, f"{path.name} {problem}", keys[:3], f"none: weights and {CONFIG} of one network, in {path}")
+def _load_whole(kind: type[Any], path: Path, dtype: torch.dtype) -> Any:
+    """A model whose weights and config agree: the libraries alone would draw a missing layer at random."""
+    stored_shapes(Folder(str(path)))
+    network, report = kind.from_pretrained(
+        path,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # the report names them
+        **{"dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype": dtype},
+    )
+    refuse_differences(report, path.name, str(path))
     return network
 
 
@@ -107,7 +113,7 @@ def check_transformer(folder: Path, config: Config) -> None:
 def load_text(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> TextEncoder:
     """Tokenizer and umT5 encoder from `folder`."""
     tokenizer = AutoTokenizer.from_pretrained(part_folder(folder, "tokenizer"))
-    encoder = UMT5EncoderModel.from_pretrained(part_folder(folder, "text_encoder"), dtype=dtype, use_safetensors=True)
+    encoder = _load_whole(UMT5EncoderModel, part_folder(folder, "text_encoder"), dtype)
     return TextEncoder(tokenizer, encoder.requires_grad_(False), config.model.text_tokens)
 
 
@@ -115,9 +121,8 @@ def load_codec(folder: Path, config: Config, dtype: torch.dtype = torch.float32)
     """The codec in `folder/vae`, by the class its config names, checked against the geometry."""
     path = part_folder(folder, "vae")
     name = read_json(path / CONFIG).get("_class_name")
-    known = {"AutoencoderKLWan": AutoencoderKLWan, "LinearCodec": LinearCodec}
-    require(name in known, "vae._class_name", name, f"one of {sorted(known)}")
-    codec: AutoencoderKLWan | LinearCodec = _load_whole(known[name], path, dtype)
+    require(name in CODECS, "vae._class_name", name, f"one of {sorted(CODECS)}")
+    codec: AutoencoderKLWan | LinearCodec = _load_whole(CODECS[name], path, dtype)
     for field, value in _codec_layout(codec).items():
         wanted = getattr(config.geometry, field)
         require(value == wanted, f"vae {field}", value, f"geometry.{field} = {wanted}")
@@ -165,7 +170,7 @@ def save_transformer(folder: Path, layout: Mapping[str, Any], state: Mapping[str
     `layout` is the network's config. Tensors are stored as `dtype`, but for those that Wan keeps in float32.
     """
     with torch.device("meta"):  # neither memory nor random numbers for weights that are given
-        network = WanTransformer3DModel(**{k: v for k, v in layout.items() if not k.startswith("_")})
+        network = WanTransformer3DModel(**constructor_settings(WanTransformer3DModel, layout))
     network.load_state_dict({k: v.detach().cpu() for k, v in state.items()}, assign=True)
     for parameter_name, parameter in network.named_parameters():
         if not any(kept in parameter_name for kept in network._keep_in_fp32_modules):

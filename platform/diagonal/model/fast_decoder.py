@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diagonal.errors import require
+from diagonal.model.architecture import constructor_settings
 from diagonal.model.vae import Decoder, DecoderState, to_uint8
 
 Memory = list[Tensor | None]
@@ -165,8 +166,7 @@ class StreamingFastDecoder(Decoder):
 
 def frame_flops(network: FastDecoder, height: int, width: int) -> int:
     """Operations of decoding one later latent frame of `height` x `width`, two for each multiply-add."""
-    copy = FastDecoder(**{name: value for name, value in network.config.items() if not name.startswith("_")})
-    copy = copy.to("meta")
+    copy = FastDecoder(**constructor_settings(FastDecoder, network.config)).to("meta")
     latents = torch.empty(1, network.config.latent_channels, 1, height, width, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy(latents, [None] * network.memories, False)

@@ -18,6 +18,7 @@ from torch import Tensor
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.jsonfile import read_json
+from diagonal.model.architecture import constructor_settings
 from diagonal.model.base_model import CONFIG, check_transformer, load_causal
 from diagonal.model.dit import CausalWan
 
@@ -60,7 +61,7 @@ def load_initial_student(path: str | os.PathLike[str], layout_folder: Path, conf
         return load_causal(file, config)
     require(file.is_file(), FIELD, str(path), "an existing folder with transformer/, or a .pt file")
     check_transformer(layout_folder, config)
-    layout = {k: v for k, v in read_json(layout_folder / "transformer" / CONFIG).items() if not k.startswith("_")}
+    layout = constructor_settings(CausalWan, read_json(layout_folder / "transformer" / CONFIG))
     with torch.device("meta"):  # neither memory nor random numbers for weights that are given
         network = CausalWan(**layout)
     weights = {diffusers_name(name): value for name, value in read_checkpoint(file, config).items()}

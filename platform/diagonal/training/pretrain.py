@@ -18,6 +18,7 @@ from diagonal.data.embedded import EmbeddedWorld, embedded_world
 from diagonal.diffusion.flow import blend
 from diagonal.diffusion.noise import generator, mixed_seed
 from diagonal.errors import require
+from diagonal.model.architecture import constructor_settings
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import LinearCodec
@@ -227,7 +228,6 @@ def _rate(updates: int) -> Callable[[int], float]:
 
 def as_wan(state: Mapping[str, Tensor], network: CausalWan) -> WanTransformer3DModel:
     """The same weights as diffusers' own class, for saving."""
-    layout = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    wan = WanTransformer3DModel(**layout)
+    wan = WanTransformer3DModel(**constructor_settings(WanTransformer3DModel, network.config))
     wan.load_state_dict(dict(state), strict=True)
     return wan

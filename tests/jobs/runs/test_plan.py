@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diagonal.storage import Folder
 from jobs.runs.plan import carry_out, plan
 from jobs.runs.run import Run, open_run, parser
 from tests.jobs.conftest import OpenRun
+from tests.model.folders import edit_json, write_hollow_weights
 
 WAN = {
     "_class_name": "WanTransformer3DModel",
@@ -38,14 +40,20 @@ CODEC = {
 }
 
 
+def write_part(folder: Path, config: dict[str, Any]) -> None:
+    """A network's folder: its config, and weights of which the header alone is on disk."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if folder.name != "tokenizer":
+        write_hollow_weights(folder)
+
+
 @pytest.fixture
 def wan(tmp_path: Path) -> Path:
     """A folder with the configurations of Wan 1.3B, and weights in name alone."""
     base = tmp_path / "wan"
     for part, content in (("transformer", WAN), ("text_encoder", TEXT), ("vae", CODEC), ("tokenizer", {})):
-        (base / part).mkdir(parents=True)
-        (base / part / "config.json").write_text(json.dumps(content))
-    (base / "transformer" / "weights.safetensors").touch()
+        write_part(base / part, content)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n\n")
     return base
 
@@ -77,6 +85,22 @@ def test_a_plan_tells_shapes_parameters_costs_storage_and_memory(wan: Path) -> N
     assert "if 8 GPUs reach 40% of 790 TFLOP/s each: an assumption" in text
     assert "memory of stage 2: " in text
     assert not (wan.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "said"),
+    [
+        ("text_encoder", {"num_layers": 25}, r"model\.path: text_encoder missing_keys = \['encoder\.block\.24"),
+        ("transformer", {"num_layers": 29}, r"model\.path: transformer unexpected_keys = \['blocks\.29"),
+        ("vae", {"num_res_blocks": 3}, r"model\.path: vae missing_keys"),
+    ],
+)
+def test_a_plan_refuses_weights_that_do_not_fill_their_network(
+    wan: Path, part: str, changes: dict[str, Any], said: str
+) -> None:
+    edit_json(wan / part / "config.json", **changes)
+    with pytest.raises(FieldError, match=said):
+        plan(wan_run(wan))
 
 
 def test_a_plan_refuses_a_gpu_that_is_too_small(wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +142,7 @@ def test_what_a_job_would_stumble_over_is_refused_before_it_starts(wan: Path, se
 
 def test_a_teacher_of_another_size_is_planned_with_its_own_parameters(wan: Path) -> None:
     large = wan.parent / "large" / "transformer"
-    large.mkdir(parents=True)
-    layout = {**WAN, "num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824}
-    (large / "config.json").write_text(json.dumps(layout))
-    (large / "weights.safetensors").touch()
+    write_part(large, {**WAN, "num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824})
     text = "\n".join(plan(wan_run(wan, f"distill.teacher={large.parent}")))
     assert "teacher 14,288" in text and "1,419.0 M each" in text
 
