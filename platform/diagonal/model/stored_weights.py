@@ -28,7 +28,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 def empty_network(part: str, config: Mapping[str, Any], source: str = CONFIG) -> Any:
     """The network that a part's config describes, without memory for its weights."""
-    name = config.get("_class_name")
+    name = str(config.get("_class_name"))
     require(part != "vae" or name in CODECS, "vae._class_name", name, f"one of {sorted(CODECS)}")
     kind: Any = CODECS[name] if part == "vae" else NETWORKS[part]
     with torch.device("meta"):
