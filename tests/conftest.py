@@ -179,3 +179,15 @@ def faulty_s3(bucket: str, s3_server: "S3Server", monkeypatch: pytest.MonkeyPatc
         yield proxy
     finally:
         proxy.close()
+
+
+@pytest.fixture(scope="session")
+def parts() -> list[bytes]:
+    """Of an MP4 of 16 frames a second: an initialisation segment, a chunk of 9 frames and one of 12."""
+    import numpy as np
+
+    from diagonal.media.encode import ChunkEncoder
+
+    encoder = ChunkEncoder(32, 32, 16)
+    pixels = [np.full((frames, 32, 32, 3), 99, dtype=np.uint8) for frames in (9, 12)]
+    return [encoder.init_segment(), *(encoder.encode_chunk(chunk) for chunk in pixels)]

@@ -203,3 +203,21 @@ def small_release(*settings: str) -> SmallRelease:
     """A release of random weights; settings as for `small_config`."""
     config = small_config(*settings)
     return SmallRelease(config, small_causal(), small_text(), decoder_of(small_codec(config)))
+
+
+WAN_1_3B: dict[str, Any] = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "image_dim": None,
+}
+WAN_14B = {**WAN_1_3B, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}

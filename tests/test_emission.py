@@ -25,10 +25,9 @@ from jobs.workers.watchdog import Watchdog
 from jobs.workers.worker import Worker
 from serve.settings import DENY_LIST, ServeSettings
 from tests.data.rows import spoil
-from tests.engine.driving import Clock, engine_of, pull, spec_of, stream, timed
-from tests.engine.test_budget import admitted
+from tests.engine.driving import Clock, admitted, engine_of, pull, spec_of, stream, timed
 from tests.jobs.conftest import SMALL
-from tests.jobs.workers.test_reporting import FIGURES, hooks, reporter
+from tests.jobs.workers.reports import FIGURES, hooks, reporter
 from tests.networks import small_release
 from tests.recorded_metrics import RecordedMetrics
 from tests.serve.harness import Cluster, FakeEngine, Service, deadline

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from diagonal.errors import FieldError
-from diagonal.media.encode import ChunkEncoder
 from diagonal.mp4 import Fragment, PartReader, box_at, read_fragment, split, timescale
 
 FPS = 16
-
-
-@pytest.fixture(scope="module")
-def parts() -> list[bytes]:
-    """An initialisation segment, a chunk of 9 frames and one of 12."""
-    encoder = ChunkEncoder(32, 32, FPS)
-    pixels = [np.full((frames, 32, 32, 3), 99, dtype=np.uint8) for frames in (9, 12)]
-    return [encoder.init_segment(), *(encoder.encode_chunk(chunk) for chunk in pixels)]
 
 
 def test_a_fragment_says_where_it_stands(parts: list[bytes]) -> None:

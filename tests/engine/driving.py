@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diagonal.diffusion.rollout import DenoisedChunk
-from diagonal.engine.engine import Engine
+from diagonal.engine.engine import BudgetError, Engine
 from diagonal.engine.model_runner import ModelRunner
 from diagonal.engine.session import ChunkResult, Session, SessionSpec
 from diagonal.model.vae import Decoder, DecoderState
@@ -110,3 +110,28 @@ class BreakingDecoder(Decoder):
         if self.calls == self.fails_on:
             raise RuntimeError("the decoder gave up")
         return self.decoder.decode(latents, state)
+
+
+class PoisonedText:
+    """Encodes the prompt `moves` to numbers that are none, and fails on `right`."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder = encoder
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        if prompts == ["right"]:
+            raise RuntimeError("the encoder gave up")
+        found: Tensor = self.encoder.encode(prompts)
+        return found * (float("nan") if prompts == ["moves"] else 1.0)
+
+
+def admitted(engine: Engine, names: str, **wish: object) -> str:
+    """Which of the sessions came in."""
+    found = ""
+    for name in names:
+        try:
+            engine.open(spec_of(name, **wish))  # type: ignore[arg-type]
+            found += name
+        except BudgetError:
+            pass
+    return found

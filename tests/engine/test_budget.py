@@ -8,7 +8,7 @@ from torch import Tensor
 from diagonal.engine.engine import BudgetError, CapacityError, Engine
 from diagonal.engine.session import PromptChange
 from diagonal.model.vae import DecoderState
-from tests.engine.driving import OTHER, Clock, engine_of, pull, runner, spec_of, stream, timed
+from tests.engine.driving import OTHER, Clock, admitted, engine_of, pull, runner, spec_of, stream, timed
 from tests.networks import small_release
 from tests.recorded_metrics import RecordedMetrics
 
@@ -24,18 +24,6 @@ def engine_at(
     if warm:
         engine.warm_up()
     return engine, clock, metrics
-
-
-def admitted(engine: Engine, names: str, **wish: object) -> str:
-    """Which of the sessions came in."""
-    found = ""
-    for name in names:
-        try:
-            engine.open(spec_of(name, **wish))  # type: ignore[arg-type]
-            found += name
-        except BudgetError:
-            pass
-    return found
 
 
 def test_the_warm_up_measures_every_kind_at_every_batch_size_and_leaves_no_trace() -> None:

@@ -12,8 +12,7 @@ from torch import Tensor
 from diagonal.engine.chunk_maker import Emitted, SessionError
 from diagonal.engine.engine import Engine, Health
 from diagonal.engine.model_runner import emit
-from tests.engine.driving import BreakingDecoder, engine_of, equal, pull, spec_of, stream
-from tests.engine.test_isolation import PoisonedText
+from tests.engine.driving import BreakingDecoder, PoisonedText, engine_of, equal, pull, spec_of, stream
 from tests.networks import SmallRelease, draw, small_release
 from tests.recorded_metrics import RecordedMetrics
 

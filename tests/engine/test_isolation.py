@@ -12,21 +12,8 @@ from torch import Tensor
 from diagonal.engine.engine import Engine
 from diagonal.engine.session import ChunkResult
 from diagonal.model.vae import DecoderState, LinearCodec, LinearDecoder
-from tests.engine.driving import PROMPT, BreakingDecoder, engine_of, equal, spec_of, stream
+from tests.engine.driving import PROMPT, BreakingDecoder, PoisonedText, engine_of, equal, spec_of, stream
 from tests.networks import small_codec, small_release
-
-
-class PoisonedText:
-    """Encodes the prompt `moves` to numbers that are none, and fails on `right`."""
-
-    def __init__(self, encoder: Any) -> None:
-        self.encoder = encoder
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        if prompts == ["right"]:
-            raise RuntimeError("the encoder gave up")
-        found: Tensor = self.encoder.encode(prompts)
-        return found * (float("nan") if prompts == ["moves"] else 1.0)
 
 
 def three(engine: Engine, middle: str = PROMPT) -> list[list[ChunkResult]]:

@@ -16,8 +16,7 @@ from diagonal.diffusion.teacher import velocity
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.attention import BlockCausal
 from diagonal.model.flops import chunk_flops, clip_flops, forward_flops, rollout_flops, update_flops
-from tests.model.test_layout import WAN_1_3B, WAN_14B
-from tests.networks import begun, caches_for, draw, small_causal, small_config, small_wan
+from tests.networks import WAN_1_3B, WAN_14B, begun, caches_for, draw, small_causal, small_config, small_wan
 
 CONFIG = small_config()
 SMALL = TransformerLayout.of(small_wan().config)

@@ -17,7 +17,6 @@ from jobs.benchmarks.load import arrivals, find_capacity, offer, overload, work
 from jobs.benchmarks.load_sessions import Plan, Timeline
 from serve.api.realtime import RealtimeLimits
 from tests.serve.harness import FakeEngine, Service
-from tests.test_mp4 import parts as parts
 
 FAST = Plan("", seconds=1.5, pacing="none")
 

@@ -33,8 +33,7 @@ from diagonal.training.memory import (
 )
 from diagonal.training.ode_init import PairBatch, ode_loss
 from diagonal.training.parallel import ParallelPlan, Precision, parallelize
-from tests.model.test_layout import WAN_1_3B, WAN_14B
-from tests.networks import small_causal, small_config
+from tests.networks import WAN_1_3B, WAN_14B, small_causal, small_config
 from tests.training.live_bytes import LiveBytes
 
 TOLERANCE = 0.13

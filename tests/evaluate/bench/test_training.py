@@ -15,7 +15,7 @@ from diagonal.evaluate.bench.training import WAN_LAYOUT, Case, main, mean_update
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.attention import BlockCausal
 from diagonal.model.flops import update_flops
-from tests.model.test_layout import WAN_1_3B
+from tests.networks import WAN_1_3B
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from diagonal.model.cache import PoolExhaustedError
 from diagonal.storage import StorageError
 from serve.gateway.failover import rehome
 from serve.rpc import CALL_TIMEOUT_S, call_with_retry
-from tests.engine.test_isolation import PoisonedText
+from tests.engine.driving import PoisonedText
 from tests.networks import small_release
 from tests.serve.harness import Cluster, FakeEngine, Service, Until, shades
 from tests.serve.hostile import start, told
