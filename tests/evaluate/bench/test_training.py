@@ -86,7 +86,7 @@ class Bare(PathFinder):
         return None if name.partition(".")[0] in gone else super().find_spec(name, path, target)
 
 sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
-import diagonal.evaluate.training_speed
+import diagonal.evaluate.bench.training
 """
 
 

@@ -18,7 +18,7 @@ from jobs.runs.run import opened, parser
 HOLD = """
 import sys, time
 from diagonal.storage import Folder
-from jobs.lease import leased
+from jobs.runs.lease import leased
 with leased(Folder(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
