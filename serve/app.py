@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from diagonal.errors import FieldError, require
+from diagonal.errors import require
 from serve.api.deployment import GatewayDeployment
 from serve.policies.autoscaling import connection_scaling, session_scaling
 from serve.policies.routing import SessionRouter
@@ -29,8 +28,6 @@ _HEALTH_S = 5.0  # a process that hangs is found three times in a row before Ser
 def build(arguments: dict[str, Any]) -> serve.Application:
     """The application; `arguments` are the fields of `ServeSettings`, wrong ones raise `FieldError`."""
     settings = ServeSettings.from_arguments(arguments)
-    if settings.auth == "local" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") not in ("", "0"):
-        raise FieldError("auth", settings.auth, "keys, behind HAProxy: every caller then seems to be on this machine")
     front = _in_pool(settings.gateway_pool)
     store = _deployment(Store, "Store", _CALLS, num_cpus=settings.store_cpus, **front)
     store = store.options(max_surge_percent=100)  # for seconds two share the database: nobody waits for the next one

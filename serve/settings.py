@@ -65,7 +65,8 @@ class ServeSettings:
     `data`: folder of the store on a durable volume, with its database, chunks and finished files.
     `database`: SQLAlchemy URL such as postgresql://user@host/name, '' is a SQLite file in `data`.
     `files`: where finished files go besides, a folder or an s3:// URI; '' is `data` alone.
-    `auth`: `keys` asks every caller for an API key; `local` does not ask callers on this machine itself.
+    `auth`: `keys` asks every caller for an API key; `local` for the one in `local_key` in `data`,
+    which only its owner can read: whoever can is the service's one user.
     `origins`: pages that may call from a browser besides the service's own, such as https://a.example, by commas.
     `expire_s`: a video is removed so long after its end. `resume_window_s`: a viewer who lost his connection has so
     long to come back. `max_stream_s`: seconds of video after which a stream without an end is over.
@@ -195,6 +196,11 @@ class ServeSettings:
     @property
     def allowed_origins(self) -> tuple[str, ...]:
         return tuple(part.strip().lower() for part in self.origins.split(",") if part.strip())
+
+    @property
+    def local_key(self) -> Path:
+        """The file with the key that every caller shows where `auth` is `local`."""
+        return Path(self.data).expanduser().resolve() / "local_key"
 
     @property
     def database_url(self) -> str:

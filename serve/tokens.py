@@ -23,9 +23,9 @@ class Secret:
     hash: str
 
 
-def new_secret(kind: str) -> tuple[str, Secret]:
-    """The text to hand out, and what to keep of it."""
-    text = f"{kind}_{secrets.token_hex(_ID_BYTES)}_{secrets.token_urlsafe(_RANDOM_BYTES)}"
+def new_secret(kind: str, public_id: str = "") -> tuple[str, Secret]:
+    """The text to hand out, and what to keep of it; without `public_id` the id is random, too."""
+    text = f"{kind}_{public_id or secrets.token_hex(_ID_BYTES)}_{secrets.token_urlsafe(_RANDOM_BYTES)}"
     return text, parse_secret(kind, text) or Secret("", "")
 
 

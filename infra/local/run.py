@@ -54,6 +54,16 @@ class LocalRun:
         return Path(self.folder) / "token"
 
     @property
+    def service_key_path(self) -> Path:
+        """The key that callers of a service with `auth: local` show."""
+        return Path(self.root) / ".diagonal" / "serve" / "local_key"
+
+    @property
+    def service_page(self) -> str:
+        """The service's page, opened with that key; what stands behind # reaches no server and no log."""
+        return f"{self.service_url}/#key={self.service_key_path.read_text().strip()}"
+
+    @property
     def ray_folder(self) -> Path:
         return Path(self.folder) / "r"
 
@@ -98,6 +108,7 @@ class LocalRun:
             "dashboard_url": self.dashboard_url,
             "metrics_url": self.metrics_url,
             "token_path": str(self.token_path),
+            "service_key_path": str(self.service_key_path),
             "logs": str(self.logs),
             "pids": sorted(process.pid for process in self.members),
         }

@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,7 +17,7 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _QUIET = ("/health/live", "/health/ready")
 
 
-class Edge:
+class AccessLogMiddleware:
     """ASGI middleware. `names_answers` is False behind Serve's proxy, which sets X-Request-Id on answers itself."""
 
     def __init__(self, app: ASGIApp, names_answers: bool) -> None:
@@ -53,7 +54,7 @@ def request_id_of(given: str | None) -> str:
 def _log(scope: Scope, request_id: str, status: int, duration_s: float) -> None:
     """One line; the route's pattern, not the address, and the key's public id."""
     route, caller = scope.get("route"), scope["state"].get("caller")
-    if scope["path"] in _QUIET:
+    if get_route_path(scope) in _QUIET:
         return
     line = {
         "request_id": request_id,

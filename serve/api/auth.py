@@ -1,7 +1,8 @@
 """Who may come in: every route but a few asks for a key, WebSocket upgrades included, in this application itself.
 
-A proxy in front can be bypassed, so none is relied on. Keys come in the `Authorization` header alone, never in an
-address; a browser, which cannot set it on a WebSocket, shows a one-time client secret as a subprotocol.
+A proxy in front can be bypassed, so none is relied on, and no address of a caller is trusted: on this machine too,
+everybody shows a key (`auth: local` keeps one in a file that only its owner can read). Keys come in the `Authorization`
+header alone; a browser, which cannot set it on a WebSocket, shows a one-time client secret as a subprotocol.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from ipaddress import ip_address
 from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
 
+from starlette._utils import get_route_path  # what the router matches: any other reading of the path would be a hole
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.records import LOCAL_CALLER, Caller
+from serve.records import LOCAL, Caller
 from serve.rpc import UNAVAILABLE
 from serve.tokens import CLIENT_SECRET, KEY, Secret, parse_secret
 from serve.wire import problems
@@ -24,44 +26,44 @@ PUBLIC = frozenset({"/", "/health/live", "/health/ready", "/openapi.json"})
 PUBLIC_FOLDER = "/viewer/"
 SUBPROTOCOL = "realtime"
 _SECRET_PROTOCOLS = ("diagonal-client-secret.", "openai-insecure-api-key.")
+_LOCAL_KEY = ": that of this service is in the file `local_key` of its `data` folder"
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 REQUESTS_AT_ONCE = 200  # of one key, at one gateway: a stream and a socket are one as long as they are open
 
 
 class Keyring(Protocol):
-    """What the door asks of the gateway."""
+    """What the middleware asks of the gateway."""
 
     async def caller(self, shown: Secret) -> Caller | None: ...
 
     async def redeem(self, shown: Secret) -> Caller | None: ...
 
 
-class Door:
-    """ASGI middleware: puts the caller into the request's state, or answers 401, 403 or 429."""
+class AuthMiddleware:
+    """ASGI: puts the caller into the request's state, None on a public route, or answers 401, 403 or 429."""
 
-    def __init__(self, app: ASGIApp, keyring: Keyring, asks_everybody: bool, origins: tuple[str, ...]) -> None:
-        self._app, self._keyring = app, keyring
-        self._asks_everybody, self._origins = asks_everybody, origins
+    def __init__(self, app: ASGIApp, keyring: Keyring, local: bool, origins: tuple[str, ...]) -> None:
+        self._app, self._keyring, self._local, self._origins = app, keyring, local, origins
         self._open: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        key_id = ""
+        caller = None
         try:
             self._check_origin(scope, headers)
             if not _is_public(scope):
-                caller = scope.setdefault("state", {})["caller"] = await self._caller(scope, headers)
+                caller = await self._caller(scope, headers)
                 self._check_room(caller)
-                key_id = caller.key_id
             if "\0" in scope["path"]:
                 raise Problem(404, "not_found", "Not Found")  # no name has one, and not every database takes it
         except Problem as problem:
             return await problems.reject(problem, scope, receive, send)
         except UNAVAILABLE:
             return await problems.reject(problems.unavailable(), scope, receive, send)
+        scope.setdefault("state", {})["caller"] = caller
+        key_id = caller.key_id if caller else ""
         self._open[key_id] += 1
         try:
             await self._app(scope, receive, send)
@@ -71,7 +73,7 @@ class Door:
 
     def _check_room(self, caller: Caller) -> None:
         """One key cannot take all the connections that a gateway has."""
-        if caller is not LOCAL_CALLER and self._open[caller.key_id] >= REQUESTS_AT_ONCE:
+        if caller.key_id != LOCAL and self._open[caller.key_id] >= REQUESTS_AT_ONCE:
             message = f"this key has {REQUESTS_AT_ONCE} requests open here, which is the limit"
             raise Problem(429, "too_many_requests", message, retry_after_s=1.0)
 
@@ -81,14 +83,16 @@ class Door:
             caller = await self._keyring.caller(key)
         elif scope["type"] == "websocket" and (secret := _client_secret(headers)) is not None:
             caller = await self._keyring.redeem(secret)
-        elif not self._asks_everybody and _is_local(scope, headers):
-            return LOCAL_CALLER
         elif "authorization" not in headers:
-            raise Problem(401, "missing_api_key", "give an API key as `Authorization: Bearer ...`")
+            where = _LOCAL_KEY if self._local else ""
+            raise Problem(401, "missing_api_key", f"give an API key as `Authorization: Bearer ...`{where}")
         else:
             caller = None
         if caller is None:
-            raise Problem(401, "invalid_api_key", "this key is not known, was revoked, or is used up")
+            where = _LOCAL_KEY if self._local else ""
+            raise Problem(401, "invalid_api_key", f"this key is not known, was revoked, or is used up{where}")
+        if caller.key_id == LOCAL and not _names_this_machine(headers):
+            raise Problem(403, "foreign_host", "with auth=local the service answers to localhost and its address alone")
         return caller
 
     def _check_origin(self, scope: Scope, headers: Headers) -> None:
@@ -104,7 +108,7 @@ class Door:
 
 
 def _is_public(scope: Scope) -> bool:
-    path = scope["path"]
+    path = get_route_path(scope) or "/"
     return scope["type"] == "http" and (path in PUBLIC or path.startswith(PUBLIC_FOLDER))
 
 
@@ -120,12 +124,9 @@ def _client_secret(headers: Headers) -> Secret | None:
     return next((secret for text in shown if (secret := parse_secret(CLIENT_SECRET, text)) is not None), None)
 
 
-def _is_local(scope: Scope, headers: Headers) -> bool:
-    """A caller on this machine who used this machine's name, not somebody whom a proxy here passed on."""
+def _names_this_machine(headers: Headers) -> bool:
     host = _split(f"//{headers.get('host', '')}").hostname or ""
-    peer = (scope.get("client") or ("",))[0]
-    forwarded = any(name in headers for name in _FORWARDED)
-    return not forwarded and _is_loopback(peer) and (host == "localhost" or _is_loopback(host))
+    return host == "localhost" or _is_loopback(host)
 
 
 def _split(address: str) -> SplitResult:

@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Header, Query, Request, Response, WebSocket
 from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.requests import HTTPConnection
 from fastapi.staticfiles import StaticFiles
 
 import diagonal
 from diagonal.metrics import MetricsBackend
-from serve.api.access_log import Edge
-from serve.api.auth import Door
+from serve.api.access_log import AccessLogMiddleware
+from serve.api.auth import AuthMiddleware
 from serve.api.body import read_body
 from serve.api.headers import rate_limits, select
 from serve.api.openapi import CREATED, FILE, RECORDING, STREAM, body_of, describe, errors
@@ -71,8 +72,10 @@ def create_app(
     app.state.gateway, app.state.names_answers = gateway, names_answers
     problems.install(app, metrics)
     settings = gateway.settings
-    app.add_middleware(Door, keyring=gateway, asks_everybody=settings.auth == "keys", origins=settings.allowed_origins)
-    app.add_middleware(Edge, names_answers=names_answers)  # the last one added is the outermost
+    app.add_middleware(
+        AuthMiddleware, keyring=gateway, local=settings.auth == "local", origins=settings.allowed_origins
+    )
+    app.add_middleware(AccessLogMiddleware, names_answers=names_answers)  # the last one added is the outermost
     _add_videos(app)
     _add_streams(app)
     _add_realtime(app, limits or RealtimeLimits())
@@ -87,8 +90,11 @@ def _gateway(request: Request) -> Gateway:
     return gateway
 
 
-def _caller(request: Request) -> Caller:
-    caller: Caller = request.state.caller  # put there by the door
+def _caller(connection: HTTPConnection) -> Caller:
+    """Whom `AuthMiddleware` let in. A request that it did not ask for a key is refused here."""
+    caller: Caller | None = getattr(connection.state, "caller", None)
+    if caller is None:
+        raise Problem(401, "missing_api_key", "give an API key as `Authorization: Bearer ...`")
     return caller
 
 
@@ -229,7 +235,7 @@ def _add_streams(app: FastAPI) -> None:
 def _add_realtime(app: FastAPI, limits: RealtimeLimits) -> None:
     @app.websocket("/v1/realtime/video")
     async def realtime(socket: WebSocket) -> None:
-        await RealtimeSession(socket, socket.app.state.gateway, socket.state.caller, limits).run()
+        await RealtimeSession(socket, socket.app.state.gateway, _caller(socket), limits).run()
 
     @app.post(
         "/v1/realtime/client_secrets",

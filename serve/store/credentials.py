@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hmac
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import sqlalchemy as sql
 
-from diagonal.errors import require
-from serve.records import Caller
+from diagonal.errors import FieldError, require
+from diagonal.storage.disk import create_private
+from serve.records import LOCAL, Caller
 from serve.store.tables import CLIENT_SECRETS, KEYS, Tables
-from serve.tokens import CLIENT_SECRET, KEY, Secret, new_secret
+from serve.tokens import CLIENT_SECRET, KEY, Secret, new_secret, parse_secret
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,22 @@ class KeyRecord:
     frames_per_minute: int
     created_at: float
     revoked_at: float | None
+
+
+def local_key(path: Path) -> Secret:
+    """The key in the file of a service for this machine's own user; made if there is none, for its owner alone to read.
+
+    `FieldError` when others may read it, or it holds no such key: somebody who is not its owner may have put it there.
+    """
+    if not path.exists():
+        create_private(path, new_secret(KEY, LOCAL)[0].encode())
+    state = path.stat()
+    own = state.st_uid == os.geteuid() and not state.st_mode & 0o077
+    require(own, "data", str(path), "a file of the service's own user, with mode 0600")
+    secret = parse_secret(KEY, path.read_text().strip())
+    if secret is None or secret.id != LOCAL:
+        raise FieldError("data", str(path), f"a file with a key that begins with {KEY}_{LOCAL}_; remove it for a new one")
+    return secret
 
 
 class Credentials:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from hmac import compare_digest
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -26,6 +27,8 @@ from diagonal.storage import Folder, StorageError
 from serve.provenance.signing_key import signing_key
 from serve.records import (
     KEPT_CHUNKS,
+    LOCAL,
+    LOCAL_CALLER,
     Caller,
     DriveDecision,
     Idempotency,
@@ -40,7 +43,7 @@ from serve.records import (
 )
 from serve.settings import ServeSettings
 from serve.store.chunks import ChunkSigner, Shelf
-from serve.store.credentials import Credentials
+from serve.store.credentials import Credentials, local_key
 from serve.store.database import Database
 from serve.store.finalizer import Finisher
 from serve.store.media_files import INIT, RECORDING, MediaFiles, read_part
@@ -77,6 +80,7 @@ class Store:
         self._tables = Tables(settings.database_url)
         self._database, self._admission = Database(self._tables), Admission(self._tables)
         self._credentials = Credentials(self._tables)
+        self._local = local_key(settings.local_key) if settings.auth == "local" else None
         durable = Folder(settings.files, _STORAGE_PATIENCE_S) if settings.files else None
         self._files = MediaFiles(root / "videos", durable)
         self._signer = ChunkSigner(signing_key(settings.signing_key, root), self._database, self._files)
@@ -300,19 +304,21 @@ class Store:
 
     async def caller(self, shown: Secret) -> Caller | None:
         """Whose key this is."""
+        if shown.id == LOCAL:
+            return LOCAL_CALLER if self._local is not None and compare_digest(shown.hash, self._local.hash) else None
         return await self._run(self._credentials.caller, shown)
-
-    async def caller_of(self, key_id: str) -> Caller | None:
-        return await self._run(self._credentials.caller_of, key_id)
 
     async def create_client_secret(self, key_id: str, seconds: float) -> tuple[str, float]:
         """A secret that opens one session in the key's name, and when it ends."""
         expires_at = self._now() + seconds
         return await self._run(self._credentials.create_client_secret, key_id, expires_at), expires_at
 
-    async def redeem(self, shown: Secret) -> str | None:
-        """Use a client secret up: the key that it stands for."""
-        return await self._run(self._credentials.redeem, shown, self._now())
+    async def redeem(self, shown: Secret) -> Caller | None:
+        """Use a client secret up: who made it."""
+        key_id = await self._run(self._credentials.redeem, shown, self._now())
+        if key_id == LOCAL:
+            return LOCAL_CALLER if self._local is not None else None
+        return None if key_id is None else await self._run(self._credentials.caller_of, key_id)
 
     # Upkeep
 

@@ -267,7 +267,9 @@ function submit() {
 function askForKey(error) {
   key.forget();
   model = null;
-  showError(error, "key-error");
+  const missing = error?.code === "missing_api_key";
+  if (missing) get("key-hint").textContent = `${error.message}. It stays in this tab and is forgotten with it.`;
+  showError(missing ? null : error, "key-error");
   get("main").hidden = true;
   get("model").textContent = "needs a key";
   get("key-form").hidden = false;
@@ -276,12 +278,19 @@ function askForKey(error) {
   showControls();
 }
 
+/** A link like /#key=... opens the page with its key, which is gone from the address before anything is asked. */
+function takeKeyFromAddress() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("key");
+  if (given) key.keep(given);
+  if (location.hash) history.replaceState(null, "", location.pathname + location.search);
+}
+
 async function load() {
   try {
     known = await models();
   } catch (error) {
     if (["missing_api_key", "invalid_api_key"].includes(error.code)) {
-      return askForKey(key.value ? error : null);
+      return askForKey(error);
     }
     get("model").textContent = `${error.message}; trying again…`;
     setTimeout(load, ASK_AGAIN_MS);
@@ -338,4 +347,5 @@ video.addEventListener("ended", finish);
 video.addEventListener("timeupdate", look); // comes in a hidden tab, too, where timers are slow
 addEventListener("pagehide", () => { if (run) end("idle", "stopped"); }); // the browser may keep the page: nobody watches
 setInterval(look, LOOK_EVERY_MS);
+takeKeyFromAddress();
 load();

@@ -5,6 +5,7 @@ What a full or restarting server refuses is asked again after the time it names;
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -24,6 +26,8 @@ from diagonal.mp4 import PartReader, split
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 API_KEY_VARIABLE, URL_VARIABLE = "DIAGONAL_API_KEY", "DIAGONAL_URL"
+LOCAL_KEY_FILE = ".diagonal/serve/local_key"
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _TRY_AGAIN = (429, 502, 503, 504)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
@@ -64,10 +68,21 @@ class Video:
         )
 
 
+def local_key(url: str) -> str | None:
+    """The key of a service on this machine that was started in this folder or one above; None for any other server."""
+    if urlsplit(url).hostname not in _THIS_MACHINE:
+        return None
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        with contextlib.suppress(OSError):
+            return (folder / LOCAL_KEY_FILE).read_text().strip()
+    return None
+
+
 class DiagonalClient:
     """Speaks to one server. Use it as a context manager, or call `shut`; methods raise `DiagonalError`.
 
-    Without `base_url` and `api_key` the environment's DIAGONAL_URL and DIAGONAL_API_KEY count. What a server refuses
+    Without `base_url` and `api_key` the environment's DIAGONAL_URL and DIAGONAL_API_KEY count, and for a server on this
+    machine the key in `.diagonal/serve/local_key`, here or in a folder above (`local_key`). What a server refuses
     for now is asked again at most `max_retries` times.
     """
 
@@ -80,9 +95,9 @@ class DiagonalClient:
         max_retries: int = 2,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        key = api_key or os.environ.get(API_KEY_VARIABLE)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         address = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+        key = api_key or os.environ.get(API_KEY_VARIABLE) or local_key(address)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._max_retries, self._timeout_s = max_retries, timeout_s
         self._http = httpx2.Client(base_url=address, headers=headers, timeout=timeout_s, transport=transport)
 

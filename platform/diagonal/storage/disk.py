@@ -69,6 +69,21 @@ class Disk:
             shutil.rmtree(self.root)
 
 
+def create_private(path: Path, data: bytes) -> None:
+    """A new file that its owner alone may read from the first moment; of two processes that make one, one's counts."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):  # the other process's
+            os.link(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_file(target: Path) -> Iterator[BinaryIO]:
     """A file that takes its name, synced to disk, when the block ends well, and else leaves nothing."""
