@@ -62,6 +62,7 @@ class Watched:
     """A viewer in a thread of its own, who watches at the speed of playback."""
 
     url: str
+    key: str
     file: Path
     seed: int
     parts: int = 0
@@ -74,7 +75,7 @@ class Watched:
 
     def _run(self) -> None:
         try:
-            with DiagonalClient(self.url) as client, self.file.open("wb") as out:
+            with DiagonalClient(self.url, api_key=self.key) as client, self.file.open("wb") as out:
                 video = client.create(PROMPT, frames=FRAMES, seed=self.seed, pacing="realtime")
                 for part in client.stream(video.id):
                     out.write(part)
@@ -191,7 +192,8 @@ def recover(run: LocalRun, nodes: Nodes, work: list[Node], job: subprocess.Popen
 
     until("the first update", lambda: reached(1), JOB_S)
     progress.say("the job trains")
-    viewers = [Watched(run.service_url or "", Path(run.folder) / f"{seed}.mp4", seed) for seed in range(2)]
+    service = (run.service_url or "", run.service_key)
+    viewers = [Watched(*service, Path(run.folder) / f"{seed}.mp4", seed) for seed in range(2)]
     until("both streams", lambda: all(viewer.parts >= 3 for viewer in viewers), STREAM_S)
     until(f"update {LOST_AFTER}", lambda: reached(LOST_AFTER), JOB_S)
     progress.say(f"two viewers watch, {updates(run)} of {UPDATES} updates are done: a node is lost")

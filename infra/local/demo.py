@@ -207,7 +207,7 @@ def applications(run: LocalRun) -> list[dict[str, Any]]:
 
 def fetch_video(run: LocalRun, progress: Progress) -> Video:
     """Ask the service for a video over HTTP and write it to demo.mp4 while it is made."""
-    with DiagonalClient(run.service_url or "", api_key=run.service_key_path.read_text().strip()) as client:
+    with DiagonalClient(run.service_url or "", api_key=run.service_key) as client:
         progress.say(f'POST /v1/videos "{SCENE.caption}", {FRAMES} frames, seed {SEED}')
         begun = time.monotonic()
         video = client.create(SCENE.caption, frames=FRAMES, seed=SEED)

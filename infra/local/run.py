@@ -59,9 +59,13 @@ class LocalRun:
         return Path(self.root) / ".diagonal" / "serve" / "local_key"
 
     @property
+    def service_key(self) -> str:
+        return self.service_key_path.read_text().strip()
+
+    @property
     def service_page(self) -> str:
         """The service's page, opened with that key; what stands behind # reaches no server and no log."""
-        return f"{self.service_url}/#key={self.service_key_path.read_text().strip()}"
+        return f"{self.service_url}/#key={self.service_key}"
 
     @property
     def ray_folder(self) -> Path:

@@ -14,7 +14,7 @@ import httpx2
 from websockets.exceptions import WebSocketException
 
 from diagonal.client import AsyncRealtime, BrokenStreamError, DiagonalError, ServerFullError
-from diagonal.client.client import API_KEY_VARIABLE
+from diagonal.client.client import API_KEY_VARIABLE, local_key
 from diagonal.client.errors import error_for
 from diagonal.client.protocol import Chunk, Pacing, start_fields
 from diagonal.evaluate.load.figures import Player, Trace
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def headers(self) -> dict[str, str]:
-        key = os.environ.get(API_KEY_VARIABLE)
+        key = os.environ.get(API_KEY_VARIABLE) or local_key(self.url)
         return {"Authorization": f"Bearer {key}"} if key else {}
 
 

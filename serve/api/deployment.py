@@ -31,7 +31,9 @@ class GatewayDeployment:
     ) -> None:
         self._metrics = serve_metrics()
         if settings.auth == "local":
-            _LOG.warning("auth=local: everybody shows the key in %s, which its owner alone can read", settings.local_key)
+            _LOG.warning(
+                "auth=local: everybody shows the key in %s, which its owner alone can read", settings.local_key
+            )
         self._fleet, self._configured = Fleet(replicas), False
         self._others: dict[tuple[str, str], DeploymentHandle] = {}
         self._gateway = Gateway(settings, remote_store(store), self._fleet, self._metrics, is_stopping)

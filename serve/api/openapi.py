@@ -30,7 +30,10 @@ _RANGE = {"Content-Range": {"schema": _TEXT}}
 _ERROR_HEADERS: dict[int, dict[str, Any]] = {416: _RANGE, 429: _AGAIN | _QUOTAS, 503: _AGAIN}
 _MP4: dict[str, Any] = {"content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}}
 _EVERYWHERE = (401, 500, 503)
-_KEY = "An API key; a browser opens the WebSocket with a client secret. With `auth: local` it is in the file `local_key` of the `data` folder"
+_KEY = (
+    "An API key, with `auth: local` the one in the file `local_key` of the service's `data` folder; "
+    "a browser opens the WebSocket with a client secret"
+)
 
 STREAM: Responses = {200: {**_MP4, "description": "Fragmented MP4, as it is made"}}
 FILE: Responses = {

@@ -31,5 +31,3 @@ def signing_key(path: str, data: Path) -> Ed25519PrivateKey:
     if not isinstance(loaded, Ed25519PrivateKey):
         raise FieldError("signing_key", str(own), "a PEM file with an Ed25519 key")
     return loaded
-
-

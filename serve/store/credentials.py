@@ -41,7 +41,7 @@ def local_key(path: Path) -> Secret:
     require(own, "data", str(path), "a file of the service's own user, with mode 0600")
     secret = parse_secret(KEY, path.read_text().strip())
     if secret is None or secret.id != LOCAL:
-        raise FieldError("data", str(path), f"a file with a key that begins with {KEY}_{LOCAL}_; remove it for a new one")
+        raise FieldError("data", str(path), f"a key that begins with {KEY}_{LOCAL}_; remove the file for a new one")
     return secret
 
 

@@ -34,7 +34,7 @@ from infra.local.ports import choose
 from infra.local.run import LocalRun
 from tests.faults.nodes import until
 from tests.faults.watchers import PROMPT, OverHttp
-from tests.serve.sockets import viewer
+from tests.serve.sockets import LOCAL_KEY, give_local_key, viewer
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY_S = 1.0  # between two scrapes
@@ -146,6 +146,7 @@ def observed(folder: Path) -> Iterator[Scene]:
         (folder / name).symlink_to(ROOT / name)
     (folder / "scene_policy.py").write_text(POLICY)
     (folder / "scene_teller.py").write_text(TELLER)
+    give_local_key(folder / ".diagonal" / "serve")
     run = cluster.start(folder)
     try:
         yield Scene(run, observe.start(run, EVERY_S))
@@ -244,7 +245,7 @@ def watch(scene: Scene) -> None:
         with frozen(replica):
             time.sleep(FREEZE_S)
     scene.until("ray_diagonal_stream_stalls_total")
-    held = httpx2.get(f"{scene.service}/v1/videos/{watchers[0].id}", timeout=30).json()
+    held = httpx2.get(f"{scene.service}/v1/videos/{watchers[0].id}", headers=LOCAL_KEY, timeout=30).json()
     assert held["status"] == "in_progress", held
     for replica in scene.processes("ray::ServeReplica:diagonal:Replica")[:1]:
         replica.kill()
@@ -277,9 +278,9 @@ def ask_wrongly(scene: Scene) -> None:
 
     def create(prompt: str, **more: Any) -> httpx2.Response:
         body = {"prompt": prompt, "num_frames": 33, **more}
-        return httpx2.post(f"{scene.service}/v1/videos", json=body, timeout=60)
+        return httpx2.post(f"{scene.service}/v1/videos", headers=LOCAL_KEY, json=body, timeout=60)
 
-    assert httpx2.get(f"{scene.service}/v1/videos/video_none", timeout=60).status_code in (404, 422)
+    assert httpx2.get(f"{scene.service}/v1/videos/video_none", headers=LOCAL_KEY, timeout=60).status_code in (404, 422)
     create(BAD[0])
     for _ in range(3):
         assert create(BANNED).status_code == 422 and create(CRASH).status_code == 503

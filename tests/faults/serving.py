@@ -7,12 +7,14 @@ import signal
 import socket
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
 import psutil
 
 from tests.faults.nodes import until
+from tests.serve.sockets import give_local_key
 
 T = TypeVar("T")
 APPLICATION = "diagonal"
@@ -28,6 +30,7 @@ class LiveService:
             free.bind(("127.0.0.1", 0))
             self._port = int(free.getsockname()[1])
         self.url = f"http://127.0.0.1:{self._port}"
+        give_local_key(Path(data))
         arguments = {"data": data, "replica_cpus": 0.5, "drain_s": 60.0, "resume_window_s": 90.0}
         self._config: dict[str, Any] = {
             "name": APPLICATION,

@@ -12,6 +12,7 @@ import pytest
 
 from tests.faults.releases import ConfiguredService, variant
 from tests.faults.watchers import OverHttp
+from tests.serve.sockets import LOCAL_KEY
 
 BODY = {"prompt": "a red circle moving right slowly", "num_frames": 9}
 
@@ -26,13 +27,13 @@ def live(ray_cluster: str, tmp_path: Path) -> Iterator[ConfiguredService]:
 
 def model_of_next_video(live: ConfiguredService) -> str:
     """It is seen to its end, so that the next one finds a free slot."""
-    video = httpx2.post(f"{live.url}/v1/videos", json=BODY, timeout=60).raise_for_status().json()
-    httpx2.get(f"{live.url}/v1/videos/{video['id']}/stream", timeout=60).raise_for_status()
+    video = httpx2.post(f"{live.url}/v1/videos", headers=LOCAL_KEY, json=BODY, timeout=60).raise_for_status().json()
+    httpx2.get(f"{live.url}/v1/videos/{video['id']}/stream", headers=LOCAL_KEY, timeout=60).raise_for_status()
     return str(video["model"])
 
 
 def offered(live: ConfiguredService) -> list[str]:
-    models = httpx2.get(f"{live.url}/v1/models", timeout=30).raise_for_status().json()["data"]
+    models = httpx2.get(f"{live.url}/v1/models", headers=LOCAL_KEY, timeout=30).raise_for_status().json()["data"]
     return [str(model["id"]) for model in models]
 
 
@@ -86,7 +87,7 @@ def test_a_canary_in_an_application_of_its_own_comes_and_goes_beside_the_others(
     live.until("the canary makes no videos", partial(makes, live, "stable"))
     live.configure({"stable": 1.0})
     live.until("the canary is gone", lambda: offered(live) == ["stable"])
-    refused = httpx2.post(f"{live.url}/v1/videos", json=BODY | {"model": "next"}, timeout=60)
+    refused = httpx2.post(f"{live.url}/v1/videos", headers=LOCAL_KEY, json=BODY | {"model": "next"}, timeout=60)
     assert refused.status_code == 404 and live.all_parts() == parts
 
 
@@ -97,5 +98,5 @@ def test_a_release_that_nobody_promoted_is_not_served_unless_asked(live: Configu
     assert "release r3" in why and "not promoted" in why and "allow_unpromoted: true" in why
     live.configure(release=release, allow_unpromoted=True)
     live.until("it is served", live.ready)
-    (model,) = httpx2.get(f"{live.url}/v1/models", timeout=30).json()["data"]
+    (model,) = httpx2.get(f"{live.url}/v1/models", headers=LOCAL_KEY, timeout=30).json()["data"]
     assert (model["id"], model["promoted"]) == ("r3", False)

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.serve.sockets import Viewer, viewer
+from tests.serve.sockets import LOCAL_KEY, Viewer, viewer
 
 PROMPT = "a red circle moving right slowly"
 FPS = 16
@@ -51,7 +51,7 @@ class Watcher:
     def _state(self) -> str:
         """What the service says of the video."""
         try:
-            return httpx2.get(f"{self.url}/v1/videos/{self.id}", timeout=10).text
+            return httpx2.get(f"{self.url}/v1/videos/{self.id}", headers=LOCAL_KEY, timeout=10).text
         except httpx2.HTTPError as error:
             return repr(error)
 
@@ -74,7 +74,7 @@ class OverHttp(Watcher):
 
     def _watch(self) -> None:
         body = {"prompt": PROMPT, "num_frames": self.frames, "seed": self.seed, "extra": {"pacing": "realtime"}}
-        with httpx2.Client(base_url=self.url, timeout=60) as http:
+        with httpx2.Client(base_url=self.url, headers=LOCAL_KEY, timeout=60) as http:
             self.id = http.post("/v1/videos", json=body).raise_for_status().json()["id"]
             with http.stream("GET", f"/v1/videos/{self.id}/stream") as answer:
                 for part in answer.iter_raw():

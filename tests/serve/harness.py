@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import av
@@ -38,6 +39,7 @@ from serve.settings import ServeSettings
 from serve.store.store import Store
 from tests.networks import small_release
 from tests.recorded_metrics import RecordedMetrics
+from tests.serve.sockets import LOCAL_KEY, give_local_key
 
 Until = Callable[..., Any]
 """The fixture `until`: `until(condition, what)`."""
@@ -196,8 +198,25 @@ class LocalHandle:
         return Method
 
 
+def with_local_key(app: Any) -> Any:
+    """The application, for callers who show the local key unless they show another one."""
+
+    async def keyed(scope: Any, receive: Any, send: Any) -> None:
+        headers = scope.get("headers", [])
+        if scope["type"] != "lifespan" and not any(name == b"authorization" for name, _ in headers):
+            scope["headers"] = [*headers, (b"authorization", LOCAL_KEY["Authorization"].encode())]
+        await app(scope, receive, send)
+
+    return keyed
+
+
 class Service:
-    """Store, replica and gateways on one loop in a thread, each gateway behind a real socket."""
+    """Store, replica and gateways on one loop in a thread, each gateway behind a real socket.
+
+    With `shows_key` a caller who shows no key counts as one who shows the local key, as the clients do.
+    """
+
+    shows_key = True
 
     def __init__(
         self, settings: ServeSettings, engine: FakeEngine, limits: RealtimeLimits | None = None, **store: float
@@ -211,6 +230,7 @@ class Service:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
     def start(self) -> None:
+        give_local_key(Path(self.settings.data))
         self._thread.start()
         assert self._up.wait(30), "the service did not start"
 
@@ -286,7 +306,9 @@ class Service:
         store = remote_store(LocalHandle(lambda _: self.store))
         gateway = Gateway(self.settings, store, self.make_fleet(), self.metrics)
         self.gateways.append(gateway)
-        app = create_app(gateway, self.metrics, limits=self._limits)
+        app: Any = create_app(gateway, self.metrics, limits=self._limits)
+        if self.settings.auth == "local" and self.shows_key:
+            app = with_local_key(app)
         options: dict[str, Any] = {"log_level": "critical", "timeout_graceful_shutdown": 1}
         return uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, **options))
 

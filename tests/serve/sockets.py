@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,14 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 DEADLINE_S = 60.0  # of a busy machine: nothing that is asserted depends on it
+LOCAL_KEY = {"Authorization": "Bearer dk_local_of-the-tests"}
+
+
+def give_local_key(data: Path) -> None:
+    """Put the key of the tests where a service with `auth: local` keeps its own."""
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "local_key").write_text(LOCAL_KEY["Authorization"].removeprefix("Bearer "))
+    (data / "local_key").chmod(0o600)
 
 
 class Viewer:
@@ -72,7 +81,9 @@ class Viewer:
 def viewer(
     url: str, headers: Mapping[str, str] | None = None, deadline_s: float = DEADLINE_S, **options: Any
 ) -> Iterator[Viewer]:
-    """A connection to a service by its HTTP address; closed properly at the end."""
+    """A connection to a service by its HTTP address, with the local key if no other is shown; closed at the end."""
+    if headers is None and "subprotocols" not in options:
+        headers = LOCAL_KEY
     address = f"{url.replace('http', 'ws', 1)}/v1/realtime/video"
     with connect(address, additional_headers=headers, open_timeout=10, max_size=1 << 24, **options) as socket:
         yield Viewer(socket, deadline_s)

@@ -22,7 +22,7 @@ from diagonal.client.cli import main
 from diagonal.metrics import BY_NAME
 from serve.settings import ServeSettings
 from tests.serve.harness import Until
-from tests.serve.sockets import cut, viewer
+from tests.serve.sockets import LOCAL_KEY, cut, give_local_key, viewer
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,9 @@ def url(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = {"data": str(tmp_path_factory.mktemp("serve")), "gateways": "2", "replicas": "2", "replica_cpus": "0.5"}
+    data = tmp_path_factory.mktemp("serve")
+    give_local_key(data)
+    arguments = {"data": str(data), "gateways": "2", "replicas": "2", "replica_cpus": "0.5"}
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(arguments), name="diagonal", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
@@ -46,7 +48,7 @@ def url(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def http(url: str) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=url, timeout=60) as client:
+    with httpx2.Client(base_url=url, headers=LOCAL_KEY, timeout=60) as client:
         yield client
 
 
@@ -123,9 +125,10 @@ def test_every_answer_carries_one_request_id(http: httpx2.Client) -> None:
         assert answer.headers.get_list("x-request-id") == ["mine-1"]
 
 
-def test_behind_serves_proxy_only_this_machine_needs_no_key(http: httpx2.Client) -> None:
-    for headers in ({"X-Forwarded-For": "203.0.113.9"}, {"Host": "videos.example"}, {"Authorization": "Bearer dk_0_x"}):
-        assert http.get("/v1/models", headers=headers).status_code == 401
+def test_behind_serves_proxy_the_local_key_opens_and_no_address_does(url: str) -> None:
+    wrong = {"Authorization": "Bearer dk_0_x"}
+    for headers, status in ((LOCAL_KEY, 200), ({}, 401), (wrong, 401), (LOCAL_KEY | {"Host": "videos.example"}, 403)):
+        assert httpx2.get(f"{url}/v1/models", headers=headers, timeout=60).status_code == status
 
 
 def test_a_session_over_a_socket_is_steered_and_goes_on_after_a_break(url: str) -> None:

@@ -24,10 +24,14 @@ from starlette.routing import WebSocketRoute
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
+from diagonal.errors import FieldError
 from serve.api.auth import PUBLIC, PUBLIC_FOLDER
 from serve.api.routes import create_app
+from serve.settings import ServeSettings
+from serve.store.credentials import local_key
 from tests.serve.harness import FakeEngine, Keyed, Service, Until
-from tests.serve.sockets import viewer
+from tests.serve.sockets import LOCAL_KEY, viewer
+from tests.serve.wire import wire
 
 
 @pytest.fixture
@@ -113,19 +117,90 @@ def test_1_a_key_in_an_address_is_not_looked_at(guarded: Service, http: httpx2.C
         assert http.get("/v1/models", params={name: text}).status_code == 401
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Host": "videos.example"},
-        {"X-Forwarded-For": "203.0.113.9"},
-        {"Forwarded": "for=203.0.113.9"},
-        {"X-Real-IP": "203.0.113.9"},
-    ],
-)
-def test_1_without_keys_only_this_machine_itself_comes_in(idle_service: Service, headers: dict[str, str]) -> None:
-    url = idle_service.urls[0]
-    assert httpx2.get(f"{url}/v1/models").status_code == 200
-    assert httpx2.get(f"{url}/v1/models", headers=headers).status_code == 401
+@pytest.fixture
+def local(settings: ServeSettings, engine: FakeEngine) -> Iterator[Service]:
+    """A service with `auth: local` whose callers show what they show."""
+    service = Service(settings, engine)
+    service.shows_key = False
+    service.start()
+    yield service
+    service.stop()
+
+
+def test_1_this_machines_own_user_shows_the_key_in_his_file(local: Service) -> None:
+    url, there = local.urls[0], local.settings.local_key
+    assert there.stat().st_mode & 0o777 == 0o600
+    told = httpx2.get(f"{url}/v1/models")
+    assert (told.status_code, told.json()["error"]["code"]) == (401, "missing_api_key") and "local_key" in told.text
+    assert str(there.parent) not in told.text and refused(url, {}) == 401
+    with viewer(url, LOCAL_KEY) as one:
+        one.start(num_frames=9, extra_params={"pacing": "none"})
+        one.until("session.done")
+    assert len(httpx2.get(f"{url}/v1/videos", headers=LOCAL_KEY).json()["data"]) == 1
+    key = LOCAL_KEY["Authorization"]
+    for wrong in ("Bearer dk_local_", "Bearer dk_local_x", key + "x", key.replace("dk_", "ek_")):
+        assert httpx2.get(f"{url}/v1/models", headers={"Authorization": wrong}).status_code == 401
+    foreign = httpx2.get(f"{url}/v1/models", headers=LOCAL_KEY | {"Host": "videos.example"})
+    assert (foreign.status_code, foreign.json()["error"]["code"]) == (403, "foreign_host")
+
+
+@pytest.mark.parametrize("host", ["videos.example", "localhost", "127.0.0.1", "[::1]", "", None])
+def test_1_whom_a_silent_proxy_passes_on_shows_a_key_whatever_host_he_names(local: Service, host: str | None) -> None:
+    """As nginx and haproxy are by default: the service sees a caller on this machine, and no header tells more."""
+    with wire(local.urls[0]) as proxy:
+        there = {} if host is None else {"Host": host}
+        for method, path in (("GET", "/v1/models"), ("GET", "/v1/videos"), ("DELETE", "/v1/videos/video_x")):
+            assert httpx2.request(method, f"{proxy.url}{path}", headers=there).status_code in (400, 401)
+        answer = httpx2.post(f"{proxy.url}/v1/videos", headers=there, json={"prompt": "a red circle"})
+        assert answer.status_code in (400, 401) and not local.engine.sessions
+        assert refused(proxy.url, {}) == 401
+
+
+def test_1_the_local_key_is_made_once_and_opens_nothing_else(tmp_path: Path, key: Keyed, http: httpx2.Client) -> None:
+    made = local_key(tmp_path / "local_key")
+    text = (tmp_path / "local_key").read_text()
+    assert text.startswith("dk_local_") and len(text) > 40 and local_key(tmp_path / "local_key") == made
+    assert http.get("/v1/models", headers=LOCAL_KEY).status_code == 401  # with auth: keys
+    for spoil in (lambda path: path.chmod(0o644), lambda path: path.write_text("dk_0_x")):
+        (tmp_path / "local_key").unlink()
+        local_key(tmp_path / "local_key")
+        spoil(tmp_path / "local_key")
+        with pytest.raises(FieldError, match="local_key"):
+            local_key(tmp_path / "local_key")
+
+
+@pytest.mark.parametrize("prefix", ["/diagonal", "/viewer", "/v1", "/health/live"])
+def test_1_below_a_prefix_the_same_is_public_and_nothing_else(guarded: Service, key: Keyed, prefix: str) -> None:
+    app = create_app(guarded.gateways[0], guarded.metrics)
+
+    async def below(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, "root_path": prefix}, receive, send)  # as Serve's proxy says of a route prefix
+
+    async def status(method: str, path: str, headers: dict[str, str]) -> int:
+        transport = httpx2.ASGITransport(below, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return (await client.request(method, prefix + path, headers=headers)).status_code
+
+    def ask(method: str, path: str, headers: dict[str, str] | None = None) -> int:
+        return int(guarded.run(status(method, path, headers or {})))
+
+    assert [ask("GET", path) for path in ("/", "/health/live", "/openapi.json", "/viewer/viewer.js")] == [200] * 4
+    for method, path in requests_of(app):
+        if path not in PUBLIC:
+            assert ask(method, path) == 401, (method, path)
+    assert ask("GET", "/v1/models", key()) == 200
+
+
+def test_1_a_request_that_nobody_was_put_into_is_refused(guarded: Service) -> None:
+    """Were a route taken for a public one by mistake, it would still be 401."""
+    app = create_app(guarded.gateways[0], guarded.metrics)
+    app.user_middleware.clear()
+
+    async def status() -> int:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            return (await client.get("/v1/models")).status_code
+
+    assert guarded.run(status()) == 401
 
 
 def test_2_a_client_secret_opens_one_session(guarded: Service, http: httpx2.Client, key: Keyed, until: Until) -> None:
