@@ -16,6 +16,7 @@ import pytest
 
 from diagonal.client import DiagonalClient, DiagonalError
 from diagonal.client.cli import FAILED, FULL, NO_ANSWER, REFUSED, main
+from diagonal.client.client import local_key
 from diagonal.client.commands import Progress
 
 FILE = b"....ftyp the file"
@@ -86,6 +87,34 @@ def server() -> Server:
 def run(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setattr("time.sleep", lambda _: None)
     return lambda *arguments: main([str(argument) for argument in arguments], client=server.client)
+
+
+def test_a_server_on_this_machine_is_shown_the_key_in_its_file_and_no_other_server_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".diagonal" / "serve").mkdir(parents=True)
+    (tmp_path / ".diagonal" / "serve" / "local_key").write_text("dk_local_1\n")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    monkeypatch.delenv("DIAGONAL_API_KEY", raising=False)
+    urls = (
+        "http://127.0.0.1:8000",
+        "http://localhost:1",
+        "http://[::1]:1",
+        "https://127.0.0.1.evil.example",
+        "http://a.b",
+    )
+    assert [local_key(url) for url in urls] == ["dk_local_1"] * 3 + [None] * 2
+    shown: list[str | None] = []
+
+    def server(request: httpx2.Request) -> httpx2.Response:
+        shown.append(request.headers.get("authorization"))
+        return httpx2.Response(200, json={"data": []})
+
+    for url, key in ((urls[0], None), (urls[0], "dk_1_2"), (urls[4], None)):
+        with DiagonalClient(url, api_key=key, transport=httpx2.MockTransport(server)) as client:
+            client._http.get("/v1/models")
+    assert shown == ["Bearer dk_local_1", "Bearer dk_1_2", None]
 
 
 def test_only_what_was_given_is_sent(server: Server) -> None:

@@ -13,6 +13,7 @@ import pytest
 from serve.settings import ServeSettings
 from tests.serve.browser import Browser
 from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, SideBySide, Until, shade
+from tests.serve.sockets import LOCAL_KEY
 from tests.serve.wire import wire
 
 Open = Callable[[str], Browser]
@@ -47,6 +48,26 @@ def open_page(chromium: str, tmp_path: Path) -> Iterator[Open]:
     yield go
     for browser in opened:
         browser.stop()
+
+
+def test_a_link_with_the_local_key_opens_the_page_and_leaves_the_address(
+    open_page: Open, settings: ServeSettings, engine: FakeEngine, until: Until
+) -> None:
+    local = Service(settings, engine)
+    local.shows_key = False
+    local.start()
+    try:
+        stranger = open_page(local.urls[0])
+        until(
+            lambda: stranger.run("!document.getElementById('key-form').hidden"), "the page asks for a key", seconds=30
+        )
+        assert "local_key" in stranger.text("key-hint")
+        page = open_page(f"{local.urls[0]}/#key={LOCAL_KEY['Authorization'].removeprefix('Bearer ')}")
+        started(page, until)
+        playing(page, until)
+        assert page.run("location.href") == f"{local.urls[0]}/"
+    finally:
+        local.stop()
 
 
 @pytest.fixture
