@@ -76,7 +76,7 @@ def _train(run: Run, release: Release) -> None:
     report = Progress("decoder", config.decoder.updates, training.update)
     train_fast_decoder(config, training, clips, report, lambda: _save(run, training))
     count = min(UNSEEN_CLIPS, config.decoder.clips)
-    unseen = config.with_settings([f"seed={config.seed + 1}", f"decoder.clips={count}", "decoder.crop=0"])
+    unseen = config.with_settings([f"seed={config.seed + 1}", f"decoder.clips={count}", "decoder.crop_latents=0"])
     _write(run, release, training.network, made(unseen, prompts))
 
 

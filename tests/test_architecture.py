@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
     "": -1,
-    "errors": -1,
+    "errors": -2,
+    "setting": -1,
     "geometry": 0,
     "schedule": 0,
     "metrics": 0,

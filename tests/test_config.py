@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from diagonal.config import PRESETS, Config
+from diagonal.config import Config
+from diagonal.config.presets import PRESETS
 from diagonal.errors import FieldError
 from diagonal.jsonfile import read_json, write_json
 
@@ -103,15 +104,15 @@ def test_an_unknown_key_is_refused_with_the_known_ones(setting: str, field: str)
         ("schedule.steps=4321", "schedule.context"),
         ("distill.stage1_steps=9", "distill.stage1_steps"),
         ("distill.stage1_steps=1", "distill.stage1_steps"),
-        ("serve.overload_steps=9", "serve.overload_steps"),
-        ("serve.overload_steps=1", "serve.overload_steps"),
+        ("serve.degraded_steps=9", "serve.degraded_steps"),
+        ("serve.degraded_steps=1", "serve.degraded_steps"),
         ("serve.budget_share=0", "serve.budget_share"),
         ("serve.decoder=small", "serve.decoder"),
         ("serve.decoder_layout=rows", "serve.decoder_layout"),
         ("serve.linear_dtype=int8", "serve.linear_dtype"),
         ("serve.cache_dtype=float8", "serve.cache_dtype"),
         ("decoder.updates=0", "decoder.updates"),
-        ("decoder.difference=-1", "decoder.difference"),
+        ("decoder.difference_weight=-1", "decoder.difference_weight"),
         ("serve.budget_share=1.01", "serve.budget_share"),
         ("serve.max_paused_sessions=-1", "serve.max_paused_sessions"),
         ("serve.max_paused_s=0", "serve.max_paused_s"),
@@ -131,7 +132,7 @@ def test_an_unknown_key_is_refused_with_the_known_ones(setting: str, field: str)
         ("model.text_tokens=0", "model.text_tokens"),
         ("network.layers=0", "network.layers"),
         ("ode_init.ema_decay=1", "ode_init.ema_decay"),
-        ("ode_init.positions=relative", "ode_init.positions"),
+        ("ode_init.sink_positions=relative", "ode_init.sink_positions"),
         ("distill.lr=NaN", "distill.lr"),
         ("distill.beta2=1", "distill.beta2"),
         ("distill.stage2_updates=-1", "distill.stage2_updates"),

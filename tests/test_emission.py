@@ -117,7 +117,7 @@ def alone() -> Seen:
     """An engine in an overload, and one without memory for a session."""
     seen = Seen()
     clock = Clock()
-    release = timed(small_release("serve.overload_steps=2", "serve.budget_share=0.95"), clock, 0.0, 0.08)
+    release = timed(small_release("serve.degraded_steps=2", "serve.budget_share=0.95"), clock, 0.0, 0.08)
     engine = engine_of(release=release, clock=clock, metrics=seen)
     engine.warm_up()
     assert admitted(engine, "ab") == "ab"

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from diagonal.config import PRESETS, Config
+from diagonal.config import Config
+from diagonal.config.presets import PRESETS
 from diagonal.errors import FieldError, require
 from diagonal.model.base_model import LINEAGE, base_folder, embedded
 from diagonal.model.manifest import MANIFEST, ReleaseError
@@ -61,7 +62,7 @@ FREE_FIELDS = frozenset(
         "pretrain.updates",  # refused by the teacher's own state where it is too late for it
         "prompts.extend_timeout_s",
         "prompts.extend_concurrency",
-        "prompts.extend_key_variable",
+        "prompts.extend_api_key_env",
     }
 )
 

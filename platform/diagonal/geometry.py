@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from math import ceil
 
 from diagonal.errors import require
+from diagonal.setting import Allowed, check, setting
+
+_WHOLE = Allowed("a whole number above 0", lambda value: isinstance(value, int) and value > 0)
+_MULTIPLES = {"clip_frames": "chunk_frames", "latent_height": "patch_height", "latent_width": "patch_width"}
 
 
 @dataclass(frozen=True)
@@ -16,38 +20,22 @@ class ChunkGeometry:
     (Wan2.1: strides 4, 8, 8; patch 1, 2, 2; 21 frames in chunks of 3 make 81 pixel frames at 16 fps).
     """
 
-    latent_channels: int = 16
-    latent_height: int = 60
-    latent_width: int = 104
-    clip_frames: int = 21
-    chunk_frames: int = 3
-    patch_height: int = 2
-    patch_width: int = 2
-    temporal_stride: int = 4
-    spatial_stride: int = 8
-    pixel_fps: int = 16
+    latent_channels: int = setting(16, "Channels of a latent.", _WHOLE)
+    latent_height: int = setting(60, "Latents of a column; a multiple of patch_height.", _WHOLE)
+    latent_width: int = setting(104, "Latents of a row; a multiple of patch_width.", _WHOLE)
+    clip_frames: int = setting(21, "Frames of a training clip; a multiple of chunk_frames.", _WHOLE)
+    chunk_frames: int = setting(3, "Frames of a chunk.", _WHOLE)
+    patch_height: int = setting(2, "Latents of a token, downwards.", _WHOLE)
+    patch_width: int = setting(2, "Latents of a token, sideways.", _WHOLE)
+    temporal_stride: int = setting(4, "Pixel frames of each latent frame but the first.", _WHOLE)
+    spatial_stride: int = setting(8, "Pixels a side of a latent.", _WHOLE)
+    pixel_fps: int = setting(16, "Pixel frames a second.", _WHOLE)
 
     def __post_init__(self) -> None:
-        for name, value in self.__dict__.items():
-            require(isinstance(value, int) and value > 0, f"geometry.{name}", value, "a whole number above 0")
-        require(
-            self.clip_frames % self.chunk_frames == 0,
-            "geometry.clip_frames",
-            self.clip_frames,
-            f"a multiple of geometry.chunk_frames = {self.chunk_frames}",
-        )
-        require(
-            self.latent_height % self.patch_height == 0,
-            "geometry.latent_height",
-            self.latent_height,
-            f"a multiple of geometry.patch_height = {self.patch_height}",
-        )
-        require(
-            self.latent_width % self.patch_width == 0,
-            "geometry.latent_width",
-            self.latent_width,
-            f"a multiple of geometry.patch_width = {self.patch_width}",
-        )
+        check(self, "geometry")
+        for name, divisor in _MULTIPLES.items():
+            value, unit = getattr(self, name), getattr(self, divisor)
+            require(value % unit == 0, f"geometry.{name}", value, f"a multiple of geometry.{divisor} = {unit}")
 
     @property
     def clip_chunks(self) -> int:

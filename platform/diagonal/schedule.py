@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
 from diagonal.errors import require
+from diagonal.setting import Allowed, check, setting
 
 Context = Literal["reuse"] | float
 
@@ -52,16 +53,20 @@ class StepSchedule:
     a level re-noises the finished chunk to it and spends one further forward; None takes the list's own default.
     """
 
-    steps: str = "4322222"
-    shift: float = 5.0
-    context: Context | None = field(default=None)
+    steps: str = setting("4322222", "Denoising steps of each chunk; the last digit stands for all later ones.", ALLOWED)
+    shift: float = setting(5.0, "Warp of noise levels.", Allowed("a number of at least 1", lambda shift: shift >= 1.0))
+    context: Context | None = setting(
+        None,
+        "Noise level at which a finished chunk enters the cache; reuse keeps what its last step computed.",
+        "null (the schedule's own), 'reuse', or a level in [0, 1]",
+    )
 
     def __post_init__(self) -> None:
         valid = isinstance(self.steps, str) and (self.steps in NAMED_STEPS or bool(STRING.fullmatch(self.steps)))
         require(valid, "schedule.steps", self.steps, ALLOWED)
         falling = all(a > b for row in self.raw_rows for a, b in zip(row, row[1:], strict=False))
         require(falling, "schedule.steps", self.steps, "a last timestep below the one before it in every row")
-        require(self.shift >= 1.0, "schedule.shift", self.shift, "a number of at least 1")
+        check(self, "schedule")
         is_level = isinstance(self.context, int | float) and not isinstance(self.context, bool)
         require(
             self.context in (None, "reuse") or (is_level and 0.0 <= float(self.context) <= 1.0),

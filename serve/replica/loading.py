@@ -51,7 +51,7 @@ def describe(loaded: Loaded, marks: Watermarks) -> ModelInfo:
         scales=marks.scales(tuple(dict.fromkeys((limits.pixel_scale, 1)))),
         max_frames=int(limits.max_seconds * geometry.pixel_fps),
         max_prompt_characters=limits.max_prompt_characters,
-        lead_s=limits.lead_s,
+        lead_s=limits.playout_lead_s,
         promoted=loaded.promoted,
         geometry=geometry,
         release_sha256=loaded.manifest_sha256,

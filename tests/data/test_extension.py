@@ -28,7 +28,7 @@ def quick_and_keyed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def extender(server: ChatServer | str, cache: Path, max_failed: int = 0, **others: Any) -> Extender:
     url = server if isinstance(server, str) else server.url
-    settings = {"extend_concurrency": 2, "extend_timeout_s": 5.0, "extend_key_variable": "TEST_MODEL_KEY", **others}
+    settings = {"extend_concurrency": 2, "extend_timeout_s": 5.0, "extend_api_key_env": "TEST_MODEL_KEY", **others}
     return Extender(PromptsConfig(extend_url=url, extend_model="m", **settings), 7, Folder(str(cache)), max_failed)
 
 

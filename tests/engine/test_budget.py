@@ -197,7 +197,7 @@ def test_a_step_that_rebuilds_a_decoder_tells_nothing_of_the_cost_of_a_recache()
 def test_under_overload_a_new_session_runs_the_shorter_schedule_where_that_is_allowed() -> None:
     never, _, _ = engine_at(0.0, 0.08)
     assert admitted(never, "ab") == "a"  # 0.57 each
-    engine, _, metrics = engine_at(0.0, 0.08, "serve.overload_steps=2", "serve.budget_share=0.95")
+    engine, _, metrics = engine_at(0.0, 0.08, "serve.degraded_steps=2", "serve.budget_share=0.95")
     assert admitted(engine, "abc") == "ab"  # 0.57 + 2 forwards of 0.08 in 0.5625 s
     assert (engine.info("a").steps, engine.info("a").shortened) == ("4322222", False)
     assert (engine.info("b").steps, engine.info("b").shortened) == ("2", True)
@@ -206,7 +206,7 @@ def test_under_overload_a_new_session_runs_the_shorter_schedule_where_that_is_al
 
 
 def test_a_schedule_that_was_asked_for_is_never_shortened() -> None:
-    engine, _, _ = engine_at(0.0, 0.08, "serve.overload_steps=2", "serve.budget_share=0.95")
+    engine, _, _ = engine_at(0.0, 0.08, "serve.degraded_steps=2", "serve.budget_share=0.95")
     engine.open(spec_of("a"))
     with pytest.raises(BudgetError):
         engine.open(spec_of("b", schedule="4322222"))

@@ -122,7 +122,7 @@ def test_an_automatic_reanchor_is_replayed_from_the_log_and_not_decided_again() 
 
 def test_a_shortened_schedule_is_in_the_log_and_replayed() -> None:
     clock = Clock()
-    settings = ("serve.overload_steps=2", "serve.budget_share=0.95")
+    settings = ("serve.degraded_steps=2", "serve.budget_share=0.95")
     engine = engine_of(release=timed(small_release(*settings), clock, 0.0, 0.08), clock=clock)
     engine.warm_up()
     engine.open(spec_of("other"))

@@ -142,7 +142,7 @@ def test_a_profile_is_not_inferior_and_serving_takes_it() -> None:
     found = profile("r1", points, rows, "forwards", 2.0)
     assert found["evidence"]["chosen"] == "4322222, reuse" and found["evidence"]["best"] == "4, reuse"
     settings = ServeSettings(options=found["options"]).release_settings
-    assert Release.load().with_settings(settings).config.serve.overload_steps == "2"
+    assert Release.load().with_settings(settings).config.serve.degraded_steps == "2"
     assert BASE.with_settings(found["settings"]).schedule.steps == "4322222"
 
 

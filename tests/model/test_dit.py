@@ -113,7 +113,9 @@ def test_cached_chunk_by_chunk_equals_the_mask_at_window_positions_whatever_is_e
     network = small_causal(layers=3, dtype=torch.float64)
     x, text, level = latents_of(chunks, 2), text_of(2), levels_of(chunks, 2)
     with torch.no_grad():
-        masks = (stage0_mask(config.with_settings([f"ode_init.positions={one}"])) for one in ("window", "absolute"))
+        masks = (
+            stage0_mask(config.with_settings([f"ode_init.sink_positions={one}"])) for one in ("window", "absolute")
+        )
         window, absolute = (network(x, level, text, mask=mask) for mask in masks)
         parts = torch.cat(run_cached(network, config, x, level, text, chunks), dim=2)
     torch.testing.assert_close(parts, window, rtol=0, atol=1e-12)

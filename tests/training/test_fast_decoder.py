@@ -31,7 +31,7 @@ SETTINGS = (
     "decoder.batch_size=2",
     "decoder.frames=3",
     "decoder.checkpoint_every=2",
-    "decoder.crop=0",
+    "decoder.crop_latents=0",
 )
 
 
@@ -122,7 +122,7 @@ def test_the_loss_is_that_of_pixels_and_of_their_changes_in_time_and_space() -> 
 
 
 def test_clips_are_the_students_cut_to_the_crop_and_decoded_in_full() -> None:
-    config = config_of("decoder.clips=3", "decoder.crop=2")
+    config = config_of("decoder.clips=3", "decoder.crop_latents=2")
     decoder = decoder_of(small_codec(config))
     clips = decoded_clips(small_causal(), small_text(), decoder, config, ["a red circle", "a blue square"])
     assert clips.latents.shape == (3, CHANNELS, 21, 2, 2) and clips.pixels.shape == (3, 81, 16, 16, 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagonal.config import LossConfig
+from diagonal.config.training import LossConfig
 from diagonal.training import losses
 
 SHAPE = (2, 4, 4, 2, 2)  # 128 entries: division by the count is exact

@@ -1,12 +1,13 @@
-"""Trees of frozen dataclasses: built from JSON with every key and type checked, changed by `dotted.key=value`."""
+"""Nested frozen dataclasses: built from JSON with every key and type checked, changed by `dotted.key=value`."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from diagonal.errors import FieldError, require
@@ -15,10 +16,10 @@ T = TypeVar("T")
 
 
 def assign(data: dict[str, Any], key: str, text: str) -> None:
-    """Put a value at the dotted `key` of a tree, in place: JSON where `text` is that, else `text` itself."""
+    """Put a value at the dotted `key` of a nested dict, in place: JSON where `text` is that, else `text` itself."""
     node, parts = data, key.split(".")
     for depth, part in enumerate(parts):
-        require(isinstance(node, dict) and part in node, "setting", key, _allowed_keys(node, parts[:depth]))
+        require(isinstance(node, dict) and part in node, "setting", key, _allowed_keys(data, node, key, parts[:depth]))
         if depth < len(parts) - 1:
             node = node[part]
     node[parts[-1]] = _parse(text)
@@ -31,9 +32,35 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _allowed_keys(node: object, parents: list[str]) -> str:
+def _allowed_keys(data: Mapping[str, Any], node: object, key: str, parents: list[str]) -> str:
     place = ".".join(parents) or "the configuration"
-    return f"a key of {place}: {sorted(node)}" if isinstance(node, dict) else f"nothing below {place}, which is a value"
+    if not isinstance(node, Mapping):
+        return f"nothing below {place}, which is a value"
+    return no_such_key(place, key, _dotted(data), node)
+
+
+def _dotted(data: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Every dotted key of a nested dict."""
+    for key, value in data.items():
+        yield f"{path}{key}"
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{path}{key}.")
+
+
+def no_such_key(place: str, key: str, dotted: Iterable[str], names: Iterable[str]) -> str:
+    """What is allowed instead of an unknown key: the dotted key that is near, and the names in its place."""
+    return f"a key of {place}; no such key{nearest(key, dotted)}; known there: {sorted(names)}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`, did you mean X?` with the name that is most like `name`, or '' where none is.
+
+    A dotted name is compared whole, then by its last part alone: `lr` and `distil.lr` both lead to `distill.lr`.
+    """
+    names = list(names)
+    close = difflib.get_close_matches(name, names, 1, 0.75)
+    close = close or [full for full in names if full.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def build(cls: type[T], data: object, path: str = "") -> T:
@@ -46,7 +73,8 @@ def build(cls: type[T], data: object, path: str = "") -> T:
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in data:
-        require(key in names, f"{path}{key}", data[key], f"no such key; known here: {sorted(names)}")
+        dotted, place = [f"{path}{name}" for name in names], path.rstrip(".") or "the configuration"
+        require(key in names, f"{path}{key}", data[key], no_such_key(place, f"{path}{key}", dotted, names))
     return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in data.items()})
 
 
@@ -81,10 +109,11 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
             return _convert(argument, value, path)
         except FieldError:
             continue
-    raise FieldError(path, value, " or ".join(map(_hint_name, arguments)))
+    raise FieldError(path, value, " or ".join(map(hint_name, arguments)))
 
 
-def _hint_name(hint: Any) -> str:
+def hint_name(hint: Any) -> str:
+    """The type of a value in words."""
     if typing.get_origin(hint) is Literal:
         return " or ".join(repr(value) for value in typing.get_args(hint))
     return "null" if hint is type(None) else f"a value of type {hint.__name__}"

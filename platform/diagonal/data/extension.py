@@ -47,7 +47,7 @@ class Extender:
             plain.host or self._url,
             "an http:// or https:// address without a key in it",
         )
-        key = os.environ.get(config.extend_key_variable, "")
+        key = os.environ.get(config.extend_api_key_env, "")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._failed: list[str] = []
         self._extended = 0
@@ -142,7 +142,7 @@ class Extender:
         """Raise where asking again, or for another prompt, would be answered no better."""
         allowed = (
             f"an endpoint that knows prompts.extend_model = {self._config.extend_model!r} and takes the key in "
-            f"{self._config.extend_key_variable} (it answered with status {status})"
+            f"{self._config.extend_api_key_env} (it answered with status {status})"
         )
         require(status >= 500 or status in TRY_AGAIN, "prompts.extend_url", self._config.extend_url, allowed)
 

@@ -50,7 +50,7 @@ class Admission:
             raise CapacityError(self.slots, self._slot_free_s())
         if not spec.paced:
             return progress.schedule
-        steps = self._config.serve.overload_steps if may_shorten else ""
+        steps = self._config.serve.degraded_steps if may_shorten else ""
         return self.budget.schedule_of(
             self._playing(),
             lambda schedule: self._demand(replace(progress, schedule=schedule)),

@@ -159,7 +159,7 @@ class Stepper:
             self._encoding = len(ready) < len(asking)
             waiting = [session for session in ready if not session.progress.in_flight]
             candidates = [self._candidate(session, now_s) for session in waiting or ready]
-            background_s = serve.lead_s / 2 if self._table.playing else inf
+            background_s = serve.playout_lead_s / 2 if self._table.playing else inf
             names = choose(candidates, serve.batch_sessions, self._step_s, background_s)
             for progress in (asking[name].progress for name in names):
                 self._metrics.observe("diagonal_session_queue_seconds", now_s - (progress.asked_s or now_s))

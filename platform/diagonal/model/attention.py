@@ -96,7 +96,7 @@ def stage0_mask(config: Config) -> BlockCausal:
         geometry.chunk_tokens,
         window_chunks=config.cache.window_frames // chunk,
         sink_chunks=config.cache.sink_frames // chunk,
-        window_positions=config.ode_init.positions == "window",
+        window_positions=config.ode_init.sink_positions == "window",
     )
 
 

@@ -43,7 +43,7 @@ def decoded_clips(
             seeds = [mixed_seed(config.seed, "decoder clips", sample) for sample in samples]
             clean = rollout(student, config, embeddings, seeds).clean
         for sample, clip in zip(samples, clean.split(1), strict=True):
-            part = _cropped(clip, options.crop, generator(config.seed, "decoder crop", sample))
+            part = _cropped(clip, options.crop_latents, generator(config.seed, "decoder crop", sample))
             latents.append(part.cpu())
             pixels.append(decoder.decode_clip(part).cpu())
     return DecodedClips(torch.cat(latents), torch.cat(pixels))
@@ -166,4 +166,6 @@ def _loss(config: Config, network: FastDecoder, clips: DecodedClips, draw: torch
     skipped = 0 if whole else warm * stride
     first = 0 if whole else 1 + (start - 1) * stride + skipped
     wanted = clips.pixels[chosen, first : first + shown.shape[1] - skipped].to(device)
-    return pixel_loss(shown[:, skipped:], wanted.permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0, options.difference)
+    return pixel_loss(
+        shown[:, skipped:], wanted.permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0, options.difference_weight
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diagonal.config import LossConfig
+from diagonal.config.training import LossConfig
 from diagonal.schedule import warp
 
 SMALLEST_NORMALISER = 1e-8

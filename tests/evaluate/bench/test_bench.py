@@ -132,7 +132,7 @@ def test_what_time_does_not_allow_is_said_and_the_page_is_written_all_the_same(t
         ("--preset", "wan-1.3b"),
         ("--out", "/"),
         ("--set", "schedule.steps=9"),
-        ("--set", "serve.lead_s=-1.0"),
+        ("--set", "serve.playout_lead_s=-1.0"),
         ("--set", "words"),
         ("--sections", "all"),
         ("--chunks", "many"),

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from diagonal.config import PRESETS, Config
+from diagonal.config import Config
+from diagonal.config.presets import PRESETS
 from diagonal.engine.engine import Engine
 from diagonal.engine.model_runner import ModelRunner
 from diagonal.errors import FieldError, require

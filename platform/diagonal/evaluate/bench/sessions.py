@@ -55,7 +55,7 @@ class Viewer:
 
 def play(engine: Engine, sessions: int, media_s: float, scale: int, threads: int = 2, encode: bool = True) -> Row:
     """So many viewers of `media_s` seconds each, begun together; a stall is a chunk that came after its time."""
-    geometry, lead_s = engine.geometry, engine.config.serve.lead_s
+    geometry, lead_s = engine.geometry, engine.config.serve.playout_lead_s
     size = geometry.pixel_height, geometry.pixel_width, geometry.pixel_fps
     viewers = [
         Viewer(f"viewer-{n}", ChunkEncoder(*size, scale=scale) if encode else None, geometry.pixel_fps)

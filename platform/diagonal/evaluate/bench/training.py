@@ -23,7 +23,8 @@ import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from diagonal.config import PRESETS, Config
+from diagonal.config import Config
+from diagonal.config.presets import PRESETS
 from diagonal.errors import FieldError, require
 from diagonal.evaluate.bench.attention import Row, attention_rows, synchronize
 from diagonal.evaluate.bench.training_page import write_report

@@ -124,7 +124,7 @@ def profile(
         "format_version": 1,
         "release": release,
         "settings": list(chosen.settings),
-        "options": f"overload_steps={less[0].steps}" if less else "",
+        "options": f"degraded_steps={less[0].steps}" if less else "",
         "evidence": {
             "chosen": chosen.name,
             "best": best,

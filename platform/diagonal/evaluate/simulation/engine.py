@@ -48,7 +48,7 @@ class EngineSetup:
     @classmethod
     def of(cls, config: Config, encode_threads: int = 2) -> EngineSetup:
         serve, own = config.serve, config.schedule
-        shorter = StepSchedule(serve.overload_steps, own.shift, own.context) if serve.overload_steps else None
+        shorter = StepSchedule(serve.degraded_steps, own.shift, own.context) if serve.degraded_steps else None
         window = config.cache.window_frames // config.geometry.chunk_frames
         return cls(
             config.geometry,
@@ -58,7 +58,7 @@ class EngineSetup:
             serve.max_sessions,
             serve.batch_sessions,
             serve.budget_share,
-            serve.lead_s,
+            serve.playout_lead_s,
             encode_threads,
         )
 
