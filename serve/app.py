@@ -82,7 +82,7 @@ def _replicas(settings: ServeSettings) -> dict[str, Any]:
     if not settings.max_replicas:
         return {"num_replicas": settings.replicas}
     delays_s = (settings.scale_up_delay_s, settings.scale_down_delay_s)
-    scaling = session_scaling(settings.replicas, settings.max_replicas, *delays_s, settings.spare_share)
+    scaling = session_scaling(settings.replicas, settings.max_replicas, *delays_s, settings.headroom)
     return {"autoscaling_config": scaling}
 
 

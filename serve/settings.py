@@ -59,7 +59,7 @@ class ServeSettings:
     settings, by commas, such as decoder=fast,cache_dtype=fp8. `device`: of each replica, such as cpu or cuda.
     `replicas`, `gateways`: how many of each. With `max_replicas`, `max_gateways` that is how many at least, and there
     are more while sessions (connections) need them: after `scale_up_delay_s`, until `scale_down_delay_s` without
-    need; `spare_share` of the slots and of the time is kept free, and a gateway has about `gateway_connections`.
+    need; `headroom` of the slots and of the time is kept free, and a gateway has about `gateway_connections`.
     `replica_pool`, `gateway_pool`: replicas, and gateways with the store, run on nodes whose Ray label `pool` is this
     one; '' is any. `encode_threads`: chunks of different sessions encoded at once.
     `data`: folder of the store on a durable volume, with its database, chunks and finished files.
@@ -68,7 +68,7 @@ class ServeSettings:
     `auth`: `keys` asks every caller for an API key; `local` for the one in `local_key` in `data`,
     which only its owner can read: whoever can is the service's one user.
     `origins`: pages that may call from a browser besides the service's own, such as https://a.example, by commas.
-    `expire_s`: a video is removed so long after its end. `resume_window_s`: a viewer who lost his connection has so
+    `retention_s`: a video is removed so long after its end. `resume_window_s`: a viewer who lost his connection has so
     long to come back. `max_stream_s`: seconds of video after which a stream without an end is over.
     `c2pa_certificate`, `c2pa_key`: PEM files of the operator's certificate chain (its own first) and P-256 key, with
     which finished files are signed; '' leaves them unsigned. `signing_key`: PEM file of the Ed25519 key that signs
@@ -94,7 +94,7 @@ class ServeSettings:
     max_gateways: int = 0
     scale_up_delay_s: float = 5.0
     scale_down_delay_s: float = 300.0
-    spare_share: float = 0.2
+    headroom: float = 0.2
     gateway_connections: int = 200
     replica_cpus: float = 1.0
     replica_gpus: float = 0.0
@@ -109,7 +109,7 @@ class ServeSettings:
     files: str = ""
     auth: str = "local"
     origins: str = ""
-    expire_s: float = 24 * 3600.0
+    retention_s: float = 24 * 3600.0
     resume_window_s: float = 30.0
     max_stream_s: float = 3600.0
     c2pa_certificate: str = ""
@@ -136,7 +136,7 @@ class ServeSettings:
         for name, least in (("max_replicas", self.replicas), ("max_gateways", self.gateways)):
             most = getattr(self, name)
             require(most == 0 or most >= least, name, most, f"0, for no scaling, or at least {least}")
-        require(0 <= self.spare_share < 1, "spare_share", self.spare_share, "a number from 0 to below 1")
+        require(0 <= self.headroom < 1, "headroom", self.headroom, "a number from 0 to below 1")
         if self.model:
             check_name("model", self.model)
         if self.releases:
@@ -147,7 +147,7 @@ class ServeSettings:
         for name in (
             "reader_start_timeout_s",
             "session_idle_timeout_s",
-            "expire_s",
+            "retention_s",
             "resume_window_s",
             "max_stream_s",
             "prompt_policy_timeout_s",

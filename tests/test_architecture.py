@@ -453,6 +453,15 @@ def test_few_arrows_join_the_rooms_and_none_of_them_close_a_circle(house: str) -
     TopologicalSorter(needs).prepare()  # CycleError names a circle
 
 
+def test_the_page_of_threats_names_every_number_of_a_test_and_where_it_is() -> None:
+    rows = [line.split("|") for line in (ROOT / "docs/threats.md").read_text().splitlines() if line.startswith("| ")]
+    named = {row[1].strip().lower(): row[-2] for row in rows}
+    for source in sources():
+        if source.path.startswith(("tests/serve/", "tests/faults/")):
+            for numbers in re.findall(r"def test_((?:s?\d+_and_)?s?\d+)_", source.text):
+                assert all(f"`{source.path}`" in named[number] for number in numbers.split("_and_")), source.path
+
+
 def test_denoise_chunk_is_defined_exactly_once() -> None:
     text = (ROOT / "platform/diagonal/diffusion/rollout.py").read_text()
     assert text.count("\ndef denoise_chunk(") == 1

@@ -220,7 +220,7 @@ MEMORY = Section(
         Panel(
             "Do the disks have room left?",
             "Disks in use, by node; the store's node first of all. Above 90 % shorten "
-            "expire_s or grow the volume: a full disk ends streams. See the runbook under Full disk.",
+            "retention_s or grow the volume: a full disk ends streams. See the runbook under Full disk.",
             "percentunit",
             (Query("max by (ip) (ray_node_disk_utilization_percentage / 100)", "{{ip}}"),),
             limits=((0.8, WORSE), (0.9, BAD)),

@@ -40,13 +40,13 @@ class Repeated:
 class Scaling:
     """`serve.policies.autoscaling.replicas_for`, and Serve's own delays before it does what that says."""
 
-    def __init__(self, least: int, most: int, up_delay_s: float, down_delay_s: float, spare_share: float) -> None:
-        self._least, self._most, self._spare_share = least, most, spare_share
-        self._config = session_scaling(least, most, up_delay_s, down_delay_s, spare_share)
+    def __init__(self, least: int, most: int, up_delay_s: float, down_delay_s: float, headroom: float) -> None:
+        self._least, self._most, self._headroom = least, most, headroom
+        self._config = session_scaling(least, most, up_delay_s, down_delay_s, headroom)
         self._state: dict[str, Any] = {}
 
     def __call__(self, told: Sequence[Told], target: int, now_s: float) -> int:
-        wanted = replicas_for([Load(*one) for one in told], target, self._least, self._most, self._spare_share)
+        wanted = replicas_for([Load(*one) for one in told], target, self._least, self._most, self._headroom)
         decided, self._state = autoscaling_policy._apply_delay_logic(wanted, target, self._config, self._state, now_s)
         return int(decided)
 

@@ -144,7 +144,7 @@ def costs(sized: Scenario, enough: int, options: argparse.Namespace) -> list[dic
     lost = options.lose or max(1, enough // 8)
     burst = Burst(at_s, options.burst or max(1, sized.crowd.viewers // 2))
     more = math.ceil(HEADROOM * enough)
-    scaling = partial(Scaling, enough, 4 * more, options.up_delay, options.down_delay, options.spare_share)
+    scaling = partial(Scaling, enough, 4 * more, options.up_delay, options.down_delay, options.headroom)
     scaled = replace(sized, policies=partial(policies, scaling))
     rows = []
     for fleet, about in (

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
@@ -31,9 +32,29 @@ DONE, GOING_AWAY, UNSUPPORTED, POLICY, TOO_LARGE, INTERNAL, FULL = 1000, 1001, 1
 TAKEN_OVER = 4001
 RESTART = 1012  # this gateway ends; the viewer goes on through another one
 _LAST_WORD_S = 5.0
+_CLOSE_CODES = {413: TOO_LARGE, 415: UNSUPPORTED, 429: FULL, 503: FULL, 500: INTERNAL}  # by a problem's status
 _CLEAN = (DONE, GOING_AWAY)
 _FAILED = Problem(500, "generation_failed", "generation failed")
 _INTERNAL = Problem(500, "internal_error", "something went wrong on the server")
+
+
+class Ending(Enum):
+    """How a session on a socket ends: the close code, why its video is cancelled ('' is not), may its viewer return?
+
+    Where the code is None nobody reads it, or a problem names its own.
+    """
+
+    LEFT = (None, "the viewer left", False)
+    LOST = (None, "", True)
+    DRAINING = (RESTART, "", True)
+    REFUSED = (None, "what its viewer did was refused", False)
+    TAKEN_OVER = (TAKEN_OVER, "", False)
+    BROKEN = (INTERNAL, "", True)
+    STOPPED = (DONE, "stopped by its viewer", False)
+    DONE = (DONE, "", False)
+
+    def __init__(self, close_code: int | None, cancels: str, may_return: bool) -> None:
+        self.close_code, self.cancels, self.may_return = close_code, cancels, may_return
 
 
 class _DrainError(Exception):
@@ -130,31 +151,32 @@ class RealtimeSession:
 
     async def _end(self, video: VideoRecord, errors: list[Exception]) -> float:
         """Close the socket, and the session unless its viewer may come back: within how many seconds."""
-        if any(isinstance(error, WebSocketDisconnect) for error in errors):
-            if not await self._said_goodbye(errors):
-                return self._gateway.settings.resume_window_s
-            await self._cancel(video, "the viewer left")
-            return 0.0
-        if any(isinstance(error, _DrainError) for error in errors):
-            word = messages.draining(video, self._resume_token(self._next_chunk))
-            await self._last_word(word, RESTART, "draining")
-            return self._gateway.settings.resume_window_s
-        problems = [error for error in errors if isinstance(error, Problem)]
-        if problems:
-            if problems[0].code != "session_taken_over":
-                await self._cancel(video, problems[0].detail)
-            await self._refuse(problems[0], video.id)
-        elif errors:
-            _LOG.error("session %s: %s", video.id, type(errors[0]).__name__)
-            silent = isinstance(errors[0], UNAVAILABLE)
-            await self._refuse(unavailable() if silent else _INTERNAL, video.id)
-            return self._gateway.settings.resume_window_s
-        else:
-            if self._stopped:
-                await self._cancel(video, "stopped by its viewer")
+        ending, problem = await self._ending(video, errors)
+        if ending.cancels:
+            await self._cancel(video, problem.detail if problem else ending.cancels)
+        if problem is not None:
+            await self._refuse(problem, video.id, ending.close_code)
+        elif ending is Ending.DRAINING:
+            await self._last_word(messages.draining(video, self._resume_token(self._next_chunk)), RESTART, "draining")
+        elif ending.close_code == DONE:
             await self._tell_dropped(video)
             await self._last_word(messages.done(video, self._sent, self._stopped), DONE)
-        return 0.0
+        return self._gateway.settings.resume_window_s if ending.may_return else 0.0
+
+    async def _ending(self, video: VideoRecord, errors: list[Exception]) -> tuple[Ending, Problem | None]:
+        """What the errors of all tasks come to, and the problem that the viewer is told."""
+        if any(isinstance(error, WebSocketDisconnect) for error in errors):
+            return (Ending.LEFT if await self._said_goodbye(errors) else Ending.LOST), None
+        if any(isinstance(error, _DrainError) for error in errors):
+            return Ending.DRAINING, None
+        if problem := next((error for error in errors if isinstance(error, Problem)), None):
+            return (Ending.TAKEN_OVER if problem.code == "session_taken_over" else Ending.REFUSED), problem
+        if errors:
+            _LOG.error("session %s: %s", video.id, type(errors[0]).__name__)
+            if isinstance(errors[0], UNAVAILABLE):
+                return Ending.LOST, unavailable()  # closed as full: the viewer comes back
+            return Ending.BROKEN, _INTERNAL
+        return (Ending.STOPPED if self._stopped else Ending.DONE), None
 
     async def _send_chunks(self, video: VideoRecord, reader: ChunkReader, chunk: int) -> None:
         prefix = b""
@@ -259,10 +281,9 @@ class RealtimeSession:
         with contextlib.suppress(*UNAVAILABLE):  # then its driver sees that nobody reads
             await self._gateway.cancel(video, "abandoned", message)
 
-    async def _refuse(self, problem: Problem, request_id: str | None = None) -> None:
-        codes = {413: TOO_LARGE, 415: UNSUPPORTED, 429: FULL, 503: FULL, 500: INTERNAL}
-        code = TAKEN_OVER if problem.code == "session_taken_over" else codes.get(problem.status, POLICY)
+    async def _refuse(self, problem: Problem, request_id: str | None = None, code: int | None = None) -> None:
         self._gateway.count_error(problem.code)
+        code = code or _CLOSE_CODES.get(problem.status, POLICY)
         await self._last_word(messages.failed(problem, request_id), code, problem.code)
 
     async def _last_word(self, message: dict[str, Any], code: int, reason: str = "") -> None:

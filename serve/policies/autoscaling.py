@@ -45,26 +45,26 @@ def fewest(loads: Sequence[Load]) -> int:
     return int(min(sessions, _up(sessions / slots) + by_time))
 
 
-def replicas_for(loads: Sequence[Load], target: int, least: int, most: int, spare_share: float) -> int:
+def replicas_for(loads: Sequence[Load], target: int, least: int, most: int, headroom: float) -> int:
     """How many replicas there should be, `least` to `most`; `target` is how many there are to be by now.
 
-    So many that `spare_share` of slots and time stays free; one more than there are when sessions were refused though
+    So many that `headroom` of slots and time stays free; one more than there are when sessions were refused though
     all of them run. Fewer only when a tenth more than that would still be free, and never fewer than the sessions
     need to be moved to them (`fewest`). While one has not told of its load yet, there are no fewer than before.
     """
     silent = target > len(loads)
-    up = _spread(loads, spare_share)
+    up = _spread(loads, headroom)
     if not silent and any(load.refused for load in loads):
         up = max(up, target + 1)
-    down = max(_spread(loads, min(spare_share + _SLACK, _MOST_SPARE)), fewest(loads))
+    down = max(_spread(loads, min(headroom + _SLACK, _MOST_SPARE)), fewest(loads))
     wanted = max(up, target if silent else min(target, down))
     return min(most, max(least, wanted))
 
 
-def _spread(loads: Sequence[Load], spare_share: float) -> int:
+def _spread(loads: Sequence[Load], headroom: float) -> int:
     """How many replicas hold these sessions with so much of slots and of time left."""
     sessions, slots, busy = _sums(loads)
-    return _up(max(sessions / slots if slots else 0.0, busy) / (1.0 - spare_share))
+    return _up(max(sessions / slots if slots else 0.0, busy) / (1.0 - headroom))
 
 
 def _sums(loads: Sequence[Load]) -> tuple[float, float, float]:
@@ -80,13 +80,13 @@ def _up(number: float) -> int:
 class SessionScaling:
     """The policy as Serve calls it; bounds and delays are Serve's own."""
 
-    def __init__(self, spare_share: float) -> None:
-        self._spare_share = spare_share
+    def __init__(self, headroom: float) -> None:
+        self._headroom = headroom
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         loads = newest_loads(context.raw_metrics or {})
         least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-        return replicas_for(loads, context.target_num_replicas, least, most, self._spare_share), {}
+        return replicas_for(loads, context.target_num_replicas, least, most, self._headroom), {}
 
 
 def newest_loads(metrics: dict[str, dict[Any, Any]]) -> list[Load]:
@@ -97,10 +97,10 @@ def newest_loads(metrics: dict[str, dict[Any, Any]]) -> list[Load]:
 
 
 def session_scaling(
-    least: int, most: int, up_delay_s: float, down_delay_s: float, spare_share: float
+    least: int, most: int, up_delay_s: float, down_delay_s: float, headroom: float
 ) -> AutoscalingConfig:
     """Of a release's replicas: `least` to `most`, by `replicas_for`."""
-    policy = AutoscalingPolicy(policy_function=SessionScaling, policy_kwargs={"spare_share": spare_share})
+    policy = AutoscalingPolicy(policy_function=SessionScaling, policy_kwargs={"headroom": headroom})
     return _scaling(least, most, up_delay_s, down_delay_s, policy=policy)
 
 

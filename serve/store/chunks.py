@@ -19,7 +19,7 @@ from serve.store.media_files import INIT, MediaFiles
 _CHUNKS_A_READ, _BYTES_A_READ = 8, 1 << 20
 
 
-class Shelf:
+class ChunkStore:
     """A chunk counts when its bytes, and the snapshot behind it, are on the disk and its link is signed."""
 
     def __init__(self, database: Database, files: MediaFiles, signer: ChunkSigner) -> None:

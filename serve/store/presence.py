@@ -19,7 +19,7 @@ class Reader:
 
 
 @dataclass
-class Watch:
+class Presence:
     """One video. Times are monotonic."""
 
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -34,7 +34,7 @@ class Watch:
         self.readers.setdefault(name, Reader(now)).asked_at = now
         self.had_reader, self.return_by = True, float("-inf")
 
-    def told_position(self, name: str, position_s: float, window_s: float) -> None:
+    def report_position(self, name: str, position_s: float, window_s: float) -> None:
         self.saw_reader(name)
         reader = self.readers[name]
         reader.position_s, reader.window_s = max(position_s, reader.position_s or 0.0), window_s
@@ -48,7 +48,7 @@ class Watch:
         if any(name.startswith(LIVE) for name in silent):
             self.return_by = now + return_s
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Wake everybody who waits."""
         self.news.set()
         self.news = asyncio.Event()

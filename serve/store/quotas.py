@@ -25,7 +25,7 @@ def frame_cost(video: VideoRecord) -> int:
     return video.frames
 
 
-class Admission:
+class Quotas:
     """Admits videos. Safe to use from several threads and processes."""
 
     def __init__(self, tables: Tables) -> None:

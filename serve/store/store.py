@@ -42,13 +42,13 @@ from serve.records import (
     VideoRecord,
 )
 from serve.settings import ServeSettings
-from serve.store.chunks import ChunkSigner, Shelf
+from serve.store.chunks import ChunkSigner, ChunkStore
 from serve.store.credentials import Credentials, local_key
 from serve.store.database import Database
-from serve.store.finalizer import Finisher
+from serve.store.finalizer import FileFinalizer
 from serve.store.media_files import INIT, RECORDING, MediaFiles, read_part
-from serve.store.presence import Watch
-from serve.store.quotas import Admission
+from serve.store.presence import Presence
+from serve.store.quotas import Quotas
 from serve.store.tables import Tables
 from serve.tokens import Secret
 
@@ -56,6 +56,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 _LOG = logging.getLogger("ray.serve")
 _STORAGE_PATIENCE_S = 30.0
+_FILE_WAIT_S = 5.0
 _STRAY_S = 3600.0
 _LOOK_AGAIN_S = 1.0  # while one store follows another, the chunk may come to that one
 _SALT_BYTES = 16
@@ -78,18 +79,19 @@ class Store:
         root.mkdir(parents=True, exist_ok=True)
         self._settings = settings
         self._tables = Tables(settings.database_url)
-        self._database, self._admission = Database(self._tables), Admission(self._tables)
+        self._database, self._quotas = Database(self._tables), Quotas(self._tables)
         self._credentials = Credentials(self._tables)
         self._local = local_key(settings.local_key) if settings.auth == "local" else None
         durable = Folder(settings.files, _STORAGE_PATIENCE_S) if settings.files else None
         self._files = MediaFiles(root / "videos", durable)
         self._signer = ChunkSigner(signing_key(settings.signing_key, root), self._database, self._files)
-        self._shelf = Shelf(self._database, self._files, self._signer)
+        self._chunks = ChunkStore(self._database, self._files, self._signer)
         self._driver_silence_s, self._reader_silence_s = driver_silence_s, reader_silence_s
-        self._watches: defaultdict[str, Watch] = defaultdict(Watch)
+        self._presences: defaultdict[str, Presence] = defaultdict(Presence)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")  # one writer, and the loop stays free
         self._slow = ThreadPoolExecutor(2, thread_name_prefix="store-files")
-        self._finisher = Finisher(settings, self._database, self._files, self._slow, self.end)
+        self._finalizer = FileFinalizer(settings, self._database, self._files, self._slow)
+        self._completions: dict[str, asyncio.Task[None]] = {}
         self._zero_s = time.time() - time.monotonic()
         self._started_at = time.monotonic()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_for_ever(sweep_s))
@@ -100,27 +102,27 @@ class Store:
         self, video: VideoRecord, caller: Caller, idempotency: Idempotency | None
     ) -> VideoRecord | Refused | None:
         """Keep a new video, which no replica holds yet; or the one that this request made before, or why not."""
-        self._watches[video.id].driven_at = time.monotonic()
+        self._presences[video.id].driven_at = time.monotonic()
         video = replace(video, prompt_salt=secrets.token_hex(_SALT_BYTES), created_at=self._now())
-        known = await self._run(self._admission.admit, video, caller, idempotency, self._now())
+        known = await self._run(self._quotas.admit, video, caller, idempotency, self._now())
         if known is not None:
-            self._watches.pop(video.id, None)
+            self._presences.pop(video.id, None)
         return known
 
     async def opened(self, video_id: str, replica: str, mime: str, init: bytes) -> bool:
         """A replica holds the session, whose stream begins with `init`; the caller drives it. False: it is gone."""
-        self._watches[video_id].driven_at = time.monotonic()
+        self._presences[video_id].driven_at = time.monotonic()
         await self._run(self._files.put, video_id, {INIT: init})
         return await self._run(self._database.opened, video_id, replica, mime)
 
     async def usage(self, caller: Caller) -> Usage:
         """What the caller's account used of its quotas."""
-        return await self._run(self._admission.usage, caller, self._now())
+        return await self._run(self._quotas.usage, caller, self._now())
 
     async def withdraw(self, video: VideoRecord, caller: Caller) -> None:
         """No replica took an admitted video: it never was."""
-        await self._run(self._admission.withdraw, video, caller)
-        self._tell(video.id, over=True)
+        await self._run(self._quotas.withdraw, video, caller)
+        self._notify(video.id, over=True)
 
     async def get(self, video_id: str) -> VideoRecord | None:
         """The video, None when there is none."""
@@ -138,7 +140,7 @@ class Store:
         """Cancel the owner's video if it is not over, and remove it; returns what it was."""
         video = await self._run(self._database.remove, video_id, owner)
         if video is not None:
-            self._tell(video_id, over=True)
+            self._notify(video_id, over=True)
             await self._remove_files(video_id)
         return video
 
@@ -148,15 +150,15 @@ class Store:
         """Become the driver of a session that `replica` holds: the video as it is now. None: another was faster."""
         if not await self._run(self._database.claim, video_id, replica, epoch):
             return None
-        self._watches[video_id].driven_at = time.monotonic()
+        self._presences[video_id].driven_at = time.monotonic()
         return await self._run(self._database.get, video_id)
 
     async def release(self, video_id: str, epoch: int) -> None:
         """A driver lets go of its video: another one may take it at once, and is given as much time as any other."""
         video = await self._run(self._database.get, video_id)
-        if video is not None and video.epoch == epoch and video_id in self._watches:
-            watch = self._watches[video_id]
-            watch.driven_at = min(watch.driven_at, time.monotonic() - self._driver_silence_s)
+        if video is not None and video.epoch == epoch and video_id in self._presences:
+            presence = self._presences[video_id]
+            presence.driven_at = min(presence.driven_at, time.monotonic() - self._driver_silence_s)
 
     async def orphans(self) -> list[VideoRecord]:
         """The videos that nobody drives, though chunks are missing."""
@@ -171,10 +173,10 @@ class Store:
         if video.endless and video.frames_done >= self._settings.max_stream_s * video.fps:
             await self.end(video_id, Status.COMPLETED)
             return DriveDecision(go=False)
-        watch = self._watches[video_id]
-        watch.driven_at = time.monotonic()
-        watch.forget_silent(self._reader_silence_s, self._settings.resume_window_s)
-        return watch.decision(video.paused)
+        presence = self._presences[video_id]
+        presence.driven_at = time.monotonic()
+        presence.forget_silent(self._reader_silence_s, self._settings.resume_window_s)
+        return presence.decision(video.paused)
 
     async def put_chunks(self, request: PutChunks) -> DriveDecision | None:
         """Keep the next chunks and hand them to whoever waits; with the last the file is made. None: not wanted.
@@ -186,7 +188,7 @@ class Store:
         decision = await self.check(video_id, request.epoch)
         if not decision.go or not await self._run(self._keep, request):
             return None
-        self._tell(video_id)
+        self._notify(video_id)
         newest = chunks[-1]
         if newest.chunk >= KEPT_CHUNKS and any(chunk.chunk % _TRIM_EVERY == 0 for chunk in chunks):
             await self._trim_endless(video_id, newest.chunk + 1 - KEPT_CHUNKS)
@@ -203,11 +205,19 @@ class Store:
 
     async def complete(self, video_id: str) -> None:
         """Make the file of a video whose chunks are all there; waits a while for it."""
-        await self._finisher.complete(video_id)
+        task = self._completions.get(video_id)
+        if task is None:
+            task = self._completions[video_id] = asyncio.get_running_loop().create_task(self._complete(video_id))
+            task.add_done_callback(lambda _: self._completions.pop(video_id, None))
+        await asyncio.wait({task}, timeout=_FILE_WAIT_S)
+
+    async def _complete(self, video_id: str) -> None:
+        if outcome := await self._finalizer.make(video_id):
+            await self.end(video_id, *outcome)
 
     async def provenance(self) -> Provenance:
         """What tells where a video came from."""
-        return Provenance(self._signer.public_key, self._finisher.signs, self._settings.watermark)
+        return Provenance(self._signer.public_key, self._finalizer.signs, self._settings.watermark)
 
     async def links(self, video_id: str, start_chunk: int, limit: int) -> list[Link]:
         """The signed chain of a stream's chunks, as far as it is made and kept."""
@@ -215,7 +225,7 @@ class Store:
 
     async def end(self, video_id: str, status: Status, code: str | None = None, message: str | None = None) -> bool:
         """A video ends before its last chunk; False when it was over."""
-        expires_at = self._now() + self._settings.expire_s
+        expires_at = self._now() + self._settings.retention_s
         ended = await self._run(
             self._database.finish, video_id, status, self._now(), code, message, expires_at=expires_at
         )
@@ -223,7 +233,7 @@ class Store:
             _LOG.info("video %s is %s%s", video_id, status.value, f": {code}" if code else "")
         if ended:
             await self._drop_snapshots(video_id, before=2**31 - 1)
-        self._tell(video_id, over=True)
+        self._notify(video_id, over=True)
         return ended
 
     # Reading
@@ -235,14 +245,14 @@ class Store:
         """
         deadline = time.monotonic() + wait_s
         while True:
-            watch = self._watches[video_id]
-            watch.saw_reader(reader)
-            news = watch.news  # taken before looking, so that no chunk can slip in between
+            presence = self._presences[video_id]
+            presence.saw_reader(reader)
+            news = presence.news  # taken before looking, so that no chunk can slip in between
             found = await self._run(self._find, video_id, chunk, reader)
             if found is None:
-                self._watches.pop(video_id, None)
+                self._presences.pop(video_id, None)
                 return None
-            watch.over = found.status.over
+            presence.over = found.status.over
             left_s = deadline - time.monotonic()
             if found.final or left_s <= 0:
                 return found
@@ -252,23 +262,23 @@ class Store:
 
     async def playback(self, video_id: str, reader: str, position_s: float, window_s: float) -> None:
         """A reader tells how far it has played, and how much media it wants ahead."""
-        if video_id in self._watches:
-            self._watches[video_id].told_position(reader, position_s, window_s)
+        if video_id in self._presences:
+            self._presences[video_id].report_position(reader, position_s, window_s)
 
     async def leave(self, video_id: str, reader: str, return_s: float = 0.0) -> None:
         """A reader is gone; it may come back within `return_s`."""
-        watch = self._watches.get(video_id)
-        if watch is not None:
-            watch.readers.pop(reader, None)
-            watch.return_by = time.monotonic() + return_s
-            if watch.over and not watch.readers:
-                del self._watches[video_id]
+        presence = self._presences.get(video_id)
+        if presence is not None:
+            presence.readers.pop(reader, None)
+            presence.return_by = time.monotonic() + return_s
+            if presence.over and not presence.readers:
+                del self._presences[video_id]
 
     async def take_over(self, owner: str, old_hash: str, new_hash: str) -> VideoRecord | None:
         """Who shows a resume token becomes the session's only reader, with a new token; None: it does not count."""
         video = await self._run(self._database.take_over, owner, old_hash, new_hash)
         if video is not None:
-            self._tell(video.id)
+            self._notify(video.id)
         return video
 
     async def content(self, video_id: str, start: int, stop: int) -> tuple[int, bytes] | None:
@@ -330,7 +340,7 @@ class Store:
     async def shut(self) -> None:
         """End the upkeep and the connections (tests; Serve ends the process)."""
         self._sweeper.cancel()
-        await asyncio.gather(self._sweeper, self._finisher.shut(), return_exceptions=True)
+        await asyncio.gather(self._sweeper, *self._completions.values(), return_exceptions=True)
         self._thread.shutdown()
         self._slow.shutdown()
         self._tables.close()
@@ -346,9 +356,9 @@ class Store:
             await self.end(video_id, Status.CANCELLED, "key_revoked", "the key that it was made with was revoked")
         for video_id in await self._run(self._database.expired, self._now()):
             await self._run(self._database.remove, video_id)
-            self._tell(video_id, over=True)
+            self._notify(video_id, over=True)
             await self._remove_files(video_id)
-        await self._run(self._admission.prune, self._now())
+        await self._run(self._quotas.prune, self._now())
         await self._run(self._credentials.prune, self._now())
 
     async def _sweep_for_ever(self, every_s: float) -> None:
@@ -396,16 +406,16 @@ class Store:
         return self._zero_s + time.monotonic()
 
     def _keep(self, request: PutChunks) -> bool:
-        return self._shelf.keep(request, self._now())
+        return self._chunks.keep(request, self._now())
 
     def _find(self, video_id: str, chunk: int, reader: str) -> Segment | None:
         video = self._database.get(video_id)
-        return None if video is None else self._shelf.find(video, chunk, reader, self._is_orphan(video))
+        return None if video is None else self._chunks.find(video, chunk, reader, self._is_orphan(video))
 
     def _silence_s(self, video: VideoRecord) -> float:
         """How long nobody has driven the video; after a restart, since that."""
-        watch = self._watches.get(video.id, Watch())
-        return time.monotonic() - max(watch.driven_at, self._started_at)
+        presence = self._presences.get(video.id, Presence())
+        return time.monotonic() - max(presence.driven_at, self._started_at)
 
     def _is_orphan(self, video: VideoRecord) -> bool:
         held = not video.status.over and video.status is not Status.QUEUED
@@ -415,8 +425,8 @@ class Store:
         """Nobody drives it, and its replica has let the session go by now."""
         return self._silence_s(video) > self._driver_silence_s + self._settings.session_idle_timeout_s
 
-    def _tell(self, video_id: str, over: bool = False) -> None:
-        watch = self._watches[video_id]
-        watch.tell()
-        if over and not watch.readers:
-            del self._watches[video_id]
+    def _notify(self, video_id: str, over: bool = False) -> None:
+        presence = self._presences[video_id]
+        presence.notify()
+        if over and not presence.readers:
+            del self._presences[video_id]

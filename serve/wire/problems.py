@@ -57,11 +57,11 @@ def unavailable() -> Problem:
     return Problem(503, "unavailable", message, retry_after_s=_UNAVAILABLE_RETRY_S)
 
 
-def refused(answer: Refused) -> Problem:
+def refused(refusal: Refused) -> Problem:
     """What a replica or the store refused, as the caller is told."""
-    if answer.retry_after_s is not None:
-        return Problem(429, answer.code, answer.message, retry_after_s=answer.retry_after_s)
-    return Problem(_REFUSALS.get(answer.code, 409), answer.code, answer.message, param=answer.param)
+    if refusal.retry_after_s is not None:
+        return Problem(429, refusal.code, refusal.message, retry_after_s=refusal.retry_after_s)
+    return Problem(_REFUSALS.get(refusal.code, 409), refusal.code, refusal.message, param=refusal.param)
 
 
 def invalid(error: ValidationError | RequestValidationError) -> Problem:
@@ -76,7 +76,7 @@ def invalid(error: ValidationError | RequestValidationError) -> Problem:
     return wrong_value(422, "invalid_value", param, first.get("input"), allowed)
 
 
-def answer(problem: Problem, request_id: str = "") -> JSONResponse:
+def to_response(problem: Problem, request_id: str = "") -> JSONResponse:
     """The response; its media type is application/problem+json."""
     body = {
         "type": f"urn:diagonal:problem:{problem.code}",
@@ -100,7 +100,7 @@ def error_member(problem: Problem) -> dict[str, Any]:
 
 async def reject(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request, or a WebSocket's before it is opened, with a problem."""
-    response = answer(problem, scope.get("state", {}).get("request_id", ""))
+    response = to_response(problem, scope.get("state", {}).get("request_id", ""))
     if scope["type"] == "http":
         return await response(scope, receive, send)
     if "websocket.http.response" not in scope.get("extensions", {}):
@@ -115,33 +115,33 @@ async def reject(problem: Problem, scope: Scope, receive: Receive, send: Send) -
 def install(app: FastAPI, metrics: MetricsBackend) -> None:
     """Make every error of `app` such an answer."""
 
-    def told(request: Request, problem: Problem) -> JSONResponse:
+    def respond(request: Request, problem: Problem) -> JSONResponse:
         metrics.inc("diagonal_errors_total", code=problem.code)
-        return answer(problem, getattr(request.state, "request_id", ""))
+        return to_response(problem, getattr(request.state, "request_id", ""))
 
     async def on_problem(request: Request, error: Exception) -> JSONResponse:
-        return told(request, cast(Problem, error))
+        return respond(request, cast(Problem, error))
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
-        return told(request, invalid(cast(RequestValidationError, error)))
+        return respond(request, invalid(cast(RequestValidationError, error)))
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         error = cast(HTTPException, error)
         phrase = HTTPStatus(error.status_code).phrase
         problem = Problem(error.status_code, phrase.lower().replace(" ", "_"), phrase)
         problem.headers = error.headers or {}
-        return told(request, problem)
+        return respond(request, problem)
 
     async def on_silence(request: Request, error: Exception) -> JSONResponse:
         _log(request, error, logging.WARNING)
-        return told(request, unavailable())
+        return respond(request, unavailable())
 
     async def on_anything(request: Request, error: Exception) -> JSONResponse:
         _log(request, error, logging.ERROR)
         problem = Problem(500, "internal_error", "something went wrong on the server")
         if request.app.state.names_answers:  # this answer is sent outside of the layer that does it for the others
             problem.headers = {"X-Request-Id": getattr(request.state, "request_id", "")}
-        return told(request, problem)
+        return respond(request, problem)
 
     app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -155,7 +155,7 @@ def test_gateways_are_stopped_under_their_viewers(live: LiveService, ffprobe: st
 def test_the_whole_service_is_replaced_under_its_viewers(live: LiveService, ffprobe: str) -> None:
     before = {pid for part in ("Store", "Gateway", "Replica") for pid in live.parts(part).values()}
     watchers = watching(live, 40)
-    live.deploy(wait=False, expire_s=3600.0)
+    live.deploy(wait=False, retention_s=3600.0)
     assert_undisturbed(watchers, ffprobe)
     live.settle()
     assert not before & {pid for part in ("Store", "Gateway", "Replica") for pid in live.parts(part).values()}

@@ -24,7 +24,7 @@ def live(ray_cluster: str, tmp_path: Path) -> Iterator[ConfiguredService]:
     service.open()
     release = variant(tmp_path / "r1", "serve.max_sessions=2", "serve.budget_share=1.0")
     service.configure(
-        release=release, replicas=1, max_replicas=2, scale_up_delay_s=1.0, scale_down_delay_s=4.0, spare_share=0.0
+        release=release, replicas=1, max_replicas=2, scale_up_delay_s=1.0, scale_down_delay_s=4.0, headroom=0.0
     )
     yield service
     service.close()

@@ -36,7 +36,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
     """Finished videos are removed after two seconds, so that the disk does not fill, either."""
     engine = FakeEngine()
     engine.config = replace(engine.config, serve=replace(engine.config.serve, max_sessions=VIEWERS + 2))
-    made = Service(ServeSettings(data=str(tmp_path), gateways=2, expire_s=2.0), engine, None, sweep_s=0.5)
+    made = Service(ServeSettings(data=str(tmp_path), gateways=2, retention_s=2.0), engine, None, sweep_s=0.5)
     made.metrics = Forgetful()  # type: ignore[assignment]
     made.start()
     yield made
@@ -130,4 +130,4 @@ def test_s15_nothing_grows_and_every_frame_is_at_its_time(service: Service) -> N
     assert not service.engine.sessions and not service.replica._slots
     for gateway in service.gateways:
         assert not gateway._drivers._tasks
-    assert len(service.store._watches) <= VIEWERS
+    assert len(service.store._presences) <= VIEWERS

@@ -136,7 +136,7 @@ def test_a_file_that_was_not_made_when_the_store_went_away_is_made_afterwards(
 
 
 def test_a_video_is_removed_when_its_time_is_up(make_service: Callable[..., Service], until: Until) -> None:
-    service = make_service(store={"sweep_s": 0.1}, expire_s=1.0)
+    service = make_service(store={"sweep_s": 0.1}, retention_s=1.0)
     with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
         video = start(http, frames=21)
         told = until(lambda: (v := status(http, video)).get("status") == "completed" and v, "completed")

@@ -1,6 +1,6 @@
 """Threats against the running application, over real sockets: who comes in, what he reaches, and what he learns.
 
-Numbers are those of the list in the design of the service. Threats 4 (caches of two sessions), 9 and 12 (releases),
+Numbers are those of docs/threats.md. Threats 4 (caches of two sessions), 9 and 12 (releases),
 13 (ports of Ray) and 18 (dependencies) are held by the tests of the engine, of releases and of the deployment.
 """
 

@@ -101,7 +101,7 @@ def test_one_release_may_have_a_name_or_its_own() -> None:
         ({"model": "A"}, "model"),
         ({"max_replicas": 1, "replicas": 2}, "max_replicas"),
         ({"max_gateways": -1}, "max_gateways"),
-        ({"spare_share": 1}, "spare_share"),
+        ({"headroom": 1}, "headroom"),
         ({"scale_up_delay_s": -1}, "scale_up_delay_s"),
         ({"gateway_connections": 0}, "gateway_connections"),
         ({"allow_unpromoted": 2}, "allow_unpromoted"),

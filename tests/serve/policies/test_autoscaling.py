@@ -147,7 +147,7 @@ kind = cloudpickle.load(open(sys.argv[1], "rb"))
 told = {"sessions": 9.0, "slots": 3.0, "busy": 0.1, "refused": 0.0}
 metrics = {name: {"a": [types.SimpleNamespace(value=value)]} for name, value in told.items()}
 limits = {"capacity_adjusted_min_replicas": 1, "capacity_adjusted_max_replicas": 9, "target_num_replicas": 1}
-print(kind(spare_share=0.25)(types.SimpleNamespace(raw_metrics=metrics, **limits))[0])
+print(kind(headroom=0.25)(types.SimpleNamespace(raw_metrics=metrics, **limits))[0])
 assert not [name for name in sys.modules if name.startswith(("serve", "diagonal", "torch"))]
 """
 
@@ -155,7 +155,7 @@ assert not [name for name in sys.modules if name.startswith(("serve", "diagonal"
 def test_the_policy_runs_in_a_process_that_has_no_module_of_ours(tmp_path: Path) -> None:
     config = session_scaling(1, 3, 5.0, 300.0, 0.25)
     assert (config.min_replicas, config.max_replicas, config.downscale_delay_s) == (1, 3, 300.0)
-    assert config.policy.policy_kwargs == {"spare_share": 0.25}
+    assert config.policy.policy_kwargs == {"headroom": 0.25}
     (tmp_path / "policy").write_bytes(config.policy.get_serialized_policy_def() or b"")
     command = [sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path / "policy")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)

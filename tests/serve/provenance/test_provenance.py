@@ -31,7 +31,7 @@ from serve.provenance.content_credentials import (
 from serve.provenance.watermarks import Watermarks
 from serve.records import LOCAL_CALLER, PutChunks, Status
 from serve.settings import ServeSettings
-from serve.store.finalizer import Finisher
+from serve.store.finalizer import FileFinalizer
 from serve.store.store import Store
 from tests.serve.certificates import Signer, make_signer
 from tests.serve.harness import CONFIG, VIDEO, Service, Until, chunks, put_video, shade
@@ -191,13 +191,15 @@ def test_a_signing_that_works_again_completes_the_file(
     in_signing_store(tmp_path, signer, work)
 
 
-def test_a_file_made_before_files_were_signed_does_not_pass_for_a_signed_one(tmp_path: Path, signer: Signer) -> None:
+def test_a_file_made_before_files_were_signed_does_not_pass_for_a_signed_one(
+    tmp_path: Path, signer: Signer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The process ended between the file and its note in the database, and came back with a certificate."""
     init, made = chunks()
 
     async def unsigned(store: Store) -> None:
         await put_video(store, init)
-        store._finisher._end = lambda *_: asyncio.sleep(0)
+        monkeypatch.setattr(store, "end", lambda *_: asyncio.sleep(0))
         for chunk in made:
             await store.put_chunks(PutChunks("video_1", 0, [chunk]))
         assert [validation_state(path) for path in (tmp_path / "data").rglob("*.mp4")] == ["unsigned"]
@@ -251,7 +253,7 @@ def test_the_reader_trusts_a_file_whose_root_it_knows(tmp_path: Path, signer: Si
         for chunk in made:
             await store.put_chunks(PutChunks("video_1", 0, [chunk]))
         found = await store.content("video_1", 0, 1 << 20)
-        assert found is not None and isinstance(store._finisher, Finisher)
+        assert found is not None and isinstance(store._finalizer, FileFinalizer)
         return found[1]
 
     data = in_signing_store(tmp_path, signer, work)

@@ -44,7 +44,7 @@ def jump(request: pytest.FixtureRequest, wall: WallClock) -> Callable[[], None]:
 
 @pytest.fixture
 def guarded(make_service: Callable[..., Service], wall: WallClock) -> Service:
-    return make_service(store={"sweep_s": 0.1}, auth="keys", expire_s=1800.0)
+    return make_service(store={"sweep_s": 0.1}, auth="keys", retention_s=1800.0)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from serve.records import (
 )
 from serve.store.credentials import Credentials
 from serve.store.database import Database, chunk_events
-from serve.store.quotas import Admission
+from serve.store.quotas import Quotas
 from serve.store.tables import VERSION, Tables
 from serve.tokens import parse_secret
 
@@ -78,7 +78,7 @@ def tables(database_url: str) -> Iterator[Tables]:
 def database(tables: Tables) -> Database:
     """With one video that a replica holds."""
     database = Database(tables)
-    assert Admission(tables).admit(VIDEO, LOCAL, None, 1.0) is None
+    assert Quotas(tables).admit(VIDEO, LOCAL, None, 1.0) is None
     assert database.opened("video_1", "replica-1", "video/mp4")
     return database
 
@@ -177,7 +177,7 @@ def test_all_of_a_removed_video_is_gone_and_only_its_owner_removes_it(database: 
 
 def test_one_resume_token_counts_and_for_its_owner_alone(tables: Tables) -> None:
     database = Database(tables)
-    Admission(tables).admit(replace(VIDEO, resume_hash="one"), LOCAL, None, 1.0)
+    Quotas(tables).admit(replace(VIDEO, resume_hash="one"), LOCAL, None, 1.0)
     assert database.take_over("somebody", "one", "two") is None
     taken = database.take_over("local", "one", "two")
     assert taken is not None and (taken.id, taken.resume_hash) == ("video_1", "two")
@@ -314,71 +314,71 @@ def test_a_commit_of_sqlite_is_on_the_disk_before_it_is_acknowledged(tmp_path: P
 
 
 def test_the_same_request_again_gives_the_same_video_and_another_one_a_conflict(tables: Tables) -> None:
-    admission, database = Admission(tables), Database(tables)
+    quotas, database = Quotas(tables), Database(tables)
     asked = Idempotency("k1", "body")
-    assert admission.admit(VIDEO, LOCAL, asked, 1.0) is None
+    assert quotas.admit(VIDEO, LOCAL, asked, 1.0) is None
     other = replace(VIDEO, id="video_2")
-    in_flight = admission.admit(other, LOCAL, asked, 2.0)
+    in_flight = quotas.admit(other, LOCAL, asked, 2.0)
     assert isinstance(in_flight, Refused) and in_flight.code == "idempotency_in_flight"
     database.opened("video_1", "replica-1", "video/mp4")
-    known = admission.admit(other, LOCAL, asked, 3.0)
+    known = quotas.admit(other, LOCAL, asked, 3.0)
     assert isinstance(known, VideoRecord) and known.id == "video_1"
-    conflict = admission.admit(other, LOCAL, replace(asked, body_hash="other"), 4.0)
+    conflict = quotas.admit(other, LOCAL, replace(asked, body_hash="other"), 4.0)
     assert isinstance(conflict, Refused) and conflict.code == "idempotency_conflict"
-    assert admission.admit(replace(other, owner="somebody"), Caller("somebody", "s"), asked, 5.0) is None
+    assert quotas.admit(replace(other, owner="somebody"), Caller("somebody", "s"), asked, 5.0) is None
 
 
 def test_a_request_whose_gateway_died_may_be_made_again_after_a_while(tables: Tables) -> None:
-    admission, asked = Admission(tables), Idempotency("k1", "body")
-    assert admission.admit(VIDEO, LOCAL, asked, 1.0) is None
-    assert admission.admit(replace(VIDEO, id="video_2"), LOCAL, asked, 70.0) is None
+    quotas, asked = Quotas(tables), Idempotency("k1", "body")
+    assert quotas.admit(VIDEO, LOCAL, asked, 1.0) is None
+    assert quotas.admit(replace(VIDEO, id="video_2"), LOCAL, asked, 70.0) is None
 
 
 def test_an_account_runs_as_many_videos_as_it_may_whatever_keys_it_uses(tables: Tables) -> None:
-    admission, database = Admission(tables), Database(tables)
+    quotas, database = Quotas(tables), Database(tables)
     callers = [Caller(f"key{number}", "shared", sessions=2) for number in range(3)]
     made = [
-        admission.admit(replace(VIDEO, id=f"video_{n}", owner=caller.key_id, account="shared"), caller, None, 1.0)
+        quotas.admit(replace(VIDEO, id=f"video_{n}", owner=caller.key_id, account="shared"), caller, None, 1.0)
         for n, caller in enumerate(callers)
     ]
     assert made[:2] == [None, None] and isinstance(made[2], Refused) and made[2].retry_after_s
     database.finish("video_0", Status.CANCELLED, 2.0)
-    assert admission.admit(replace(VIDEO, id="video_9", account="shared"), callers[2], None, 3.0) is None
+    assert quotas.admit(replace(VIDEO, id="video_9", account="shared"), callers[2], None, 3.0) is None
 
 
 def test_frames_a_minute_slide_and_what_no_replica_took_is_given_back(tables: Tables) -> None:
-    admission = Admission(tables)
+    quotas = Quotas(tables)
     caller = Caller("key", "account", frames_per_minute=50)
 
     def ask(number: int, now: float) -> Any:
         video = replace(VIDEO, id=f"video_{number}", account="account", created_at=now)
-        return video, admission.admit(video, caller, None, now)
+        return video, quotas.admit(video, caller, None, now)
 
     assert ask(0, 100.0)[1] is None
     video, made = ask(1, 110.0)
     assert made is None
     _, refusal = ask(2, 120.0)
     assert isinstance(refusal, Refused) and refusal.retry_after_s == pytest.approx(40.0)
-    admission.withdraw(video, caller)
+    quotas.withdraw(video, caller)
     assert ask(3, 121.0)[1] is None
     assert isinstance(ask(4, 159.0)[1], Refused) and ask(5, 160.5)[1] is None
-    large = admission.admit(replace(VIDEO, id="video_6", frames=51, account="account"), caller, None, 500.0)
+    large = quotas.admit(replace(VIDEO, id="video_6", frames=51, account="account"), caller, None, 500.0)
     assert isinstance(large, Refused) and large.code == "quota_too_small" and large.retry_after_s is None
 
 
 def test_a_long_stream_is_charged_its_first_minute_and_then_as_it_goes(tables: Tables) -> None:
-    admission, database = Admission(tables), Database(tables)
+    quotas, database = Quotas(tables), Database(tables)
     caller = Caller("key", "account", frames_per_minute=1000)
     stream = replace(VIDEO, frames=4000, pacing=Pacing.REALTIME, account="account")
-    assert admission.admit(stream, caller, None, 1.0) is None
+    assert quotas.admit(stream, caller, None, 1.0) is None
     database.opened("video_1", "replica-1", "video/mp4")
     asked = replace(VIDEO, id="video_2", frames=40, account="account")
     assert add(database, 0, replace(FIRST, frames=960), now=62.0)
     assert add(database, 0, replace(SECOND, frames=20, first_pixel_frame=960), now=62.0)
     assert add(database, 0, replace(SECOND, chunk=2, frames=950, first_pixel_frame=980), now=62.0)
-    refusal = admission.admit(asked, caller, None, 63.0)
+    refusal = quotas.admit(asked, caller, None, 63.0)
     assert isinstance(refusal, Refused) and refusal.code == "frame_quota_exceeded"
-    assert admission.admit(replace(asked, frames=30), caller, None, 63.0) is None
+    assert quotas.admit(replace(asked, frames=30), caller, None, 63.0) is None
 
 
 def test_keys_are_kept_as_hashes_and_end_when_revoked(tables: Tables) -> None:

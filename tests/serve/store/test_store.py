@@ -179,7 +179,7 @@ def test_nothing_is_remembered_of_videos_that_are_over(tmp_path: Path) -> None:
         await store.segment("video_1", "reader", 0, 0)
         await store.leave("video_1", "reader")
         await store.segment("video_9", "reader", 0, 0)
-        assert not store._watches
+        assert not store._presences
 
     in_store(tmp_path, work)
 
