@@ -26,7 +26,7 @@ from diagonal.metrics import FactoryBackend
 from serve.api.realtime import RealtimeLimits
 from serve.replica import replica
 from serve.settings import ServeSettings
-from tests.serve.harness import FakeEngine, Service, deadline
+from tests.serve.harness import FakeEngine, Service, deadline, http_client
 from tests.serve.hostile import memory_bytes, new_key, start, told
 from tests.serve.sockets import viewer
 from tests.serve.wire import wire
@@ -171,7 +171,7 @@ def test_16_a_thousand_sessions_make_no_series_that_the_first_ones_did_not(tmp_p
     """Of many keys, prompts and ids, finished, cancelled, refused and wrong."""
     series = set[Any]()
     with crowded(tmp_path, metrics=counting(series)) as service:
-        with httpx2.Client(base_url=service.urls[0], timeout=30) as http:
+        with http_client(service.urls[0]) as http:
             first, headers = set[Any](), new_key(service)
             end_s = time.monotonic() + 100
             for number in range(1000):

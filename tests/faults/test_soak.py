@@ -17,12 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
-import httpx2
 import numpy as np
 import pytest
 
 from serve.settings import ServeSettings
-from tests.serve.harness import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service, http_client
 from tests.serve.hostile import memory_bytes, open_files, start
 from tests.serve.sockets import cut, viewer
 
@@ -74,7 +73,7 @@ class Checked:
 def watch(service: Service, seen: Checked, until_s: float, number: int) -> None:
     """One viewer after another: over a socket, over a socket that breaks in the middle, by a plain request."""
     turn = number
-    with httpx2.Client(base_url=service.urls[number % 2], timeout=60) as http:
+    with http_client(service.urls[number % 2]) as http:
         while time.monotonic() < until_s and not seen.wrong:
             turn += 1
             if turn % 3 == 0:

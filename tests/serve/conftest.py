@@ -17,7 +17,7 @@ import pytest
 from serve.api.realtime import RealtimeLimits
 from serve.settings import ServeSettings
 from tests.serve import postgres
-from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, Until, deadline, start
+from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, Until, deadline, http_client, start
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +86,7 @@ def idle_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def idle_http(idle_service: Service) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=idle_service.urls[0], timeout=60) as client:
+    with http_client(idle_service.urls[0]) as client:
         yield client
 
 
@@ -97,14 +97,14 @@ def service(make_service: Callable[..., Service]) -> Service:
 
 @pytest.fixture
 def http(service: Service) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as client:
+    with http_client(service.urls[0]) as client:
         yield client
 
 
 @pytest.fixture
 def other_http(service: Service) -> Iterator[httpx2.Client]:
     """A client of the other gateway."""
-    with httpx2.Client(base_url=service.urls[1], timeout=60) as client:
+    with http_client(service.urls[1]) as client:
         yield client
 
 

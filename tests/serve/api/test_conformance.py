@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.serve.harness import FakeEngine, Service
+from tests.serve.harness import FakeEngine, Service, http_client
 
 CHECKS: list[Any] = [
     not_a_server_error,
@@ -173,6 +173,6 @@ def test_a_secret_lives_from_one_second_to_a_minute(idle_http: httpx2.Client) ->
 
 def free(service: Service) -> None:
     """Remove what was made, so that the next one finds room."""
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
+    with http_client(service.urls[0]) as http:
         for video in http.get("/v1/videos", params={"limit": 100}).json()["data"]:
             http.delete(f"/v1/videos/{video['id']}")

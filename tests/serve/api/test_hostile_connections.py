@@ -19,7 +19,7 @@ from websockets.exceptions import InvalidStatus
 
 from serve.api.realtime import RealtimeLimits
 from serve.replica import replica
-from tests.serve.harness import FakeEngine, Service, Until
+from tests.serve.harness import FakeEngine, Service, Until, http_client
 from tests.serve.hostile import new_key, open_files, start, told
 from tests.serve.sockets import closed, viewer
 from tests.serve.wire import wire
@@ -34,7 +34,7 @@ def guarded(make_service: Callable[..., Service]) -> Service:
 
 @pytest.fixture
 def http(guarded: Service) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=guarded.urls[0], timeout=60) as client:
+    with http_client(guarded.urls[0]) as client:
         yield client
 
 
@@ -96,7 +96,7 @@ def test_s2_a_plain_reader_that_stops_reading_stops_its_generation_and_loses_its
     make_service: Callable[..., Service], engine: FakeEngine, heavy: None, until: Until
 ) -> None:
     service = make_service(store={"reader_silence_s": 1.0, "sweep_s": 0.2})
-    with httpx2.Client(base_url=service.urls[0], timeout=30) as http:
+    with http_client(service.urls[0]) as http:
         video = start(http, pacing="realtime", num_frames=900)
         asked = f"GET /v1/videos/{video}/stream HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         with connection(service, asked) as stuck:
@@ -113,7 +113,7 @@ def test_s3_a_connection_that_ends_or_breaks_stops_generation_within_a_chunk(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until, way: str, end: str
 ) -> None:
     service = make_service(resume_window_s=0.5)
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as http, ExitStack() as stack:
+    with http_client(service.urls[0]) as http, ExitStack() as stack:
         if way == "get":
             video = start(http, pacing="realtime", num_frames=900)
             raw = connection(service, f"GET /v1/videos/{video}/stream HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
@@ -156,7 +156,7 @@ def test_8_sessions_beyond_the_last_slot_are_refused_and_what_they_held_is_given
 ) -> None:
     service = make_service()
     engine.allow(0)
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
+    with http_client(service.urls[0]) as http:
         files = open_files()
         answers = [http.post("/v1/videos", json={"prompt": "x", "num_frames": 21}) for _ in range(12)]
         assert [answer.status_code for answer in answers] == [200] * 2 + [429] * 10
@@ -174,7 +174,7 @@ def test_4_an_encoder_keeps_nothing_of_the_stream_before(make_service: Callable[
     """The same picture behind another session's is the same bytes as in a service that made nothing else."""
 
     def stream(service: Service, *prompts: str) -> bytes:
-        with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
+        with http_client(service.urls[0]) as http:
             for prompt in prompts:
                 found = http.get(f"/v1/videos/{start(http, prompt=prompt, num_frames=45)}/stream").content
                 until(lambda: not service.engine.sessions, "the place is free", seconds=25)

@@ -17,7 +17,7 @@ from websockets.exceptions import InvalidStatus
 from serve.api.auth import PUBLIC, PUBLIC_FOLDER
 from serve.api.routes import create_app
 from serve.settings import ServeSettings
-from tests.serve.harness import FakeEngine, Service, Until
+from tests.serve.harness import FakeEngine, Service, Until, http_client
 from tests.serve.hostile import memory_bytes, new_key, start
 from tests.serve.sockets import closed, viewer
 
@@ -37,7 +37,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def door(guarded: Service) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=guarded.urls[0], timeout=60) as client:
+    with http_client(guarded.urls[0]) as client:
         yield client
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from serve.records import Status
 from tests.s3 import S3Server, environment
-from tests.serve.harness import FakeEngine, Service, Until, shades, start, status
+from tests.serve.harness import FakeEngine, Service, Until, http_client, shades, start, status
 
 CHANGE = {"interaction": {"event_id": "e1", "event": {"prompt": "a blue square"}}}
 
@@ -35,7 +35,7 @@ def test_of_the_same_request_sent_at_once_one_makes_a_video(service: Service, en
     answers: list[httpx2.Response] = []
 
     def ask(url: str) -> None:
-        with httpx2.Client(base_url=url, timeout=60) as client:
+        with http_client(url) as client:
             answers.append(client.post("/v1/videos", json={"prompt": "x"}, headers={"Idempotency-Key": "k1"}))
 
     threads = [threading.Thread(target=ask, args=(service.urls[number % 2],)) for number in range(6)]
@@ -125,7 +125,7 @@ def test_a_file_that_was_not_made_when_the_store_went_away_is_made_afterwards(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as http, monkeypatch.context() as broken:
+    with http_client(service.urls[0]) as http, monkeypatch.context() as broken:
         broken.setattr("serve.store.media_files.write_fragments", full)
         video = start(http, frames=21)
         until(lambda: status(http, video)["frames_done"] == 21, "all chunks")
@@ -137,7 +137,7 @@ def test_a_file_that_was_not_made_when_the_store_went_away_is_made_afterwards(
 
 def test_a_video_is_removed_when_its_time_is_up(make_service: Callable[..., Service], until: Until) -> None:
     service = make_service(store={"sweep_s": 0.1}, retention_s=1.0)
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
+    with http_client(service.urls[0]) as http:
         video = start(http, frames=21)
         told = until(lambda: (v := status(http, video)).get("status") == "completed" and v, "completed")
         assert 0 <= told["expires_at"] - told["completed_at"] <= 2
@@ -154,7 +154,7 @@ def test_a_session_that_nobody_can_drive_any_more_ends_and_leaves_the_quota(
     text = service.store._credentials.create_key("Ann", sessions=1, frames_per_minute=0, now=time.time(), account="")
     engine.allow(1)
     headers = {"Authorization": f"Bearer {text}"}
-    with httpx2.Client(base_url=service.urls[0], timeout=20, headers=headers) as http:
+    with http_client(service.urls[0], headers) as http:
         video = start(http)
         assert http.post("/v1/videos", json={"prompt": "p"}).json()["error"]["code"] == "session_quota_exceeded"
         for gateway in service.gateways:  # neither one drives it, nor takes it up
@@ -176,7 +176,7 @@ def test_finished_files_go_to_s3_and_come_back_from_there(
         monkeypatch.setenv(name, value)
     with s3_server.bucket() as bucket:
         service = make_service(files=f"s3://{bucket}/videos")
-        with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
+        with http_client(service.urls[0]) as http:
             video = start(http, frames=21)
             until(lambda: status(http, video)["status"] == "completed", "completed")
             there = f"videos/{video}/video.mp4"

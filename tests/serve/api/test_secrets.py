@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from serve.settings import ServeSettings
 from tests.s3 import SECRET_KEY
 from tests.serve.certificates import make_signer
-from tests.serve.harness import FakeEngine, Service, Until
+from tests.serve.harness import FakeEngine, Service, Until, http_client
 from tests.serve.sockets import viewer
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def test_14_no_secret_is_told_whatever_goes_wrong(
     service = make_service({"sweep_s": 0.3}, **everything_on(tmp_path, bucket))
     shown = service.store._credentials.create_key("somebody", 0, 0, now=time.time())
     headers = {"Authorization": f"Bearer {shown}"}
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
+    with http_client(service.urls[0]) as http:
         faulty_s3.fail(403, "AccessDenied", method="PUT")
         asked = {"prompt": PROMPT, "num_frames": 33}
         video = http.post("/v1/videos", json=asked, headers=headers).raise_for_status().json()["id"]
@@ -133,7 +133,7 @@ def test_14_a_deleted_videos_prompt_is_gone_from_the_database(
     make_service: Callable[..., Service], tmp_path: Path
 ) -> None:
     service = make_service()
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
+    with http_client(service.urls[0]) as http:
         video = http.post("/v1/videos", json={"prompt": PROMPT, "num_frames": 33}).json()["id"]
         change = {"interaction": {"event": {"prompt": f"{PROMPT} and another"}}}
         http.post(f"/v1/videos/{video}/interactions", json=change)

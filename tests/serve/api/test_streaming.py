@@ -14,7 +14,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from diagonal.mp4 import boxes
-from tests.serve.harness import FakeEngine, Service, Until, fragments, shade, shades, start, status
+from tests.serve.harness import FakeEngine, Service, Until, fragments, http_client, shade, shades, start, status
 
 
 def test_the_stream_is_the_whole_video_frame_by_frame(http: httpx2.Client) -> None:
@@ -169,7 +169,7 @@ def test_a_replica_that_dies_cuts_the_stream_and_fails_the_video(
 @pytest.mark.parametrize("codec", ["vp9", "av1"])
 def test_the_other_codecs_stream_as_well(make_service: Callable[..., Service], codec: str) -> None:
     service = make_service(codec=codec)
-    with httpx2.Client(base_url=service.urls[0], timeout=30) as http:
+    with http_client(service.urls[0]) as http:
         video = start(http, frames=33)
         assert len(shades(http.get(f"/v1/videos/{video}/stream").content)) == 33
         assert {"vp9": "vp09", "av1": "av01"}[codec] in status(http, video)["mime"]

@@ -29,14 +29,14 @@ from serve.api.auth import PUBLIC, PUBLIC_FOLDER
 from serve.api.routes import create_app
 from serve.settings import ServeSettings
 from serve.store.credentials import local_key
-from tests.serve.harness import FakeEngine, Keyed, Service, Until
+from tests.serve.harness import FakeEngine, Keyed, Service, Until, http_client
 from tests.serve.sockets import LOCAL_KEY, viewer
 from tests.serve.wire import wire
 
 
 @pytest.fixture
 def http(guarded: Service) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=guarded.urls[0], timeout=60) as client:
+    with http_client(guarded.urls[0]) as client:
         yield client
 
 

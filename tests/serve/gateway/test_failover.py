@@ -16,7 +16,18 @@ import pytest
 
 from serve.gateway.failover import rehome
 from serve.records import Interaction, Opened, Refused
-from tests.serve.harness import OTHER, PROMPT, VIDEO, Cluster, Until, assert_same_video, decoded, start, steer
+from tests.serve.harness import (
+    OTHER,
+    PROMPT,
+    VIDEO,
+    Cluster,
+    Until,
+    assert_same_video,
+    decoded,
+    http_client,
+    start,
+    steer,
+)
 from tests.serve.sockets import cut, viewer
 
 
@@ -26,7 +37,7 @@ def test_a_replica_that_dies_does_not_end_the_stream(
 ) -> None:
     monkeypatch.setattr("serve.gateway.driver._AHEAD", 1)  # else all of it may have come before the replica dies
     cluster = make_cluster()
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with http_client(cluster.urls[0]) as http:
         video, data, killed = start(http, 105, pacing=pacing), bytearray(), ""
         with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
             for part in answer.iter_raw():
@@ -98,7 +109,7 @@ def test_without_another_replica_the_stream_breaks_off_and_says_so(
 ) -> None:
     monkeypatch.setattr("serve.gateway.driver.PATIENCE_S", 0.5)
     cluster = make_cluster(replicas=1)
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with http_client(cluster.urls[0]) as http:
         video = start(http, 900, "realtime")
         with pytest.raises(httpx2.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video}/stream") as answer:
             parts = answer.iter_raw()
@@ -112,7 +123,7 @@ def test_a_replica_that_dies_before_the_first_chunk_is_replaced_too(
     make_cluster: Callable[..., Cluster], expected: bytes
 ) -> None:
     cluster = make_cluster()
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with http_client(cluster.urls[0]) as http:
         video = start(http, 105, pacing="realtime")
         killer = threading.Thread(target=lambda: cluster.kill_holder(video))
         killer.start()
@@ -126,12 +137,12 @@ def test_a_paused_stream_stands_still_frees_its_cache_and_goes_on(
 ) -> None:
     cluster = make_cluster(replicas=1)
     engine: Any = cluster.replica._engine
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with http_client(cluster.urls[0]) as http:
         video = start(http, 105, pacing="realtime")
         streams: list[bytes] = []
         reader = threading.Thread(target=lambda: streams.append(http.get(f"/v1/videos/{video}/stream").content))
         reader.start()
-        with httpx2.Client(base_url=cluster.urls[1], timeout=60) as other:
+        with http_client(cluster.urls[1]) as other:
             until(lambda: other.get(f"/v1/videos/{video}").json()["chunks_done"] >= 2, "two chunks")
             assert steer(other, video, action="pause").status_code == 202
             until(lambda: engine.stats().cache_bytes == 0, "the cache is free", seconds=25)

@@ -20,7 +20,7 @@ from serve.gateway.failover import rehome
 from serve.rpc import CALL_TIMEOUT_S, call_with_retry
 from tests.engine.driving import PoisonedText
 from tests.networks import small_release
-from tests.serve.harness import Cluster, FakeEngine, Service, Until, shades
+from tests.serve.harness import Cluster, FakeEngine, Service, Until, http_client, shades
 from tests.serve.hostile import start, told
 from tests.serve.sockets import closed, viewer
 
@@ -155,7 +155,7 @@ def test_s5_poison_prompts_cost_their_sessions_and_not_the_replica(
 ) -> None:
     """Over real engines: whoever sends poison can neither end a neighbour's stream nor have the replica replaced."""
     cluster = make_cluster(replicas=1)
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with http_client(cluster.urls[0]) as http:
         with viewer(cluster.urls[0]) as neighbour:
             neighbour.start(prompt="a red circle", num_frames=105, seed=3)
             neighbour.read(2)
@@ -175,7 +175,7 @@ def test_s5_a_replica_whose_chunks_all_fail_says_that_it_is_to_be_replaced(
 ) -> None:
     cluster = make_cluster(replicas=1)
     engine: Any = cluster.replica._engine
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with http_client(cluster.urls[0]) as http:
         hook = engine.maker._network.register_forward_pre_hook(raises())
         for _ in range(3):
             bad = start(http)
@@ -212,7 +212,7 @@ def test_s6_a_session_for_which_there_is_no_memory_ends_alone_and_the_replica_go
 ) -> None:
     cluster = make_cluster(replicas=1)
     engine: Any = cluster.replica._engine
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, viewer(cluster.urls[0]) as neighbour:
+    with http_client(cluster.urls[0]) as http, viewer(cluster.urls[0]) as neighbour:
         neighbour.start(prompt="a red circle", num_frames=105, seed=3)
         neighbour.read(1)
         caches = {id(session.cache) for session in engine.table.sessions.values()}
@@ -240,7 +240,7 @@ def test_s13_a_file_waits_for_its_storage_whole_or_not_at_all(
     """The durable storage is away when the file is finished, and when it is asked for after the local copy is gone."""
     durable = tmp_path / "durable"
     service = make_service(store={"sweep_s": 0.2}, files=str(durable))
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
+    with http_client(service.urls[0]) as http:
         with monkeypatch.context() as away:
             away.setattr("diagonal.storage.Folder.put", raises(StorageError))
             video = start(http)
@@ -265,7 +265,7 @@ def test_s13_a_file_that_breaks_off_while_it_is_given_is_not_taken_for_the_whole
 ) -> None:
     monkeypatch.setattr("serve.gateway.gateway._PART_BYTES", 2000)
     service = make_service()
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
+    with http_client(service.urls[0]) as http:
         video = start(http, num_frames=81)
         until(lambda: told(http, video)["status"] == "completed", "completed")
         content = service.store.content
@@ -320,7 +320,7 @@ def test_s14_metrics_that_nobody_takes_cost_no_frame(
 ) -> None:
     metrics = FactoryBackend(kind, kind, kind)
     service = make_service(metrics=metrics)
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as http:
+    with http_client(service.urls[0]) as http:
         video = start(http, num_frames=81)
         assert len(shades(http.get(f"/v1/videos/{video}/stream").content)) == 81
         with viewer(service.urls[0]) as one:

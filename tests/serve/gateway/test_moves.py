@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx2
 import pytest
 from ray.exceptions import RayActorError
 from websockets.exceptions import ConnectionClosed
@@ -19,7 +18,7 @@ from serve.gateway.driver import Driver
 from serve.records import DriveDecision, Pacing, VideoRecord
 from serve.replica.replica import Replica
 from tests.recorded_metrics import RecordedMetrics
-from tests.serve.harness import PROMPT, Cluster, LocalHandle, Until, assert_same_video, start
+from tests.serve.harness import PROMPT, Cluster, LocalHandle, Until, assert_same_video, http_client, start
 from tests.serve.sockets import Viewer, cut, viewer
 
 Make = Callable[..., Cluster]
@@ -69,7 +68,7 @@ def gaps(one: Viewer, chunks: int) -> list[float]:
 @pytest.mark.parametrize("pacing", ["none", "realtime"])
 def test_a_replica_that_drains_loses_no_frame(make_cluster: Make, expected: bytes, pacing: str, until: Until) -> None:
     cluster = make_cluster()
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, ThreadPoolExecutor(1) as reader:
+    with http_client(cluster.urls[0]) as http, ThreadPoolExecutor(1) as reader:
         video = start(http, 105, pacing=pacing)
         stream = reader.submit(lambda: http.get(f"/v1/videos/{video}/stream").content)
         until(lambda: cluster.run(cluster.store.get(video)).chunks_done >= 3, "three chunks")
@@ -107,7 +106,7 @@ def test_a_session_that_moves_where_all_is_full_waits_until_there_is_room(
     for replica in cluster.replicas.values():
         engine: Any = replica._engine
         engine.admission.slots = 1
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, ThreadPoolExecutor(2) as readers:
+    with http_client(cluster.urls[0]) as http, ThreadPoolExecutor(2) as readers:
         other, video = start(http, frames=57, pacing="realtime"), start(http, 105, pacing="realtime")
         streams = [readers.submit(http.get, f"/v1/videos/{one}/stream") for one in (other, video)]
         killed = cluster.kill_holder(video)
@@ -117,7 +116,7 @@ def test_a_session_that_moves_where_all_is_full_waits_until_there_is_room(
 
 def test_calls_for_a_replica_that_is_gone_end_no_session_that_moved(make_cluster: Make) -> None:
     cluster = make_cluster(replicas=1)
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with http_client(cluster.urls[0]) as http:
         video = start(http, frames=900, pacing="realtime")
         cluster.run(cluster.replica.close(video, "completed", "replica-that-drained"))
         assert cluster.run(cluster.replica.holds(video, "replica-1"))
@@ -168,7 +167,7 @@ def test_an_engine_that_hangs_is_not_ready_after_three_chunk_times_and_takes_no_
     make_cluster: Make, hung: threading.Event, until: Until
 ) -> None:
     cluster = make_cluster(replicas=1)
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with http_client(cluster.urls[0]) as http:
         assert http.get("/health/ready").status_code == 200
         hang(cluster.replica, hung)
         until(lambda: http.get("/health/ready").status_code == 503, "not ready")
@@ -185,7 +184,7 @@ def test_a_viewer_of_a_gateway_that_drains_goes_on_through_another_one(make_clus
         last, closed = ended(one)
         assert last == {"type": "session.draining", "request_id": one.request_id, "resume_token": one.resume_token}
         assert closed.rcvd is not None and closed.rcvd.code == 1012
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with http_client(cluster.urls[0]) as http:
         answer = http.get("/health/ready")
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "draining"
         assert http.get("/health/live").status_code == 200
@@ -200,7 +199,7 @@ def test_a_stream_over_http_through_a_gateway_that_drains_comes_to_its_end(
     make_cluster: Make, expected: bytes, until: Until
 ) -> None:
     cluster = make_cluster(replicas=1)
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, ThreadPoolExecutor(1) as reader:
+    with http_client(cluster.urls[0]) as http, ThreadPoolExecutor(1) as reader:
         video = start(http, 105, pacing="realtime")
         stream = reader.submit(lambda: http.get(f"/v1/videos/{video}/stream").content)
         until(lambda: cluster.run(cluster.store.get(video)).chunks_done >= 3, "three chunks")
@@ -213,7 +212,7 @@ def test_a_gateway_that_drains_alone_still_brings_its_streams_to_their_end(
     make_cluster: Make, expected: bytes, until: Until
 ) -> None:
     cluster = make_cluster(replicas=1, gateways=1)
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http, ThreadPoolExecutor(1) as reader:
+    with http_client(cluster.urls[0]) as http, ThreadPoolExecutor(1) as reader:
         video = start(http, 105, pacing="realtime")
         stream = reader.submit(lambda: http.get(f"/v1/videos/{video}/stream").content)
         until(lambda: cluster.run(cluster.store.get(video)).chunks_done >= 3, "three chunks")
@@ -240,7 +239,7 @@ def test_a_viewer_may_come_back_long_after_his_gateway_died_without_a_word(make_
 
 def test_a_video_that_nobody_watches_outlives_its_gateway(make_cluster: Make, until: Until) -> None:
     cluster = make_cluster(replicas=1)
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with http_client(cluster.urls[0]) as http:
         video = start(http, frames=957)
     kill_gateway(cluster, 0)
     assert not cluster.run(cluster.store.get(video)).whole

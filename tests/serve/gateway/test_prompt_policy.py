@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 
 from diagonal.errors import FieldError
@@ -17,7 +16,7 @@ from serve.gateway.prompt_policy import DenyList, PromptPolicy, levelled
 from serve.settings import ServeSettings
 from serve.wire.problems import Problem
 from tests.recorded_metrics import RecordedMetrics
-from tests.serve.harness import Service
+from tests.serve.harness import Service, http_client
 from tests.serve.sockets import viewer
 
 Make = Callable[..., Service]
@@ -172,7 +171,7 @@ def listed(make_service: Make, tmp_path: Path) -> Service:
 def test_every_way_in_asks_it(listed: Service, caplog: pytest.LogCaptureFixture) -> None:
     event: dict[str, Any] = {"event": {"prompt": FORBIDDEN}, "event_id": "e1"}
     listed.engine.allow(1)
-    with caplog.at_level(logging.DEBUG), httpx2.Client(base_url=listed.urls[0], timeout=60) as http:
+    with caplog.at_level(logging.DEBUG), http_client(listed.urls[0]) as http:
         refused = http.post("/v1/videos", json={"prompt": FORBIDDEN})
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "prompt_refused")
         assert refused.json()["error"]["param"] == "prompt" and "heron" not in refused.text

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.serve.harness import FakeEngine, Service, Until
+from tests.serve.harness import FakeEngine, Service, Until, http_client
 from tests.serve.hostile import new_key, start, told
 from tests.serve.sockets import Viewer, closed, cut, viewer
 
@@ -28,7 +28,7 @@ def test_s12_of_one_event_sent_by_many_at_once_one_is_applied(
     until(lambda: told(http, video)["chunks_done"] == 1, "one chunk")
 
     def say(number: int) -> int:
-        with httpx2.Client(base_url=service.urls[number % 2], timeout=60) as client:
+        with http_client(service.urls[number % 2]) as client:
             prompt = "a blue square" if number < 8 else "a green square"
             return client.post(f"/v1/videos/{video}/interactions", json=change(prompt, "e1")).status_code
 
@@ -144,7 +144,7 @@ def test_interactions_race_with_the_end_and_are_applied_or_dropped_but_never_wai
         answers: list[int] = []
 
         def hurry(video: str = video, answers: list[int] = answers) -> None:
-            with httpx2.Client(base_url=service.urls[1], timeout=60) as client:
+            with http_client(service.urls[1]) as client:
                 for number in range(20):
                     path = f"/v1/videos/{video}/interactions"
                     answers.append(client.post(path, json=change("x", f"e{number}")).status_code)

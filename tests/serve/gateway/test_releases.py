@@ -31,7 +31,7 @@ from serve.replica.replica import Replica
 from serve.settings import NAME, ReleaseSettings, ServeSettings, parse_releases
 from tests.networks import small_release
 from tests.recorded_metrics import RecordedMetrics
-from tests.serve.harness import FakeEngine, SideBySide, Until
+from tests.serve.harness import FakeEngine, SideBySide, Until, http_client
 from tests.serve.sockets import viewer
 
 PROMPT = "a red circle moves left"
@@ -240,7 +240,7 @@ def service(tmp_path: Path) -> Iterator[SideBySide]:
 
 @pytest.fixture
 def http(service: SideBySide) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=service.urls[0], timeout=60) as client:
+    with http_client(service.urls[0]) as client:
         yield client
 
 

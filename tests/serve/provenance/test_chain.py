@@ -18,7 +18,7 @@ from diagonal.client.verify import Chain, verify
 from diagonal.errors import FieldError
 from diagonal.mp4 import PartReader
 from serve.provenance.signing_key import signing_key
-from tests.serve.harness import Cluster, Service, Until
+from tests.serve.harness import Cluster, Service, Until, http_client
 from tests.serve.sockets import cut, viewer
 
 FAST: dict[str, Any] = {"extra_params": {"pacing": "none"}}
@@ -82,7 +82,7 @@ def test_it_goes_on_over_a_replica_a_gateway_and_a_store_that_die(
     make_cluster: Callable[..., Cluster], until: Until
 ) -> None:
     cluster = make_cluster()
-    with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
+    with http_client(cluster.urls[0]) as http:
         keys = public_keys(http)
         with viewer(cluster.urls[0]) as one:
             one.start(num_frames=81, seed=3, **FAST)

@@ -34,7 +34,7 @@ from serve.settings import ServeSettings
 from serve.store.finalizer import FileFinalizer
 from serve.store.store import Store
 from tests.serve.certificates import Signer, make_signer
-from tests.serve.harness import CONFIG, VIDEO, Service, Until, chunks, put_video, shade
+from tests.serve.harness import CONFIG, VIDEO, Service, Until, chunks, http_client, put_video, shade
 
 Make = Callable[..., Service]
 PROMPT, LATER = "a heron that nobody else may know of", "and then a kingfisher, just as secret"
@@ -65,7 +65,7 @@ def finished(http: httpx2.Client, until: Until, **fields: Any) -> tuple[str, byt
 
 
 def test_a_finished_file_says_what_made_it_and_holds_no_prompt(signing: Service, until: Until) -> None:
-    with httpx2.Client(base_url=signing.urls[0], timeout=60) as http:
+    with http_client(signing.urls[0]) as http:
         video, data = finished(http, until)
         salt = http.get(f"/v1/videos/{video}/chain").json()["prompt_salt"]
         assert http.get("/v1/models").json()["provenance"]["content_credentials"] is True
@@ -81,7 +81,7 @@ def test_a_finished_file_says_what_made_it_and_holds_no_prompt(signing: Service,
 
 
 def test_a_signed_file_plays_and_has_every_frame(signing: Service, until: Until, tmp_path: Path) -> None:
-    with httpx2.Client(base_url=signing.urls[0], timeout=60) as http:
+    with http_client(signing.urls[0]) as http:
         _, data = finished(http, until)
     with av.open(io.BytesIO(data), "r") as container:
         times = [int(frame.pts or 0) for frame in container.decode(video=0)]
@@ -95,7 +95,7 @@ def test_a_signed_file_plays_and_has_every_frame(signing: Service, until: Until,
 
 
 def test_one_flipped_byte_of_the_media_is_found(signing: Service, until: Until) -> None:
-    with httpx2.Client(base_url=signing.urls[0], timeout=60) as http:
+    with http_client(signing.urls[0]) as http:
         _, data = finished(http, until)
     spans = {name: (start, stop) for name, start, stop in boxes(data)}
     for name in ("moov", "mdat"):
@@ -268,7 +268,7 @@ def test_a_watermark_of_the_videos_id_is_in_every_file_and_small_sizes_are_not_o
     key = tmp_path / "watermark.key"
     key.write_bytes(b"a secret of the operator's own")
     marking = make_service(watermark="spread-spectrum", watermark_key=str(key))
-    with httpx2.Client(base_url=marking.urls[0], timeout=60) as http:
+    with http_client(marking.urls[0]) as http:
         told = http.get("/v1/models").json()
         assert told["provenance"]["watermark"] == "spread-spectrum" and told["data"][0]["sizes"] == ["256x256"]
         refused = http.post("/v1/videos", json={"prompt": PROMPT, "size": "32x32"})
@@ -298,7 +298,7 @@ def test_another_watermark_may_be_plugged_in(make_service: Make, until: Until, t
     key = tmp_path / "watermark.key"
     key.write_bytes(b"key")
     marking = make_service(watermark=f"{__name__}:Inverted", watermark_key=str(key))
-    with httpx2.Client(base_url=marking.urls[0], timeout=60) as http:
+    with http_client(marking.urls[0]) as http:
         _, data = finished(http, until)
     assert abs(float(read_mp4(data).mean()) - (255 - shade(PROMPT))) < 2
 

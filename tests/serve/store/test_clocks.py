@@ -10,7 +10,7 @@ import pytest
 
 from serve.records import WINDOW_S
 from serve.tokens import CLIENT_SECRET, parse_secret
-from tests.serve.harness import FakeEngine, Service, Until
+from tests.serve.harness import FakeEngine, Service, Until, http_client
 from tests.serve.hostile import new_key, start, told
 from tests.serve.sockets import cut, viewer
 
@@ -49,7 +49,7 @@ def guarded(make_service: Callable[..., Service], wall: WallClock) -> Service:
 
 @pytest.fixture
 def http(guarded: Service) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=guarded.urls[0], timeout=60) as client:
+    with http_client(guarded.urls[0]) as client:
         yield client
 
 

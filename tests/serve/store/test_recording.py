@@ -16,7 +16,7 @@ from diagonal.engine.recording import Recording
 from diagonal.engine.replay import replay
 from diagonal.media.encode import ChunkEncoder
 from tests.networks import small_release
-from tests.serve.harness import OTHER, PROMPT, Cluster, Until, steer
+from tests.serve.harness import OTHER, PROMPT, Cluster, Until, http_client, steer
 from tests.serve.sockets import viewer
 
 
@@ -50,7 +50,7 @@ def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
 
 @pytest.fixture
 def http(cluster: Cluster) -> Any:
-    with httpx2.Client(base_url=cluster.urls[0], timeout=30) as client:
+    with http_client(cluster.urls[0]) as client:
         yield client
 
 
