@@ -95,11 +95,7 @@ def first_frame_s(http: httpx2.Client, headers: dict[str, str]) -> float:
 
 def test_6_five_hundred_connections_that_say_nothing_whole_delay_nobody(tmp_path: Path) -> None:
     """Half a request line, half a head, half a body, a socket that never starts."""
-    with (
-        crowded(tmp_path) as service,
-        httpx2.Client(base_url=service.urls[0], timeout=20) as http,
-        ExitStack() as stack,
-    ):
+    with crowded(tmp_path) as service, http_client(service.urls[0]) as http, ExitStack() as stack:
         headers = new_key(service)
         quiet_s = first_frame_s(http, headers)
         head = f"Host: x\r\nAuthorization: {new_key(service)['Authorization']}\r\n"

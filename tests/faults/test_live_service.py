@@ -22,6 +22,7 @@ from jobs.benchmarks.load_sessions import Plan
 from tests.faults.serving import CONTROLLER, PROXY, LiveService
 from tests.faults.watchers import OverHttp, OverSocket, Watcher, assert_whole
 from tests.serve.browser import Browser
+from tests.serve.harness import http_client
 from tests.serve.sockets import LOCAL_KEY
 
 CHUNK_S = 0.75
@@ -194,7 +195,7 @@ def test_a_viewer_goes_on_by_his_token_after_a_gateway_or_a_proxy_died(
 
 
 def test_a_video_that_nobody_watches_outlives_its_gateways(live: LiveService) -> None:
-    with httpx2.Client(base_url=live.url, headers=LOCAL_KEY, timeout=60) as http:
+    with http_client(live.url, LOCAL_KEY) as http:
         body = {"prompt": "a red circle moving right slowly", "num_frames": 2400}
         video = http.post("/v1/videos", json=body).raise_for_status().json()["id"]
     for process_id in live.parts("Gateway").values():
@@ -233,7 +234,7 @@ def test_an_endless_stream_on_the_page_outlives_its_replica_and_its_gateway(page
     page.press("Enter")
     live.until("it plays", lambda: page.text("state") == "playing")
     plays_on(page, live, 2.0)
-    with httpx2.Client(base_url=live.url, headers=LOCAL_KEY, timeout=60) as http:
+    with http_client(live.url, LOCAL_KEY) as http:
         video = http.get("/v1/videos").json()["data"][0]["id"]
         before_s = stalled_s(page)
         live.kill(live.parts("Replica")[live.holder(video)])
@@ -248,7 +249,7 @@ def test_an_endless_stream_on_the_page_outlives_its_replica_and_its_gateway(page
 
 
 def test_ranges_conditions_and_heads_pass_through_serves_proxy(live: LiveService) -> None:
-    with httpx2.Client(base_url=live.url, headers=LOCAL_KEY, timeout=60) as http:
+    with http_client(live.url, LOCAL_KEY) as http:
         made: dict[str, Any] = http.post("/v1/videos", json={"prompt": "a red circle", "num_frames": 21}).json()
         path = f"/v1/videos/{made['id']}/content"
         live.until("the file", lambda: http.get(path).status_code == 200)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.releases import ConfiguredService, variant
 from tests.faults.watchers import PROMPT, Watcher
+from tests.serve.harness import http_client
 from tests.serve.sockets import LOCAL_KEY
 
 SECONDS = 240.0  # more than a busy machine needs to start a second replica; nobody waits for it to end
@@ -39,7 +40,7 @@ class Patient(Watcher):
 
     def _watch(self) -> None:
         body = {"prompt": PROMPT, "num_frames": self.frames, "seed": self.seed, "extra": {"pacing": "realtime"}}
-        with httpx2.Client(base_url=self.url, headers=LOCAL_KEY, timeout=60) as http:
+        with http_client(self.url, LOCAL_KEY) as http:
             while (asked := http.post("/v1/videos", json=body)).status_code == 429:
                 time.sleep(0.5)
             self.id = asked.raise_for_status().json()["id"]

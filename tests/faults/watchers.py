@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from tests.serve.harness import http_client
 from tests.serve.sockets import LOCAL_KEY, Viewer, viewer
 
 PROMPT = "a red circle moving right slowly"
@@ -74,7 +75,7 @@ class OverHttp(Watcher):
 
     def _watch(self) -> None:
         body = {"prompt": PROMPT, "num_frames": self.frames, "seed": self.seed, "extra": {"pacing": "realtime"}}
-        with httpx2.Client(base_url=self.url, headers=LOCAL_KEY, timeout=60) as http:
+        with http_client(self.url, LOCAL_KEY) as http:
             self.id = http.post("/v1/videos", json=body).raise_for_status().json()["id"]
             with http.stream("GET", f"/v1/videos/{self.id}/stream") as answer:
                 for part in answer.iter_raw():

@@ -144,7 +144,7 @@ def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
 @pytest.fixture
 def expected(make_cluster: Callable[..., Cluster]) -> bytes:
     """The stream when nothing happens."""
-    with httpx2.Client(base_url=make_cluster(replicas=1).urls[0], timeout=60) as http:
+    with http_client(make_cluster(replicas=1).urls[0]) as http:
         return http.get(f"/v1/videos/{start(http, 105)}/stream").content
 
 

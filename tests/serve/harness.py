@@ -384,9 +384,9 @@ def deadline(seconds: float, what: str) -> Iterator[Callable[[], None]]:
     yield tick
 
 
-def http_client(url: str) -> httpx2.Client:
+def http_client(url: str, headers: dict[str, str] | None = None) -> httpx2.Client:
     """A patient client of a service without TLS: to read the certificates of the world costs more than a request."""
-    return httpx2.Client(base_url=url, timeout=60, verify=False)
+    return httpx2.Client(base_url=url, headers=headers, timeout=60, verify=False)
 
 
 def start(http: httpx2.Client, frames: int = 81, pacing: str = "none", prompt: str = PROMPT) -> str:

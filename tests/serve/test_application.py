@@ -21,7 +21,7 @@ from websockets.exceptions import InvalidStatus
 from diagonal.client.cli import main
 from diagonal.metrics import BY_NAME
 from serve.settings import ServeSettings
-from tests.serve.harness import Until
+from tests.serve.harness import Until, http_client
 from tests.serve.sockets import LOCAL_KEY, cut, give_local_key, viewer
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def url(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def http(url: str) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=url, headers=LOCAL_KEY, timeout=60) as client:
+    with http_client(url, LOCAL_KEY) as client:
         yield client
 
 

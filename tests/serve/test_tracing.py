@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-import httpx2
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -15,7 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from diagonal.errors import FieldError
 from serve.settings import ServeSettings
 from serve.tracing import ENDPOINT, OpenTelemetryTraces, Traces, traces_of
-from tests.serve.harness import FakeEngine, Service, Until
+from tests.serve.harness import FakeEngine, Service, Until, http_client
 from tests.serve.hostile import new_key
 from tests.serve.sockets import viewer
 
@@ -55,7 +54,7 @@ def test_a_request_its_admission_and_its_chunks_are_one_trace_below_the_callers_
 ) -> None:
     headers = new_key(traced) | {"traceparent": CALLER}
     if kind == "http":
-        with httpx2.Client(base_url=traced.urls[0], headers=headers, timeout=60) as http:
+        with http_client(traced.urls[0], headers) as http:
             video = http.post("/v1/videos", json={"prompt": PROMPT, "num_frames": 33}).raise_for_status().json()["id"]
             assert http.get(f"/v1/videos/{video}/stream").status_code == 200
     else:
@@ -82,7 +81,7 @@ def test_a_request_that_is_refused_says_why_by_its_kind_alone(
     traced: Service, spans: InMemorySpanExporter, engine: FakeEngine
 ) -> None:
     engine.allow(0)
-    with httpx2.Client(base_url=traced.urls[0], headers=new_key(traced), timeout=60) as http:
+    with http_client(traced.urls[0], new_key(traced)) as http:
         for status in (200, 200, 429):
             assert http.post("/v1/videos", json={"prompt": PROMPT}).status_code == status
     refused = [one for one in spans.get_finished_spans() if one.attributes and "error.type" in one.attributes]

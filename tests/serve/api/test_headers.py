@@ -7,7 +7,18 @@ import re
 import httpx2
 import pytest
 
-from tests.serve.harness import FakeEngine, Keyed, Service, Until, finished, first_s, fragments, shades, start
+from tests.serve.harness import (
+    FakeEngine,
+    Keyed,
+    Service,
+    Until,
+    finished,
+    first_s,
+    fragments,
+    http_client,
+    shades,
+    start,
+)
 from tests.serve.sockets import viewer
 
 
@@ -116,7 +127,7 @@ def test_what_is_left_of_a_quota_is_told_with_each_video_and_each_refusal(
 ) -> None:
     engine.allow(0)
     mine = key(sessions=2, frames_per_minute=50)
-    with httpx2.Client(base_url=guarded.urls[0], headers=mine) as http:
+    with http_client(guarded.urls[0], mine) as http:
         policy, left = told(http.post("/v1/videos", json={"prompt": "x", "num_frames": 21}))
         assert policy == '"frames";q=50;w=60, "sessions";q=2;qu="concurrent-requests"'
         assert left["sessions"] == {"r": 1} and left["frames"]["r"] == 29 and 55 <= left["frames"]["t"] <= 60

@@ -14,7 +14,7 @@ import pytest
 
 from diagonal.mp4 import boxes
 from serve.api.realtime import RealtimeLimits
-from tests.serve.harness import FakeEngine, Service, Until, shade, shades
+from tests.serve.harness import FakeEngine, Service, Until, http_client, shade, shades
 from tests.serve.sockets import closed, cut, stop_and_close, viewer
 
 FAST: dict[str, Any] = {"extra_params": {"pacing": "none"}}
@@ -172,7 +172,7 @@ def test_who_leaves_before_his_session_began_frees_its_place(
         (made,) = until(lambda: list(engine.sessions), "it is being made")
     gone.set()
     until(lambda: not engine.sessions, "the place is free", seconds=25)
-    with httpx2.Client(base_url=service.urls[0]) as http:
+    with http_client(service.urls[0]) as http:
         video = http.get(f"/v1/videos/{made}").json()
     assert (video["status"], video["error"]["code"]) == ("cancelled", "abandoned"), video
 

@@ -226,7 +226,7 @@ def test_nobody_watching_a_realtime_video_means_no_more_of_it(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
     service = make_service(reader_start_timeout_s=60.0)
-    with httpx2.Client(base_url=service.urls[0]) as http:
+    with http_client(service.urls[0]) as http:
         video = start(http, frames=900, pacing="realtime")
         with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
             next(answer.iter_raw())
@@ -305,7 +305,7 @@ def test_a_video_of_a_gateway_that_died_is_taken_over_by_whoever_is_asked(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
     service = make_service(store={"driver_silence_s": 0.6})
-    with httpx2.Client(base_url=service.urls[0]) as first, httpx2.Client(base_url=service.urls[1]) as second:
+    with http_client(service.urls[0]) as first, http_client(service.urls[1]) as second:
         engine.allow(2)
         video = start(first)
         until(lambda: status(second, video)["chunks_done"] == 2, "two chunks")
@@ -320,7 +320,7 @@ def test_a_session_that_its_gateways_forgot_is_freed(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
     service = make_service(session_idle_timeout_s=0.3)
-    with httpx2.Client(base_url=service.urls[0]) as http:
+    with http_client(service.urls[0]) as http:
         engine.allow(1)
         start(http)
         until(lambda: len(engine.made) == 1, "one chunk")

@@ -12,7 +12,7 @@ import pytest
 
 from serve.settings import ServeSettings
 from tests.serve.browser import Browser
-from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, SideBySide, Until, shade
+from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, SideBySide, Until, http_client, shade
 from tests.serve.sockets import LOCAL_KEY
 from tests.serve.wire import wire
 
@@ -307,7 +307,7 @@ def test_a_killed_replica_shows_at_most_a_short_stall(
     page = open_page(cluster.urls[0])
     started(page, until)
     playing(page, until)
-    with httpx2.Client(base_url=cluster.urls[0]) as http:
+    with http_client(cluster.urls[0]) as http:
         video = http.get("/v1/videos").json()["data"][0]["id"]
     cluster.kill_holder(video)
     plays_on(page, until, 4.0)
@@ -379,7 +379,7 @@ def test_of_several_models_the_one_that_is_chosen_makes_the_stream(
         )
         started(page, until, "a red circle moves left")
         playing(page, until)
-        with httpx2.Client(base_url=service.urls[0]) as http:
+        with http_client(service.urls[0]) as http:
             assert http.get("/v1/videos").json()["data"][0]["model"] == "next"
     finally:
         service.stop()

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from serve.records import KEPT_CHUNKS
-from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, Until, decoded, first_s, shades
+from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, Until, decoded, first_s, http_client, shades
 from tests.serve.sockets import cut, viewer
 
 ENDLESS: dict[str, Any] = {"extra": {"endless": True}, "size": "32x32"}
@@ -97,7 +97,7 @@ def test_who_comes_later_sees_the_newest_chunk_first_and_is_cut_off_by_its_remov
 
 def test_nobody_watching_ends_it(make_service: Callable[..., Service], engine: FakeEngine, until: Until) -> None:
     service = make_service(reader_start_timeout_s=0.4, resume_window_s=0.4)
-    with httpx2.Client(base_url=service.urls[0]) as http:
+    with http_client(service.urls[0]) as http:
         video = http.post("/v1/videos", json={"prompt": "a red circle", **ENDLESS}).json()
         assert (video["pacing"], video["endless"]) == ("realtime", True)
         until(lambda: http.get(f"/v1/videos/{video['id']}").json()["status"] == "cancelled", "abandoned")
@@ -109,7 +109,7 @@ def test_the_services_limit_ends_it_as_a_stream_that_is_over(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
     service = make_service(max_stream_s=3.0)
-    with httpx2.Client(base_url=service.urls[0]) as http:
+    with http_client(service.urls[0]) as http:
         assert http.get("/v1/models").json()["data"][0]["limits"]["max_stream_seconds"] == 3.0
         with viewer(service.urls[0]) as one:
             one.start(streaming_buffer_seconds=1.0, **ENDLESS)
@@ -123,10 +123,7 @@ def test_the_services_limit_ends_it_as_a_stream_that_is_over(
 
 def test_it_counts_among_a_keys_videos_and_is_charged_as_it_goes(guarded: Service, key: Keyed) -> None:
     mine = key(sessions=1, frames_per_minute=61 * 16)
-    with (
-        httpx2.Client(base_url=guarded.urls[0], headers=mine, timeout=60) as http,
-        viewer(guarded.urls[0], mine) as one,
-    ):
+    with http_client(guarded.urls[0], mine) as http, viewer(guarded.urls[0], mine) as one:
         one.start(streaming_buffer_seconds=1.0, **ENDLESS)
         one.say("session.playback", position_seconds=FAR_S)
         one.read(3)
