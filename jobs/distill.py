@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from runs.start import start
+
+    start(__file__, __doc__)
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +30,9 @@ from jobs.export import export
 from jobs.ode_init import initialise
 from jobs.pretrain import pretrain
 from jobs.runs.artefacts import base_lineage, initial_student, lineage_of, local_copy, write_student
-from jobs.runs.plan import carry_out
+from jobs.runs.plan import run_job
 from jobs.runs.prompts import training_prompts
-from jobs.runs.run import Run, main, say
+from jobs.runs.run import Run, say
 from jobs.runs.summary import summarise
 from jobs.workers.data_feed import Feed, sample_order
 from jobs.workers.ray_train import check_batch, fit
@@ -136,8 +141,4 @@ def prompt_batch(rows: Mapping[str, Any], text: TextEncoder) -> PromptBatch:
 
 
 def work(argv: Sequence[str]) -> None:
-    carry_out(argv, __doc__ or "", "release", lambda run: say(f"release {distill(run)}"))
-
-
-if __name__ == "__main__":
-    main("jobs.distill")
+    run_job(argv, __doc__ or "", "release", lambda run: say(f"release {distill(run)}"))

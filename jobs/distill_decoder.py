@@ -6,6 +6,11 @@ default there is `serve.decoder` of the run.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from runs.start import start
+
+    start(__file__, __doc__)
+
 import io
 from collections.abc import Sequence
 from functools import partial
@@ -22,10 +27,11 @@ from diagonal.model.manifest import MANIFEST
 from diagonal.model.release import Release, write_release_with_decoder
 from diagonal.storage import Folder
 from diagonal.training.fast_decoder import DecodedClips, DecoderTraining, decoded_clips, train_fast_decoder
+from jobs.runs import arguments
 from jobs.runs.artefacts import local_copy
 from jobs.runs.console import Progress
 from jobs.runs.prompts import training_prompts
-from jobs.runs.run import Run, main, opened, parser, say
+from jobs.runs.run import Run, opened, say
 
 CHECKPOINT = "train/decoder/state.pt"
 FAST_RELEASE = "release-fast"
@@ -114,9 +120,7 @@ def lineage_of(run: Run, release: Release, network: FastDecoder, unseen: Decoded
 
 
 def work(argv: Sequence[str]) -> None:
-    arguments = parser(__doc__ or "")
-    arguments.add_argument("--release", help="a release folder or s3:// URI (default: the run's own, or the embedded)")
-    options = arguments.parse_args(argv)
+    options = arguments.distill_decoder(argv, __doc__ or "")
     with opened(options) as run:
         release = source_of(run, options.release)
         say(
@@ -127,7 +131,3 @@ def work(argv: Sequence[str]) -> None:
             say("dry run: everything checked, nothing written")
         else:
             say(f"release {distil_decoder(run, release)}")
-
-
-if __name__ == "__main__":
-    main("jobs.distill_decoder")

@@ -7,6 +7,11 @@ python jobs/evaluate.py --videos FOLDER --vbench                       model-fre
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from runs.start import start
+
+    start(__file__, __doc__)
+
 import argparse
 import json
 from collections.abc import Sequence
@@ -30,43 +35,12 @@ from diagonal.model.base_model import base_folder
 from diagonal.model.release import Release
 from diagonal.schedule import StepSchedule
 from diagonal.storage import Folder
+from jobs.runs import arguments
 from jobs.runs.artefacts import promote
-from jobs.runs.run import main, say
+from jobs.runs.run import say
 
 ROWS_ON_SHEET, SHEET_SIDE_PX = 6, 128
 OURS, TEACHER, SELF_FORCING = "ours", "teacher", "self-forcing"
-
-
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--release", default="", help="a release folder or s3:// URI (default: the embedded one)")
-    parser.add_argument(
-        "--baseline",
-        default="",
-        help="a release that stands for self-forcing (default: the release itself, sampled by that schedule)",
-    )
-    parser.add_argument("--prompts", default="", help="a prompt file or folder, local or s3:// (default: the world's)")
-    parser.add_argument("--held-out", action="store_true", help="only captions that no training clip showed")
-    parser.add_argument("--clips", type=int, default=288, help="clips a row")
-    parser.add_argument("--streams", type=int, default=0, help="long streams (default: none)")
-    parser.add_argument("--seconds", type=float, default=180.0, help="seconds of each long stream")
-    parser.add_argument("--turns", type=int, default=0, help="streams whose prompt changes (default: none)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-teacher", action="store_true", help="leave the teacher out, as for a model of real size")
-    parser.add_argument("--parts", default="runs/evaluate", help="where finished batches are kept, local or s3://")
-    parser.add_argument("--gate", action="store_true", help="write promoted or not into the release, with reasons")
-    parser.add_argument("--videos", default="", help="a video, or a folder of them, to be measured instead")
-    parser.add_argument("--vbench", action="store_true", help="with --videos: VBench's dimensions too")
-    parser.add_argument("--out", default="docs/results/tiny", help="writes OUT.json, OUT.md and OUT-*.png")
-    found = parser.parse_args(argv)
-    for name, low in (("clips", 2), ("streams", 0), ("turns", 0), ("seed", 0)):
-        value = getattr(found, name)
-        require(low <= value <= 1_000_000, f"--{name}", value, f"a whole number from {low} to 1000000")
-    require(6.0 <= found.seconds <= 3600.0, "--seconds", found.seconds, "seconds from 6 to 3600")
-    require(bool(found.release) or not found.gate, "--gate", True, "with --release: the embedded one is not changed")
-    require(bool(found.videos) or not found.vbench, "--vbench", True, "with --videos")
-    return found
 
 
 def evaluate(options: argparse.Namespace, command: str) -> dict[str, Any]:
@@ -184,7 +158,7 @@ def _keep_sheet(out: str, name: str, first: int, pixels: Tensor) -> None:
 
 
 def work(argv: Sequence[str]) -> None:
-    options = arguments(argv)
+    options = arguments.evaluate(argv, __doc__ or "")
     command = " ".join(["python jobs/evaluate.py", *argv])
     if options.videos:
         found = {**system_description(command), **videos.measure_all(options.videos, say)}
@@ -202,7 +176,3 @@ def work(argv: Sequence[str]) -> None:
         say(f"release {options.release} is {'' if judged.promoted else 'not '}promoted: {'; '.join(judged.reasons)}")
     write_report(options.out, found, report.markdown(found))
     say(f"report {options.out}.md")
-
-
-if __name__ == "__main__":
-    main("jobs.evaluate")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from runs.start import start
+
+    start(__file__, __doc__)
+
 from collections.abc import Sequence
 
 from diagonal.errors import require
@@ -11,8 +16,9 @@ from diagonal.model.base_model import LINEAGE, base_uri
 from diagonal.model.manifest import MANIFEST
 from diagonal.model.release import Release
 from diagonal.storage import Folder
+from jobs.runs import arguments
 from jobs.runs.artefacts import local_copy, publish_release
-from jobs.runs.run import Run, main, opened, parser, say
+from jobs.runs.run import Run, opened, say
 
 
 def export(run: Run) -> Folder:
@@ -55,9 +61,5 @@ def listed(scores: ScoreTable) -> str:
 
 
 def work(argv: Sequence[str]) -> None:
-    with opened(parser(__doc__ or "").parse_args([*argv, "--resume"])) as run:
+    with opened(arguments.run_options([*argv, "--resume"], __doc__ or "")) as run:
         say(f"release {export(run)}")
-
-
-if __name__ == "__main__":
-    main("jobs.export")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from runs.start import start
+
+    start(__file__, __doc__)
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +23,9 @@ from diagonal.training.ode_init import PairBatch
 from diagonal.training.parallel import full_tensors
 from jobs.pairs import usable_pairs
 from jobs.runs.artefacts import base_lineage, write_student
-from jobs.runs.plan import carry_out
+from jobs.runs.plan import run_job
 from jobs.runs.prompts import pair_prompts
-from jobs.runs.run import Run, main, say
+from jobs.runs.run import Run, say
 from jobs.workers.data_feed import Feed, sample_order
 from jobs.workers.ray_train import check_batch, fit
 from jobs.workers.samples import sample_captions
@@ -69,8 +74,4 @@ def pair_batch(rows: Mapping[str, Any], text: TextEncoder, worker: Worker) -> Pa
 
 
 def work(argv: Sequence[str]) -> None:
-    carry_out(argv, __doc__ or "", "ode_init", initialise)
-
-
-if __name__ == "__main__":
-    main("jobs.ode_init")
+    run_job(argv, __doc__ or "", "ode_init", initialise)

@@ -5,6 +5,11 @@ The trajectories are always of the base model's own teacher (METHOD I.7); distil
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from runs.start import start
+
+    start(__file__, __doc__)
+
 import json
 import math
 import re
@@ -35,9 +40,9 @@ from diagonal.metrics import MetricsBackend
 from diagonal.model.base_model import check_transformer
 from diagonal.storage import Folder
 from jobs.ray_metrics import ray_metrics
-from jobs.runs.plan import carry_out
+from jobs.runs.plan import run_job
 from jobs.runs.prompts import pair_prompts, pair_prompts_folder, prompts_sha256
-from jobs.runs.run import JobFailed, Run, connect, main, say
+from jobs.runs.run import JobFailed, Run, connect, say
 
 ERROR = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Exception): .*)$", re.MULTILINE)
 SEEN_WITHIN_S = 60.0  # network file systems show a new file late
@@ -196,8 +201,4 @@ class _Progress:
 
 
 def work(argv: Sequence[str]) -> None:
-    carry_out(argv, __doc__ or "", "pairs", lambda run: say(f"pairs {make_pairs(run)}"))
-
-
-if __name__ == "__main__":
-    main("jobs.pairs")
+    run_job(argv, __doc__ or "", "pairs", lambda run: say(f"pairs {make_pairs(run)}"))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from runs.start import start
+
+    start(__file__, __doc__)
+
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
@@ -29,8 +34,9 @@ from diagonal.training.pretrain import (
     train_teacher,
 )
 from diagonal.training.text_encoder_training import fit_text
+from jobs.runs import arguments
 from jobs.runs.console import Progress
-from jobs.runs.run import Run, main, opened, parser, say
+from jobs.runs.run import Run, opened, say
 
 SCORED_CLIPS, LEARNING_CLIPS = 216, 48
 CAPTION_STRIDE = 7  # of the captions, the text encoder learns from every seventh
@@ -107,9 +113,5 @@ def _means(table: ScoreTable) -> str:
 
 
 def work(argv: Sequence[str]) -> None:
-    with opened(parser(__doc__ or "").parse_args(argv)) as run:
+    with opened(arguments.run_options(argv, __doc__ or "")) as run:
         pretrain(run)
-
-
-if __name__ == "__main__":
-    main("jobs.pretrain")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from runs.start import start
+
+    start(__file__, __doc__)
+
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,20 +14,10 @@ from pathlib import Path
 from diagonal.engine.recording import Recording
 from diagonal.engine.replay import replay
 from diagonal.errors import FieldError, require
-from diagonal.media.encode import CODECS, ChunkEncoder, write_fragments
+from diagonal.media.encode import ChunkEncoder, write_fragments
 from diagonal.model.release import Release
-from jobs.runs.run import main, say
-
-
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recording", help="the file that GET /v1/videos/{id}/recording gave")
-    parser.add_argument("--release", default="", help="its release, a folder or s3:// URI ('' is the embedded one)")
-    parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
-    parser.add_argument("--codec", default="h264", choices=list(CODECS))
-    parser.add_argument("--scale", type=int, default=1, help="enlarge the pixels so many times")
-    parser.add_argument("--out", required=True, help="the video file, .mp4")
-    return parser.parse_args(argv)
+from jobs.runs import arguments
+from jobs.runs.run import say
 
 
 def read_recording(path: str) -> Recording:
@@ -45,14 +39,10 @@ def segments(recording: Recording, release: Release, encoder: ChunkEncoder, devi
 
 
 def work(argv: Sequence[str]) -> None:
-    options = arguments(argv)
+    options = arguments.replay(argv, __doc__ or "")
     recording, release = read_recording(options.recording), Release.load(options.release or None)
     geometry = release.config.geometry
     size = (geometry.pixel_height, geometry.pixel_width, geometry.pixel_fps)
     encoder = ChunkEncoder(*size, codec=options.codec, scale=options.scale)
     write_fragments(options.out, segments(recording, release, encoder, options.device))
     say(json.dumps({"out": options.out, "chunks": recording.chunks, "pixel_frames": encoder.next_pixel_frame}))
-
-
-if __name__ == "__main__":
-    main("jobs.replay")

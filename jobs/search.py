@@ -9,13 +9,17 @@ at the budget of --updates from the shared initialisation, with the steps and co
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from runs.start import start
+
+    start(__file__, __doc__)
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diagonal.config import Config
-from diagonal.errors import require
 from diagonal.evaluate.environment import system_description, write_report
 from diagonal.evaluate.experiments.runs import PARTS, Plan, student_of
 from diagonal.evaluate.experiments.search import Point, clip_ms, grid, pareto, parse_context, profile, worth
@@ -27,31 +31,10 @@ from diagonal.evaluate.quality.sources import Student, clip_seeds, draw_captions
 from diagonal.model.base_model import base_folder, embedded
 from diagonal.model.release import Release
 from diagonal.storage import Folder
-from jobs.runs.run import main, say
+from jobs.runs import arguments
+from jobs.runs.run import say
 
 COSTS = ("clip_ms", "forwards")
-
-
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--release", default="", help="a release folder or s3:// URI (default: the embedded one)")
-    parser.add_argument("--steps", nargs="+", default=["4322222", "4222222", "3222222", "self-forcing"])
-    parser.add_argument("--contexts", nargs="+", default=["reuse"], help="reuse, or levels in [0, 1]")
-    parser.add_argument("--gammas", nargs="+", type=float, default=[], help="motion weights: a student is trained each")
-    parser.add_argument("--updates", type=int, default=360, help="of each training, half of them stage 1")
-    parser.add_argument("--clips", type=int, default=288)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--cost", choices=COSTS, default="clip_ms", help="what the Pareto set is taken over")
-    parser.add_argument("--margin", type=float, default=2.0, help="points of quality that the profile may be short of")
-    parser.add_argument("--folder", default="runs/search", help="rows by configuration, which accumulate")
-    parser.add_argument("--out", default="runs/search/report", help="writes OUT.json, .md, .png and OUT-profile.json")
-    found = parser.parse_args(argv)
-    for name, low in (("clips", 2), ("updates", 2), ("seed", 0)):
-        value = getattr(found, name)
-        require(low <= value <= 100_000, f"--{name}", value, f"a whole number from {low} to 100000")
-    require(all(gamma >= 0 for gamma in found.gammas), "--gammas", found.gammas, "numbers of at least 0")
-    require(0 < found.margin <= 100, "--margin", found.margin, "points above 0, at most 100")
-    return found
 
 
 def search(options: argparse.Namespace) -> tuple[Release, dict[str, Point], dict[str, dict[str, Any]]]:
@@ -147,7 +130,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def work(argv: Sequence[str]) -> None:
-    options = arguments(argv)
+    options = arguments.search(argv, __doc__ or "")
     release, points, rows = search(options)
     qualities = {name: interval(row["quality"]).mean for name, row in rows.items()}
     costs = {name: float(row[options.cost]) for name, row in rows.items()}
@@ -170,7 +153,3 @@ def work(argv: Sequence[str]) -> None:
     say(f"report {options.out}.md")
     for name in front:
         say(f"Pareto: {name}: {options.cost} {costs[name]:g}, quality {qualities[name]:.4f}")
-
-
-if __name__ == "__main__":
-    main("jobs.search")

@@ -17,9 +17,10 @@ from diagonal.storage import Folder
 from diagonal.training import memory
 from diagonal.training.checkpoint_manifest import checkpoints
 from diagonal.training.distill import stage_schedule
+from jobs.runs.arguments import run_options
 from jobs.runs.console import duration
 from jobs.runs.layouts import Layouts, check_stored_weights, read_layouts
-from jobs.runs.run import Run, opened, parser, say
+from jobs.runs.run import Run, opened, say
 from jobs.runs.update_log import UPDATES, Record, read_journal
 
 STAGES = ("pairs", "ode_init", "stage1", "stage2", "release")
@@ -28,12 +29,12 @@ PEAK_FLOPS, REACHED = 790e12, 0.4  # dense bfloat16 of an H100 or H200, and the 
 RECENT = 20
 
 
-def carry_out(argv: Sequence[str], description: str, last: str, body: Callable[[Run], None]) -> None:
+def run_job(argv: Sequence[str], description: str, last: str, body: Callable[[Run], None]) -> None:
     """What a job's `work` does: open the run, check everything, show the plan up to stage `last`, and run `body`.
 
     With --dry-run it ends after the plan, having written nothing, started no Ray and needed no GPU.
     """
-    arguments = parser(description).parse_args(argv)
+    arguments = run_options(argv, description)
     with opened(arguments) as run:
         for line in plan(run, last, count_prompts=arguments.dry_run):
             say(line)

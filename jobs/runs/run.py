@@ -19,7 +19,6 @@ from types import FrameType
 from typing import Any
 
 from diagonal.config import Config
-from diagonal.config.presets import PRESETS
 from diagonal.errors import FieldError, require
 from diagonal.model.base_model import LINEAGE, base_folder, embedded
 from diagonal.model.manifest import MANIFEST, ReleaseError
@@ -151,38 +150,6 @@ class Run:
         config = Config.from_dict(settings["config"])
         folder = Folder(settings["folder"], config.train.storage_patience_s)
         return cls(settings["name"], config, folder, settings["identity"])
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that all jobs share."""
-    arguments = argparse.ArgumentParser(description=description)
-    arguments.add_argument("--preset", help=f"one of {sorted(PRESETS)} (default: tiny; with --resume the run's own)")
-    arguments.add_argument("--config", help="a config.json instead of a preset")
-    arguments.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="settings",
-        help="one setting, such as distill.lr=1e-6; may be repeated",
-    )
-    arguments.add_argument("--name", help="a name for the run (default: a new one)")
-    arguments.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run --name, which exists; what is done already is not done again",
-    )
-    arguments.add_argument(
-        "--from-scratch",
-        action="store_true",
-        help="train the embedded base model too, instead of taking the shipped one",
-    )
-    arguments.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check every setting, path and permission, show the plan, and end: needs no GPU",
-    )
-    return arguments
 
 
 def open_run(arguments: argparse.Namespace) -> Run:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.runs.run import Run, open_run, parser
+from jobs.runs.arguments import run_options
+from jobs.runs.run import Run, open_run
 
 SMALL = (
     "train.workers=1",
@@ -35,6 +36,6 @@ def small_run(tmp_path: Path) -> OpenRun:
     def open_small(name: str, *settings: str, resume: bool = False) -> Run:
         chosen = [f"train.storage={tmp_path / 'runs'}", *SMALL, *settings]
         arguments = ["--preset=tiny", "--name", name, *(f"--set={setting}" for setting in chosen)]
-        return open_run(parser("").parse_args([*arguments, *(["--resume"] if resume else [])]))
+        return open_run(run_options([*arguments, *(["--resume"] if resume else [])], ""))
 
     return open_small

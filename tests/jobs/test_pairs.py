@@ -26,6 +26,7 @@ from diagonal.errors import FieldError
 from diagonal.model.base_model import embedded
 from diagonal.storage import Folder
 from jobs.pairs import check_seen, make_pairs, usable_pairs
+from jobs.runs.arguments import run_options
 from jobs.runs.prompts import pair_prompts, training_prompts
 from jobs.runs.run import JobFailed, Run
 from tests.data.rows import spoil
@@ -41,13 +42,13 @@ def files_of(folder: Folder) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def unbroken(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, bytes]]]:
     """The files of runs that nothing disturbed, by their settings."""
-    from jobs.runs.run import open_run, parser
+    from jobs.runs.run import open_run
     from tests.jobs.conftest import SMALL
 
     found, storage = {}, tmp_path_factory.mktemp("unbroken")
     for name, settings in (("small", ()), ("many", MANY)):
         chosen = [f"--set={setting}" for setting in (f"train.storage={storage}", *SMALL, *settings)]
-        run = open_run(parser("").parse_args(["--preset=tiny", "--name", name, *chosen]))
+        run = open_run(run_options(["--preset=tiny", "--name", name, *chosen], ""))
         found[name] = files_of(make_pairs(run))
     yield found
 
@@ -241,7 +242,7 @@ def job(repository: Path, scratch: str, storage: str, *arguments: str) -> subpro
     from tests.jobs.conftest import SMALL
 
     settings = [f"--set={setting}" for setting in (f"train.storage={storage}", *SMALL, *MANY)]
-    command = [sys.executable, "-m", "jobs.pairs", "--preset=tiny", "--name=a", *settings, *arguments]
+    command = [sys.executable, "jobs/pairs.py", "--preset=tiny", "--name=a", *settings, *arguments]
     environment = os.environ | {"RAY_ADDRESS": "", "RAY_TMPDIR": scratch}
     return subprocess.Popen(
         command,

@@ -12,8 +12,9 @@ import pytest
 from diagonal.errors import FieldError
 from diagonal.storage import Folder
 from jobs.runs import lease
+from jobs.runs.arguments import run_options
 from jobs.runs.lease import LEASE, leased
-from jobs.runs.run import opened, parser
+from jobs.runs.run import opened
 
 HOLD = """
 import sys, time
@@ -83,8 +84,8 @@ def test_a_remote_lease_is_taken_over_when_its_process_is_dead_or_silent_for_lon
 
 
 def test_a_job_opens_its_run_under_the_lease(tmp_path: Path) -> None:
-    arguments = parser("").parse_args(["--name=a", f"--set=train.storage={tmp_path}"])
-    again = parser("").parse_args(["--name=a", "--resume", f"--set=train.storage={tmp_path}"])
+    arguments = run_options(["--name=a", f"--set=train.storage={tmp_path}"], "")
+    again = run_options(["--name=a", "--resume", f"--set=train.storage={tmp_path}"], "")
     with opened(arguments):
         with pytest.raises(FieldError, match="no other job is working on"):
             with opened(again):

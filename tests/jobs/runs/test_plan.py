@@ -10,8 +10,9 @@ import torch
 from diagonal.errors import FieldError
 from diagonal.model.base_model import embedded
 from diagonal.storage import Folder
-from jobs.runs.plan import carry_out, plan
-from jobs.runs.run import Run, open_run, parser
+from jobs.runs.arguments import run_options
+from jobs.runs.plan import plan, run_job
+from jobs.runs.run import Run, open_run
 from tests.jobs.conftest import OpenRun
 from tests.model.folders import edit_json, write_hollow_weights
 
@@ -62,13 +63,13 @@ def wan_run(wan: Path, *settings: str) -> Run:
     paths = {"train.storage": "runs", "model.path": "wan", "pairs.prompts": "prompts.txt"}
     chosen = [*(f"{key}={wan.parent / name}" for key, name in paths.items()), *settings]
     arguments = ["--preset=wan-1.3b", "--name=a", "--dry-run", *(f"--set={setting}" for setting in chosen)]
-    return open_run(parser("").parse_args(arguments))
+    return open_run(run_options(arguments, ""))
 
 
 def test_each_embedded_preset_finds_its_own_model_and_its_initialised_student(tmp_path: Path) -> None:
     for preset, model, size in (("tiny", "tiny", "32x32"), ("tiny-textured", "textured", "48x48")):
         storage = f"--set=train.storage={tmp_path}"
-        run = open_run(parser("").parse_args([f"--preset={preset}", f"--name={model}", "--dry-run", storage]))
+        run = open_run(run_options([f"--preset={preset}", f"--name={model}", "--dry-run", storage], ""))
         assert run.base == embedded("base", model) and run.initial_student == str(embedded("ode_init", model))
         assert not run.makes_student and f"clips: {size}" in "\n".join(plan(run, count_prompts=True))
 
@@ -195,6 +196,6 @@ def test_a_dry_run_checks_and_writes_nothing_and_runs_nothing(
     def body(run: Run) -> None:
         raise AssertionError("a dry run ran")
 
-    carry_out(["--dry-run", f"--set=train.storage={tmp_path / 'runs'}"], "", "release", body)
+    run_job(["--dry-run", f"--set=train.storage={tmp_path / 'runs'}"], "", "release", body)
     assert capsys.readouterr().out.splitlines()[-1] == "dry run: everything checked, nothing written"
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,8 @@ import pytest
 
 from diagonal.config import Config
 from diagonal.errors import FieldError
-from jobs.runs.run import FREE_FIELDS, _leaves, main, open_run, parser
+from jobs.runs.arguments import run_options
+from jobs.runs.run import FREE_FIELDS, _leaves, main, open_run
 from tests.jobs.conftest import OpenRun
 
 
@@ -33,8 +34,8 @@ def test_resume_needs_a_run_that_exists(small_run: OpenRun) -> None:
 
 def test_resume_without_settings_takes_the_configuration_that_the_run_began_with(tmp_path: Path) -> None:
     storage = f"--set=train.storage={tmp_path}"
-    first = open_run(parser("").parse_args(["--name=a", "--preset=wan-1.3b", "--set=distill.lr=1", storage]))
-    assert open_run(parser("").parse_args(["--name=a", "--resume", storage])) == first
+    first = open_run(run_options(["--name=a", "--preset=wan-1.3b", "--set=distill.lr=1", storage], ""))
+    assert open_run(run_options(["--name=a", "--resume", storage], "")) == first
 
 
 def test_a_resumed_run_may_change_where_it_runs_and_says_so_in_its_history(small_run: OpenRun) -> None:
@@ -53,7 +54,7 @@ def test_every_free_field_is_a_field_of_the_configuration() -> None:
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    open_run(parser("").parse_args(["--name=a", "--dry-run", f"--set=train.storage={tmp_path / 'runs'}"]))
+    open_run(run_options(["--name=a", "--dry-run", f"--set=train.storage={tmp_path / 'runs'}"], ""))
     assert not (tmp_path / "runs").exists()
 
 
@@ -82,12 +83,12 @@ def test_a_run_name_cannot_leave_its_storage(small_run: OpenRun, name: str) -> N
 
 
 def test_runs_without_a_name_get_new_ones(tmp_path: Path) -> None:
-    arguments = parser("").parse_args([f"--set=train.storage={tmp_path}"])
+    arguments = run_options([f"--set=train.storage={tmp_path}"], "")
     assert open_run(arguments).folder != open_run(arguments).folder
 
 
 def test_from_scratch_is_for_the_embedded_preset_alone(tmp_path: Path) -> None:
-    arguments = parser("").parse_args(["--preset=wan-1.3b", "--from-scratch", f"--set=train.storage={tmp_path}"])
+    arguments = run_options(["--preset=wan-1.3b", "--from-scratch", f"--set=train.storage={tmp_path}"], "")
     with pytest.raises(FieldError, match="--from-scratch"):
         open_run(arguments)
 
