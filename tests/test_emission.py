@@ -17,8 +17,9 @@ from diagonal.data.pair_set import Shard, begin, finish
 from diagonal.data.stages import EncodeText, SolveShard
 from diagonal.metrics import ALL, BY_NAME, exporter
 from jobs import distill, pairs
+from jobs.runs.arguments import run_options
 from jobs.runs.prompts import pair_prompts_folder
-from jobs.runs.run import Run, open_run, parser
+from jobs.runs.run import Run, open_run
 from jobs.workers.data_feed import Feed
 from jobs.workers.reporting import Place
 from jobs.workers.watchdog import Watchdog
@@ -131,7 +132,7 @@ def alone() -> Seen:
 
 def small_run(folder: Path, *settings: str) -> Run:
     chosen = [f"train.storage={folder}", *SMALL, "distill.stage1_updates=1", "distill.stage2_updates=1", *settings]
-    return open_run(parser("").parse_args(["--preset=tiny", "--name=run", *(f"--set={one}" for one in chosen)]))
+    return open_run(run_options(["--preset=tiny", "--name=run", *(f"--set={one}" for one in chosen)], ""))
 
 
 def plain_batches(self: Feed, done: int, rank: int, ranks: int) -> Iterator[dict[str, Any]]:

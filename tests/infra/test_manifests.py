@@ -14,7 +14,7 @@ import kubernetes_validate
 import pytest
 
 from diagonal.config import Config
-from jobs.runs.run import parser
+from jobs.runs.arguments import run_options
 from serve.settings import ServeSettings
 from tests.infra.manifests import (
     FOLDER,
@@ -345,7 +345,7 @@ def test_the_job_runs_a_file_that_exists_with_settings_that_exist_on_nodes_that_
     assert spec["clusterSelector"] == {"ray.io/cluster": DOCUMENTS[JOBS]["metadata"]["name"]}
     program, file, *arguments = shlex.split(spec["entrypoint"])
     assert program == "python" and (repository / file).is_file()
-    told = parser("").parse_args(arguments)
+    told = run_options(arguments, "")
     config = Config.from_preset(told.preset, told.settings)
     group = pools(JOBS)[config.train.pool]
     cpus, gpus, nodes = room(group)
