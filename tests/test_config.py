@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from diagonal.config import Config
+from diagonal.config.describe import describe, page, rows
 from diagonal.config.presets import PRESETS
 from diagonal.errors import FieldError
 from diagonal.jsonfile import read_json, write_json
@@ -188,3 +189,47 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="full"):
         write_json(path, {"ü": 2})
     assert read_json(path) == {"ü": 1}
+
+
+@pytest.mark.parametrize(
+    ("setting", "near"),
+    [
+        ("distil.lr=1", "distill.lr"),
+        ("lr=1", "pretrain.lr or ode_init.lr or distill.lr or decoder.lr"),
+        ("serve.lead_s=1", "serve.playout_lead_s"),
+        ("sed=1", "seed"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_one_that_is_near(setting: str, near: str) -> None:
+    with pytest.raises(FieldError) as refused:
+        Config.from_preset("tiny", [setting])
+    assert f"no such key, did you mean {near}?" in refused.value.allowed
+
+
+def test_an_unknown_key_of_a_file_is_refused_with_the_one_that_is_near() -> None:
+    with pytest.raises(FieldError, match=r"distill.loss.gama.*no such key, did you mean distill.loss.gamma\?"):
+        Config.from_dict({"distill": {"loss": {"gama": 1.0}}})
+
+
+def test_every_setting_has_a_meaning_and_what_is_allowed() -> None:
+    assert [row.name for row in rows() if not row.meaning.endswith(".") or not row.allowed] == []
+    assert len({row.name for row in rows()}) == len(rows()) > 120
+
+
+def test_a_section_is_described_with_the_values_of_its_preset() -> None:
+    text = describe("serve", "tiny")
+    assert "serve.pixel_scale = 8\n" in text and "serve.playout_lead_s = 1.0 s\n" in text and "distill" not in text
+    (row,) = [row for row in json.loads(describe("distill.loss", as_json_text=True)) if row["name"].endswith("gamma")]
+    assert (row["default"], row["allowed"]) == (1.0, "a number of at least 0")
+
+
+def test_an_unknown_section_or_preset_to_describe_is_refused_with_the_near_one() -> None:
+    with pytest.raises(FieldError, match=r"section = 'distil'.*did you mean distill\?"):
+        describe("distil")
+    with pytest.raises(FieldError, match=r"preset = 'tinny'.*did you mean tiny\?"):
+        describe("", "tinny")
+
+
+def test_the_page_of_the_configuration_is_what_the_code_makes(repository: Path) -> None:
+    remedy = "run `python -m diagonal.config.describe docs/configuration.md`"
+    assert (repository / "docs" / "configuration.md").read_text(encoding="utf-8") == page(), remedy

@@ -53,14 +53,14 @@ def no_such_key(place: str, key: str, dotted: Iterable[str], names: Iterable[str
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`, did you mean X?` with the name that is most like `name`, or '' where none is.
+    """`, did you mean X?` with the names that are most like `name`, or '' where none is.
 
     A dotted name is compared whole, then by its last part alone: `lr` and `distil.lr` both lead to `distill.lr`.
     """
     names = list(names)
     close = difflib.get_close_matches(name, names, 1, 0.75)
-    close = close or [full for full in names if full.rpartition(".")[2] == name.rpartition(".")[2]][:1]
-    return f", did you mean {close[0]}?" if close else ""
+    close = close or [full for full in names if full.rpartition(".")[2] == name.rpartition(".")[2]]
+    return f", did you mean {' or '.join(close)}?" if close else ""
 
 
 def build(cls: type[T], data: object, path: str = "") -> T:
