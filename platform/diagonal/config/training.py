@@ -138,7 +138,9 @@ class TrainConfig:
     compile: bool = setting(False, "Compile the networks' blocks.")
     storage: str = setting("runs", "Folder of all runs, which every node sees, or s3://.")
     storage_patience_s: float = setting(300.0, "How long a failing storage is retried.", POSITIVE)
-    max_failures: int = setting(3, "Times that lost or stalled workers are replaced before a run stops.", NOT_NEGATIVE, "failures")
+    max_failures: int = setting(
+        3, "Times that lost or stalled workers are replaced before a run stops.", NOT_NEGATIVE, "failures"
+    )
     stall_timeout_s: float = setting(1800.0, "Time without progress after which a worker is replaced.", POSITIVE)
     sample_every: int = setting(100, "Updates between two sets of sample videos; 0 is never.", NOT_NEGATIVE, "updates")
     sample_clips: int = setting(2, "Videos of a set.", NOT_NEGATIVE, "clips")
