@@ -113,6 +113,10 @@ class Source:
     def tree(self) -> ast.Module:
         return ast.parse(self.text, self.path)
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
     @property
     def unit(self) -> str:
         """What the import directions speak of: a module or folder of the package, or a top-level folder."""
@@ -126,7 +130,7 @@ class Source:
         return self.path.startswith("platform/")
 
     def walk(self, *kinds: type[ast.AST]) -> Iterator[ast.AST]:
-        return (node for node in ast.walk(self.tree) if not kinds or isinstance(node, kinds))
+        return (node for node in self.nodes if not kinds or isinstance(node, kinds))
 
 
 @functools.cache

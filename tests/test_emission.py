@@ -202,6 +202,7 @@ def runs(request: pytest.FixtureRequest) -> list[Seen]:
     return [request.getfixturevalue(name) for name in RUNS]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(BY_NAME))
 def test_a_metric_is_moved_by_what_it_tells_of(name: str, runs: list[Seen]) -> None:

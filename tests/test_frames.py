@@ -58,6 +58,7 @@ def machine() -> str:
     return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: clip.__name__)
 def test_equal_seeds_give_the_frames_that_were_kept(clip: Callable[[], np.ndarray]) -> None:
     kept = json.loads((KEPT / "hashes.json").read_text())

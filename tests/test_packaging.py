@@ -64,6 +64,7 @@ def files_of(folder: Path) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(repository: Path, wheel_names: set[str]) -> None:
     expected = files_of(repository / "platform")
     assert {"diagonal/__init__.py", "diagonal/py.typed"} <= expected
@@ -97,6 +98,7 @@ def closure(name: str, extras: set[str]) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_everything_that_is_installed_is_pinned_at_the_tested_version(
     project: dict[str, Any], pins: dict[str, Version]
 ) -> None:

@@ -108,6 +108,7 @@ def test_removing_ends_what_is_named_alone(folder: Folder) -> None:
     assert not folder.exists() and folder.files() == {} and beside.files() == {"a": 1}
 
 
+@pytest.mark.slow
 def test_more_keys_than_a_page_are_listed_and_deleted(folder: Folder, s3_server: S3Server) -> None:
     names = [f"shards/{number:05d}" for number in range(MANY)]
     if folder.is_local:
@@ -247,6 +248,7 @@ def test_large_files_go_up_in_parts_and_come_down_in_ranges(
     assert faulty_s3.count("POST", "small") == 0 and faulty_s3.count("PUT", "small") == 1
 
 
+@pytest.mark.slow
 def test_a_file_that_is_written_again_and_again_is_read_in_one_version(remote: Folder, faulty_s3: FaultyProxy) -> None:
     """A journal is read while its run goes on; a large file that changes in the middle of a read is refused."""
     ended = threading.Event()
@@ -343,6 +345,7 @@ def test_a_server_that_answers_late_is_waited_for(remote: Folder, faulty_s3: Fau
     assert remote.read("a") == b"1"
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_given_up(remote: Folder, faulty_s3: FaultyProxy) -> None:
     remote.write("a", b"1")
     faulty_s3.slow(60)
@@ -392,6 +395,7 @@ def test_a_missing_bucket_is_refused_at_once(bucket: str) -> None:
         Folder("s3://no-such-bucket/r").check_writable()
 
 
+@pytest.mark.slow
 def test_a_reader_who_waits_for_the_last_file_never_takes_half_a_folder(remote: Folder, faulty_s3: FaultyProxy) -> None:
     """The upload is broken before each of its requests in turn: the folder is the old one, or is not there."""
 
@@ -422,6 +426,7 @@ def test_a_reader_who_waits_for_the_last_file_never_takes_half_a_folder(remote: 
         replace(b"old")
 
 
+@pytest.mark.slow
 def test_no_message_and_no_log_holds_a_credential(
     remote: Folder, faulty_s3: FaultyProxy, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,6 +24,7 @@ def clips() -> list[Pixels]:
     return [world.render(scene, seed, CONFIG) for seed, scene in enumerate(SCENES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edge", world.EDGES)
 def test_the_worlds_own_clips_are_read_without_error(edge: str) -> None:
     config = WorldConfig(edge=edge)

@@ -193,6 +193,7 @@ def test_a_shard_that_cannot_be_read_is_set_aside_with_all_its_samples(
     assert reasons(verify(folder)) == [(3, reason), (4, reason), (5, reason)]
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_anywhere_is_trained_on(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     from diagonal.data import trajectory
 

@@ -64,6 +64,7 @@ def test_a_set_is_a_sequence_that_gives_any_row_and_travels_by_name(tmp_path: Pa
         found[3000]
 
 
+@pytest.mark.slow
 def test_a_set_on_s3_is_the_same(bucket: str, tmp_path: Path) -> None:
     uri = f"s3://{bucket}/run/prompts"
     assert prepared(uri, MANY, 0.1) == prepared(tmp_path, MANY, 0.1)
@@ -80,6 +81,7 @@ def peak_bytes_of(folder: Path, count: int) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     few, many = peak_bytes_of(tmp_path / "a", 5_000), peak_bytes_of(tmp_path / "b", 30_000)
     assert many < few + 2e6  # for 25 MB of text more

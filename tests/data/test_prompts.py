@@ -67,6 +67,7 @@ def test_a_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path) -> 
         read(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_file_on_s3_is_read_in_pieces(bucket: str, s3_server: Any, tmp_path: Path) -> None:
     lines = [f"{number} " + "x" * 1000 for number in range(2 * PIECE_BYTES // 1000)]
     s3_server.client().upload_file(write(tmp_path, ".txt", lines), bucket, "deep/p.txt")

@@ -76,6 +76,7 @@ def rows_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_shards_rows_are_a_function_of_the_plan_and_the_prompts(plan: PairPlan, encoded: Any) -> None:
     order = [index for _, index in samples(len(PROMPTS), plan.config.seed, 3, 6)]
     assert rows_of(encoded) == [
@@ -102,6 +103,7 @@ def test_embeddings_are_the_text_encoders_own(encoded: Any) -> None:
     assert torch.equal(from_bits(encoded["negative_bf16"]), small_text().encode([""]).bfloat16())
 
 
+@pytest.mark.slow
 def test_a_written_shard_holds_the_guided_teachers_solutions_from_the_noise_of_each_seed(
     plan: PairPlan, encoded: Any, folder: Folder
 ) -> None:
@@ -202,6 +204,7 @@ def test_a_batch_of_more_than_one_shard_is_refused(plan: PairPlan, prompts: Fold
         EncodeText(plan, prompts)({"shard": np.array([0, 1])})
 
 
+@pytest.mark.slow
 def test_a_shard_on_s3_has_the_same_bytes(plan: PairPlan, encoded: Any, folder: Folder, bucket: str) -> None:
     remote = Folder(f"s3://{bucket}/run/pairs")
     begin(remote, plan)

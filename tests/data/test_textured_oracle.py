@@ -30,6 +30,7 @@ def means(scenes: list[TexturedScene], drawn: Pixels) -> dict[str, float]:
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 
+@pytest.mark.slow
 def test_the_worlds_own_clips_are_read_without_error(clips: Clips) -> None:
     found = means(*clips)
     assert {name: found[name] for name in ATTRIBUTES} == dict.fromkeys(ATTRIBUTES, 1.0)
@@ -37,6 +38,7 @@ def test_the_worlds_own_clips_are_read_without_error(clips: Clips) -> None:
     assert found["ground"] == pytest.approx(0.9, abs=0.15)
 
 
+@pytest.mark.slow
 def test_the_codecs_reconstructions_are_read_nearly_as_well(clips: Clips) -> None:
     scenes, drawn = clips
     pixels = torch.from_numpy(drawn)
@@ -55,6 +57,7 @@ def test_reversed_time_loses_both_directions_alone(clips: Clips) -> None:
     assert found["colour"] == found["small_colour"] == found["small_shape"] == 1
 
 
+@pytest.mark.slow
 def test_swapped_channels_lose_both_colours_alone(clips: Clips) -> None:
     found = means(clips[0][:6], np.ascontiguousarray(clips[1][:6][..., [1, 2, 0]]))
     lost = {name for name in ATTRIBUTES if found[name] == 0}
@@ -74,6 +77,7 @@ def test_a_clip_without_colour_shows_nothing(clips: Clips) -> None:
         assert set(asdict(score(read_clip(clip, SIZE), scenes[0])).values()) == {0.0}
 
 
+@pytest.mark.slow
 def test_less_colour_and_less_ground_are_measured(clips: Clips) -> None:
     scenes, drawn = clips[0][:4], clips[1][:4]
     pale = (drawn.astype(np.float32) / 2 + 64).astype(np.uint8)

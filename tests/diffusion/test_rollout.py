@@ -242,6 +242,7 @@ def gradients(network: CausalWan, output: Tensor) -> dict[str, Tensor]:
     return {name: torch.zeros(()) if g is None else g for name, g in zip(names, found, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exits", [(3, 2, 1, 1, 1, 1), (0, 2, 0, 1, 1, 0), (1, 0, 1, 0, 0, 1)])
 @pytest.mark.parametrize("context", [None, 0.0])
 def test_a_chunk_depends_on_the_parameters_through_its_own_exit_step_alone(

@@ -174,6 +174,7 @@ def measured(found: list[tuple[ChunkKind, int, float]]) -> CostModel:
     return model
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(observations, st.lists(demands, max_size=12), st.floats(0.05, 1.0), st.integers(1, 4))
 def test_nobody_is_ever_admitted_past_the_budget_and_an_empty_engine_refuses_nobody(

@@ -26,6 +26,7 @@ def engine_at(
     return engine, clock, metrics
 
 
+@pytest.mark.slow
 def test_the_warm_up_measures_every_kind_at_every_batch_size_and_leaves_no_trace() -> None:
     engine, clock, _ = engine_at(0.01, 0.02, warm=False)
     engine.warm_up()
@@ -56,6 +57,7 @@ def test_what_the_first_round_of_the_warm_up_costs_more_is_not_counted() -> None
     assert engine.stats().busy == pytest.approx(4 * 0.01 / 0.5625)
 
 
+@pytest.mark.slow
 def test_sessions_that_batch_well_fit_in_greater_number_than_those_that_do_not() -> None:
     """First chunks: 4 forwards in 0.5625 s; a batch of four at 0.1 a forward is 0.71, one of five four and one: 1.42.
     At 0.025 a session and forward, without any gain: 0.18 each, so five fit (0.89)."""
@@ -194,6 +196,7 @@ def test_a_step_that_rebuilds_a_decoder_tells_nothing_of_the_cost_of_a_recache()
     assert engine.stats().busy == pytest.approx((0.1 + engine.admission.cost.recaches_per_chunk * before) / 0.75)
 
 
+@pytest.mark.slow
 def test_under_overload_a_new_session_runs_the_shorter_schedule_where_that_is_allowed() -> None:
     never, _, _ = engine_at(0.0, 0.08)
     assert admitted(never, "ab") == "a"  # 0.57 each

@@ -30,6 +30,7 @@ def poison(engine: Engine, value: float) -> int:
     return len(free)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["linear", "wan"])
 @pytest.mark.parametrize("value", [1e4, float("nan")])
 def test_a_session_in_anothers_slot_makes_the_pixels_of_a_fresh_engine(codec: str, value: float) -> None:
@@ -68,6 +69,7 @@ def test_an_owner_writes_his_own_pages_and_no_other_ones() -> None:
             assert torch.equal(memory[:, others], old[:, others])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["linear", "wan"])
 def test_sessions_that_take_turns_make_what_each_makes_alone(codec: str) -> None:
     """Caches, decoders and texts side by side, one forward each: bit for bit."""

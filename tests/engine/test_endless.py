@@ -30,6 +30,7 @@ def held(engine: Engine) -> tuple[int, ...]:
     return info.cache_bytes, info.decoder_bytes, info.latents_bytes, engine.maker.pool.bytes_in_use, *lists
 
 
+@pytest.mark.slow
 def test_two_hundred_chunks_take_the_memory_of_ten_and_positions_stay_within_the_window(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -57,6 +58,7 @@ def test_two_hundred_chunks_take_the_memory_of_ten_and_positions_stay_within_the
     assert {labels["measure"] for labels in drift} == set(MEASURES) and all(set(d) == {"measure"} for d in drift)
 
 
+@pytest.mark.slow
 def test_a_video_codecs_decoder_keeps_no_more_after_twenty_chunks_than_after_nine() -> None:
     release = small_release()
     release.codec = decoder_of(small_vae())

@@ -37,6 +37,7 @@ def test_surplus_frames_are_dropped_from_the_end_of_the_last_chunk() -> None:
     assert len(short[1].pixels) == 1 and torch.equal(short[1].pixels, long[1].pixels[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["linear", "wan"])
 def test_a_stream_is_the_rollout_of_its_seed_decoded(codec: str) -> None:
     release = small_release()

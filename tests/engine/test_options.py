@@ -63,6 +63,7 @@ def test_a_snapshot_goes_on_elsewhere_and_a_pause_is_not_seen_before_the_first_e
     assert equal([pull(first), pull(first)], plain[2:])
 
 
+@pytest.mark.slow
 def test_a_recorded_session_is_replayed_bit_for_bit(settings: list[str]) -> None:
     driven = engine(settings)
     shown = stream(driven, spec_of(frames=None, record=True), 5)

@@ -25,6 +25,7 @@ def kv_of(engine: Engine, session_id: str = "s") -> Tensor:
     return torch.stack((engine.maker.pool.keys[:, pages], engine.maker.pool.values[:, pages]))
 
 
+@pytest.mark.slow
 def test_a_pause_frees_cache_and_decoder_at_the_next_chunk_boundary_and_counts_what_stays() -> None:
     release = small_release()
     release.codec = decoder_of(small_vae())
@@ -164,6 +165,7 @@ def test_a_pause_gives_its_slot_away_and_a_resume_needs_one_again() -> None:
     assert equal([pull(engine, "a")], stream(engine_of(), spec_of("a"), 3)[2:])
 
 
+@pytest.mark.slow
 def test_a_resume_is_admitted_by_the_budget_with_its_recache() -> None:
     clock = Clock()
     engine = engine_of(release=timed(small_release(), clock, 0.0, 0.15), clock=clock)

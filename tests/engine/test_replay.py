@@ -68,6 +68,7 @@ def test_a_stream_steered_paused_and_anchored_anew_is_replayed_bit_for_bit() -> 
     check(recording, found)
 
 
+@pytest.mark.slow
 def test_without_its_events_the_replay_is_another_stream() -> None:
     """So that the tests here can fail: each kind of event leaves its mark on the latents."""
 

@@ -87,6 +87,7 @@ def mappings(value: Any) -> Iterator[Document]:
             yield from mappings(inner)
 
 
+@pytest.mark.slow
 def test_a_typo_in_any_key_of_a_core_resource_fails() -> None:
     for name in CORE:
         for number, mapping in enumerate(mappings(DOCUMENTS[name])):

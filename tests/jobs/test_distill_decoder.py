@@ -26,6 +26,7 @@ SETTINGS = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_release_that_serves_the_fast_decoder(
     small_run: OpenRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def report_in(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_report_compares_all_sources_from_equal_noise(judged: tuple[Path, list[str]]) -> None:
     found = report_in(judged[0])
     rows = {row["name"]: row for row in found["rows"]}
@@ -81,6 +82,7 @@ def test_what_the_gate_writes_is_what_serving_keeps_to(judged: tuple[Path, list[
     assert release.manifest["scores"]["colour"]["count"] == 2
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_what_the_first_one_made(
     judged: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +148,7 @@ def test_a_profile_is_not_inferior_and_serving_takes_it() -> None:
     assert BASE.with_settings(found["settings"]).schedule.steps == "4322222"
 
 
+@pytest.mark.slow
 def test_a_search_keeps_its_rows_and_adds_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [
         "--steps",
@@ -170,6 +173,7 @@ def test_a_search_keeps_its_rows_and_adds_new_ones(tmp_path: Path, monkeypatch: 
     assert json.loads((tmp_path / "found-profile.json").read_text())["settings"][0].startswith("schedule.steps=")
 
 
+@pytest.mark.slow
 def test_the_page_of_experiments_is_written_from_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experiments.work(["page", "--folder", str(tmp_path), "--out", str(tmp_path / "quality"), "--seeds", "0", "1"])
     text = (tmp_path / "quality.md").read_text()

@@ -25,6 +25,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("codec_updates", "kind"), [(0, LinearCodec), (1, AutoencoderKLWan)])
 def test_the_base_model_loads_and_has_the_codec_that_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec_updates: int, kind: type

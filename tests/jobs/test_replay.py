@@ -18,6 +18,7 @@ from diagonal.model.release import Release
 from jobs.replay import work
 
 
+@pytest.mark.slow
 def test_a_recorded_session_is_the_same_video_again(tmp_path: Path) -> None:
     release = Release.load(None)
     engine, geometry = Engine(release), release.config.geometry

@@ -105,6 +105,7 @@ def test_without_its_key_there_is_nothing_to_find(mark: SpreadSpectrum, clip: Pi
     assert not mark.detect(encoded(clip, 23)).found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [shapes, texture])
 def test_wrong_keys_find_something_as_rarely_as_they_say(content: Any) -> None:
     """In marked video, too: rates of accident are uniform, so a bound of 1e-6 is passed once in a million keys."""

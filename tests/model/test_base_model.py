@@ -43,6 +43,7 @@ def test_saving_draws_no_random_number_and_leaves_the_weights_alone(tmp_path: Pa
     assert torch.equal(network.proj_out.weight, weight) and network.proj_out.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_base_model_returns_from_its_folder(base: Path) -> None:
     config = small_config()
     teacher, student = load_teacher(base, config), load_causal(base, config)

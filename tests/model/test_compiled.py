@@ -69,6 +69,7 @@ def test_rotary_tables_in_float32_are_the_float64_ones_within_a_rounding_and_mad
     assert {key[0] for key in network._tables} == {3, 6, 9, 12}, "one for each length of context"
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_one_graph_without_a_break_and_equal_the_plain_ones() -> None:
     network = small_causal()
     found = run(for_compiled(network), 2)

@@ -123,6 +123,7 @@ def test_cached_chunk_by_chunk_equals_the_mask_at_window_positions_whatever_is_e
     assert torch.equal(window[:, :, :12], absolute[:, :, :12])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_after_eviction_a_chunk_sees_the_kept_keys_at_their_places_in_the_window(
     batch: int, float64_stays: None

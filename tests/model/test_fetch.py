@@ -30,6 +30,7 @@ def test_a_path_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
     assert base_folder(small_config(f"model.path={tmp_path}")) == tmp_path
 
 
+@pytest.mark.slow
 def test_a_folder_on_s3_is_downloaded_once_and_whole(s3: Any, release: Release, tmp_path: Path) -> None:
     upload(s3, release.folder, "deep/r1")
     folder = fetch("s3://models/deep/r1")
@@ -48,6 +49,7 @@ def test_a_copy_that_is_there_needs_no_storage(s3: Any, faulty: FaultyProxy) -> 
         assert fetch("s3://models/m") == folder
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_leaves_nothing_and_can_be_repeated(
     s3: Any, faulty: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def test_a_chunks_forward_is_torchs_count_with_its_window_of_keys(chunk: int) ->
         )
 
 
+@pytest.mark.slow
 def test_a_rollout_and_stage_0_are_torchs_count() -> None:
     network, geometry = small_causal(), CONFIG.geometry
     with torch.no_grad():

@@ -47,6 +47,7 @@ def test_the_first_chunk_gives_9_pixel_frames_and_later_ones_12(kind: str) -> No
     assert parts[0].shape[-1] == 3 and parts[0].shape[2:4] == parts[1].shape[2:4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_streaming_decode_is_diffusers_own_decode(kind: str) -> None:
     vae = codec_of(kind)
@@ -59,6 +60,7 @@ def test_streaming_decode_is_diffusers_own_decode(kind: str) -> None:
     assert torch.equal(ours, to_uint8(theirs.permute(0, 2, 3, 4, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_streams_on_one_decoder_do_not_disturb_each_other(kind: str) -> None:
     decoder, clips = decoder_of(codec_of(kind)), [latents_of(1), latents_of(2)]
@@ -72,6 +74,7 @@ def test_two_streams_on_one_decoder_do_not_disturb_each_other(kind: str) -> None
     assert [state.frames for state in states] == [FRAMES, FRAMES]
 
 
+@pytest.mark.slow
 def test_a_stream_taken_up_from_its_last_frames_goes_on_nearly_the_same_and_exactly_from_38() -> None:
     """Wan's own decoder layout: what a resumed session decodes (of 255: at most 2 from 24 frames, 109 from 12)."""
     decoder, latents = decoder_of(small_vae(depth=2)), draw(1, CHANNELS, 42, 2, 2)
@@ -146,6 +149,7 @@ def test_a_clip_that_does_not_begin_with_one_frame_is_refused() -> None:
         small_codec(small_config()).encode(torch.zeros(1, 8, 32, 48, 3, dtype=torch.uint8))
 
 
+@pytest.mark.slow
 def test_streams_decoded_as_one_batch_are_within_rounding_of_one_after_the_other_and_keep_their_own_state() -> None:
     decoder = decoder_of(small_vae())
     assert isinstance(decoder, WanDecoder)

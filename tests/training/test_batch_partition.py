@@ -83,6 +83,7 @@ def distilled(rank: int, ranks: int, config: Config, updates: int) -> dict[str, 
 Stage = Callable[[int, int, Config, int], dict[str, Tensor]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [stage_0, distilled])
 def test_three_ranks_with_slices_of_three_two_and_two_learn_what_one_rank_learns(
     three_ranks: Ranks, stage: Stage

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import pytest
 import torch
 
 from diagonal.config import Config
@@ -13,6 +14,7 @@ from diagonal.training.pretrain import fit_codec
 from tests.networks import small_vae
 
 
+@pytest.mark.slow
 def test_both_halves_of_the_autoencoder_come_nearer_to_the_linear_codec() -> None:
     small = [f"pretrain.codec_{name}" for name in ("clips=16", "updates=40", "width=4")]
     config = Config.from_preset("tiny", small)
@@ -28,6 +30,7 @@ def test_both_halves_of_the_autoencoder_come_nearer_to_the_linear_codec() -> Non
     assert len(losses) == 2 * 40
 
 
+@pytest.mark.slow
 def test_the_shipped_codec_keeps_27_db_from_pixels_to_pixels() -> None:
     config = Config.from_preset("tiny")
     codec = load_codec(embedded("base"), config)

@@ -58,6 +58,7 @@ def run_chunk(network: nn.Module, caches: Any, chunk: int) -> tuple[Tensor, Tens
     return first, network(x, level, text, cache=begun(chunk, *caches))
 
 
+@pytest.mark.slow
 def test_a_compiled_recomputed_rollout_in_bfloat16_equals_the_eager_one_under_the_same_names() -> None:
     precision, tolerance = NARROW, 0.02
     torch._dynamo.utils.counters.clear()
@@ -88,6 +89,7 @@ def test_compiled_recomputed_and_sharded_over_two_ranks_it_is_the_eager_network_
             torch.testing.assert_close(gradients[name], wanted, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [True, False])
 def test_diffusers_own_blocks_compile_whole(trainable: bool) -> None:
     results = []

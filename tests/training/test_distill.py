@@ -48,6 +48,7 @@ def test_the_published_frame_weights_change_the_motion_term_alone() -> None:
     assert all(torch.equal(before[name], after[name]) for name in ("dmd", "flow_regression", "regression"))
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_batch_is_the_mean_of_its_samples_alone() -> None:
     config = stage_config("distill.batch_size=3")
     networks, batch = networks_of(config), prompt_batch(config, 2, 0, 1)

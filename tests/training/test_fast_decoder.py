@@ -77,6 +77,7 @@ def _copied(tree: Any) -> Any:
     return tree.clone() if isinstance(tree, torch.Tensor) else tree
 
 
+@pytest.mark.slow
 def test_it_comes_nearer_to_the_full_decoder_than_the_best_linear_one() -> None:
     config = config_of("decoder.updates=60", "decoder.checkpoint_every=60", "decoder.lr=0.01")
     clips, linear = clips_of(config), new_fast_decoder(config)
@@ -101,6 +102,7 @@ def test_of_a_linear_codec_the_first_network_is_the_decoder_but_for_rounding() -
     assert int(found[:, 1:].abs().max()) <= 2
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_to_the_same_weights() -> None:
     config = config_of()
     clips = clips_of(config)

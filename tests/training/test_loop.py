@@ -184,6 +184,7 @@ def test_a_stage_0_update_on_a_sample_that_is_not_finite_leaves_weights_moments_
     assert not same(before, full_tensors(state.state_dict()))
 
 
+@pytest.mark.slow
 def test_a_distillation_update_on_a_prompt_that_is_not_finite_leaves_both_networks_and_the_average() -> None:
     config = stage_config("distill.batch_size=2")
     step = distill_step(config, 1)

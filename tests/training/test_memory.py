@@ -131,6 +131,7 @@ def working(found: MemoryEstimate) -> list[tuple[str, int]]:
 TWO = ("distill.micro_batch_size=2", "distill.batch_size=2", "ode_init.micro_batch_size=2", "ode_init.batch_size=2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("teacher", "settings"),
     [
@@ -154,6 +155,7 @@ def test_the_formulas_are_the_live_tensors_of_updates_at_832x480(
         assert size == pytest.approx(found[name], rel=TOLERANCE), f"{name}: {size / found[name]:.3f}"
 
 
+@pytest.mark.slow
 def test_the_formulas_are_the_live_tensors_of_the_tiny_presets_real_updates(as_on_cuda: None) -> None:
     settings = (
         *ALONE,

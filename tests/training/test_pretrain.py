@@ -43,6 +43,7 @@ def silent(update: int, figures: Mapping[str, float]) -> None:
     assert update > 0 and figures
 
 
+@pytest.mark.slow
 def test_a_teacher_that_was_cut_off_ends_as_one_that_was_not() -> None:
     tokenizer, codec = build_tokenizer(embedded_world(CONFIG)), fit_codec(CONFIG)
     text = TextEncoder(tokenizer, build_text_encoder(CONFIG, len(tokenizer)), CONFIG.model.text_tokens)
@@ -74,11 +75,13 @@ def test_a_teacher_that_was_cut_off_ends_as_one_that_was_not() -> None:
         TeacherTraining(longer, corpus).load_state_dict(torch.load(BytesIO(kept[3]), weights_only=True))
 
 
+@pytest.mark.slow
 def test_the_textured_worlds_teacher_in_the_repository_draws_what_captions_say() -> None:
     scores = score_teacher(embedded("base", "textured"), Config.from_preset("tiny-textured"), clips=8, seed=0, steps=10)
     assert scores["colour"]["mean"] >= 0.85 and scores["direction"]["mean"] >= 0.75
 
 
+@pytest.mark.slow
 def test_the_text_encoder_learns_which_word_stands_where_and_is_frozen_then() -> None:
     world = embedded_world(CONFIG)
     tokenizer, losses = build_tokenizer(world), list[float]()

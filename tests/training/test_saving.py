@@ -239,6 +239,7 @@ def _save_until(write: int, root: Path) -> None:
         os._exit(status)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_write_call_leaves_a_whole_checkpoint_the_older_one_or_the_newer(tmp_path: Path) -> None:
     state, found = fresh(0, 1), []
     for write in range(1, 100):
@@ -334,6 +335,7 @@ def named(call: Callable[[], object]) -> str:
         return type(error).__name__
 
 
+@pytest.mark.slow
 def test_a_rank_whose_group_is_ended_never_takes_itself_for_the_only_one(tmp_path: Path) -> None:
     """Else it would refuse its own samples for good, and its half of a checkpoint would count as a whole one."""
     ranks = Ranks(2)

@@ -30,6 +30,7 @@ def updates(root: Folder) -> list[int]:
     return [found.update for found in checkpoints(root)]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_comes_back_from_s3_bit_for_bit_and_leaves_no_local_file(root: Folder, tmp_path: Path) -> None:
     state, other, own = fresh(0, 1), fresh(50, 1), Checkpointer(root, 2, scratch=tmp_path)
     for _ in range(3):
@@ -57,6 +58,7 @@ def restore_at_two(rank: int, uri: str, url: str) -> dict[str, Tensor]:
     return contents(state)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_s3_of_two_ranks_loads_at_one_and_that_one_loads_at_two(
     two_ranks: Ranks, bucket: str, s3_server: S3Server
 ) -> None:
@@ -70,6 +72,7 @@ def test_a_checkpoint_on_s3_of_two_ranks_loads_at_one_and_that_one_loads_at_two(
         assert same(before, two, ignoring="rng")
 
 
+@pytest.mark.slow
 def test_training_goes_on_during_an_outage_and_the_save_is_whole_after_it(
     root: Folder, faulty_s3: FaultyProxy, tmp_path: Path
 ) -> None:
@@ -106,6 +109,7 @@ def test_a_storage_that_stays_away_ends_training_with_an_error_that_names_the_fo
         faulty_s3.mend()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [".distcp", ".metadata", name_of(0)])
 def test_an_upload_that_loses_any_file_does_not_count_and_is_cleared_away_later(
     root: Folder, faulty_s3: FaultyProxy, tmp_path: Path, lost: str
@@ -125,6 +129,7 @@ def test_an_upload_that_loses_any_file_does_not_count_and_is_cleared_away_later(
     assert updates(root) == [7] and len(root.children()) == 1
 
 
+@pytest.mark.slow
 def test_an_altered_object_is_refused_and_the_checkpoint_before_it_taken(root: Folder, tmp_path: Path) -> None:
     state, own = fresh(0, 1), Checkpointer(root, 2, scratch=tmp_path)
     for state.update in (1, 2):
@@ -138,6 +143,7 @@ def test_an_altered_object_is_refused_and_the_checkpoint_before_it_taken(root: F
     assert "__0_0.distcp is altered" in restored.refused[0].reason
 
 
+@pytest.mark.slow
 def test_a_cut_off_download_is_asked_for_again(root: Folder, faulty_s3: FaultyProxy, tmp_path: Path) -> None:
     state, own = fresh(0, 1), Checkpointer(root, 2, scratch=tmp_path)
     own.save(state, wait=True)

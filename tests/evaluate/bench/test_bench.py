@@ -55,6 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     return out, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_three_rates_stand_side_by_side_with_their_cost_and_the_share_of_the_ceiling(
     run: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_run_says_where_when_by_what_and_makes_the_page(run: tuple[Path, dict[
     assert not list(out.parent.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_what_time_does_not_allow_is_said_and_the_page_is_written_all_the_same(tmp_path: Path) -> None:
     out = tmp_path / "speed-none.json"
     assert main([*QUICK, "--minutes", "0", "--sections", "rates", "client", "--out", str(out)]) == 0
@@ -153,6 +155,7 @@ def test_a_wrong_option_is_refused_by_name_value_and_range_before_anything_is_bu
     assert status == 2 and field in said and value in said and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_floors_are_those_of_the_methods_own_table() -> None:
     """METHOD II.8 at 790 TFLOP/s: 95 FPS of a clip with the full VAE, 168 and 97 in steady state, ratios 2.17, 2.47."""
     floors = pages._Floors(Config.from_preset("wan-1.3b"), "full", 790.0)
@@ -183,6 +186,7 @@ def test_a_short_stream_does_not_stand_for_chunk_700() -> None:
         measured({"growth": {"name": "chunk 6 against chunk 3", "time_ratio": 1.0}})
 
 
+@pytest.mark.slow
 def test_a_page_without_runs_has_every_row_and_measures_nothing(tmp_path: Path) -> None:
     rows = [row for row in page(runs_in(tmp_path), {}).splitlines() if re.match(r"\| (?!figure|-)", row)]
     assert len(rows) == 18 and all("not measured" in row for row in rows)

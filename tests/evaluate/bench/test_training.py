@@ -20,6 +20,7 @@ from tests.networks import WAN_1_3B
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_the_tiny_preset_is_measured_and_written_with_what_a_figure_needs(tmp_path: Path) -> None:
     out = tmp_path / "results" / "speed.json"
     assert main(["--preset", "tiny", "--out", str(out), "--updates", "1", "--set", "schedule.steps=2"]) == 0

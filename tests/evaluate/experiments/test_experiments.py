@@ -112,6 +112,7 @@ def test_a_table_that_needs_fewer_clips_has_the_first_ones_of_those_that_table_1
     assert draw_captions(4, 0, plan.captions) == draw_captions(9, 0, plan.captions)[:4]
 
 
+@pytest.mark.slow
 def test_a_page_without_rows_says_so_in_each_table(tmp_path: Path) -> None:
     found = collect(plan_in(tmp_path), [0], "python jobs/benchmarks/experiments.py")
     text = page(found, SHIFT)
@@ -121,6 +122,7 @@ def test_a_page_without_rows_says_so_in_each_table(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_differences_are_paired_by_clip_and_the_teacher_counts_for_every_seed(tmp_path: Path) -> None:
     plan, one = plan_in(tmp_path), experiment("table1", SHIFT)
     names = (*plan.world.scores, "picture_motion")
@@ -145,6 +147,7 @@ def test_differences_are_paired_by_clip_and_the_teacher_counts_for_every_seed(tm
     assert any(reason.startswith("motion = 1.200 of the teacher's") for reason in judged(whole).reasons)
 
 
+@pytest.mark.slow
 def test_a_row_is_trained_sampled_kept_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, one = plan_in(tmp_path), experiment("table3", SHIFT)
     first, second = one.variants[4], one.variants[5]
@@ -173,6 +176,7 @@ def test_a_row_is_trained_sampled_kept_and_not_made_again(tmp_path: Path, monkey
     assert "| in pieces of a clip | seed | colour |" in text and "| codec alone (ceiling) |  | 1.00 1.00 1.00 |" in text
 
 
+@pytest.mark.slow
 def test_speeds_are_measured_side_by_side_and_stand_in_the_table(tmp_path: Path) -> None:
     plan = plan_in(tmp_path)
     one = replace(experiment("table3", SHIFT), variants=experiment("table3", SHIFT).variants[4:6])

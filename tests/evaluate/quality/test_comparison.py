@@ -34,6 +34,7 @@ class Drawn:
         return (torch.stack(clips).int() + self.more).clamp(0, 255).to(torch.uint8)
 
 
+@pytest.mark.slow
 def test_batches_are_kept_on_s3_too_and_made_once(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "CLIPS_PER_BATCH", 3)
     world, parts = own_world(CONFIG), Folder(f"s3://{bucket}/parts")

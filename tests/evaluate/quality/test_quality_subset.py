@@ -55,11 +55,13 @@ def is_good(scores: ScoreTable) -> bool:
     return all(scores[name]["mean"] >= bound for name, bound in least.items())
 
 
+@pytest.mark.slow
 def test_the_embedded_release_draws_what_its_captions_say_and_a_broken_context_level_shows() -> None:
     assert is_good(scores_of())
     assert not is_good(scores_of("schedule.context=1.0"))
 
 
+@pytest.mark.slow
 def test_the_textured_release_draws_textures_and_both_objects_and_a_damaged_one_does_not() -> None:
     """Over 24 clips its shapes are .75 to .79 and its textures .54 to .79 (three draws; 240 clips: .73 and .79)."""
     release = Release.load(embedded("release", "textured"))
@@ -125,6 +127,7 @@ class Distillation:
         return float(self.motion(self.student).abs().mean() / self.wanted.abs().mean())
 
 
+@pytest.mark.slow
 def test_the_motion_loss_alone_brings_motion_back_and_a_broken_gradient_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

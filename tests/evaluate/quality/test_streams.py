@@ -24,6 +24,7 @@ def student() -> Student:
     return Student.of(Release.load())
 
 
+@pytest.mark.slow
 def test_a_stream_is_the_clip_chunk_by_chunk(student: Student) -> None:
     caption, seed = "a red circle moving left quickly", 5
     parts = list(stream(student, [caption], [seed], student.config.geometry.clip_chunks))
@@ -55,6 +56,7 @@ def test_so_many_seconds_take_so_many_chunks(student: Student) -> None:
         chunks_for(student, 0)
 
 
+@pytest.mark.slow
 def test_a_recache_changes_nothing_before_the_first_eviction_and_a_new_prompt_everything(student: Student) -> None:
     caption, other = "a red circle moving left quickly", "a blue square moving up slowly"
     plain = list(stream(student, [caption], [5], 4))
@@ -72,6 +74,7 @@ def test_slopes_are_of_a_hundred_and_eighty_seconds_and_of_the_windows_asked_for
     assert slopes(times, [[0.7] * 4, [1.0] * 4], 180.0) == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_drift_is_told_by_window_with_the_worlds_scores_and_the_pictures_own(student: Student) -> None:
     world, seconds = own_world(student.config), 6.0
     captions = draw_captions(2, 1, world.captions())
@@ -85,6 +88,7 @@ def test_drift_is_told_by_window_with_the_worlds_scores_and_the_pictures_own(stu
         drift_part(student, world, captions[:1], [1], 1.0, window_chunks=9)
 
 
+@pytest.mark.slow
 def test_a_changed_prompt_is_forgotten_and_obeyed(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "TURN_AT", 2)
     world = own_world(student.config)

@@ -129,6 +129,7 @@ def by_simulation(setup: EngineSetup) -> Seen:
     return viewers.seen
 
 
+@pytest.mark.slow
 def test_a_simulated_engine_does_what_the_real_one_does_under_the_same_clock() -> None:
     """Admission, batches, slack, re-caches and the measured costs that they feed: every chunk at the same time."""
     real, setup = by_the_engine()

@@ -42,6 +42,7 @@ def erlang_b(offered: float, slots: int) -> float:
     return blocked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("replicas", "viewers"), [(1, 8), (2, 12)])
 def test_refusals_are_those_of_queueing_theory_where_slots_are_all_that_lacks(replicas: int, viewers: int) -> None:
     found = scenario(replicas, viewers, stay_s=15.0, last_s=1500.0, from_s=50.0).run()
@@ -62,6 +63,7 @@ def test_the_same_seed_gives_the_same_and_another_does_not() -> None:
     assert first == again and first["chunk_interval_s"] != other["chunk_interval_s"]
 
 
+@pytest.mark.slow
 def test_a_lost_replica_moves_its_viewers_and_costs_those_that_have_no_room() -> None:
     roomy = cost_of(scenario(4, 12), losses=[Loss(70.0, 1)])
     assert roomy["moved"] > 0 and roomy["lost"] == 0
@@ -70,6 +72,7 @@ def test_a_lost_replica_moves_its_viewers_and_costs_those_that_have_no_room() ->
     assert full["stall_s"] > roomy["stall_s"] and full["lost"] + full["rejected"] > 0
 
 
+@pytest.mark.slow
 def test_more_viewers_at_once_are_refused_until_autoscaling_has_replicas_for_them() -> None:
     burst = Burst(70.0, 30)
     fixed = scenario(2, 8, stay_s=60.0, retries=20, last_s=240.0)
@@ -87,6 +90,7 @@ def test_replicas_that_are_no_longer_needed_go_without_anybody_noticing() -> Non
     assert found["outcomes"].get("lost", 0) == 0 and found["stall_rate"] < 0.01
 
 
+@pytest.mark.slow
 def test_the_fewest_replicas_are_enough_and_one_fewer_is_not() -> None:
     asked = scenario(1, 20, stay_s=30.0, last_s=400.0, from_s=60.0)
     found = fewest_replicas(asked, 0.001, 0.02)
@@ -95,6 +99,7 @@ def test_the_fewest_replicas_are_enough_and_one_fewer_is_not() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_thousand_replicas_and_five_thousand_viewers_take_less_than_a_minute_of_one_core() -> None:
     began_s = time.process_time()
     found = scenario(1000, 5000, last_s=20.0, from_s=10.0).run()

@@ -157,6 +157,7 @@ def test_keys_that_a_configuration_leaves_out_are_those_of_its_class(wan: Path) 
     assert [line for line in plan(wan_run(wan)) if "memory" in line] == [line for line in whole if "memory" in line]
 
 
+@pytest.mark.slow
 def test_a_plan_on_s3_asks_the_storage(bucket: str, wan: Path) -> None:
     storage = f"train.storage=s3://{bucket}/runs"
     assert plan(wan_run(wan, storage))[0] == f"run a in s3://{bucket}/runs/a"

@@ -93,6 +93,7 @@ def test_from_scratch_is_for_the_embedded_preset_alone(tmp_path: Path) -> None:
         open_run(arguments)
 
 
+@pytest.mark.slow
 def test_wrong_input_ends_a_job_with_one_line_and_status_2(tmp_path: Path, repository: Path) -> None:
     command = [sys.executable, "jobs/distill.py", "--set", f"train.storage={tmp_path / 'runs'}", "--preset", "huge"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)

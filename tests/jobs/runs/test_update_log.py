@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from diagonal.storage import Folder
 from jobs.runs.update_log import UPDATES, Journal, Outbox, read_journal
 
@@ -62,6 +64,7 @@ def test_an_outbox_uploads_what_changed_and_at_its_end_everything(bucket: str) -
     assert not box.local.exists()
 
 
+@pytest.mark.slow
 def test_a_journal_on_s3_goes_on_in_what_an_earlier_start_uploaded(bucket: str) -> None:
     for start in (0, 1):
         box = Outbox(Folder(f"s3://{bucket}/run"))

@@ -37,6 +37,7 @@ def agree(rank: int, meeting: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_losses_are_means_over_the_global_batch_and_rank_0_decides_for_all(tmp_path: Path) -> None:
     processes.spawn(agree, (str(tmp_path / "meeting"), str(tmp_path)), nprocs=2)
     (first, decided), (second, also) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
