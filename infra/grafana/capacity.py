@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable, lately
+from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable, lately, rate_quantiles
 
 ROOM = Section(
     "Room",
@@ -101,28 +101,14 @@ LOAD = Section(
             "Media that a viewer still has when his next chunk is ready; 0 "
             "is late. The lowest twentieth near zero: stalls begin; fewer sessions for each replica (serve.max_sessions).",
             "s",
-            tuple(
-                Query(
-                    f"histogram_quantile({q}, sum by (le) (rate(ray_diagonal_playout_slack_seconds_bucket"
-                    "{REPLICAS}[$__rate_interval])))",
-                    f"{100 * q:g} %",
-                )
-                for q in (0.05, 0.5)
-            ),
+            rate_quantiles("ray_diagonal_playout_slack_seconds_bucket{REPLICAS}", "le", "", 0.05, 0.5),
         ),
         Panel(
             "How long do chunks wait for their turn?",
             "From asking for a chunk to its generation. It grows before anything "
             "else does when a replica holds too many sessions: add replicas before it reaches a chunk's playing time.",
             "s",
-            tuple(
-                Query(
-                    f"histogram_quantile({q}, sum by (le) (rate(ray_diagonal_session_queue_seconds_bucket"
-                    "{REPLICAS}[$__rate_interval])))",
-                    f"{100 * q:g} %",
-                )
-                for q in (0.5, 0.95)
-            ),
+            rate_quantiles("ray_diagonal_session_queue_seconds_bucket{REPLICAS}", "le", "", 0.5, 0.95),
         ),
         Panel(
             "Where does a chunk's time go?",

@@ -59,6 +59,12 @@ def quantiles(histogram: str, by: str, legend: str, *shares: float) -> tuple[Que
     return tuple(Query(f"histogram_quantile({share}, {seen})", f"{legend}{100 * share:g} %") for share in shares)
 
 
+def rate_quantiles(histogram: str, by: str, legend: str, *shares: float) -> tuple[Query, ...]:
+    """The same of a histogram that counts all the time."""
+    seen = f"sum by ({by}) (rate({histogram}[$__rate_interval]))"
+    return tuple(Query(f"histogram_quantile({share}, {seen})", f"{legend}{100 * share:g} %") for share in shares)
+
+
 @dataclass(frozen=True)
 class Panel:
     """One question. `title` asks it; `advice` says what to do when the answer looks bad.

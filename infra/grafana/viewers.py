@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable, lately, quantiles
+from infra.grafana.panels import BAD, WORSE, Board, Panel, Query, Section, Variable, lately, quantiles, rate_quantiles
 
 NOW = Section(
     "Now",
@@ -71,14 +71,7 @@ WAITING = Section(
             "Time between two chunks sent to one viewer; a chunk of the trained size "
             "plays for about 0.75 s. Above that, its playback will stall: look at slack and at busy time on Capacity.",
             "s",
-            tuple(
-                Query(
-                    f"histogram_quantile({q}, sum by (le) (rate(ray_diagonal_chunk_interval_seconds_bucket"
-                    "{SERVED}[$__rate_interval])))",
-                    f"{100 * q:g} %",
-                )
-                for q in (0.5, 0.99)
-            ),
+            rate_quantiles("ray_diagonal_chunk_interval_seconds_bucket{SERVED}", "le", "", 0.5, 0.99),
         ),
         Panel(
             "How soon does a new prompt show?",
@@ -124,14 +117,7 @@ PLAYBACK = Section(
             "zero, the next delay is a stall: reduce load. Far above the buffer asked for: readers that do not tell their "
             "position.",
             "s",
-            tuple(
-                Query(
-                    f"histogram_quantile({q}, sum by (le) (rate(ray_diagonal_send_window_media_seconds_bucket"
-                    "{SERVED}[$__rate_interval])))",
-                    f"{100 * q:g} %",
-                )
-                for q in (0.05, 0.5)
-            ),
+            rate_quantiles("ray_diagonal_send_window_media_seconds_bucket{SERVED}", "le", "", 0.05, 0.5),
         ),
     ),
 )
@@ -176,13 +162,8 @@ WRONG = Section(
             "drift. Saturation that leaves 0.8 to 1.25 in the middle of streams: shorten max_stream_s and train or "
             "choose another release.",
             "none",
-            tuple(
-                Query(
-                    f"histogram_quantile({q}, sum by (le, measure) (rate(ray_diagonal_stream_drift_ratio_bucket"
-                    "{SERVED}[$__rate_interval])))",
-                    f"{{{{measure}}}}, {100 * q:g} %",
-                )
-                for q in (0.05, 0.5, 0.95)
+            rate_quantiles(
+                "ray_diagonal_stream_drift_ratio_bucket{SERVED}", "le, measure", "{{measure}}, ", 0.05, 0.5, 0.95
             ),
             width=12,
         ),
