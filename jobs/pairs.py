@@ -1,6 +1,7 @@
 """Stage 0 data: prompts to teacher trajectories on Ray Data; finished shards are kept, so a killed run goes on.
 
-The trajectories are always of the base model's own teacher (METHOD I.7); distill.teacher gives the real score alone.
+The trajectories are always of the base model's own teacher (docs/method.md, ode-init);
+distill.teacher gives the real score alone.
 """
 
 from __future__ import annotations

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from diagonal.config import Config
-from diagonal.diffusion.rollout import new_cache
 from diagonal.geometry import ChunkGeometry
 from diagonal.model.architecture import constructor_settings
-from diagonal.model.cache import CacheBatch, KVCache, KVPool
+from diagonal.model.cache import CacheBatch, KVCache, KVPool, new_cache
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of

@@ -47,11 +47,11 @@ def publish_release(run: Run, student: Path, lineage: Mapping[str, Any]) -> None
 
     What its maker states in the run's `statement.md`, if there is one, goes into its card.
     """
-    statement = run.folder.read(STATEMENT).decode() if run.folder.has(STATEMENT) else ""
+    author_notes = run.folder.read(STATEMENT).decode() if run.folder.has(STATEMENT) else ""
     with (run.folder / "release").replaced(last=MANIFEST) as folder:
         folder.rmdir()  # `write_release` makes it
         write_release(
-            folder, name=run.name, student=student, base=run.base, lineage=lineage, scores={}, statement=statement
+            folder, name=run.name, student=student, base=run.base, lineage=lineage, scores={}, author_notes=author_notes
         )
 
 

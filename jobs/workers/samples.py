@@ -17,7 +17,7 @@ from PIL import Image
 
 from diagonal.config import Config
 from diagonal.data.embedded import embedded_world
-from diagonal.diffusion.noise import mixed_seed
+from diagonal.diffusion.noise import Salt, mixed_seed
 from diagonal.diffusion.rollout import rollout
 from diagonal.evaluate.contact_sheet import contact_sheet, save_png
 from diagonal.media.encode import watchable_scale, write_mp4
@@ -50,7 +50,7 @@ class SampleVideos:
 
     def draw(self, network: CausalWan, schedule: StepSchedule) -> torch.Tensor:
         """Clean latents `[b, c, f, h, w]` by the weights as they are; collective where the network is sharded."""
-        seeds = [mixed_seed(self.config.seed, "samples", index) for index in range(len(self.captions))]
+        seeds = [mixed_seed(self.config.seed, Salt.SAMPLES, index) for index in range(len(self.captions))]
         with torch.no_grad(), rollout_scope(network):
             return rollout(network, self.config, self._embeddings, seeds, schedule=schedule).clean
 

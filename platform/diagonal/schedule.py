@@ -29,13 +29,8 @@ ALLOWED: Final = (
 
 
 def warp(u: float, shift: float) -> float:
-    """Noise level of the uniform time `u` in [0, 1]: `shift*u / (1 + (shift-1)*u)` (METHOD: levels are warped)."""
+    """Noise level of the uniform time `u` in [0, 1]: `shift*u / (1 + (shift-1)*u)` (docs/method.md, warp)."""
     return shift * u / (1.0 + (shift - 1.0) * u)
-
-
-def unwarp(level: float, shift: float) -> float:
-    """The uniform time whose warped level is `level`: `level / (shift - (shift-1)*level)`."""
-    return level / (shift - (shift - 1.0) * level)
 
 
 def raw_level(raw: int, shift: float) -> float:
@@ -116,10 +111,6 @@ class StepSchedule:
     def forwards(self, chunk: int) -> int:
         """Network forwards that chunk costs: its steps, and one more where the context is a level."""
         return len(self.levels(chunk)) + (self.resolved_context != "reuse")
-
-    def total_steps(self, chunks: int) -> int:
-        """Denoising steps of that many chunks (17 for '4322222' and 7 chunks)."""
-        return sum(len(self.levels(chunk)) for chunk in range(chunks))
 
     def total_forwards(self, chunks: int) -> int:
         """Forwards of that many chunks, context passes included (28 + 7 for 'self-forcing' and 7 chunks)."""

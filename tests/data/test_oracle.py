@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
 from diagonal.data import world
-from diagonal.data.oracle import Scores, mean_scores, read_clip, score
+from diagonal.data.oracle import Scores, read_clip, score
 from diagonal.data.world import Pixels, Scene, WorldConfig
 
 ATTRIBUTES = tuple(world.ATTRIBUTES)
@@ -16,7 +18,7 @@ SCENES = world.all_scenes()[3::13]  # every value of every attribute
 
 def means(clips: list[Pixels], scenes: list[Scene], config: WorldConfig = CONFIG) -> dict[str, float]:
     scores = [score(read_clip(clip, config), scene) for clip, scene in zip(clips, scenes, strict=True)]
-    return {name: entry["mean"] for name, entry in mean_scores(scores).items()}
+    return {field.name: float(np.mean([getattr(one, field.name) for one in scores])) for field in fields(Scores)}
 
 
 @pytest.fixture(scope="module")
@@ -152,15 +154,3 @@ def test_pixels_of_another_size_or_type_are_refused(clips: list[Pixels]) -> None
         read_clip(clips[0][:, :16], CONFIG)
     with pytest.raises(ValueError, match="pixels = float32"):
         read_clip(clips[0].astype(np.float32), CONFIG)
-
-
-def test_mean_scores_carry_wilsons_half_width_for_rates_and_the_normal_one_for_measures() -> None:
-    hit, miss = Scores(1, 1, 1, 1, 0.8, 0.8, 0.8), Scores(0, 1, 1, 1, 0.4, 0.8, 0.8)
-    summary = mean_scores([hit, miss] * 50)
-    assert summary["colour"]["mean"] == 0.5
-    # Wilson: z / (1 + z^2/n) * sqrt(p (1 - p) / n + z^2 / (4 n^2)) at n = 100.
-    assert summary["colour"]["half_width"] == pytest.approx(0.0962, abs=1e-4)
-    assert summary["shape"]["half_width"] == pytest.approx(0.0185, abs=1e-4)
-    assert summary["smoothness"]["half_width"] == pytest.approx(1.96 * 0.2 * np.sqrt(100 / 99) / 10)
-    with pytest.raises(ValueError, match="scores"):
-        mean_scores([])

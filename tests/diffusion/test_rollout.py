@@ -11,9 +11,9 @@ from torch import Tensor
 from diagonal.diffusion import rollout as rollouts
 from diagonal.diffusion.flow import blend, to_clean
 from diagonal.diffusion.noise import chunk_noise
-from diagonal.diffusion.rollout import chunk_noise_of, denoise_chunk, draw_exits, new_cache, new_pool, rollout
+from diagonal.diffusion.rollout import chunk_noise_of, denoise_chunk, draw_exit_steps, rollout
 from diagonal.errors import FieldError
-from diagonal.model.cache import KVPool
+from diagonal.model.cache import KVPool, new_cache, new_pool
 from diagonal.model.dit import CausalWan
 from diagonal.schedule import StepSchedule
 from tests.diffusion.chunks import CONFIG, SHAPE, kv_of, noise_of, run, text_of
@@ -178,9 +178,11 @@ def test_a_clip_costs_exactly_the_schedules_forwards(steps: str, forwards: int) 
     done = rollout(network, CONFIG, text_of(), [3], schedule=StepSchedule(steps))
     assert done.forwards == len(calls) == forwards
     assert done.clean.shape == CONFIG.geometry.clip_shape() and not done.clean.requires_grad
-    exits = draw_exits(StepSchedule(steps), 7, 0)
+    exits = draw_exit_steps(StepSchedule(steps), 7, 0)
     calls.clear()
-    assert rollout(network, CONFIG, text_of(), [3], schedule=StepSchedule(steps), exits=exits).forwards == len(calls)
+    assert rollout(network, CONFIG, text_of(), [3], schedule=StepSchedule(steps), exit_steps=exits).forwards == len(
+        calls
+    )
     assert len(calls) == forwards
 
 
@@ -222,13 +224,13 @@ def test_training_keeps_every_page_of_a_rollout_and_inference_only_the_window(
 
     monkeypatch.setattr(KVPool, "take", noted)
     pools = keep_pools(monkeypatch)
-    rollout(small_causal(layers=1), CONFIG, text_of(2), [1, 2], exits=[0] * 7 if training else None)
+    rollout(small_causal(layers=1), CONFIG, text_of(2), [1, 2], exit_steps=[0] * 7 if training else None)
     assert sorted(taken) == list(range(pools[0].pages)) == list(range(2 * (7 if training else 4)))
 
 
 def test_a_rollout_with_another_number_of_exits_is_refused() -> None:
-    with pytest.raises(FieldError, match=r"exits = \[0, 0\]: allowed is one exit step for each of 7 chunks"):
-        rollout(small_causal(), CONFIG, text_of(), [1], exits=[0, 0])
+    with pytest.raises(FieldError, match=r"exit_steps = \[0, 0\]: allowed is one exit step for each of 7 chunks"):
+        rollout(small_causal(), CONFIG, text_of(), [1], exit_steps=[0, 0])
 
 
 # Gradients
@@ -249,9 +251,11 @@ def test_a_chunk_depends_on_the_parameters_through_its_own_exit_step_alone(
     exits: tuple[int, ...], context: Any, float64_stays: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient is that of a run whose other forwards, and all that they cached, had none."""
-    monkeypatch.setattr(rollouts, "cache_dtype", lambda config: torch.float64)
+    monkeypatch.setattr("diagonal.model.cache.cache_dtype", lambda config: torch.float64)
     network, schedule = small_causal(dtype=torch.float64), StepSchedule("4322222", context=context)
-    whole = rollout(network, CONFIG, text_of().double(), [4], schedule=schedule, chunks=len(exits), exits=exits).clean
+    whole = rollout(
+        network, CONFIG, text_of().double(), [4], schedule=schedule, chunks=len(exits), exit_steps=exits
+    ).clean
     (cache,) = caches_for(CONFIG, network)
     for chunk, exit_step in enumerate(exits):
         done = run(network, cache, chunk, context=context, seed=4, exit_step=exit_step, text=text_of().double())
@@ -270,9 +274,9 @@ def test_a_chunk_depends_on_the_parameters_through_its_own_exit_step_alone(
 
 def test_the_exit_steps_gradient_is_that_of_one_forward(float64_stays: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Worked by hand: the input of the exit step, and the context, are constants."""
-    monkeypatch.setattr(rollouts, "cache_dtype", lambda config: torch.float64)
+    monkeypatch.setattr("diagonal.model.cache.cache_dtype", lambda config: torch.float64)
     network, schedule = small_causal(dtype=torch.float64), StepSchedule("32")
-    whole = rollout(network, CONFIG, text_of().double(), [4], schedule=schedule, chunks=2, exits=[2, 1]).clean
+    whole = rollout(network, CONFIG, text_of().double(), [4], schedule=schedule, chunks=2, exit_steps=[2, 1]).clean
     (cache,) = caches_for(CONFIG, network)
     run(network, cache, 0, steps="32", seed=4, text=text_of().double())
     batch, noise = begun(1, cache), noise_of(4, 1)
@@ -288,30 +292,30 @@ def test_the_exit_steps_gradient_is_that_of_one_forward(float64_stays: None, mon
 
 def test_the_cache_of_a_training_rollout_never_takes_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     pools = keep_pools(monkeypatch)
-    rollout(small_causal(), CONFIG, text_of(), [1], chunks=3, exits=[3, 2, 1])
+    rollout(small_causal(), CONFIG, text_of(), [1], chunks=3, exit_steps=[3, 2, 1])
     assert not pools[0].keys.requires_grad and not pools[0].values.requires_grad and pools[0].keys.abs().sum() > 0
 
 
 def test_without_exits_and_under_no_grad_nothing_takes_gradients() -> None:
     assert not rollout(small_causal(), CONFIG, text_of(), [1], chunks=2).clean.requires_grad
     with torch.no_grad():
-        assert not rollout(small_causal(), CONFIG, text_of(), [1], chunks=2, exits=[0, 0]).clean.requires_grad
-    assert rollout(small_causal(), CONFIG, text_of(), [1], chunks=2, exits=[0, 0]).clean.requires_grad
+        assert not rollout(small_causal(), CONFIG, text_of(), [1], chunks=2, exit_steps=[0, 0]).clean.requires_grad
+    assert rollout(small_causal(), CONFIG, text_of(), [1], chunks=2, exit_steps=[0, 0]).clean.requires_grad
 
 
 def test_exits_depend_on_their_key_alone_and_every_step_of_a_row_comes_up() -> None:
     schedule = StepSchedule("4322222")
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        assert draw_exits(schedule, 7, 1, "generator", 10) == draw_exits(schedule, 7, 1, "generator", 10)
-    drawn = [draw_exits(schedule, 7, 1, "generator", update) for update in range(600)]
+        assert draw_exit_steps(schedule, 7, 1, "generator", 10) == draw_exit_steps(schedule, 7, 1, "generator", 10)
+    drawn = [draw_exit_steps(schedule, 7, 1, "generator", update) for update in range(600)]
     for chunk in range(7):
         steps = len(schedule.levels(chunk))
         counts = [sum(exits[chunk] == step for exits in drawn) for step in range(steps)]
         assert sum(counts) == 600 and min(counts) > 600 / steps * 0.75
-    assert drawn[:9] != [draw_exits(schedule, 7, 2, "generator", update) for update in range(9)]
+    assert drawn[:9] != [draw_exit_steps(schedule, 7, 2, "generator", update) for update in range(9)]
     assert len({tuple(exits[2:]) for exits in drawn}) == 2**5, "chunks are drawn one by one"
-    assert draw_exits(schedule, 3, 1, "generator", 10) == draw_exits(schedule, 7, 1, "generator", 10)[:3]
+    assert draw_exit_steps(schedule, 3, 1, "generator", 10) == draw_exit_steps(schedule, 7, 1, "generator", 10)[:3]
 
 
 def test_noise_of_a_batch_is_each_samples_own() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from diagonal.diffusion.rollout import KeptChunk, new_cache
+from diagonal.diffusion.rollout import KeptChunk
 from diagonal.engine.budget import RECACHE_ONCE
 from diagonal.engine.session import IllegalMoveError, PromptChange, Session, SessionSpec, SessionState, decoder_bytes
 from diagonal.engine.snapshot import Identity
 from diagonal.errors import FieldError
-from diagonal.model.cache import KVPool
+from diagonal.model.cache import KVPool, new_cache
 from diagonal.model.vae import DecoderState
 from diagonal.schedule import StepSchedule
 from tests.networks import draw, small_config

@@ -7,13 +7,25 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagonal.errors import FieldError
-from diagonal.model.attention import BlockCausal, attend, dense_mask, plain_attention, rotary_table, rotate
+from diagonal.model.attention import BlockCausal, attend, plain_attention, rotary_table, rotate
 from tests.networks import draw
 
 FRAMES, HEIGHT, WIDTH, HEAD = 5, 2, 3, 16
+
+
+def dense_mask(pattern: BlockCausal) -> Tensor:
+    """The pattern as a boolean `[t, t]`, from its definition."""
+    chunk = torch.arange(pattern.chunks)
+    query, key = chunk[:, None], chunk[None, :]
+    allowed = key <= query
+    if pattern.window_chunks is not None:
+        newest = key > query - (pattern.window_chunks - pattern.sink_chunks)
+        allowed &= (key < pattern.sink_chunks) | newest
+    return allowed.repeat_interleave(pattern.chunk_tokens, 0).repeat_interleave(pattern.chunk_tokens, 1)
 
 
 def rope() -> WanRotaryPosEmbed:

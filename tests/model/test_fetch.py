@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from diagonal.config import Config
-from diagonal.diffusion.rollout import chunk_noise_of, denoise_chunk, new_cache, new_pool
+from diagonal.diffusion.rollout import chunk_noise_of, denoise_chunk
 from diagonal.errors import FieldError
 from diagonal.model.base_model import base_folder, load_causal, load_decoder, load_teacher, load_text
+from diagonal.model.cache import new_cache, new_pool
 from diagonal.model.release import Release
 from diagonal.storage import StorageError
 from diagonal.storage.fetch import fetch

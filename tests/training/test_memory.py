@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import UMT5Config, UMT5EncoderModel
 
 from diagonal.config import Config
-from diagonal.diffusion.rollout import new_pool
 from diagonal.errors import FieldError
 from diagonal.jsonfile import read_json
 from diagonal.model import attention
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.attention import stage0_mask
 from diagonal.model.base_model import embedded, load_causal, load_teacher
+from diagonal.model.cache import new_pool
 from diagonal.model.dit import CausalWan
 from diagonal.training import distill
 from diagonal.training.distill import Networks, PromptBatch, critic_loss, generator_loss
@@ -62,7 +62,7 @@ WAN_VAE = {
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused kernel with gradients too, and exit steps that no tensor decides (fake tensors hold no numbers)."""
     monkeypatch.setattr(attention, "_attend", torch.nn.functional.scaled_dot_product_attention)
-    monkeypatch.setattr(distill, "draw_exits", lambda schedule, chunks, *key: [0] * chunks)
+    monkeypatch.setattr(distill, "draw_exit_steps", lambda schedule, chunks, *key: [0] * chunks)
 
 
 def config_of(*settings: str) -> Config:

@@ -35,7 +35,7 @@ class PromptsConfig:
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Stage 0 data: trajectories of the guided teacher's ODE (METHOD I.7)."""
+    """Stage 0 data: trajectories of the guided teacher's ODE (docs/method.md, ode-init)."""
 
     prompts: str = setting("", "Prompt file; empty is the embedded world's captions.")
     count: int = setting(1024, "Trajectories to make.", POSITIVE, "pairs")

@@ -58,7 +58,8 @@ class OdeInitConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of METHOD I.6: spatial*dmd + regression*reg + gamma*(motion*motion_dmd + flow_regression)."""
+    """Weights, as in docs/method.md, distribution matching:
+    spatial*dmd + regression*reg + gamma*(motion*motion_dmd + flow_regression)."""
 
     spatial: float = setting(1.0, "Weight of distribution matching.", NOT_NEGATIVE)
     regression: float = setting(0.0, "Weight of the regression to trajectories.", NOT_NEGATIVE)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagonal.data.motion import STRIDE_FRAMES, Speeds, Times, Track, moving_mean, nearest_speed, read_box, smoothness
-from diagonal.data.world import (
-    ATTRIBUTES,
-    DIRECTIONS,
-    PALETTE,
-    SHAPES,
-    SPEEDS_PX,
-    Floats,
-    Pixels,
-    Scene,
-    WorldConfig,
-    cover,
-)
+from diagonal.data.world import DIRECTIONS, PALETTE, SHAPES, SPEEDS_PX, Floats, Pixels, Scene, WorldConfig, cover
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    pass
 
 FAINTEST_CHROMA = 0.15  # a frame whose object is greyer than this holds no object
 OBJECT_QUANTILE = 0.95  # every shape covers more than 5 % of a frame, so this quantile lies on it
@@ -122,32 +110,6 @@ def score(reading: Reading, scene: Scene) -> Scores:
         steadiness=reading.steadiness,
         saturation=reading.saturation,
     )
-
-
-def mean_scores(
-    scores: Sequence[DataclassInstance], rates: Collection[str] = tuple(ATTRIBUTES)
-) -> dict[str, dict[str, float]]:
-    """`{name: {"mean", "half_width"}}` with 95 % confidence: Wilson's interval for `rates`, the normal one for others.
-
-    Wilson's interval is not centred on the mean: the half-width is that of the interval. ValueError when empty.
-    """
-    if not scores:
-        raise ValueError("scores = []: must hold at least one clip's scores")
-    summary = {}
-    for field in fields(scores[0]):
-        values = np.asarray([getattr(one, field.name) for one in scores], np.float64)
-        half_width = _wilson(values) if field.name in rates else _normal(values)
-        summary[field.name] = {"mean": float(values.mean()), "half_width": half_width}
-    return summary
-
-
-def _wilson(hits: NDArray[np.float64], z: float = 1.96) -> float:
-    count, rate = len(hits), hits.mean()
-    return float(z / (1 + z * z / count) * np.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count)))
-
-
-def _normal(values: NDArray[np.float64], z: float = 1.96) -> float:
-    return float(z * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def read_frames(pixels: Pixels, config: WorldConfig) -> FrameReadings:

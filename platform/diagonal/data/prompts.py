@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from diagonal.diffusion.noise import generator
+from diagonal.diffusion.noise import Salt, generator
 from diagonal.errors import FieldError, require
 from diagonal.storage import Folder
 
@@ -146,7 +146,7 @@ class SeenIds:
 
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """A permutation of range(count) that depends on (seed, epoch) alone."""
-    return torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
+    return torch.randperm(count, generator=generator(seed, Salt.ORDER, epoch)).numpy()
 
 
 class Order:

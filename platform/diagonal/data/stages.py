@@ -26,7 +26,7 @@ from diagonal.data.trajectory import (
     shard_bytes,
     to_bits,
 )
-from diagonal.diffusion.noise import clip_noise, mixed_seed
+from diagonal.diffusion.noise import Salt, clip_noise, mixed_seed
 from diagonal.diffusion.teacher import Trajectory, solve
 from diagonal.errors import require
 from diagonal.model.base_model import base_folder, load_teacher, load_text
@@ -74,7 +74,7 @@ class EncodeText:
                 "sample": sample,
                 "prompt_id": identity,
                 "prompt": prompt,
-                "seed": mixed_seed(self._plan.config.seed, "pairs", sample),
+                "seed": mixed_seed(self._plan.config.seed, Salt.PAIRS, sample),
             }
             for sample, (identity, prompt) in zip(samples, prompts, strict=True)
         ]

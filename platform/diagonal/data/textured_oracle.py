@@ -8,7 +8,6 @@ first which the small one hides does not count.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,14 +126,6 @@ def read_clip(pixels: Pixels, config: WorldConfig, first_pixel_frame: int = 0) -
     if 2 * behind.present.sum() < len(pixels):
         return nothing
     return _summarise(behind, in_front, first, small, share, front, colours, config, first_pixel_frame)
-
-
-def read_windows(
-    pixels: Pixels, config: WorldConfig, window_pixel_frames: int, stride_pixel_frames: int | None = None
-) -> Iterator[TexturedReading]:
-    """Yield readings of a stream's windows, each on its own, one every `stride_pixel_frames` (default: a window)."""
-    for start in range(0, len(pixels) - window_pixel_frames + 1, stride_pixel_frames or window_pixel_frames):
-        yield read_clip(pixels[start : start + window_pixel_frames], config, start)
 
 
 def tells_change(pixel_frames: int, config: WorldConfig) -> bool:

@@ -16,11 +16,6 @@ def to_clean(x: Tensor, velocity: Tensor, level: Tensor | float) -> Tensor:
     return x - by_frame(level) * velocity
 
 
-def to_velocity(x: Tensor, clean: Tensor, level: Tensor | float) -> Tensor:
-    """Velocity that a clean prediction means: `(x - clean)/level`; the level is above 0."""
-    return (x - clean) / by_frame(level)
-
-
 def guided(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
     """Classifier-free guidance, always `unconditional + weight*(conditional - unconditional)`."""
     return unconditional + weight * (conditional - unconditional)

@@ -4,14 +4,42 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 
+class Salt(StrEnum):
+    """What randomness is for: equal seeds give each use numbers of its own. The texts are part of every result."""
+
+    CLIPS = "clips"
+    CODEC = "codec"
+    DECODER_CLIPS = "decoder clips"
+    DECODER_CROP = "decoder crop"
+    DECODER_UPDATE = "decoder update"
+    DRAW = "draw"
+    EVALUATE = "evaluate"
+    EXIT = "exit"
+    FAST_DECODER = "fast decoder"
+    FEATURES = "features"
+    ODE = "ode"
+    ORDER = "order"
+    PAIRS = "pairs"
+    PRETRAIN = "pretrain"
+    SAMPLES = "samples"
+    SCENES = "scenes"
+    STREAMS = "streams"
+    TEACHER = "teacher"
+    TEXT = "text"
+    TEXT_PLACES = "text places"
+    VAE = "vae"
+    VAE_CLIPS = "vae clips"
+
+
 def mixed_seed(*parts: int | str) -> int:
     """A 63-bit seed of a tuple of numbers and names; nearby tuples give unrelated seeds."""
-    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)  # numpy writes its numbers otherwise
+    plain = tuple(str(p) if isinstance(p, str) else int(p) for p in parts)  # numpy writes its numbers otherwise
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from diagonal.config import Config
 from diagonal.diffusion.flow import blend, to_clean
-from diagonal.diffusion.noise import batch_noise, generator
+from diagonal.diffusion.noise import Salt, batch_noise, generator
 from diagonal.errors import require
 from diagonal.geometry import ChunkGeometry
-from diagonal.model.cache import CacheBatch, KVCache, KVPool, on_device
-from diagonal.model.compiled import StaticGenerator
+from diagonal.model.cache import CacheBatch, KVCache, new_cache, new_pool, on_device
 from diagonal.model.dit import TextContext
-from diagonal.model.fp8 import FORMAT
 from diagonal.schedule import StepSchedule
 
 StepNoise = Callable[[int], Tensor]
@@ -35,10 +33,12 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class DenoisedChunk:
-    """One finished chunk. `clean` is the exit step's prediction (the only one with gradient); `written` is the input
-    of the forward that wrote the cache, and `written_level` its level: what a re-cache needs (METHOD I.9). `finite`,
-    `[b]` on the device, says of each sample whether its clean latents and what that forward gave are finite: K/V that
-    are not would show there, as each token attends to itself."""
+    """One finished chunk. `clean` is the exit step's prediction (the only one with gradient).
+
+    `written` is the input of the forward that wrote the cache, and `written_level` its level: what a re-cache needs
+    (docs/method.md, context). `finite`, `[b]` on the device, says of each sample whether its clean latents and what
+    that forward gave are finite: K/V that are not would show there, as each token attends to itself.
+    """
 
     clean: Tensor
     written: Tensor
@@ -102,68 +102,30 @@ def chunk_noise_of(
     return lambda step: on_device(batch_noise(seeds, chunks, step, shape), device)
 
 
-def new_pool(config: Config, network: torch.nn.Module | StaticGenerator, pages: int) -> KVPool:
-    """A pool of pages that fit the network's layers and the geometry's chunks, on the network's device."""
-    layout: Any = network.config
-    return KVPool(
-        layers=layout.num_layers,
-        heads=layout.num_attention_heads,
-        head_dim=layout.attention_head_dim,
-        page_tokens=config.geometry.chunk_tokens,
-        pages=pages,
-        dtype=cache_dtype(config),
-        device=next(network.parameters()).device,
-    )
-
-
-def cache_dtype(config: Config) -> torch.dtype:
-    """Element type of the K/V cache: the compute type, or 8 bits where `serve.cache_dtype` says so."""
-    return FORMAT if config.serve.cache_dtype == "fp8" else latents_dtype(config)
-
-
-def latents_dtype(config: Config) -> torch.dtype:
-    """Element type of the latents that a session keeps: the compute type."""
-    return torch.bfloat16 if config.model.compute_dtype == "bfloat16" else torch.float32
-
-
-def new_cache(config: Config, pool: KVPool, *, recycle: bool = True) -> KVCache:
-    """A cache with the configured window and sink, counted in chunks."""
-    chunk = config.geometry.chunk_frames
-    return KVCache(
-        pool,
-        window_chunks=config.cache.window_frames // chunk,
-        sink_chunks=config.cache.sink_frames // chunk,
-        recycle=recycle,
-    )
-
-
 @dataclass(frozen=True)
 class Rollout:
-    """A generated clip: clean latents `[b, c, f, h, w]` (with gradient where exits were asked for) and its cost."""
+    """A generated clip: clean latents `[b, c, f, h, w]` (with gradient where exit steps were given) and its cost."""
 
     clean: Tensor
     forwards: int
 
 
-def rollout(
-    network: torch.nn.Module,
-    config: Config,
-    text: Tensor,
-    seeds: Sequence[int],
-    *,
-    schedule: StepSchedule | None = None,
-    chunks: int | None = None,
-    exits: Sequence[int] | None = None,
-) -> Rollout:
-    """Generate clips chunk by chunk through a fresh cache. `text` is `[b, l, n]`, one seed a sample.
+class RollOptions(TypedDict, total=False):
+    """What a rollout may be told besides its text and seeds; see `roll`."""
 
-    `exits` gives the exit step of each chunk (training; see `draw_exits`); no page is then recycled.
-    """
-    parts, forwards = [], 0
-    for done in roll(network, config, text, seeds, schedule=schedule, chunks=chunks, exits=exits):
-        parts.append(done.clean)
-        forwards += done.forwards
-    return Rollout(torch.cat(parts, dim=2), forwards)
+    schedule: StepSchedule | None
+    chunks: int | None
+    exit_steps: Sequence[int] | None
+    prompt_changes: Mapping[int, Tensor] | None
+
+
+def rollout(
+    network: torch.nn.Module, config: Config, text: Tensor, seeds: Sequence[int], **options: Unpack[RollOptions]
+) -> Rollout:
+    """Generate clips chunk by chunk through a fresh cache; arguments as of `roll`."""
+    rolled = ((done.clean, done.forwards) for done in roll(network, config, text, seeds, **options))
+    parts, forwards = zip(*rolled, strict=True)
+    return Rollout(torch.cat(parts, dim=2), sum(forwards))
 
 
 def roll(
@@ -174,45 +136,52 @@ def roll(
     *,
     schedule: StepSchedule | None = None,
     chunks: int | None = None,
-    exits: Sequence[int] | None = None,
-    turns: Mapping[int, Tensor] | None = None,
+    exit_steps: Sequence[int] | None = None,
+    prompt_changes: Mapping[int, Tensor] | None = None,
 ) -> Iterator[DenoisedChunk]:
-    """The chunks of `rollout` one after another, so that a stream of any length needs no more memory than its window.
+    """Chunk after chunk of a batch, so that a stream of any length needs no more memory than its window.
 
-    `turns` gives by chunk the text `[b, l, n]` from that chunk on: the kept chunks are then cached anew under it.
+    `text` is `[b, l, n]`, one seed a sample. `exit_steps` gives the exit step of each chunk (training; see
+    `draw_exit_steps`); no page is then recycled. `prompt_changes` gives by chunk the text from that chunk on: the kept
+    chunks are then re-cached under it.
     """
-    schedule, turns = schedule or config.schedule, turns or {}
+    schedule, prompt_changes = schedule or config.schedule, prompt_changes or {}
     chunks = chunks or config.geometry.clip_chunks
-    require(exits is None or len(exits) == chunks, "exits", exits, f"one exit step for each of {chunks} chunks")
+    require(
+        exit_steps is None or len(exit_steps) == chunks,
+        "exit_steps",
+        exit_steps,
+        f"one exit step for each of {chunks} chunks",
+    )
     window = config.cache.window_frames // config.geometry.chunk_frames
-    pool = new_pool(config, network, len(seeds) * (chunks if exits is not None else min(chunks, window)))
-    caches = [new_cache(config, pool, recycle=exits is None) for _ in seeds]
+    pool = new_pool(config, network, len(seeds) * (chunks if exit_steps is not None else min(chunks, window)))
+    caches = [new_cache(config, pool, recycle=exit_steps is None) for _ in seeds]
     device, kept = pool.keys.device, list[tuple[int, DenoisedChunk]]()
     for chunk in range(chunks):
-        if chunk in turns:
-            text = turns[chunk]
+        if chunk in prompt_changes:
+            text = prompt_changes[chunk]
             for sample, cache in enumerate(caches):
                 past = [KeptChunk(at, done.written[sample], done.written_level) for at, done in kept]
                 recache(network, cache, past, text[sample : sample + 1])
         for cache in caches:
             cache.begin(chunk)
         noise = chunk_noise_of(config.geometry, seeds, [chunk] * len(seeds), device)
-        exit_step = None if exits is None else exits[chunk]
+        exit_step = None if exit_steps is None else exit_steps[chunk]
         done = denoise_chunk(network, schedule, chunk, text, CacheBatch(caches), noise, exit_step)
-        if turns:
+        if prompt_changes:
             kept.append((chunk, done))
             if len(kept) >= window:
                 del kept[caches[0].sink_chunks]
         yield done
 
 
-def draw_exits(schedule: StepSchedule, chunks: int, *key: int | str) -> list[int]:
+def draw_exit_steps(schedule: StepSchedule, chunks: int, *key: int | str) -> list[int]:
     """Exit step of each chunk, uniform in [0, s_k), from the key (run seed, update) alone: equal on all ranks."""
-    exits = []
+    exit_steps = []
     for chunk in range(chunks):
-        draw = generator(*key, "exit", chunk)
-        exits.append(int(torch.randint(len(schedule.levels(chunk)), (1,), generator=draw)))
-    return exits
+        draw = generator(*key, Salt.EXIT, chunk)
+        exit_steps.append(int(torch.randint(len(schedule.levels(chunk)), (1,), generator=draw)))
+    return exit_steps
 
 
 @dataclass(frozen=True)
@@ -228,8 +197,8 @@ class KeptChunk:
 def recache(network: Network, cache: KVCache, kept: Sequence[KeptChunk], text: Text) -> int:
     """Write the K/V of `kept` chunks anew, oldest first, block-causal, one forward each; returns the forwards.
 
-    One mechanism for prompt change, resume and recovery (METHOD I.9): exact before the first eviction; after it, kept
-    chunks once attended to chunks that are gone. `text` is of one sample.
+    One mechanism for prompt change, resume and recovery (docs/method.md, context): exact before the first eviction;
+    after it, kept chunks once attended to chunks that are gone. `text` is of one sample.
     """
     cache.close()
     for item in kept:

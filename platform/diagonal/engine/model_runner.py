@@ -10,22 +10,13 @@ from torch import Tensor
 
 from diagonal.config import Config
 from diagonal.diffusion.noise import chunk_noise
-from diagonal.diffusion.rollout import (
-    DenoisedChunk,
-    StepNoise,
-    chunk_noise_of,
-    denoise_chunk,
-    latents_dtype,
-    new_cache,
-    new_pool,
-    recache,
-)
+from diagonal.diffusion.rollout import DenoisedChunk, StepNoise, chunk_noise_of, denoise_chunk, recache
 from diagonal.engine.chunk_maker import Emitted, SessionError, stage
 from diagonal.engine.prompts import Prompts, asked
 from diagonal.engine.session import Session
 from diagonal.engine.snapshot import Identity, ReleaseLike
 from diagonal.engine.specs import PromptChange, SessionSpec
-from diagonal.model.cache import CacheBatch, on_device
+from diagonal.model.cache import CacheBatch, latents_dtype, new_cache, new_pool, on_device
 from diagonal.model.compiled import for_serving
 from diagonal.model.dit import TextContext
 from diagonal.model.vae import Decoder, DecoderState

@@ -1,4 +1,4 @@
-"""Replay: the chunks of a recorded session once more, through the same engine (METHOD I.11)."""
+"""Replay: the chunks of a recorded session once more, through the same engine."""
 
 from __future__ import annotations
 

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diagonal.config import Config, ServeConfig
-from diagonal.diffusion.rollout import KeptChunk, latents_dtype
+from diagonal.diffusion.rollout import KeptChunk
 from diagonal.engine.drift import DriftMonitor
 from diagonal.engine.specs import Blend, Event, PromptChange, SessionSpec, Timeline
 from diagonal.geometry import ChunkGeometry
+from diagonal.model.cache import latents_dtype
 from diagonal.schedule import StepSchedule
 
 SCHEMA_VERSION = 1

@@ -65,7 +65,7 @@ class PromptChange:
 
 @dataclass(frozen=True)
 class Event:
-    """One entry of the event log: what happened before that chunk was generated (METHOD I.11).
+    """One entry of the event log: what happened before that chunk was generated.
 
     Kinds: schedule, prompt, pause, resume, restore, reanchor, recache. `detail` is plain JSON.
     """

@@ -89,7 +89,7 @@ class BlockCausal:
 
 
 def stage0_mask(config: Config) -> BlockCausal:
-    """What each chunk of a clip sees with the configured sink and window, at the configured positions (METHOD I.8)."""
+    """What each chunk of a clip sees with the configured sink, window and positions (docs/method.md, context)."""
     geometry, chunk = config.geometry, config.geometry.chunk_frames
     return BlockCausal(
         geometry.clip_chunks,
@@ -170,14 +170,3 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.float().softmax(-1).to(value.dtype) @ value
-
-
-def dense_mask(pattern: BlockCausal) -> Tensor:
-    """The pattern as a boolean `[t, t]`, from its definition: the reference that tests hold `attend` to."""
-    chunk = torch.arange(pattern.chunks)
-    query, key = chunk[:, None], chunk[None, :]
-    allowed = key <= query
-    if pattern.window_chunks is not None:
-        newest = key > query - (pattern.window_chunks - pattern.sink_chunks)
-        allowed &= (key < pattern.sink_chunks) | newest
-    return allowed.repeat_interleave(pattern.chunk_tokens, 0).repeat_interleave(pattern.chunk_tokens, 1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diagonal.config import Config
 from diagonal.errors import require
 from diagonal.model.attention import Rotary, rotate
 from diagonal.model.fp8 import FORMAT, dequantise, quantise
@@ -170,7 +172,7 @@ class CacheBatch:
         self.context_chunks = table.shape[1] - 1
         table = on_device(table, device)
         self._context, self._current = table[:, :-1], table[:, -1]
-        self._turned: dict[int, tuple[Tensor, Tensor]] = {}
+        self._rotated: dict[int, tuple[Tensor, Tensor]] = {}
         self._how: tuple[Rotary, torch.dtype]
 
     def context(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -178,15 +180,15 @@ class CacheBatch:
         keys, values = self._pool.read(layer, self._context)
         return keys.flatten(1, 2), values.flatten(1, 2)
 
-    def turned(self, layer: int, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotated(self, layer: int, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The same in that type, keys after rotary by the window's table: copied out once for all forwards of a chunk,
         during which nothing in the context changes."""
-        if layer not in self._turned:
+        if layer not in self._rotated:
             self._how = rotary, dtype
-            self._turned[layer] = self._turn(layer)
-        return self._turned[layer]
+            self._rotated[layer] = self._rotate(layer)
+        return self._rotated[layer]
 
-    def _turn(self, layer: int) -> tuple[Tensor, Tensor]:
+    def _rotate(self, layer: int) -> tuple[Tensor, Tensor]:
         (cosine, sine), dtype = self._how
         keys, values = self.context(layer)
         places = (cosine[:, : keys.shape[1]], sine[:, : keys.shape[1]])
@@ -196,18 +198,53 @@ class CacheBatch:
         """The same pages, in tables of its own, which `copy_` changes."""
         copy = CacheBatch.__new__(CacheBatch)
         copy._pool, copy.context_chunks = self._pool, self.context_chunks
-        copy._context, copy._current, copy._turned = self._context.clone(), self._current.clone(), {}
+        copy._context, copy._current, copy._rotated = self._context.clone(), self._current.clone(), {}
         return copy
 
     def copy_(self, other: CacheBatch) -> None:
         """See the other's pages from now on, in the same memory: for graphs that were captured over it."""
         self._context.copy_(other._context)
         self._current.copy_(other._current)
-        for layer, (keys, values) in self._turned.items():
-            turned = self._turn(layer)
-            keys.copy_(turned[0])
-            values.copy_(turned[1])
+        for layer, (keys, values) in self._rotated.items():
+            rotated = self._rotate(layer)
+            keys.copy_(rotated[0])
+            values.copy_(rotated[1])
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the current chunk's keys (before rotary) and values `[b, chunk_tokens, heads, head_dim]`, detached."""
         self._pool.write(layer, self._current, key, value)
+
+
+def new_pool(config: Config, network: Any, pages: int) -> KVPool:
+    """A pool of pages that fit the network's layers and the geometry's chunks, on the network's device."""
+    layout: Any = network.config
+    return KVPool(
+        layers=layout.num_layers,
+        heads=layout.num_attention_heads,
+        head_dim=layout.attention_head_dim,
+        page_tokens=config.geometry.chunk_tokens,
+        pages=pages,
+        dtype=cache_dtype(config),
+        device=next(network.parameters()).device,
+    )
+
+
+def cache_dtype(config: Config) -> torch.dtype:
+    """Element type of the K/V cache: the compute type, or 8 bits where `serve.cache_dtype` says so."""
+    return FORMAT if config.serve.cache_dtype == "fp8" else latents_dtype(config)
+
+
+def latents_dtype(config: Config) -> torch.dtype:
+    """Element type of the latents that a session keeps: the compute type."""
+    return torch.bfloat16 if config.model.compute_dtype == "bfloat16" else torch.float32
+
+
+def new_cache(config: Config, pool: KVPool, *, recycle: bool = True) -> KVCache:
+    """A cache with the configured window and sink, counted in chunks."""
+    chunk = config.geometry.chunk_frames
+    return KVCache(
+        pool,
+        window_chunks=config.cache.window_frames // chunk,
+        sink_chunks=config.cache.sink_frames // chunk,
+        recycle=recycle,
+    )

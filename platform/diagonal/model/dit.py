@@ -19,7 +19,7 @@ TIMESTEPS = 1000.0
 
 
 def timestep(level: Tensor) -> Tensor:
-    """The network's time input, `1000 * level` in float32; formed here and nowhere else (METHOD I.1)."""
+    """The network's time input, `1000 * level` in float32; formed here and nowhere else (docs/method.md, warp)."""
     return level.float() * TIMESTEPS
 
 
@@ -219,7 +219,7 @@ class CausalWan(WanTransformer3DModel):
         rotary = self._rotary(seen_frames, height, width)
         here = (rotary[0][:, -hidden.shape[1] :], rotary[1][:, -hidden.shape[1] :])
         for layer, block in enumerate(self.blocks):
-            context = cache.turned(layer, rotary, hidden.dtype) if cache and cache.context_chunks else None
+            context = cache.rotated(layer, rotary, hidden.dtype) if cache and cache.context_chunks else None
             hidden, key, value = block(hidden.contiguous(), texts[layer], modulation, here, context, mask)
             if cache and write:
                 cache.write(layer, _heads(key, heads), _heads(value, heads))

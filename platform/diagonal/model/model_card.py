@@ -19,11 +19,11 @@ _TEMPLATES = Path(diagonal.__file__).parent / "assets" / "release"
 
 
 def write_card(
-    folder: Path, name: str, config: Config, lineage: Mapping[str, Mapping[str, Any]], statement: str = ""
+    folder: Path, name: str, config: Config, lineage: Mapping[str, Mapping[str, Any]], author_notes: str = ""
 ) -> None:
     """Write `README.md`, filled in from a release's configuration and lineage, and `USAGE.md` into its folder.
 
-    `statement` is Markdown: what its maker says of training data, audience and responsibility.
+    `author_notes` is Markdown: what its maker says of training data, audience and responsibility.
     """
     geometry = config.geometry
     text = Template((_TEMPLATES / CARD).read_text()).substitute(
@@ -35,13 +35,13 @@ def write_card(
         steps=config.schedule.steps,
         window=config.cache.window_frames,
         lineage=_lineage(lineage),
-        statement=statement.strip() or NOTHING_STATED,
+        statement=author_notes.strip() or NOTHING_STATED,
     )
     (folder / CARD).write_text(text)
     (folder / POLICY).write_text((_TEMPLATES / POLICY).read_text())
 
 
-def statement_of(card: str) -> str:
+def author_notes_of(card: str) -> str:
     """What a card's maker stated in it; empty where that is nothing."""
     said = card.partition("## What its maker states\n")[2].strip()
     return "" if said == NOTHING_STATED else said

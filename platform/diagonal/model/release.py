@@ -31,7 +31,7 @@ from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import StreamingFastDecoder
 from diagonal.model.fp8 import use_fp8_linears
 from diagonal.model.manifest import FORMAT_VERSION, MANIFEST, check_files, check_promoted, file_hash, read_manifest
-from diagonal.model.model_card import CARD, statement_of, write_card
+from diagonal.model.model_card import CARD, author_notes_of, write_card
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, decoder_of, laid_out
 from diagonal.storage import Folder
@@ -96,10 +96,6 @@ class Release:
             return StreamingFastDecoder(laid_out(network, serve.decoder_layout))
         return decoder_of(laid_out(load_codec(self.folder, self.config, dtype).to(device), serve.decoder_layout))
 
-    @property
-    def has_fast_decoder(self) -> bool:
-        return f"{FAST_DECODER}/{CONFIG}" in self.manifest["files"]
-
     def with_settings(self, settings: Iterable[str]) -> Release:
         """The same release under other settings, such as `serve.decoder=fast`."""
         return replace(self, config=self.config.with_settings(settings))
@@ -113,11 +109,11 @@ def write_release(
     base: Path,
     lineage: Mapping[str, Any],
     scores: Mapping[str, Any],
-    statement: str = "",
+    author_notes: str = "",
 ) -> Release:
     """Write a release from a student folder and its base model's codec and text; whole or not at all.
 
-    `statement` goes into its card (`diagonal.model.model_card`). Raises `FieldError` when `target` already exists.
+    `author_notes` goes into its card (`diagonal.model.model_card`). Raises `FieldError` when `target` already exists.
     """
     if target.exists():
         raise FieldError("release folder", str(target), "a folder that does not exist yet")
@@ -127,7 +123,7 @@ def write_release(
             if (base / folder).is_dir():
                 shutil.copytree(base / folder, temporary / folder)
         shutil.copyfile(student / CONFIG, temporary / CONFIG)
-        write_card(temporary, name, Config.load(student / CONFIG), lineage, statement)
+        write_card(temporary, name, Config.load(student / CONFIG), lineage, author_notes)
         _write_manifest(temporary, {"name": name, "lineage": dict(lineage), "scores": dict(scores)})
     return Release.load(target)
 
@@ -147,7 +143,7 @@ def write_release_with_decoder(target: Path, release: Release, decoder: Path, co
         config.save(temporary / CONFIG)
         lineage = {**release.manifest["lineage"], FAST_DECODER: read_json(decoder / LINEAGE)}
         name, card = f"{release.name}-fast", release.folder / CARD
-        write_card(temporary, name, config, lineage, statement_of(card.read_text()) if card.is_file() else "")
+        write_card(temporary, name, config, lineage, author_notes_of(card.read_text()) if card.is_file() else "")
         _write_manifest(temporary, {"name": name, "lineage": lineage, "scores": release.manifest["scores"]})
     return Release.load(target)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diagonal.config import Config
 from diagonal.data.embedded import embedded_world
-from diagonal.diffusion.noise import generator, mixed_seed
+from diagonal.diffusion.noise import Salt, generator, mixed_seed
 from diagonal.model.vae import LinearCodec
 from diagonal.training.pretrain import Report
 
@@ -21,7 +21,7 @@ def build_vae(config: Config) -> AutoencoderKLWan:
     """An untrained small Wan autoencoder of the geometry's strides, from the seed; its latents need no scaling."""
     channels, colours = config.geometry.latent_channels, 3 * PATCH**2
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(mixed_seed(config.seed, "vae"))
+        torch.default_generator.manual_seed(mixed_seed(config.seed, Salt.VAE))
         return AutoencoderKLWan(
             base_dim=config.pretrain.codec_width,
             z_dim=channels,
@@ -41,8 +41,8 @@ def train_vae(config: Config, linear: LinearCodec, report: Report) -> Autoencode
     """Regress encoder and decoder to the linear codec's latents (free training of a small one collapses to the
     background: the shape is 7 % of the pixels). `report(update, figures)` every update of either half."""
     settings, vae = config.pretrain, build_vae(config)
-    _, clips = embedded_world(config).sample(mixed_seed(config.seed, "vae clips") % 2**31, settings.codec_clips)
-    draw, pixels = generator(config.seed, "vae"), torch.from_numpy(clips)
+    _, clips = embedded_world(config).sample(mixed_seed(config.seed, Salt.VAE_CLIPS) % 2**31, settings.codec_clips)
+    draw, pixels = generator(config.seed, Salt.VAE), torch.from_numpy(clips)
     decoding = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     encoding = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
     updates = settings.codec_updates

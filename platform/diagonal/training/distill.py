@@ -11,8 +11,8 @@ from torch import Tensor
 
 from diagonal.config import Config
 from diagonal.diffusion.flow import blend, to_clean
-from diagonal.diffusion.noise import generator, mixed_seed
-from diagonal.diffusion.rollout import draw_exits, rollout
+from diagonal.diffusion.noise import Salt, generator, mixed_seed
+from diagonal.diffusion.rollout import draw_exit_steps, rollout
 from diagonal.diffusion.teacher import guided_clean, velocity
 from diagonal.errors import require
 from diagonal.model.dit import CausalWan
@@ -57,7 +57,7 @@ def stage_schedule(config: Config, stage: int) -> StepSchedule:
 def generator_loss(
     networks: Networks, config: Config, batch: PromptBatch, update: int, stage: int
 ) -> tuple[Tensor, Terms]:
-    """Total loss of METHOD I.6 on rollouts whose exit steps carry gradient, and its terms (detached)."""
+    """Total loss (docs/method.md, distribution matching) of rollouts with gradient at exit steps, and its terms."""
     x = _rollout(networks.generator, config, batch, update, stage, "generator")
     fake, real = _score(networks, config, batch, x)
     weights = config.distill.loss
@@ -85,13 +85,13 @@ def critic_loss(
 
 def _rollout(network: CausalWan, config: Config, batch: PromptBatch, update: int, stage: int, role: str) -> Tensor:
     schedule = stage_schedule(config, stage)
-    exits = draw_exits(schedule, config.geometry.clip_chunks, config.seed, role, update)
+    exit_steps = draw_exit_steps(schedule, config.geometry.clip_chunks, config.seed, role, update)
     seeds = _seeds(config, batch, role)
-    return rollout(network, config, batch.text, seeds, schedule=schedule, exits=exits).clean
+    return rollout(network, config, batch.text, seeds, schedule=schedule, exit_steps=exit_steps).clean
 
 
 def _reference(network: CausalWan, config: Config, batch: PromptBatch) -> Tensor:
-    """The frozen start-of-stage-2 generator's clips: uniform steps, the same noise triples, no exits."""
+    """The frozen start-of-stage-2 generator's clips: uniform steps, the same noise triples, no exit steps."""
     with torch.no_grad():
         seeds = _seeds(config, batch, "generator")
         return rollout(network, config, batch.text, seeds, schedule=stage_schedule(config, 1)).clean
@@ -115,7 +115,7 @@ def _score(networks: Networks, config: Config, batch: PromptBatch, x: Tensor) ->
 def _score_draws(config: Config, batch: PromptBatch, x: Tensor, role: str) -> tuple[Tensor, Tensor]:
     """Level `[b]` and noise like `x`, by sample: the same however the batch is cut over ranks."""
     settings = config.distill
-    draws = [generator(config.seed, role, "draw", sample) for sample in batch.samples]
+    draws = [generator(config.seed, role, Salt.DRAW, sample) for sample in batch.samples]
     uniform = torch.cat([torch.rand(1, generator=draw) for draw in draws])
     noise = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws])
     level = losses.score_level(uniform, config.schedule.shift, settings.level_low, settings.level_high)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diagonal.config import Config
-from diagonal.diffusion.noise import generator, mixed_seed
+from diagonal.diffusion.noise import Salt, generator, mixed_seed
 from diagonal.diffusion.rollout import rollout
 from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import FastDecoder, Memory
@@ -40,10 +40,10 @@ def decoded_clips(
         samples = range(start, min(start + CLIPS_PER_ROLLOUT, options.clips))
         with torch.no_grad():
             embeddings = text.encode([prompts[sample % len(prompts)] for sample in samples])
-            seeds = [mixed_seed(config.seed, "decoder clips", sample) for sample in samples]
+            seeds = [mixed_seed(config.seed, Salt.DECODER_CLIPS, sample) for sample in samples]
             clean = rollout(student, config, embeddings, seeds).clean
         for sample, clip in zip(samples, clean.split(1), strict=True):
-            part = _cropped(clip, options.crop_latents, generator(config.seed, "decoder crop", sample))
+            part = _cropped(clip, options.crop_latents, generator(config.seed, Salt.DECODER_CROP, sample))
             latents.append(part.cpu())
             pixels.append(decoder.decode_clip(part).cpu())
     return DecodedClips(torch.cat(latents), torch.cat(pixels))
@@ -61,7 +61,7 @@ def new_fast_decoder(config: Config) -> FastDecoder:
     """An untrained fast decoder of the configured layout and the geometry's strides, from the seed."""
     geometry, options = config.geometry, config.decoder
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(mixed_seed(config.seed, "fast decoder"))
+        torch.default_generator.manual_seed(mixed_seed(config.seed, Salt.FAST_DECODER))
         return FastDecoder(
             geometry.latent_channels, geometry.temporal_stride, geometry.spatial_stride, options.widths, options.blocks
         )
@@ -139,7 +139,7 @@ def train_fast_decoder(
         update = state.update + 1
         rate = min(1.0, update / 20, max(0.02, 2.0 * (options.updates - update) / options.updates))
         state.optimizer.param_groups[0]["lr"] = options.lr * rate
-        loss = _loss(config, state.network, clips, generator(config.seed, "decoder update", update))
+        loss = _loss(config, state.network, clips, generator(config.seed, Salt.DECODER_UPDATE, update))
         loss.backward()
         nn.utils.clip_grad_norm_(state.network.parameters(), 1.0)
         state.optimizer.step()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diagonal.config import Config
 from diagonal.diffusion.flow import to_clean
-from diagonal.diffusion.noise import generator
+from diagonal.diffusion.noise import Salt, generator
 from diagonal.model.attention import BlockCausal
 from diagonal.training.ema import Ema
 from diagonal.training.loop import Figures, Learner, Terms, micro_batched
@@ -37,7 +37,7 @@ def draw_states(config: Config, batch: PairBatch) -> tuple[Tensor, Tensor]:
     chunks, frames = config.geometry.clip_chunks, config.geometry.chunk_frames
     choice = torch.stack(
         [
-            torch.randint(len(batch.levels), (chunks,), generator=generator(config.seed, "ode", sample))
+            torch.randint(len(batch.levels), (chunks,), generator=generator(config.seed, Salt.ODE, sample))
             for sample in batch.samples
         ]
     )

@@ -34,7 +34,7 @@ class Precision:
     """`param`: what weights are computed in; `reduce`: what gradients are reduced in. Masters are float32.
 
     Parameters with a name part in `float32_parts`, or in the network's own `_keep_in_fp32_modules` (diffusers' list:
-    time embedding, norms, modulation tables), are computed in float32 always, as they are in serving (METHOD I.1).
+    time embedding, norms, modulation tables), are computed in float32 always, as they are in serving.
     Of a network's inputs those named in `narrow_inputs` (diffusers' names) are cast to `param`, never its timesteps.
     """
 
@@ -162,7 +162,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def any_rank(flag: bool | Tensor, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> bool:
-    """Whether any rank says so: the one answer that every rank branches on (METHOD I.12).
+    """Whether any rank says so: the one answer that every rank branches on.
 
     `flag` is a bool, sent from `device` (the process group's kind), or a scalar tensor, sent from where it lies.
     """
@@ -274,7 +274,7 @@ def _replace_forward(unit: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def _shard(module: nn.Module, units: list[nn.Module], mesh: DeviceMesh, precision: Precision) -> None:
-    # Inputs are never cast: level 0.9375 would reach the blocks as timestep 936 (METHOD I.1).
+    # Inputs are never cast: level 0.9375 would reach the blocks as timestep 936.
     policy = MixedPrecisionPolicy(reduce_dtype=DTYPES[precision.reduce], cast_forward_inputs=False)
     for part in [*units, module]:
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

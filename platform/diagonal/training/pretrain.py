@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from diagonal.config import Config
 from diagonal.data.embedded import EmbeddedWorld, embedded_world
 from diagonal.diffusion.flow import blend
-from diagonal.diffusion.noise import generator, mixed_seed
+from diagonal.diffusion.noise import Salt, generator, mixed_seed
 from diagonal.errors import require
 from diagonal.model.architecture import constructor_settings
 from diagonal.model.dit import CausalWan
@@ -54,7 +54,7 @@ def build_text_encoder(config: Config, vocabulary: int) -> UMT5EncoderModel:
         eos_token_id=1,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(mixed_seed(config.seed, "text"))
+        torch.default_generator.manual_seed(mixed_seed(config.seed, Salt.TEXT))
         return UMT5EncoderModel(layout).eval().requires_grad_(False)
 
 
@@ -65,7 +65,7 @@ def build_teacher(config: Config) -> CausalWan:
     """
     network = config.network
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(mixed_seed(config.seed, "teacher"))
+        torch.default_generator.manual_seed(mixed_seed(config.seed, Salt.TEACHER))
         teacher = CausalWan(
             num_attention_heads=network.heads,
             attention_head_dim=network.head_dim,
@@ -83,7 +83,7 @@ def build_teacher(config: Config) -> CausalWan:
 
 def fit_codec(config: Config) -> LinearCodec:
     """The linear codec of the world's training clips."""
-    seed = mixed_seed(config.seed, "codec") % 2**31
+    seed = mixed_seed(config.seed, Salt.CODEC) % 2**31
     _, clips = embedded_world(config).sample(seed, config.pretrain.codec_clips)
     return LinearCodec.fit(torch.from_numpy(clips), config.geometry.latent_channels, config.pretrain.motion_channels)
 
@@ -104,7 +104,7 @@ def build_corpus(config: Config, codec: LinearCodec, text: TextEncoder) -> Corpu
     captions: list[str] = []
     latents = torch.empty(config.geometry.clip_shape(count))
     while len(captions) < count:
-        seed = mixed_seed(config.seed, "clips", len(captions)) % 2**31
+        seed = mixed_seed(config.seed, Salt.CLIPS, len(captions)) % 2**31
         drawn, clips = world.sample(seed, min(CLIPS_PER_DRAW, count - len(captions)))
         for part in torch.from_numpy(clips).split(CLIPS_PER_ENCODING):
             latents[len(captions) : len(captions) + len(part)] = codec.encode(part)
@@ -130,7 +130,7 @@ class TeacherTraining:
         self.update = 0
         self.teacher = build_teacher(config)
         self.average = {name: parameter.detach().clone() for name, parameter in self.teacher.named_parameters()}
-        self._config, self._corpus, self._draw = config, corpus, generator(config.seed, "pretrain")
+        self._config, self._corpus, self._draw = config, corpus, generator(config.seed, Salt.PRETRAIN)
         self._optimizers = _optimizers(self.teacher, settings.lr)
         self._schedulers = [torch.optim.lr_scheduler.LambdaLR(o, _rate(settings.updates)) for o in self._optimizers]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from diagonal.config import Config
-from diagonal.diffusion.noise import generator
+from diagonal.diffusion.noise import Salt, generator
 from diagonal.training.pretrain import Report
 
 LR, BATCH = 3e-3, 96
@@ -48,7 +48,7 @@ def fit_text(
         return encoder
     tokens = tokenizer(list(captions), padding="max_length", truncation=True, max_length=places, return_tensors="pt")
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    draw = generator(config.seed, "text places")
+    draw = generator(config.seed, Salt.TEXT_PLACES)
     reader = PlaceReader(places, config.network.text_dim, len(tokenizer), draw)
     encoder.train().requires_grad_(True)
     optimizer = torch.optim.AdamW([*reader.parameters(), *encoder.parameters()], LR, weight_decay=0.0)

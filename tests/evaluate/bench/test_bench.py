@@ -157,7 +157,7 @@ def test_a_wrong_option_is_refused_by_name_value_and_range_before_anything_is_bu
 
 @pytest.mark.slow
 def test_the_floors_are_those_of_the_methods_own_table() -> None:
-    """METHOD II.8 at 790 TFLOP/s: 95 FPS of a clip with the full VAE, 168 and 97 in steady state, ratios 2.17, 2.47."""
+    """At 790 TFLOP/s: 95 FPS of a clip with the full VAE, 168 and 97 in steady state, ratios 2.17, 2.47."""
     floors = pages._Floors(Config.from_preset("wan-1.3b"), "full", 790.0)
     assert floors.clip_fps == pytest.approx(95, rel=0.02)
     assert floors.steady_fps == pytest.approx(168, rel=0.02)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diagonal.jsonfile import read_json
 from diagonal.model.base_model import LINEAGE, embedded
-from diagonal.model.model_card import statement_of
+from diagonal.model.model_card import author_notes_of
 from diagonal.model.release import Release
 from jobs.export import lineage
 from jobs.runs.artefacts import publish_release
@@ -18,7 +18,7 @@ def test_a_runs_statement_is_in_the_card_of_its_release(small_run: OpenRun) -> N
     run.folder.write("statement.md", b"Trained on films of mine.\n")
     publish_release(run, embedded("ode_init"), {"stage2": {"parent": "spoken/stage1"}})
     card = Path(Release.load(str(run.folder / "release")).folder, "README.md").read_text()
-    assert statement_of(card) == "Trained on films of mine." and "# spoken\n" in card
+    assert author_notes_of(card) == "Trained on films of mine." and "# spoken\n" in card
 
 
 def test_a_student_that_was_given_is_not_called_the_runs_own_initialisation(small_run: OpenRun) -> None:

@@ -307,7 +307,7 @@ class _Floors:
 
     @property
     def cache_bytes(self) -> int:
-        """METHOD I.8: keys and values of every layer for every token of the window, two bytes each."""
+        """Keys and values of every layer for every token of the window, two bytes each."""
         tokens = self._config.cache.window_frames * self._config.geometry.frame_tokens
         return 2 * self._layout.layers * self._layout.hidden * tokens * 2
 

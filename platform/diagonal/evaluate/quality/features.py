@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diagonal.diffusion.noise import generator
+from diagonal.diffusion.noise import Salt, generator
 from diagonal.errors import require
 
 SIDE_PX = 32
@@ -32,7 +32,9 @@ def _features(pixels: Tensor) -> Tensor:
     hidden = pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
     hidden = F.interpolate(hidden, size=(hidden.shape[2], SIDE_PX, SIDE_PX), mode="area")
     for layer, (inner, outer) in enumerate(zip(WIDTHS, WIDTHS[1:], strict=False)):
-        weight = torch.randn(outer, inner, 3, 3, 3, generator=generator("features", layer)) * (2 / (27 * inner)) ** 0.5
+        weight = (
+            torch.randn(outer, inner, 3, 3, 3, generator=generator(Salt.FEATURES, layer)) * (2 / (27 * inner)) ** 0.5
+        )
         hidden = F.leaky_relu(F.conv3d(hidden, weight, stride=2, padding=1), 0.1)
     return torch.cat((hidden.mean((2, 3, 4)), hidden.std(2, correction=0).mean((2, 3))), dim=1)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from diagonal.config import Config
-from diagonal.diffusion.noise import mixed_seed
-from diagonal.diffusion.rollout import new_pool
+from diagonal.diffusion.noise import Salt, mixed_seed
 from diagonal.evaluate.quality.sources import Student, clip_seeds, draw_captions, in_batches, judge, own_world
 from diagonal.model.base_model import load_codec
+from diagonal.model.cache import new_pool
 from diagonal.model.release import Release
 from diagonal.model.vae import Decoder, encode_clips
 
@@ -68,7 +68,7 @@ def codec_psnr_db(release: Release, clips: int, seed: int) -> float:
     """PSNR to the world's own pixels of what the release's decoder makes of their latents."""
     codec, decoder, world = load_codec(release.folder, release.config), release.decoder(), own_world(release.config)
     originals = [
-        torch.from_numpy(world.render(caption, mixed_seed(seed, "codec", number))).unsqueeze(0)
+        torch.from_numpy(world.render(caption, mixed_seed(seed, Salt.CODEC, number))).unsqueeze(0)
         for number, caption in enumerate(draw_captions(clips, seed, world.captions()))
     ]
     shown = torch.cat([decoder.decode_clip(encode_clips(codec, clip)) for clip in originals])

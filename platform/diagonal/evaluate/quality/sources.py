@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from diagonal.config import Config
-from diagonal.diffusion.noise import clip_noise, generator, mixed_seed
+from diagonal.diffusion.noise import Salt, clip_noise, generator, mixed_seed
 from diagonal.diffusion.rollout import rollout
 from diagonal.diffusion.teacher import solve
 from diagonal.errors import FieldError, require
@@ -123,14 +123,14 @@ def draw_captions(clips: int, seed: int, known: Sequence[str]) -> list[str]:
     require(len(known) > 0, "prompts", list(known), "at least one prompt")
     order: list[str] = []
     while len(order) < clips:
-        shuffled = torch.randperm(len(known), generator=generator(seed, "scenes", len(order)))
+        shuffled = torch.randperm(len(known), generator=generator(seed, Salt.SCENES, len(order)))
         order += [known[i] for i in shuffled.tolist()]
     return order[:clips]
 
 
 def clip_seeds(clips: int, seed: int) -> list[int]:
     """The seed of each clip: equal noise for every source of one evaluation."""
-    return [mixed_seed(seed, "evaluate", index) for index in range(clips)]
+    return [mixed_seed(seed, Salt.EVALUATE, index) for index in range(clips)]
 
 
 def in_batches(make: Make, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:

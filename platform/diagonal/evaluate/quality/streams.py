@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagonal.diffusion.noise import mixed_seed
+from diagonal.diffusion.noise import Salt, mixed_seed
 from diagonal.diffusion.rollout import roll
 from diagonal.errors import require
 from diagonal.evaluate.quality.comparison import EQUAL_DB, FORMAT, digest, figures
@@ -33,7 +33,7 @@ Table = dict[str, list[list[float]]]
 
 def stream_seeds(count: int, seed: int) -> list[int]:
     """The seed of each stream."""
-    return [mixed_seed(seed, "streams", index) for index in range(count)]
+    return [mixed_seed(seed, Salt.STREAMS, index) for index in range(count)]
 
 
 def kept_batches(
@@ -86,7 +86,7 @@ def stream(
         seeds,
         schedule=student.schedule,
         chunks=chunks,
-        turns=text,
+        prompt_changes=text,
     )
     for chunk, done in enumerate(rolled):
         if chunk == recovered_at:
