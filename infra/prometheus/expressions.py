@@ -14,23 +14,7 @@ import yaml
 INFRA = Path(__file__).resolve().parents[1]
 DASHBOARDS, RULES = INFRA / "grafana" / "dashboards", INFRA / "prometheus" / "rules"
 RATE_INTERVAL = "1m"  # what stands for Grafana's $__rate_interval where no Grafana replaces it
-_WORDS = frozenset(
-    {
-        "and",
-        "or",
-        "unless",
-        "by",
-        "without",
-        "on",
-        "ignoring",
-        "group_left",
-        "group_right",
-        "bool",
-        "offset",
-        "inf",
-        "nan",
-    }
-)
+_WORDS = frozenset("and or unless by without on ignoring group_left group_right bool offset inf nan".split())
 _NUMBER = r"[0-9][0-9.e+-]*"
 _COMPARISON = re.compile(rf"(==|!=|>=|<=|>|<)\s*(bool\s+)?({_NUMBER}(\s*[*/]\s*{_NUMBER})*|\({_NUMBER}[^()]*\))")
 
