@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.serve import autoscaling_policy
 
-from diagonal.evaluate.simulation.service import Clock, Policies, Told
+from diagonal.evaluate.simulation.service import Clock, Policies, ReplicaLoad
 from serve.gateway.driver import LOOK_AT_HOLDER_S
 from serve.gateway.failover import FULL_PATIENCE_S, PATIENCE_S, WAIT_S
 from serve.policies.autoscaling import Load, replicas_for, session_scaling
@@ -45,8 +45,8 @@ class Scaling:
         self._config = session_scaling(least, most, up_delay_s, down_delay_s, headroom)
         self._state: dict[str, Any] = {}
 
-    def __call__(self, told: Sequence[Told], target: int, now_s: float) -> int:
-        wanted = replicas_for([Load(*one) for one in told], target, self._least, self._most, self._headroom)
+    def __call__(self, loads: Sequence[ReplicaLoad], target: int, now_s: float) -> int:
+        wanted = replicas_for([Load(*one) for one in loads], target, self._least, self._most, self._headroom)
         decided, self._state = autoscaling_policy._apply_delay_logic(wanted, target, self._config, self._state, now_s)
         return int(decided)
 

@@ -22,9 +22,8 @@ from diagonal.client import DiagonalError
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.evaluate.environment import system_description, this_command
-from diagonal.evaluate.simulation.arrivals import SPREADS, Burst, Crowd, Loss
+from diagonal.evaluate.simulation.arrivals import SPREADS, ArrivalProcess, Burst, Loss
 from diagonal.evaluate.simulation.chunk_times import ChunkTimes
-from diagonal.evaluate.simulation.engine import EngineSetup
 from diagonal.evaluate.simulation.page import PAGE, check_lines, plan_lines, write_page
 from diagonal.evaluate.simulation.service import Fleet
 from diagonal.evaluate.simulation.sizing import Scenario, brief, cost_of, fewest_replicas
@@ -100,7 +99,7 @@ def configuration(options: argparse.Namespace) -> Config:
 
 def scenario_of(options: argparse.Namespace) -> Scenario:
     """What the options say, of one replica for one viewer."""
-    crowd = Crowd(
+    arrivals = ArrivalProcess(
         1,
         options.stay,
         options.spread,
@@ -112,8 +111,8 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
         network_s=options.network,
     )
     fleet = Fleet(1, options.gateways, options.start)
-    setup, times = EngineSetup.of(configuration(options)), ChunkTimes.read(options.times)
-    return Scenario(setup, times, fleet, crowd, policies, options.last, options.from_s, options.seed)
+    config, times = configuration(options), ChunkTimes.read(options.times)
+    return Scenario(config, times, fleet, arrivals, policies, options.last, options.from_s, options.seed)
 
 
 def plan(options: argparse.Namespace) -> dict[str, Any]:
@@ -128,11 +127,11 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     if not options.no_large:
         large = replace(sized.with_viewers(LARGE[1]).with_replicas(LARGE[0]), last_s=LARGE_LAST_S, from_s=LARGE_FROM_S)
         found["large"] = brief(large.run())
-    crowd = asdict(sized.crowd) | {"patience_s": None if math.isinf(options.patience) else options.patience}
-    found["asked"] = crowd | {
+    arrivals = asdict(sized.arrivals) | {"patience_s": None if math.isinf(options.patience) else options.patience}
+    found["asked"] = arrivals | {
         "stall_rate": options.stall_rate,
         "rejected_share": options.rejected_share,
-        "slots": scenario.setup.slots,
+        "slots": scenario.config.serve.max_sessions,
         "fleet": asdict(sized.fleet),
     }
     return found | {"times": asdict(scenario.times)}
@@ -142,7 +141,7 @@ def costs(sized: Scenario, enough: int, options: argparse.Namespace) -> list[dic
     """A node lost and a burst, with just enough replicas, with more, and with autoscaling."""
     at_s = options.from_s + 10.0
     lost = options.lose or max(1, enough // 8)
-    burst = Burst(at_s, options.burst or max(1, sized.crowd.viewers // 2))
+    burst = Burst(at_s, options.burst or max(1, sized.arrivals.viewers // 2))
     more = math.ceil(HEADROOM * enough)
     scaling = partial(Scaling, enough, 4 * more, options.up_delay, options.down_delay, options.headroom)
     scaled = replace(sized, policies=partial(policies, scaling))

@@ -18,10 +18,9 @@ from diagonal.config import Config
 from diagonal.engine.budget import ChunkKind, first_stable_chunk
 from diagonal.errors import require
 from diagonal.evaluate.load.figures import Trace, summarise
-from diagonal.evaluate.simulation.arrivals import Crowd, Visit
+from diagonal.evaluate.simulation.arrivals import ArrivalProcess, SessionRequest
 from diagonal.evaluate.simulation.chunk_times import ChunkTimes, StepTime
-from diagonal.evaluate.simulation.engine import EngineSetup
-from diagonal.evaluate.simulation.figures import Tally
+from diagonal.evaluate.simulation.figures import Counters
 from diagonal.evaluate.simulation.service import Fleet, SimulatedService
 from jobs.benchmarks.load import OVERLOAD, arrivals, find_capacity, offer
 from jobs.benchmarks.load_sessions import Plan
@@ -76,14 +75,13 @@ def total(text: str, name: str) -> float:
 def check(url: str, metrics: str | None, config: Config, replicas: int, gateways: int) -> Row:
     """Measure, load, simulate, compare; `within` when all that was measured differs by `ALLOWED` at most."""
     require(replicas >= 1, "--replicas", replicas, "a whole number of at least 1")
-    setup = EngineSetup.of(config)
     plan = Plan(url, _CLIP_S, change_every=0)
     read = Metrics(metrics)
-    times = measure(plan, read, setup)
+    times = measure(plan, read, config)
     capacity, calm = asyncio.run(find_capacity(plan))
     require(capacity > 0, "--check", url, "a service that admits at least one session")
-    simulated = Simulated(setup, times, Fleet(replicas, gateways))
-    rows = [row("sessions admitted at once", capacity, simulated.capacity(2 * replicas * setup.slots))]
+    simulated = Simulated(config, times, Fleet(replicas, gateways))
+    rows = [row("sessions admitted at once", capacity, simulated.capacity(2 * replicas * config.serve.max_sessions))]
     rows += compare_load(replace(plan, seconds=_LOAD_S), read, simulated, max(1, int(_FILLED * capacity)), replicas)
     rows += compare_overload(replace(plan, seconds=_OVERLOAD_STAY_S), simulated, capacity)
     judged = [abs(one["difference"]) <= ALLOWED for one in rows if one["difference"] is not None]
@@ -107,18 +105,18 @@ class Metrics:
         return found
 
 
-def measure(plan: Plan, read: Metrics, setup: EngineSetup) -> ChunkTimes:
+def measure(plan: Plan, read: Metrics, config: Config) -> ChunkTimes:
     """What a step of one, of two and of most sessions takes.
 
     That of one by two watched streams whose chunks never fall together: beside a stream that nobody paces its encoder
     never rests, which would slow each step where both share the cores. Those of more by so many unpaced clips.
     """
-    geometry = setup.geometry
+    geometry = config.geometry
     chunk_frames, seconds, encode_s = geometry.chunk_pixel_frames(1), dict[int, float](), _USUAL_ENCODE_S
     unpaced, apart = replace(plan, pacing="none"), [0.0, _APART_CHUNKS * geometry.chunk_media_s(1)]
     asyncio.run(offer(unpaced, [0.0], "ws"))  # connections are made, and clocks come up
     before = read()
-    for size in sorted({1, min(2, setup.batch_limit), setup.batch_limit}):
+    for size in sorted({1, min(2, config.serve.batch_sessions), config.serve.batch_sessions}):
         began_s = time.monotonic()
         load = (plan, apart) if size == 1 and before else (unpaced, [0.0] * size)  # a wall clock tells of no share
         traces = asyncio.run(offer(*load, "ws"))
@@ -132,14 +130,15 @@ def measure(plan: Plan, read: Metrics, setup: EngineSetup) -> ChunkTimes:
         require(frames > 0, "--check", plan.url, "a service that makes clips when nobody else asks")
         seconds[size], before = size * spent_s * chunk_frames / frames, after
     return ChunkTimes(
-        "the running service", plan.url, tuple(steps(setup, seconds)), seconds[1] / 4, seconds[1], encode_s
+        "the running service", plan.url, tuple(steps(config, seconds)), seconds[1] / 4, seconds[1], encode_s
     )
 
 
-def steps(setup: EngineSetup, seconds: Mapping[int, float]) -> list[StepTime]:
+def steps(config: Config, seconds: Mapping[int, float]) -> list[StepTime]:
     """All kinds of a chunk at the mean of a clip: its first chunks are few, and their decoding costs as much."""
-    chunks = range(first_stable_chunk(setup.schedule, setup.window_chunks) + 1)
-    kinds = [ChunkKind.of(setup.schedule, chunk, setup.window_chunks) for chunk in chunks]
+    window_chunks = config.cache.window_frames // config.geometry.chunk_frames
+    chunks = range(first_stable_chunk(config.schedule, window_chunks) + 1)
+    kinds = [ChunkKind.of(config.schedule, chunk, window_chunks) for chunk in chunks]
     return [
         StepTime(kind.forwards, kind.context_chunks, size, took_s)
         for kind in dict.fromkeys(kinds)
@@ -151,20 +150,20 @@ def steps(setup: EngineSetup, seconds: Mapping[int, float]) -> list[StepTime]:
 class Simulated:
     """The service that the check looks at, simulated."""
 
-    setup: EngineSetup
+    config: Config
     times: ChunkTimes
     fleet: Fleet
 
-    def run(self, visits: Sequence[Visit], last_s: float) -> Tally:
-        crowd = Crowd(0, network_s=0.0)
-        return SimulatedService(self.setup, self.times, self.fleet, crowd, policies(), visits).run(last_s)
+    def run(self, requests: Sequence[SessionRequest], last_s: float) -> Counters:
+        crowd = ArrivalProcess(0, network_s=0.0)
+        return SimulatedService(self.config, self.times, self.fleet, crowd, policies(), requests).run(last_s)
 
     def capacity(self, most: int) -> int:
         """How many come one after the other, each when the one before has its first chunk, until one is refused."""
         for count in range(1, most + 1):
             gap_s = 2 * self.times.steps[0].seconds + self.times.encode_s + self.times.deliver_s
-            visits = [Visit(number * gap_s, 1e6) for number in range(count)]
-            if self.run(visits, count * gap_s + 1.0).outcomes["rejected"]:
+            requests = [SessionRequest(number * gap_s, 1e6) for number in range(count)]
+            if self.run(requests, count * gap_s + 1.0).outcomes["rejected"]:
                 return count - 1
         return most
 
@@ -178,10 +177,10 @@ def compare_load(plan: Plan, read: Metrics, simulated: Simulated, sessions: int,
     busy = None
     if before is not None and after is not None:
         busy = after.since(before).busy_s / (lasted_s * replicas)
-    tally = simulated.run([Visit(one_s, plan.seconds, asked=True) for one_s in at_s], lasted_s)
-    found = tally.figures()
+    counters = simulated.run([SessionRequest(one_s, plan.seconds, asked=True) for one_s in at_s], lasted_s)
+    found = counters.figures()
     interval = figures["chunk_interval_s"]["p50"], found["chunk_interval_s"]["p50"]
-    title, share = f"{sessions} sessions", tally.busy_s / (lasted_s * replicas)
+    title, share = f"{sessions} sessions", counters.busy_s / (lasted_s * replicas)
     return [
         row(f"{title}: between chunks, p50, s", *interval),
         row(f"{title}: share of its time that an engine is busy", busy, share),
@@ -194,9 +193,11 @@ def compare_overload(plan: Plan, simulated: Simulated, capacity: int) -> list[Ro
     at_s = arrivals(OVERLOAD * capacity / plan.seconds, seed=2, last_s=_OVERLOAD_S)
     traces: list[Trace] = asyncio.run(offer(plan, at_s, "ws"))
     real = sum(trace.outcome == "rejected" for trace in traces) / len(traces)
-    tally = simulated.run([Visit(one_s, plan.seconds, asked=True) for one_s in at_s], at_s[-1] + 3 * plan.seconds)
-    found = tally.figures()
-    admitted = sum(trace.outcome == "completed" for trace in traces), tally.outcomes["completed"]
+    counters = simulated.run(
+        [SessionRequest(one_s, plan.seconds, asked=True) for one_s in at_s], at_s[-1] + 3 * plan.seconds
+    )
+    found = counters.figures()
+    admitted = sum(trace.outcome == "completed" for trace in traces), counters.outcomes["completed"]
     interval = summarise(traces)["chunk_interval_s"]["p50"], found["chunk_interval_s"]["p50"]
     return [
         row("overloaded: share refused", real, found["rejected_share"]),

@@ -60,6 +60,10 @@ class CostModel:
         self._recache_s: float | None = None
         self.recaches_per_chunk = 0.0
 
+    def copy_from(self, other: CostModel) -> None:
+        """Start from what was measured elsewhere."""
+        self._steps, self._recache_s = dict(other._steps), other._recache_s
+
     def observe(self, kind: ChunkKind, batch: int, seconds: float) -> None:
         """One step made chunks of one kind for `batch` sessions."""
         known = self._steps.get((kind, batch))

@@ -24,7 +24,7 @@ from diagonal.engine.snapshot import Snapshot, SnapshotError, check_latents
 from diagonal.engine.specs import MAX_EVENTS, MAX_PENDING, PromptChange, SessionSpec
 from diagonal.engine.stepper import Health, Stepper
 from diagonal.errors import require
-from diagonal.metrics import MetricsBackend, NullBackend
+from diagonal.metrics import MetricsBackend
 
 __all__ = ["BudgetError", "CapacityError", "Engine", "EngineStats", "Health"]
 
@@ -55,7 +55,7 @@ class Engine:
         self.config, self.geometry, self.identity = maker.config, maker.config.geometry, maker.identity
         self.table = SessionTable()
         self.admission = Admission(self.config, maker.window_chunks, self.table, clock)
-        self.report = EngineReport(metrics or NullBackend(), self.table, self.admission, maker.pool)
+        self.report = EngineReport(metrics, self.table, self.admission, maker.pool)
         policy = reanchor or ReanchorPolicy.of(self.config.serve, maker.window_chunks)
         self.stepper = Stepper(maker, self.table, self.admission.cost, self.report, clock, policy)
         self.report.occupancy()

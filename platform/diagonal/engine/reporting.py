@@ -8,7 +8,7 @@ from diagonal.engine.admission import Admission
 from diagonal.engine.session import Session
 from diagonal.engine.session_table import SessionTable
 from diagonal.geometry import ChunkGeometry
-from diagonal.metrics import MetricsBackend
+from diagonal.metrics import MetricsBackend, NullBackend
 from diagonal.model.cache import KVPool
 
 
@@ -32,10 +32,11 @@ class EngineStats:
 
 
 class EngineReport:
-    """Reads the table, admission and pool of an engine, and sets its metrics."""
+    """Reads the table, admission and pool of an engine, and sets its metrics, where there is somewhere to set them."""
 
-    def __init__(self, metrics: MetricsBackend, table: SessionTable, admission: Admission, pool: KVPool) -> None:
-        self.metrics, self._table, self._admission, self._pool = metrics, table, admission, pool
+    def __init__(self, metrics: MetricsBackend | None, table: SessionTable, admission: Admission, pool: KVPool) -> None:
+        self.metrics, self._has_backend = metrics or NullBackend(), metrics is not None
+        self._table, self._admission, self._pool = table, admission, pool
         self._chunk_s = 0.0
 
     def stats(self) -> EngineStats:
@@ -59,6 +60,8 @@ class EngineReport:
 
     def occupancy(self) -> None:
         """Set the gauges of sessions, memory and budget."""
+        if not self._has_backend:
+            return
         stats = self.stats()
         self.metrics.set("diagonal_sessions_active", stats.active_sessions)
         self.metrics.set("diagonal_sessions_paused", stats.paused_sessions)

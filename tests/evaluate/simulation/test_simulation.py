@@ -1,4 +1,4 @@
-"""A simulated engine does what the real one does under the same clock; a simulated service does what its parts say."""
+"""A simulated replica makes chunks when the engine over networks would; what a simulation is asked and given."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 
+from diagonal.config import Config
 from diagonal.engine.budget import CapacityError, ChunkKind
 from diagonal.engine.engine import Engine
 from diagonal.engine.specs import PromptChange
 from diagonal.errors import FieldError
-from diagonal.evaluate.simulation.arrivals import Burst, Crowd, Loss
+from diagonal.evaluate.simulation.arrivals import ArrivalProcess, Burst, Loss
 from diagonal.evaluate.simulation.chunk_times import ChunkTimes, Draws, StepTime
 from diagonal.evaluate.simulation.clock import Calendar
-from diagonal.evaluate.simulation.engine import EngineSetup, SimulatedEngine
+from diagonal.evaluate.simulation.maker import simulated_config
+from diagonal.evaluate.simulation.replica import SimulatedReplica
 from diagonal.evaluate.simulation.service import Fleet
 from diagonal.evaluate.simulation.sizing import recovered_after_s
-from diagonal.geometry import ChunkGeometry
 from diagonal.schedule import StepSchedule
 from tests.engine.driving import spec_of
 from tests.networks import small_release
@@ -56,8 +57,8 @@ class Seen:
 class Viewers:
     """They come one by one, ask for a chunk when less than the lead is ahead, change their prompt once, and leave."""
 
-    def __init__(self, engine: Any, calendar: Calendar, geometry: ChunkGeometry, open_: Callable[[str], None]) -> None:
-        self._engine, self._calendar, self._geometry, self._open = engine, calendar, geometry, open_
+    def __init__(self, engine: Engine, calendar: Calendar, request: Callable[[str], None]) -> None:
+        self._engine, self._calendar, self._request = engine, calendar, request
         self._began_s: dict[str, float] = {}
         self.seen = Seen()
         for number in range(SLOTS):
@@ -65,36 +66,30 @@ class Viewers:
 
     def _come(self, name: str) -> None:
         try:
-            self._open(name)
+            self._engine.open(spec_of(name, frames=None))
         except CapacityError:
             self.seen.admitted.append(False)
             return
         self.seen.admitted.append(True)
         self._began_s[name] = self._calendar.now_s
-        self._engine.request(name)
+        self._request(name)
 
     def receive(self, name: str) -> None:
         times = self.seen.at_s.setdefault(name, [])
         times.append(self._calendar.now_s)
         if len(times) == CHUNKS:
             return self._engine.close(name)
-        media_s = self._geometry.pixel_start(len(times)) / self._geometry.pixel_fps
+        media_s = self._engine.geometry.pixel_start(len(times)) / self._engine.geometry.pixel_fps
         self._calendar.at(self._began_s[name] + media_s - LEAD_S, self._ask, name, len(times))
 
     def _ask(self, name: str, chunk: int) -> None:
         if chunk == CHANGE_AT:
-            self._change(name)
-        self._engine.request(name)
-
-    def _change(self, name: str) -> None:
-        if isinstance(self._engine, Engine):
             self._engine.interact(name, PromptChange(f"{name}-change", "another"))
-        else:
-            self._engine.change(name, 0)
+        self._request(name)
 
 
-def by_the_engine() -> tuple[Seen, EngineSetup]:
-    """The real engine on a clock that its forwards move; others ask meanwhile, as other threads would."""
+def with_networks() -> tuple[Seen, Config]:
+    """The engine over networks on a clock that its forwards move; others ask meanwhile, as other threads would."""
     calendar, release, factor = Calendar(), small_release(*SETTINGS), [1.0]
 
     def pass_time(module: Any, inputs: Any, output: Any) -> None:
@@ -104,36 +99,48 @@ def by_the_engine() -> tuple[Seen, EngineSetup]:
     engine = Engine(release, clock=calendar)
     engine.warm_up()
     calendar.now_s, factor[0] = 0.0, SLOWER
-    viewers = Viewers(engine, calendar, engine.geometry, lambda name: engine.open(spec_of(name, frames=None)))
-    while calendar.now_s < LAST_S:
+    stepping = [False]
+
+    def request(name: str) -> None:
+        engine.request(name)
+        if not stepping[0]:
+            stepping[0] = True
+            calendar.at(calendar.now_s, step)
+
+    def step() -> None:
         began_s = calendar.now_s
-        if results := engine.step():
+        while results := engine.step():
             viewers.seen.busy_s += calendar.now_s - began_s
             for result in results:
                 viewers.receive(result.session_id)
-        else:
-            calendar.run(calendar.next_s(LAST_S))
-    return viewers.seen, EngineSetup.of(release.config)
+            began_s = calendar.now_s
+        stepping[0] = False
 
-
-def by_simulation(setup: EngineSetup) -> Seen:
-    """The same viewers at a simulated engine."""
-    calendar = Calendar()
-    warm, slower = (measured(setup.schedule, setup.window_chunks, BATCH, factor) for factor in (1.0, SLOWER))
-    draws = Draws(warm, 0)
-    engine = SimulatedEngine(setup, draws, calendar, lambda name, *_: viewers.receive(name))
-    draws.change(slower)
-    viewers = Viewers(engine, calendar, setup.geometry, lambda name: engine.open(name, None))
+    viewers = Viewers(engine, calendar, request)
     calendar.run(LAST_S)
-    viewers.seen.busy_s = engine.busy_s
+    return viewers.seen, release.config
+
+
+def with_measured_times(config: Config) -> Seen:
+    """The same viewers at a simulated replica."""
+    calendar, window = Calendar(), config.cache.window_frames // config.geometry.chunk_frames
+    warm, slower = (measured(config.schedule, window, BATCH, factor) for factor in (1.0, SLOWER))
+    draws = Draws(warm, 0)
+    replica = SimulatedReplica(
+        "r", simulated_config(config), draws, calendar, lambda r, _: viewers.receive(r.session_id)
+    )
+    draws.change(slower)
+    viewers = Viewers(replica.engine, calendar, replica.request)
+    calendar.run(LAST_S)
+    viewers.seen.busy_s = replica.take_busy_s()
     return viewers.seen
 
 
 @pytest.mark.slow
-def test_a_simulated_engine_does_what_the_real_one_does_under_the_same_clock() -> None:
+def test_an_engine_over_measured_times_does_what_it_does_over_networks_that_take_them() -> None:
     """Admission, batches, slack, re-caches and the measured costs that they feed: every chunk at the same time."""
-    real, setup = by_the_engine()
-    simulated = by_simulation(setup)
+    real, config = with_networks()
+    simulated = with_measured_times(config)
     assert 2 < sum(real.admitted) < SLOTS, "the budget, not the slots, says who is admitted"
     assert simulated.admitted == real.admitted
     assert simulated.at_s.keys() == real.at_s.keys()
@@ -169,10 +176,10 @@ def test_draws_scatter_about_the_median_as_was_measured_and_alike_for_one_seed()
         ("steps.batch", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 4, 0.1),))),
         ("p95_ratio", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 1, 0.1),), p95_ratio=0.5)),
         ("hop_s", lambda: ChunkTimes("d", "s", (StepTime(2, 3, 1, 0.1),), hop_s=-1.0)),
-        ("viewers", lambda: Crowd(-1)),
-        ("spread", lambda: Crowd(1, spread="even")),  # type: ignore[arg-type]
-        ("stay_s", lambda: Crowd(1, stay_s=0.0)),
-        ("network_s", lambda: Crowd(1, network_s=inf)),
+        ("viewers", lambda: ArrivalProcess(-1)),
+        ("spread", lambda: ArrivalProcess(1, spread="even")),  # type: ignore[arg-type]
+        ("stay_s", lambda: ArrivalProcess(1, stay_s=0.0)),
+        ("network_s", lambda: ArrivalProcess(1, network_s=inf)),
         ("replicas", lambda: Fleet(0)),
         ("loss.replicas", lambda: Loss(1.0, 0)),
         ("burst.last_s", lambda: Burst(1, 1, 0)),
@@ -191,10 +198,10 @@ def test_a_bench_without_rates_says_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_arrivals_come_at_the_rate_that_keeps_so_many_there() -> None:
-    visits = Crowd(50, stay_s=20.0, spread="lognormal").visits(4000.0, seed=3)
-    assert len(visits) == pytest.approx(50 + 50 / 20 * 4000, rel=0.05)
-    assert sum(visit.stay_s for visit in visits) / 4000 == pytest.approx(50, rel=0.05)
-    assert visits == Crowd(50, stay_s=20.0, spread="lognormal").visits(4000.0, seed=3)
+    requests = ArrivalProcess(50, stay_s=20.0, spread="lognormal").requests(4000.0, seed=3)
+    assert len(requests) == pytest.approx(50 + 50 / 20 * 4000, rel=0.05)
+    assert sum(request.stay_s for request in requests) / 4000 == pytest.approx(50, rel=0.05)
+    assert requests == ArrivalProcess(50, stay_s=20.0, spread="lognormal").requests(4000.0, seed=3)
 
 
 def test_recovery_is_the_end_of_the_last_second_that_is_worse() -> None:

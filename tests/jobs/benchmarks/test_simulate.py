@@ -13,9 +13,8 @@ import pytest
 
 from diagonal.config import Config
 from diagonal.errors import FieldError
-from diagonal.evaluate.simulation.arrivals import Burst, Crowd, Loss
+from diagonal.evaluate.simulation.arrivals import ArrivalProcess, Burst, Loss
 from diagonal.evaluate.simulation.chunk_times import ChunkTimes, StepTime
-from diagonal.evaluate.simulation.engine import EngineSetup
 from diagonal.evaluate.simulation.page import page
 from diagonal.evaluate.simulation.service import Fleet
 from diagonal.evaluate.simulation.sizing import Scenario, brief, cost_of, fewest_replicas
@@ -29,9 +28,12 @@ SLOW = replace(TIMES, steps=(StepTime(2, 3, 1, 0.3), StepTime(2, 3, 4, 1.1)))  #
 
 
 def scenario(replicas: int, viewers: int, times: ChunkTimes = TIMES, **other: Any) -> Scenario:
-    crowd = Crowd(viewers, **{name: other.pop(name) for name in ("stay_s", "retries", "patience_s") if name in other})
-    setup = EngineSetup.of(EIGHT_SLOTS)
-    return Scenario(setup, times, Fleet(replicas, start_s=other.pop("start_s", 20.0)), crowd, policies, **other)
+    arrivals = ArrivalProcess(
+        viewers, **{name: other.pop(name) for name in ("stay_s", "retries", "patience_s") if name in other}
+    )
+    return Scenario(
+        EIGHT_SLOTS, times, Fleet(replicas, start_s=other.pop("start_s", 20.0)), arrivals, policies, **other
+    )
 
 
 def erlang_b(offered: float, slots: int) -> float:
@@ -77,7 +79,9 @@ def test_more_viewers_at_once_are_refused_until_autoscaling_has_replicas_for_the
     burst = Burst(70.0, 30)
     fixed = scenario(2, 8, stay_s=60.0, retries=20, last_s=240.0)
     scaled = replace(fixed, policies=partial(policies, partial(Scaling, 2, 12, 1.0, 300.0, 0.2)))
-    refused = [cost_of(one, bursts=[burst])["rejected"] for one in (replace(fixed, crowd=Crowd(8, 60.0)), scaled)]
+    refused = [
+        cost_of(one, bursts=[burst])["rejected"] for one in (replace(fixed, arrivals=ArrivalProcess(8, 60.0)), scaled)
+    ]
     assert refused[0] > 5 and refused[1] == 0
     assert max(second["replicas"] for second in scaled.run(bursts=[burst])["seconds"]) > 2
 
@@ -142,8 +146,7 @@ def test_a_metric_is_summed_over_its_labels() -> None:
 def test_what_a_check_expects_to_be_admitted_is_bounded_by_slots_or_by_time(
     times: ChunkTimes, replicas: int, expected: int
 ) -> None:
-    setup = EngineSetup.of(EIGHT_SLOTS)
-    assert Simulated(setup, times, Fleet(replicas)).capacity(20) == expected
+    assert Simulated(EIGHT_SLOTS, times, Fleet(replicas)).capacity(20) == expected
 
 
 def test_a_check_judges_what_is_measured_on_both_sides() -> None:

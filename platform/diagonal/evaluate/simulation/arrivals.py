@@ -16,7 +16,7 @@ _LOGNORMAL_SIGMA = 1.0  # half of all stay less than 0.6 of the mean, one of ten
 
 
 @dataclass(frozen=True)
-class Visit:
+class SessionRequest:
     """Somebody comes at `at_s` and stays so long; with `asked` he asks for a video of that length and sees its end.
     He leaves when he must wait longer than `patience_s` at once."""
 
@@ -27,7 +27,7 @@ class Visit:
 
 
 @dataclass(frozen=True)
-class Crowd:
+class ArrivalProcess:
     """`viewers` watch at once, on average: they come as a Poisson process and stay `stay_s` (mean) by `spread`.
 
     The first of them come within `ramp_s`. `patience_s` is the mean of an exponential distribution, infinite for
@@ -58,26 +58,28 @@ class Crowd:
         for name in ("stay_s", "ramp_s", "start_buffer_s", "network_s"):
             require(math.isfinite(getattr(self, name)), name, getattr(self, name), "a finite number of seconds")
 
-    def visits(self, last_s: float, seed: int, bursts: tuple[Burst, ...] = ()) -> list[Visit]:
+    def requests(self, last_s: float, seed: int, bursts: tuple[Burst, ...] = ()) -> list[SessionRequest]:
         """Everybody who comes before `last_s`, in order of time; the same for one seed, with and without bursts."""
         draw = random.Random(seed)
-        first = [self._visit(draw.uniform(0.0, self.ramp_s), draw) for _ in range(self.viewers)]
-        found, at_s, rate = first, 0.0, self.viewers / self.stay_s
+        first = [self._request(draw.uniform(0.0, self.ramp_s), draw) for _ in range(self.viewers)]
+        all_requests, at_s, rate = first, 0.0, self.viewers / self.stay_s
         while rate and (at_s := at_s + draw.expovariate(rate)) < last_s:
-            found.append(self._visit(at_s, draw))
+            all_requests.append(self._request(at_s, draw))
         apart = random.Random(seed + 1)
         for burst in bursts:
-            found += [self._visit(burst.at_s + apart.uniform(0.0, burst.last_s), apart) for _ in range(burst.viewers)]
-        return sorted(found, key=lambda visit: visit.at_s)
+            all_requests += [
+                self._request(burst.at_s + apart.uniform(0.0, burst.last_s), apart) for _ in range(burst.viewers)
+            ]
+        return sorted(all_requests, key=lambda request: request.at_s)
 
-    def _visit(self, at_s: float, draw: random.Random) -> Visit:
+    def _request(self, at_s: float, draw: random.Random) -> SessionRequest:
         stay_s = self.stay_s
         if self.spread == "exponential":
             stay_s = draw.expovariate(1.0 / self.stay_s)
         elif self.spread == "lognormal":
             stay_s = draw.lognormvariate(math.log(self.stay_s) - _LOGNORMAL_SIGMA**2 / 2, _LOGNORMAL_SIGMA)
         patience_s = draw.expovariate(1.0 / self.patience_s) if math.isfinite(self.patience_s) else inf
-        return Visit(at_s, stay_s, self.asked, patience_s)
+        return SessionRequest(at_s, stay_s, self.asked, patience_s)
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,6 @@ class Calendar:
         do()
         self.after(period_s, self.every, period_s, do)
 
-    def next_s(self, otherwise_s: float) -> float:
-        """When the next thing is to happen; `otherwise_s` where that is sooner, or nothing is."""
-        return min(self._events[0][0], otherwise_s) if self._events else otherwise_s
-
     def run(self, until_s: float) -> None:
         """Let time pass until then."""
         events = self._events

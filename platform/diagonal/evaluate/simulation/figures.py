@@ -13,7 +13,7 @@ Second = dict[str, float]
 
 
 @dataclass
-class Tally:
+class Counters:
     """What is counted from `from_s` on; before that the service only fills."""
 
     from_s: float = 0.0
@@ -35,6 +35,12 @@ class Tally:
     replicas: list[int] = field(default_factory=list)
     _stalled_by_second: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     _refused_by_second: Counter[int] = field(default_factory=Counter)
+
+    def second(self, viewers: int, replicas: int) -> None:
+        """So many are there as a second begins."""
+        self.peak = max(self.peak, viewers)
+        self.viewers.append(viewers)
+        self.replicas.append(replicas)
 
     def stall(self, number: int, at_s: float, waited_s: float) -> None:
         """Viewer `number` waited so long until then."""

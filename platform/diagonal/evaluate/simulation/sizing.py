@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
+from diagonal.config import Config
 from diagonal.errors import require
-from diagonal.evaluate.simulation.arrivals import Burst, Crowd, Loss
+from diagonal.evaluate.simulation.arrivals import ArrivalProcess, Burst, Loss
 from diagonal.evaluate.simulation.chunk_times import ChunkTimes
-from diagonal.evaluate.simulation.engine import EngineSetup
 from diagonal.evaluate.simulation.figures import Second
 from diagonal.evaluate.simulation.service import Fleet, Policies, SimulatedService
 
-Found = dict[str, Any]
+Figures = dict[str, Any]
 _QUIET = 0.01  # waiting over watching beyond which a second counts as disturbed
 _GROWTH = 1.25
 
@@ -24,10 +24,10 @@ _GROWTH = 1.25
 class Scenario:
     """Everything that a run depends on; `policies` makes new ones for each, for some remember."""
 
-    setup: EngineSetup
+    config: Config
     times: ChunkTimes
     fleet: Fleet
-    crowd: Crowd
+    arrivals: ArrivalProcess
     policies: Callable[[], Policies]
     last_s: float = 180.0
     from_s: float = 60.0
@@ -37,63 +37,71 @@ class Scenario:
         require(self.last_s > 0, "last_s", self.last_s, "seconds above 0")
         require(0 <= self.from_s < self.last_s, "from_s", self.from_s, f"seconds from 0 to below {self.last_s:g}")
 
-    def run(self, losses: Sequence[Loss] = (), bursts: Sequence[Burst] = ()) -> Found:
+    def run(self, losses: Sequence[Loss] = (), bursts: Sequence[Burst] = ()) -> Figures:
         """Its figures, with a line for each second, and how long it took this machine."""
         events: list[Loss | Burst] = [*losses, *bursts]
         for event in events:
             allowed = f"seconds from {self.from_s:g}, when counting begins, to below {self.last_s:g}"
             require(self.from_s <= event.at_s < self.last_s, "at_s", event.at_s, allowed)
         began_s = time.process_time()
-        visits = self.crowd.visits(self.last_s, self.seed, tuple(bursts))
+        requests = self.arrivals.requests(self.last_s, self.seed, tuple(bursts))
         service = SimulatedService(
-            self.setup, self.times, self.fleet, self.crowd, self.policies(), visits, self.seed, losses, self.from_s
+            self.config,
+            self.times,
+            self.fleet,
+            self.arrivals,
+            self.policies(),
+            requests,
+            self.seed,
+            losses,
+            self.from_s,
         )
-        tally = service.run(self.last_s)
-        about = {"replicas": self.fleet.replicas, "viewers": self.crowd.viewers, "seed": self.seed}
+        counters = service.run(self.last_s)
+        about = {"replicas": self.fleet.replicas, "viewers": self.arrivals.viewers, "seed": self.seed}
         took = {"cpu_s": time.process_time() - began_s, "simulated_s": self.last_s}
-        return {**about, **tally.figures(), **took, "seconds": tally.seconds()}
+        return {**about, **counters.figures(), **took, "seconds": counters.seconds()}
 
     def with_replicas(self, replicas: int) -> Scenario:
         return replace(self, fleet=replace(self.fleet, replicas=replicas))
 
     def with_viewers(self, viewers: int) -> Scenario:
-        return replace(self, crowd=replace(self.crowd, viewers=viewers))
+        return replace(self, arrivals=replace(self.arrivals, viewers=viewers))
 
 
-def fewest_replicas(scenario: Scenario, stall_rate: float, rejected_share: float, most: int = 10_000) -> Found:
+def fewest_replicas(scenario: Scenario, stall_rate: float, rejected_share: float, most: int = 10_000) -> Figures:
     """The fewest replicas with which waiting over watching stays below `stall_rate` and refusals below
     `rejected_share`; found from so many as have a slot for each, growing by a quarter, then halving what is left."""
     require(0 < stall_rate <= 1, "stall_rate", stall_rate, "a share above 0, at most 1")
     require(0 < rejected_share <= 1, "rejected_share", rejected_share, "a share above 0, at most 1")
-    tried: dict[int, Found] = {}
+    tried: dict[int, Figures] = {}
 
     def enough(replicas: int) -> bool:
         found = tried[replicas] = brief(scenario.with_replicas(replicas).run())
         return bool(found["stall_rate"] < stall_rate and found["rejected_share"] < rejected_share)
 
-    low, high = 0, max(1, ceil(scenario.crowd.viewers / scenario.setup.slots))
+    low, high = 0, max(1, ceil(scenario.arrivals.viewers / scenario.config.serve.max_sessions))
     while not enough(high):
         low, high = high, max(high + 1, ceil(high * _GROWTH))
-        require(high <= most, "viewers", scenario.crowd.viewers, f"what {most} replicas can hold")
+        require(high <= most, "viewers", scenario.arrivals.viewers, f"what {most} replicas can hold")
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return {
-        "viewers": scenario.crowd.viewers,
+        "viewers": scenario.arrivals.viewers,
         "replicas": high,
         "figures": tried[high],
         "tried": [tried[count] for count in sorted(tried)],
     }
 
 
-def cost_of(scenario: Scenario, losses: Sequence[Loss] = (), bursts: Sequence[Burst] = ()) -> Found:
+def cost_of(scenario: Scenario, losses: Sequence[Loss] = (), bursts: Sequence[Burst] = ()) -> Figures:
     """What happens to the same viewers with and without it: the difference, and how long it can be noticed."""
     calm, struck = scenario.run(), scenario.run(losses, bursts)
     events: list[Loss | Burst] = [*losses, *bursts]
     at_s = min(event.at_s for event in events)
     return {
         "replicas": scenario.fleet.replicas,
-        "viewers": scenario.crowd.viewers,
+        "viewers": scenario.arrivals.viewers,
         "at_s": at_s,
         "lost_replicas": sum(loss.replicas for loss in losses),
         "more_viewers": sum(one.viewers for one in bursts),
@@ -120,10 +128,10 @@ def recovered_after_s(calm: Sequence[Second], struck: Sequence[Second], at_s: fl
     return None if last >= len(struck) - 1 else last - at_s
 
 
-def brief(found: Found) -> Found:
+def brief(found: Figures) -> Figures:
     """Without the line for each second."""
     return {name: value for name, value in found.items() if name != "seconds"}
 
 
-def _outcome(found: Found, name: str) -> int:
+def _outcome(found: Figures, name: str) -> int:
     return int(found["outcomes"].get(name, 0))
