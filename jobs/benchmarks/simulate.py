@@ -66,7 +66,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--start", type=float, default=60.0, metavar="S", help="until a new replica is up (60)")
     parser.add_argument("--lose", type=int, default=0, metavar="REPLICAS", help="at once (default: an eighth)")
     parser.add_argument("--burst", type=int, default=0, metavar="VIEWERS", help="more in ten seconds (default: half)")
-    parser.add_argument("--spare-share", type=float, default=0.2, help="of autoscaling, as in serve (%(default)s)")
+    parser.add_argument("--headroom", type=float, default=0.2, help="of autoscaling, as in serve (%(default)s)")
     parser.add_argument("--up-delay", type=float, default=5.0, metavar="S")
     parser.add_argument("--down-delay", type=float, default=300.0, metavar="S")
     parser.add_argument("--last", type=float, default=600.0, metavar="S", help="simulated (%(default)s)")

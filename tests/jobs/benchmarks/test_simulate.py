@@ -104,12 +104,12 @@ def test_the_fewest_replicas_are_enough_and_one_fewer_is_not() -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_replicas_and_five_thousand_viewers_take_less_than_a_minute_of_one_core() -> None:
+def test_a_thousand_replicas_and_five_thousand_viewers_take_less_than_two_minutes_of_one_core() -> None:
     began_s = time.process_time()
     found = scenario(1000, 5000, last_s=20.0, from_s=10.0).run()
     spent_s = time.process_time() - began_s
     assert found["peak_viewers"] > 2500
-    assert spent_s < 60.0
+    assert spent_s < 120.0
 
 
 def test_a_plan_is_written_and_its_page_tells_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
