@@ -89,7 +89,7 @@ def run(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return lambda *arguments: main([str(argument) for argument in arguments], client=server.client)
 
 
-def test_a_server_on_this_machine_is_shown_the_key_in_its_file_and_no_other_server_is(
+def test_a_server_on_this_machine_alone_is_shown_the_key_in_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".diagonal" / "serve").mkdir(parents=True)

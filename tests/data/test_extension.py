@@ -52,7 +52,7 @@ def test_every_prompt_is_rewritten_in_one_form_and_in_order(tmp_path: Path) -> N
     assert set(server.asked.values()) == {1} and server.most_at_once <= 2
 
 
-def test_the_request_is_a_deterministic_chat_completion_with_the_key_in_its_header_alone(tmp_path: Path) -> None:
+def test_the_request_is_a_deterministic_chat_completion_with_its_key_in_a_header(tmp_path: Path) -> None:
     with chat_server() as server:
         extender(server, tmp_path).extend(PROMPTS[:1])
     (body,), (headers,) = server.bodies, server.headers

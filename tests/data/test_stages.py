@@ -104,7 +104,7 @@ def test_embeddings_are_the_text_encoders_own(encoded: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_written_shard_holds_the_guided_teachers_solutions_from_the_noise_of_each_seed(
+def test_a_shard_holds_the_guided_teachers_solutions_from_each_seeds_noise(
     plan: PairPlan, encoded: Any, folder: Folder
 ) -> None:
     SolveShard(plan, folder)(encoded)

@@ -136,7 +136,7 @@ def test_a_chunk_run_twice_leaves_the_same_cache() -> None:
     assert torch.equal(kv_of(cache), once)
 
 
-def test_a_context_pass_at_the_last_steps_level_on_the_same_input_is_the_reuse_bit_for_bit() -> None:
+def test_a_context_pass_at_the_last_steps_level_is_the_reuse_bit_for_bit() -> None:
     network = small_causal()
     (reuse,), (level,) = caches_for(CONFIG, network), caches_for(CONFIG, network)
     for chunk in range(3):

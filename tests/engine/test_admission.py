@@ -113,7 +113,7 @@ def test_a_session_is_charged_for_the_costliest_of_its_chunks_to_come() -> None:
     assert short.kind == ChunkKind(2, 2), "it never gets to the full window"
 
 
-def test_a_session_is_charged_the_recaches_it_is_known_to_need_and_no_less_than_the_usual_rate() -> None:
+def test_a_session_is_charged_its_recaches_and_no_less_than_the_usual_rate() -> None:
     model = model_of(b1=0.3)
     model.observe_chunk(True, smoothing=0.1)
     found = [demand_of(Progress(StepSchedule(), 9, None, n), GEOMETRY, WINDOW, model) for n in (0.0, 0.25, 1.0)]
@@ -194,7 +194,7 @@ def test_nobody_is_ever_admitted_past_the_budget_and_an_empty_engine_refuses_nob
 
 @settings(max_examples=200, deadline=None)
 @given(observations, kinds, st.integers(1, 8))
-def test_a_batch_is_never_predicted_dearer_than_its_sessions_one_by_one_unless_it_was_measured_so(
+def test_a_batch_is_predicted_dearer_than_its_sessions_only_if_measured_so(
     found: list[tuple[ChunkKind, int, float]], kind: ChunkKind, batch: int
 ) -> None:
     model = measured(found)

@@ -138,7 +138,7 @@ def test_playing_sessions_go_before_what_nobody_waits_for() -> None:
     assert [result.session_id for result in engine.step()] == ["bg"], "the time that is left"
 
 
-def test_a_batch_that_nobody_waits_for_takes_half_the_lead_at_most_while_others_play() -> None:
+def test_a_batch_nobody_waits_for_takes_half_the_lead_while_others_play() -> None:
     engine, _, _ = engine_at(0.0, 0.06)  # first chunk: 0.24 each in a batch; lead 1.0
     for name in "abcd":
         engine.open(spec_of(name, paced=False))
@@ -197,7 +197,7 @@ def test_a_step_that_rebuilds_a_decoder_tells_nothing_of_the_cost_of_a_recache()
 
 
 @pytest.mark.slow
-def test_under_overload_a_new_session_runs_the_shorter_schedule_where_that_is_allowed() -> None:
+def test_under_overload_a_new_session_may_run_the_shorter_schedule() -> None:
     never, _, _ = engine_at(0.0, 0.08)
     assert admitted(never, "ab") == "a"  # 0.57 each
     engine, _, metrics = engine_at(0.0, 0.08, "serve.degraded_steps=2", "serve.budget_share=0.95")

@@ -90,7 +90,7 @@ def test_sessions_that_take_turns_make_what_each_makes_alone(codec: str) -> None
     assert equal(together[0], alone[0]) and equal(together[1], alone[1])
 
 
-def test_what_is_not_finite_in_one_session_does_not_reach_the_one_that_shares_its_forward() -> None:
+def test_what_is_not_finite_in_a_session_reaches_no_other_of_its_forward() -> None:
     def two() -> Engine:
         engine = engine_of("serve.max_sessions=2")
         for name, prompt in (("a", PROMPT), ("b", OTHER)):

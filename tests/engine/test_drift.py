@@ -54,7 +54,7 @@ def test_motion_is_reported_and_moves_no_drift() -> None:
     assert monitor.ratios["motion"] < 0.5 and monitor.drift < 0.05
 
 
-def test_the_reference_is_the_mean_of_the_first_chunks_and_learnt_anew_after_a_change_on_purpose() -> None:
+def test_the_reference_is_the_mean_of_the_first_chunks_after_each_change() -> None:
     monitor = monitor_of(0.8, 1.2, 0.8, 1.2)
     assert monitor.reference["sharpness"] == pytest.approx(monitor_of(1.0).reference["sharpness"], rel=0.02)
     monitor = monitor_of(*[1.0] * 4, *[2.0] * 10)
@@ -109,7 +109,7 @@ def test_by_default_nothing_is_anchored_anew() -> None:
     assert drifted.drift > 1 and all(policy.cause(drifted, chunk, 0) is None for chunk in range(99))
 
 
-def test_it_is_anchored_anew_every_so_many_chunks_or_where_it_drifted_and_the_window_is_full_again() -> None:
+def test_it_is_reanchored_by_count_or_drift_once_the_window_is_full_again() -> None:
     calm, drifted = monitor_of(*[1.0] * 5), monitor_of(*[1.0] * 4, *[2.0] * 20)
     every = ReanchorPolicy(every_chunks=5)
     assert [every.cause(calm, chunk, 10) for chunk in (11, 14, 15)] == [None, None, "interval"]

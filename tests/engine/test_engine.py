@@ -205,7 +205,7 @@ def test_closing_frees_the_cache_within_one_step_and_leaves_the_others_alone() -
     assert metrics.last("diagonal_kv_cache_bytes") == metrics.last("diagonal_sessions_active") == 0
 
 
-def test_the_gauge_of_the_cache_is_the_formula_of_every_window_to_the_byte_and_the_pool_bounds_it() -> None:
+def test_the_caches_gauge_is_its_formula_to_the_byte_and_the_pool_bounds_it() -> None:
     """2 * layers * heads * head_dim * element size, for each token of the window."""
     engine = engine_of("cache.window_frames=9", metrics=(metrics := RecordedMetrics()))
     layout, tokens = runner(engine)._network.config, engine.geometry.frame_tokens

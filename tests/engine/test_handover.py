@@ -98,7 +98,7 @@ def test_an_engine_that_is_full_takes_no_session_over() -> None:
     assert full.stats().active_sessions == 1
 
 
-def test_a_session_that_cannot_be_taken_over_fails_in_its_next_chunk_and_leaves_its_slot_free() -> None:
+def test_a_session_that_cannot_be_restored_fails_and_leaves_its_slot_free() -> None:
     engine = engine_of()
     stream(engine, spec_of(), 2)
     snapshot = engine.snapshot("s")

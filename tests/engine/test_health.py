@@ -231,7 +231,7 @@ def test_whatever_a_prompt_makes_the_encoder_raise_is_its_sessions_end_alone(err
     assert codes(engine, ["bad", "good"]) == {"bad": wanted, "good": None}
 
 
-def test_a_session_closed_while_its_chunk_is_made_is_freed_with_that_step_and_shown_to_nobody() -> None:
+def test_a_session_closed_during_its_chunk_is_freed_with_that_step() -> None:
     from tests.engine.driving import meanwhile
 
     engine = engine_of()

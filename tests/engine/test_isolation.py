@@ -77,7 +77,7 @@ def test_pixels_that_are_not_finite_end_their_session_alone() -> None:
     assert_only_b_failed(engine, three(engine), "not finite")
 
 
-def test_a_context_that_is_not_finite_ends_its_session_before_anybody_sees_a_chunk_of_it() -> None:
+def test_a_context_that_is_not_finite_ends_its_session_before_it_is_seen() -> None:
     """The extra pass that writes a context of its own level shows nothing: what it gave is looked at all the same."""
     release = small_release("schedule.context=0.0")
 

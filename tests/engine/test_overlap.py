@@ -138,7 +138,7 @@ def alone(*settings: str, chunks: int = 5, frames: int | None = 57, decoder: Dec
     return engine
 
 
-def test_a_stream_alone_is_decoded_beside_its_own_next_forwards_and_comes_out_chunk_by_chunk() -> None:
+def test_a_stream_alone_is_decoded_beside_its_next_forwards_chunk_by_chunk() -> None:
     engine = alone(BESIDE)
     done = noted(engine)
     results = [engine.step() for _ in range(5)]
@@ -148,7 +148,7 @@ def test_a_stream_alone_is_decoded_beside_its_own_next_forwards_and_comes_out_ch
     assert equal([made[0] for made in results], [plain.step()[0] for _ in range(5)])
 
 
-def test_what_comes_with_a_chunk_is_the_session_as_it_was_after_it_not_as_it_is_on_its_way() -> None:
+def test_what_comes_with_a_chunk_is_the_session_as_it_was_after_it() -> None:
     engine, expected = alone(BESIDE), stream(engine_of(), spec_of("a", frames=57, paced=False))
     for chunk in range(4):
         (result,) = engine.step()
@@ -177,7 +177,7 @@ def test_a_prompt_change_is_in_the_first_chunk_that_was_not_begun_when_it_came()
     assert equal(made, [*expected, *(plain.step()[0] for _ in range(3))])
 
 
-def test_a_stream_that_is_paused_with_a_chunk_under_way_stands_still_behind_it_and_goes_on_as_before() -> None:
+def test_a_stream_paused_during_a_chunk_stops_behind_it_and_resumes_unchanged() -> None:
     engine = alone(BESIDE)
     made = list(engine.step())
     engine.pause("a")
@@ -207,9 +207,7 @@ class Spoiling(Decoder):
 @pytest.mark.parametrize(
     ("breaking", "code", "begun"), [(Spoiling, "not_finite", 3), (BreakingDecoder, "decode_failed", 2)]
 )
-def test_a_chunk_that_fails_with_the_next_one_under_way_ends_its_session_alone_and_that_one_is_dropped(
-    breaking: Any, code: str, begun: int
-) -> None:
+def test_a_chunk_that_fails_drops_the_next_one_and_ends_its_session_alone(breaking: Any, code: str, begun: int) -> None:
     engine = alone(BESIDE, ALONE, decoder=breaking(small_release().codec, 2))
     whole, done = engine.maker.pool.free_pages, noted(engine)
     results = [*engine.step(), *engine.step()]
@@ -265,9 +263,7 @@ class FakeStream:
         self.done.append(f"{self.name} waits for {other.name}")
 
 
-def test_a_decode_stream_begins_behind_the_current_stream_keeps_what_it_reads_and_ends_behind_its_own_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_decode_stream_waits_for_the_current_stream_and_keeps_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     current, side, before = (FakeStream(name, done) for name in ("current", "side", "before"))
 

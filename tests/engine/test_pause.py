@@ -96,7 +96,7 @@ def test_a_session_can_be_paused_before_its_first_chunk() -> None:
     assert torch.equal(result.pixels, stream(engine_of(), spec_of(), 1)[0].pixels)
 
 
-def test_a_prompt_change_that_waits_and_one_under_way_outlast_a_pause_with_one_recache_for_both() -> None:
+def test_prompt_changes_outlast_a_pause_with_one_recache_for_both() -> None:
     def steer(engine: Engine) -> Engine:
         stream(engine, spec_of(record=True), 1)
         engine.interact("s", PromptChange("e1", OTHER, 3))
@@ -133,7 +133,7 @@ def test_a_pause_taken_back_in_time_frees_nothing() -> None:
     assert engine.recording("s").events == ()
 
 
-def test_pausing_a_paused_and_resuming_a_running_session_is_nothing_and_an_ended_one_is_an_error() -> None:
+def test_pausing_twice_and_resuming_twice_is_nothing_and_after_the_end_an_error() -> None:
     engine = engine_of()
     stream(engine, spec_of(frames=9))
     for call, wanted in ((engine.pause, "paused"), (engine.resume, "running")):

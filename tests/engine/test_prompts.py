@@ -56,7 +56,7 @@ def test_a_prompt_that_takes_long_to_encode_keeps_no_other_session_waiting() -> 
     assert all(thread != threading.current_thread().name for _, thread in gate.seen)
 
 
-def test_a_changed_prompt_is_encoded_while_the_others_chunks_are_made_and_shows_in_the_next_chunk() -> None:
+def test_a_changed_prompt_is_encoded_beside_other_chunks_and_shows_in_the_next() -> None:
     release, gate = gated(OTHER)
     engine = engine_of(release=release, encode_prompts_async=True)
     for name in "ab":

@@ -67,7 +67,7 @@ def test_a_session_ends_done_cancelled_or_failed() -> None:
     assert ended == [S.DONE, S.CANCELLED, S.FAILED]
 
 
-def test_only_a_paused_session_holds_no_slot_and_only_a_watched_one_under_way_is_in_the_budget() -> None:
+def test_only_a_paused_session_holds_no_slot_and_only_a_watched_one_budget() -> None:
     session = session_of()
     found = {}
     for session.state in S:
@@ -141,7 +141,7 @@ def test_a_session_ends_when_its_frames_are_made_and_what_is_ahead_is_played() -
     assert session_of(None).demand_progress(GEOMETRY, 0.0).remaining_s == float("inf")
 
 
-def test_a_session_needs_a_recache_a_chunk_in_a_transition_and_one_for_a_switch_or_a_pause() -> None:
+def test_a_session_recaches_each_chunk_of_a_transition_once_for_a_switch() -> None:
     def recaches(session: Session) -> float:
         return session.demand_progress(GEOMETRY, 0.0).recaches
 

@@ -271,7 +271,7 @@ def test_latents_of_another_geometry_are_refused() -> None:
             engine.restore(other)
 
 
-def test_another_release_or_another_configuration_is_refused_and_other_limits_are_not() -> None:
+def test_another_release_or_configuration_is_refused_and_other_limits_are_not() -> None:
     snapshot = busy_engine().snapshot("s")
     named, retrained = small_release(), small_release()
     named.name = "other"

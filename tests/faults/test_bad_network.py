@@ -61,7 +61,7 @@ class Player:
 @pytest.mark.parametrize(
     ("delay_s", "jitter_s", "bytes_per_s"), [(0.2, 0.1, 0.0), (0.2, 0.0, 125_000.0 * 1.4)], ids=["far", "narrow"]
 )
-def test_s11_over_a_network_that_is_just_good_enough_nothing_stalls_for_long_and_the_lead_is_bounded(
+def test_s11_over_a_network_that_is_just_good_enough_nothing_stalls_for_long(
     make_service: Callable[..., Service],
     engine: FakeEngine,
     heavy: None,  # noqa: F811

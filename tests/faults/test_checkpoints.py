@@ -68,7 +68,7 @@ def test_workers_killed_at_every_write_of_a_checkpoint_leave_the_one_before_it(
 
 
 @pytest.mark.ci
-def test_a_full_disk_ends_the_run_with_its_cause_and_leaves_the_old_checkpoint_whole(
+def test_a_full_disk_ends_the_run_with_its_cause_and_keeps_the_old_checkpoint(
     cluster: Nodes, nodes: list[Any], start: Launcher
 ) -> None:
     """T8: no file of a worker can grow, from the middle on."""

@@ -16,7 +16,7 @@ from tests.s3 import SECRET_KEY, FaultyProxy
 OUTAGE_S = 60.0
 
 
-def test_training_goes_on_through_an_outage_of_a_minute_and_whatever_else_a_storage_does(
+def test_training_continues_through_an_outage_of_a_minute_and_bad_answers(
     cluster: Nodes, nodes: list[Any], start: Launcher, unbroken: Record, bucket: str, faulty_s3: FaultyProxy
 ) -> None:
     """T5: the storage goes away once there is a checkpoint; a worker is lost meanwhile; then it answers badly."""

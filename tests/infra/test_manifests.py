@@ -240,7 +240,7 @@ def test_heads_come_before_viewers_and_viewers_before_jobs() -> None:
         assert template["spec"]["priorityClassName"] == kind, f"{name} {role}"
 
 
-def test_every_budget_keeps_pods_of_one_role_and_leaves_a_drain_possible_where_there_are_more() -> None:
+def test_every_disruption_budget_keeps_one_role_and_lets_nodes_drain() -> None:
     budgets = [one for one in DOCUMENTS.values() if one["kind"] == "PodDisruptionBudget"]
     kept = set()
     for budget in budgets:

@@ -91,7 +91,7 @@ def test_a_crashed_stage_goes_on_from_its_checkpoint_to_the_same_weights_and_los
 
 
 @pytest.mark.timeout(300)
-def test_the_job_on_two_workers_writes_every_stage_its_pictures_and_a_release_that_loads(small_run: OpenRun) -> None:
+def test_the_job_on_two_workers_writes_stages_pictures_and_a_release_that_loads(small_run: OpenRun) -> None:
     run = small_run("a", "train.workers=2", "distill.batch_size=3", "train.sample_every=2")
     release = Release.load(str(distill.distill(run)))
     lineage = release.manifest["lineage"]

@@ -27,7 +27,7 @@ SETTINGS = (
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_release_that_serves_the_fast_decoder(
+def test_a_run_cut_off_resumes_and_ends_in_a_release_with_the_fast_decoder(
     small_run: OpenRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run = small_run("a", *SETTINGS)

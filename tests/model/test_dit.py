@@ -106,9 +106,7 @@ def test_cached_chunk_by_chunk_equals_the_one_pass_mask_while_nothing_is_evicted
 
 
 @pytest.mark.parametrize("sink", [0, 3, 6])
-def test_cached_chunk_by_chunk_equals_the_mask_at_window_positions_whatever_is_evicted(
-    sink: int, float64_stays: None
-) -> None:
+def test_cached_chunks_equal_the_mask_at_window_positions_whatever_is_evicted(sink: int, float64_stays: None) -> None:
     config, chunks = small_config(f"cache.sink_frames={sink}"), 7
     network = small_causal(layers=3, dtype=torch.float64)
     x, text, level = latents_of(chunks, 2), text_of(2), levels_of(chunks, 2)

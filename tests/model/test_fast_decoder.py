@@ -84,7 +84,7 @@ def test_a_pixel_depends_on_no_later_latent_and_on_memory_frames_before_its_own(
     assert min(differs) == first and max(differs) < first + steps * (1 + reach)
 
 
-def test_a_stream_taken_up_from_more_than_its_memory_goes_on_exactly_and_from_less_it_does_not() -> None:
+def test_a_stream_resumed_from_more_than_its_memory_is_exact_and_from_less_is_not() -> None:
     network, latents = network_of(), latents_of(frames=12)
     decoder = StreamingFastDecoder(network)
     expected = in_chunks(decoder, latents)[-1]

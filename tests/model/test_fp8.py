@@ -41,7 +41,7 @@ def test_a_number_of_the_format_times_any_power_of_two_comes_back_exactly(expone
         assert torch.equal(dequantise(codes, exponents, dtype).float(), row)
 
 
-def test_every_value_becomes_the_nearest_number_under_the_least_power_of_two_that_holds_its_row() -> None:
+def test_every_value_becomes_the_nearest_number_at_its_rows_least_power_of_two() -> None:
     x = draw(64, 32, seed=1) * torch.logspace(-6, 6, 64)[:, None]
     codes, exponents = quantise(x)
     scaled = x / 2.0 ** exponents[:, None].double()
@@ -184,7 +184,7 @@ def test_what_is_read_is_what_was_written_rounded_once() -> None:
             assert torch.equal(found, expected) and found.dtype == torch.bfloat16
 
 
-def test_a_chunk_with_8_bit_context_is_near_the_one_with_its_own_and_the_first_is_the_same() -> None:
+def test_a_chunk_with_8_bit_context_is_near_its_own_and_the_first_is_equal() -> None:
     config, network = small_config(), small_causal()
     text, level = draw(1, TEXT_TOKENS, TEXT_DIM, seed=5), torch.full((1, 3), 0.5)
     (plain,), found = caches_for(config, network), []

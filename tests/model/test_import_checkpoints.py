@@ -93,7 +93,7 @@ def test_the_names_are_those_that_diffusers_converts() -> None:
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("container", ["generator", "generator_ema", "model", None])
-def test_a_student_of_each_layout_computes_what_the_network_under_diffusers_names_does(
+def test_a_student_of_each_layout_computes_what_diffusers_network_does(
     layout: str, container: str | None, base: Path, tmp_path: Path
 ) -> None:
     weights = written(5, LAYOUTS[layout])

@@ -164,7 +164,7 @@ def test_a_release_is_promoted_only_when_its_manifest_says_so(release: Release) 
 
 
 @pytest.mark.slow
-def test_a_copy_from_s3_is_judged_by_the_newest_manifest_and_by_its_own_while_s3_is_away(
+def test_a_copy_from_s3_is_checked_by_the_newest_manifest_or_its_own_offline(
     s3: Any, faulty: FaultyProxy, release: Release, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diagonal.model.manifest._FRESH_S", 0.2)

@@ -75,7 +75,7 @@ def test_two_streams_on_one_decoder_do_not_disturb_each_other(kind: str) -> None
 
 
 @pytest.mark.slow
-def test_a_stream_taken_up_from_its_last_frames_goes_on_nearly_the_same_and_exactly_from_38() -> None:
+def test_a_stream_resumed_from_its_last_frames_is_nearly_the_same_and_exact_from_38() -> None:
     """Wan's own decoder layout: what a resumed session decodes (of 255: at most 2 from 24 frames, 109 from 12)."""
     decoder, latents = decoder_of(small_vae(depth=2)), draw(1, CHANNELS, 42, 2, 2)
     state = decoder.start()
@@ -102,7 +102,7 @@ def test_a_linear_codec_finds_the_latents_that_it_decoded() -> None:
     torch.testing.assert_close(back[:, :, 1:], latents[:, :, 1:], rtol=0, atol=0.05)
 
 
-def test_a_linear_codec_gives_still_pictures_and_motion_channels_of_their_own_of_unit_variance() -> None:
+def test_a_linear_codec_gives_pictures_and_motion_channels_of_unit_variance() -> None:
     clips = (40.0 * draw(16, 9, 16, 16, 3, seed=1) + 128.0).clamp(0, 255).to(torch.uint8)
     codec = LinearCodec.fit(clips, 6, motion_channels=2)
     projected = (codec._blocks(clips) - codec.centre) @ codec.basis.T / codec.scale
@@ -150,7 +150,7 @@ def test_a_clip_that_does_not_begin_with_one_frame_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_streams_decoded_as_one_batch_are_within_rounding_of_one_after_the_other_and_keep_their_own_state() -> None:
+def test_streams_decoded_as_one_batch_are_those_decoded_alone_within_rounding() -> None:
     decoder = decoder_of(small_vae())
     assert isinstance(decoder, WanDecoder)
     latents = draw(3, CHANNELS, 9, 4, 6, seed=5)

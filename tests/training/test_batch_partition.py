@@ -57,7 +57,7 @@ def test_micro_batches_of_one_rank_weigh_what_they_hold() -> None:
     assert micro_batches(2, 1, 7, 3) == [(slice(0, 1), 3 / 7), (slice(1, 2), 3 / 7), (slice(0, 1), 0.0)]
 
 
-def test_a_batch_that_leaves_a_rank_without_samples_is_refused_and_so_is_another_ranks_slice() -> None:
+def test_a_batch_that_leaves_a_rank_without_samples_is_refused() -> None:
     with pytest.raises(FieldError, match="batch_size = 2: allowed is at least the number of ranks = 3"):
         own_samples(1, 2, 0, 3)
     require_own([7, 10, 13], 2, 7, 0, 3)

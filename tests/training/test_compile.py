@@ -59,7 +59,7 @@ def run_chunk(network: nn.Module, caches: Any, chunk: int) -> tuple[Tensor, Tens
 
 
 @pytest.mark.slow
-def test_a_compiled_recomputed_rollout_in_bfloat16_equals_the_eager_one_under_the_same_names() -> None:
+def test_a_compiled_recomputed_bfloat16_rollout_equals_the_eager_one() -> None:
     precision, tolerance = NARROW, 0.02
     torch._dynamo.utils.counters.clear()
     outputs, gradients, names = causal_update(plan_of(precision, compiled=True))

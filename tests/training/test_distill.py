@@ -61,7 +61,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_samples_alone() -> None:
             torch.testing.assert_close(term, mean, rtol=1e-4, atol=1e-6)
 
 
-def test_stage_1_has_no_reference_and_uniform_steps_and_stage_2_the_diagonal_under_the_same_context() -> None:
+def test_stage_1_has_uniform_steps_without_reference_and_stage_2_the_diagonal() -> None:
     config = stage_config("distill.batch_size=1", "schedule.steps=4322222", "distill.stage1_steps=4")
     assert [len(stage_schedule(config, 1).levels(chunk)) for chunk in range(7)] == [4] * 7
     assert [len(stage_schedule(config, 2).levels(chunk)) for chunk in range(7)] == [4, 3, 2, 2, 2, 2, 2]

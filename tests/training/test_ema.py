@@ -46,7 +46,7 @@ def test_the_average_equals_the_closed_form() -> None:
     assert next(iter(values(ema))) == pytest.approx(2.0 - 0.9**5, abs=1e-6)
 
 
-def test_the_average_is_float32_where_the_weights_are_narrow_and_shares_no_memory_with_them() -> None:
+def test_the_average_of_narrow_weights_is_float32_and_its_own_memory() -> None:
     linear = network(1.0).bfloat16()
     ema = Ema(linear.named_parameters(), decay=0.999, start_update=0)
     ema.update(0)

@@ -170,7 +170,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all(two_ranks: Ranks, bad:
     assert two_ranks.run(bad_on_rank_1, bad) == [(False, True)] * 2
 
 
-def test_a_stage_0_update_on_a_sample_that_is_not_finite_leaves_weights_moments_and_average() -> None:
+def test_a_stage_0_update_that_is_not_finite_changes_no_weight_moment_or_average() -> None:
     config = stage_config()
     step = ode_step(config, 1)
     state = TrainState(0, {"generator": step.learner.network}, {"generator": step.learner.optimizer}, step.ema)
@@ -185,7 +185,7 @@ def test_a_stage_0_update_on_a_sample_that_is_not_finite_leaves_weights_moments_
 
 
 @pytest.mark.slow
-def test_a_distillation_update_on_a_prompt_that_is_not_finite_leaves_both_networks_and_the_average() -> None:
+def test_a_distillation_update_that_is_not_finite_changes_no_network_or_average() -> None:
     config = stage_config("distill.batch_size=2")
     step = distill_step(config, 1)
     state = TrainState(

@@ -102,7 +102,7 @@ def test_the_losses_are_computed_in_float32_of_bfloat16_inputs() -> None:
         assert torch.equal(loss(x, fake, real), loss(x.float(), fake.float(), real.float()))
 
 
-def test_the_published_frame_weights_rise_to_two_and_have_an_exponential_part_of_mean_one() -> None:
+def test_the_published_frame_weights_rise_to_two_with_a_part_of_mean_one() -> None:
     generator = torch.Generator().manual_seed(7)
     x, fake, real = (torch.randn(2, 3, 21, 2, 2, generator=generator) for _ in range(3))
     dynamic = losses.motion_frame_weights(x, fake, real, dynamic=1.0)
@@ -152,7 +152,7 @@ def test_ode_regression_counts_every_entry_of_a_kept_frame_and_every_sample() ->
     assert losses.ode_regression(torch.ones(SHAPE), torch.zeros(SHAPE), torch.zeros_like(keep)).item() == 0.0
 
 
-def test_ode_regression_of_a_batch_is_the_mean_of_its_samples_however_many_frames_each_keeps() -> None:
+def test_ode_regression_of_a_batch_is_the_mean_of_its_samples() -> None:
     prediction, target = random_clips(9, 2)
     keep = torch.tensor([[True, False, False, False], [True, True, True, False]])
     alone = [losses.ode_regression(prediction[i : i + 1], target[i : i + 1], keep[i : i + 1]) for i in range(2)]

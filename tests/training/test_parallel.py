@@ -75,7 +75,7 @@ def sharded_update(rank: int, plan: ParallelPlan, shard_group: int) -> tuple[dic
 
 
 @pytest.mark.parametrize(("plan", "tolerance"), [(PLAIN, 1e-6), (RECOMPUTED, 1e-6), (NARROW, 2e-2)])
-def test_an_update_of_many_forwards_reduces_once_a_group_to_the_gradient_of_the_whole_batch(
+def test_an_update_of_many_forwards_reduces_each_group_once(
     two_ranks: Ranks, plan: ParallelPlan, tolerance: float
 ) -> None:
     expected = one_process(plan)
@@ -104,9 +104,7 @@ def gradients_before_and_after_finishing(rank: int) -> tuple[bool, bool, bool]:
     return before, after, all(torch.equal(first[name], again) for name, again in gradients(network).items())
 
 
-def test_gradients_stay_local_until_finished_also_outside_a_scope_and_finishing_twice_adds_nothing(
-    two_ranks: Ranks,
-) -> None:
+def test_gradients_stay_local_until_finished_and_finishing_twice_adds_nothing(two_ranks: Ranks) -> None:
     assert two_ranks.run(gradients_before_and_after_finishing) == [(False, True, True)] * 2
 
 
@@ -127,9 +125,7 @@ def gathered_in_scope(rank: int) -> list[int]:
     return [outside, inside, collectives.gathers - outside - inside]
 
 
-def test_parameters_are_gathered_once_in_a_scope_and_sharded_again_after_it_even_when_it_fails(
-    two_ranks: Ranks,
-) -> None:
+def test_parameters_are_gathered_once_a_scope_and_sharded_after_it_even_on_errors(two_ranks: Ranks) -> None:
     forwards = 6
     assert two_ranks.run(gathered_in_scope) == [[forwards * GROUPS, GROUPS, forwards * GROUPS]] * 2
 
@@ -217,9 +213,7 @@ def sharded_wan(rank: int) -> tuple[Tensor, dict[str, Tensor]]:
     return wan_gradients(wan(), device_mesh(2, "cpu"))
 
 
-def test_diffusers_own_network_takes_float32_inputs_when_narrow_and_computes_as_its_stored_weights_do(
-    two_ranks: Ranks,
-) -> None:
+def test_diffusers_narrow_network_takes_float32_and_computes_as_its_weights_do(two_ranks: Ranks) -> None:
     stored: Any = wan()
     output, expected = wan_gradients(wan(), None)
     for name, parameter in stored.named_parameters():
@@ -249,7 +243,7 @@ def test_gradients_of_narrow_forwards_add_up_in_float32() -> None:
         assert torch.equal(gradient, alone[0][name] + alone[1][name])
 
 
-def test_recomputed_blocks_run_twice_with_gradient_once_without_and_give_the_same_gradients() -> None:
+def test_recomputed_blocks_run_twice_with_gradient_and_give_the_same_ones() -> None:
     network = build(RECOMPUTED, 1)
     x, level = batch(2), torch.ones(2, 1)
     with torch.no_grad():

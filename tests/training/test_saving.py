@@ -53,7 +53,7 @@ def updates(root: Path) -> list[int]:
     return [found.update for found in checkpoints(Folder(str(root)))]
 
 
-def test_training_goes_on_while_a_save_is_written_and_the_save_holds_the_state_it_was_asked_for(tmp_path: Path) -> None:
+def test_training_continues_during_a_save_which_holds_the_state_of_its_request(tmp_path: Path) -> None:
     state, own = fresh(0, 1), keeper(tmp_path)
     advance(state, 4)
     before = contents(state)
@@ -68,7 +68,7 @@ def test_training_goes_on_while_a_save_is_written_and_the_save_holds_the_state_i
     assert same(before, contents(other)) and not same(before, contents(state))
 
 
-def test_a_save_asked_for_while_one_is_written_is_skipped_and_counted_but_never_one_that_waits(
+def test_a_save_during_another_is_skipped_and_counted_unless_it_waits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state, own, states = fresh(0, 1), keeper(tmp_path), {}
@@ -270,7 +270,7 @@ def test_only_the_newest_whole_checkpoints_are_kept_and_no_leftover_of_a_broken_
         keeper(tmp_path, keep=0)
 
 
-def test_a_deletion_that_is_cut_off_leaves_a_folder_that_does_not_count_and_is_not_called_altered(
+def test_a_deletion_that_is_cut_off_leaves_a_folder_that_does_not_count(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state, own = fresh(0, 1), keeper(tmp_path, keep=1)

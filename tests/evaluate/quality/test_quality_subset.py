@@ -56,13 +56,13 @@ def is_good(scores: ScoreTable) -> bool:
 
 
 @pytest.mark.slow
-def test_the_embedded_release_draws_what_its_captions_say_and_a_broken_context_level_shows() -> None:
+def test_the_embedded_release_draws_its_captions_and_a_broken_level_shows() -> None:
     assert is_good(scores_of())
     assert not is_good(scores_of("schedule.context=1.0"))
 
 
 @pytest.mark.slow
-def test_the_textured_release_draws_textures_and_both_objects_and_a_damaged_one_does_not() -> None:
+def test_the_textured_release_draws_both_objects_and_a_damaged_one_does_not() -> None:
     """Over 24 clips its shapes are .75 to .79 and its textures .54 to .79 (three draws; 240 clips: .73 and .79)."""
     release = Release.load(embedded("release", "textured"))
     world = own_world(release.config)

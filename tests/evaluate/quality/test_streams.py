@@ -57,7 +57,7 @@ def test_so_many_seconds_take_so_many_chunks(student: Student) -> None:
 
 
 @pytest.mark.slow
-def test_a_recache_changes_nothing_before_the_first_eviction_and_a_new_prompt_everything(student: Student) -> None:
+def test_before_the_first_eviction_a_recache_changes_nothing_but_a_prompt(student: Student) -> None:
     caption, other = "a red circle moving left quickly", "a blue square moving up slowly"
     plain = list(stream(student, [caption], [5], 4))
     again = list(stream(student, [caption], [5], 4, {2: [caption]}, recovered_at=2))

@@ -9,7 +9,7 @@ from diagonal.evaluate.quality.sources import draw_captions, own_world
 
 
 @pytest.mark.slow
-def test_a_piece_too_short_to_tell_a_slow_change_leaves_it_out_and_is_judged_by_the_rest() -> None:
+def test_a_piece_too_short_for_a_slow_change_is_judged_by_the_rest() -> None:
     world = own_world(Config.from_preset("tiny-textured"))
     caption = next(one for one in draw_captions(50, 0, world.captions()) if "steady" in one)
     clip = world.render(caption, 1)

@@ -151,7 +151,7 @@ def test_s3_a_pulled_cable_stops_generation_at_the_credits_and_frees_the_slot(
         assert len(engine.made) <= made + 1
 
 
-def test_8_sessions_beyond_the_last_slot_are_refused_and_what_they_held_is_given_back(
+def test_8_sessions_beyond_the_last_slot_are_refused_and_hold_nothing(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
     service = make_service()

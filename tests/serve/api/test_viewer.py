@@ -260,7 +260,7 @@ def test_a_connection_that_is_cut_goes_on_by_its_token(
     assert [chunk for _, chunk in engine.made] == list(range(len(engine.made)))  # no chunk twice, none left out
 
 
-def test_a_prompt_that_was_changed_while_the_connection_was_lost_is_shown_all_the_same(
+def test_a_prompt_changed_while_the_connection_was_lost_is_shown_all_the_same(
     open_page: Open, service: Service, until: Until
 ) -> None:
     with wire(service.urls[0]) as cable:
@@ -334,7 +334,7 @@ def test_a_video_that_fails_is_told_on_the_page(page: Browser, until: Until, eng
     assert page.text("error") == "generation failed"
 
 
-def test_with_keys_it_asks_for_one_says_when_it_is_wrong_and_keeps_it_in_the_tab_alone(
+def test_with_keys_it_asks_for_one_and_keeps_it_in_the_tab_alone(
     open_page: Open, guarded: Service, key: Keyed, until: Until, ffprobe: str, tmp_path: Path
 ) -> None:
     page = open_page(guarded.urls[0])

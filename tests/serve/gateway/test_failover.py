@@ -52,7 +52,7 @@ def test_a_replica_that_dies_does_not_end_the_stream(
         assert not list(folder.glob("snapshot-*")), "snapshots are dropped when they are of no more use"
 
 
-def test_a_realtime_stream_whose_replica_dies_goes_on_without_waiting_for_a_deadline(
+def test_a_realtime_stream_survives_its_replica_without_waiting_for_a_deadline(
     make_cluster: Callable[..., Cluster],
 ) -> None:
     cluster = make_cluster()
@@ -88,7 +88,7 @@ def test_a_prompt_change_that_no_chunk_had_shown_is_not_lost_with_the_replica(
     assert one.indices == list(range(9))
 
 
-def test_a_session_that_is_lost_behind_its_first_chunk_begins_again_and_goes_on_as_if_it_had_not(
+def test_a_session_lost_behind_its_first_chunk_begins_again_unnoticed(
     make_cluster: Callable[..., Cluster], expected: bytes
 ) -> None:
     """The first chunk is shown before anything is kept to go on from; made anew, it is the same context."""
@@ -206,7 +206,7 @@ def test_an_interaction_says_one_thing(http: httpx2.Client, event: dict[str, Any
 
 
 @pytest.mark.parametrize(("chunks_done", "parts", "told"), [(1, [], ["e0", "e1"]), (3, [b"s"], ["e1"]), (3, [], None)])
-def test_a_session_that_begins_anew_is_told_what_its_first_chunk_had_shown_and_others_only_what_waits(
+def test_a_restarted_session_hears_all_changes_and_a_moved_one_what_waits(
     chunks_done: int, parts: list[bytes], told: list[str] | None
 ) -> None:
     changes = (Interaction("e0", "a blue square", chunk=0), Interaction("e1", "a green circle"))

@@ -206,7 +206,7 @@ def test_s5_a_session_that_takes_its_replicas_down_is_given_to_no_fourth_one(
     until(lambda: not engine.sessions, "its place is free")
 
 
-def test_s6_a_session_for_which_there_is_no_memory_ends_alone_and_the_replica_goes_on(
+def test_s6_a_session_for_which_there_is_no_memory_ends_alone(
     make_cluster: Callable[..., Cluster],
     until: Until,  # noqa: F811
 ) -> None:

@@ -42,7 +42,7 @@ def test_s12_of_one_event_sent_by_many_at_once_one_is_applied(
     assert (only["status"], only["chunk"]) == ("applied", 1)
 
 
-def test_s12_changes_are_applied_in_the_order_in_which_they_came_whatever_their_names(
+def test_s12_changes_are_applied_in_the_order_of_arrival_whatever_their_names(
     service: Service, engine: FakeEngine
 ) -> None:
     engine.allow(1)

@@ -275,7 +275,7 @@ def test_a_model_that_is_not_there_is_404_whatever_its_name(name: str, http: htt
     assert http.post("/v1/videos", json={"prompt": PROMPT, "model": "stable\x00"}).status_code in (404, 422)
 
 
-def test_a_video_keeps_its_release_when_the_weights_change_and_when_its_replica_dies(
+def test_a_video_keeps_its_release_when_weights_change_or_its_replica_dies(
     service: SideBySide, http: httpx2.Client, until: Until
 ) -> None:
     video = start(http, num_frames=105)["id"]

@@ -47,7 +47,7 @@ def fits(loads: list[Load], replicas: int, order: random.Random) -> bool:
 
 
 @given(LOADS, TARGET, SPARE, st.integers(1, 4), st.integers(4, 20))
-def test_there_are_never_more_or_fewer_than_the_limits_and_never_fewer_than_slots_and_time_need(
+def test_there_are_as_many_as_slots_and_time_need_within_the_limits(
     loads: list[Load], target: int, spare: float, least: int, most: int
 ) -> None:
     wanted = replicas_for(loads, target, least, most, spare)

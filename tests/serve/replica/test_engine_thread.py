@@ -68,7 +68,7 @@ def thread(engine: HardToDrive, watch: Watch) -> Iterator[EngineThread]:
     made.stop()
 
 
-def test_an_engine_that_hangs_for_three_chunk_times_is_not_well_and_is_well_again_when_it_goes_on(
+def test_an_engine_that_hangs_is_unhealthy_until_it_continues(
     engine: HardToDrive, watch: Watch, thread: EngineThread, until: Until
 ) -> None:
     assert thread.healthy and thread.deadline_s == 2.25
@@ -124,7 +124,7 @@ def test_after_failures_in_a_row_the_engine_must_show_that_it_still_can(
     assert not thread.healthy and thread.alive
 
 
-def test_until_it_has_tried_the_engine_is_well_because_the_failures_may_be_their_prompts_fault(
+def test_an_engine_is_healthy_until_it_has_failed_its_own_exercise(
     engine: HardToDrive, thread: EngineThread, until: Until
 ) -> None:
     """Else three bad prompts would keep a good one out, and have the replica replaced."""

@@ -168,7 +168,7 @@ def test_a_snapshot_that_does_not_fit_is_refused_and_takes_no_slot(tmp_path: Pat
     run(tmp_path, work)
 
 
-def test_a_session_that_would_slow_the_others_down_is_refused_with_when_to_ask_again(tmp_path: Path) -> None:
+def test_a_session_that_would_slow_others_down_is_refused_with_a_time(tmp_path: Path) -> None:
     async def work(make: Callable[..., Replica]) -> None:
         replica = make(small_release("serve.budget_share=0.000001"))
         assert isinstance(await replica.open(OpenSession("v", PROMPT, 3, 81, 1, True)), Opened)

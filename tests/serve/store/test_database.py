@@ -286,7 +286,7 @@ for number in range(10_000):
 """
 
 
-def test_a_process_killed_in_the_middle_of_writes_loses_nothing_that_it_acknowledged(
+def test_a_process_killed_between_writes_loses_nothing_acknowledged(
     database: Database, tables: Tables, database_url: str, repository: Path
 ) -> None:
     told: list[int] = []
