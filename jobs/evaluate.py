@@ -23,9 +23,8 @@ from torch import Tensor
 
 from diagonal.data.prompts import read_prompts
 from diagonal.errors import require
-from diagonal.evaluate.contact_sheet import contact_sheet, save_png
 from diagonal.evaluate.environment import system_description, write_report
-from diagonal.evaluate.plots import save_curves
+from diagonal.evaluate.pictures import contact_sheet, save_curves, save_png
 from diagonal.evaluate.quality import gate, report, vbench, videos
 from diagonal.evaluate.quality.comparison import Source, identity, run_panel
 from diagonal.evaluate.quality.sources import Student, Teacher, clip_seeds, codec_maker, draw_captions

@@ -24,7 +24,7 @@ from diagonal.evaluate.environment import system_description, write_report
 from diagonal.evaluate.experiments.runs import PARTS, Plan, student_of
 from diagonal.evaluate.experiments.search import Point, clip_ms, grid, pareto, parse_context, profile, worth
 from diagonal.evaluate.intervals import interval
-from diagonal.evaluate.plots import save_points
+from diagonal.evaluate.pictures import save_points
 from diagonal.evaluate.quality.comparison import FORMAT, Source, digest, identity, run_panel
 from diagonal.evaluate.quality.report import shown, table
 from diagonal.evaluate.quality.sources import Student, clip_seeds, draw_captions, own_world, summary

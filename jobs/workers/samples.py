@@ -19,7 +19,7 @@ from diagonal.config import Config
 from diagonal.data.embedded import embedded_world
 from diagonal.diffusion.noise import Salt, mixed_seed
 from diagonal.diffusion.rollout import rollout
-from diagonal.evaluate.contact_sheet import contact_sheet, save_png
+from diagonal.evaluate.pictures import contact_sheet, save_png
 from diagonal.media.encode import watchable_scale, write_mp4
 from diagonal.model.base_model import load_codec
 from diagonal.model.dit import CausalWan

@@ -14,9 +14,9 @@ import torch
 
 from diagonal.config import Config
 from diagonal.errors import require
-from diagonal.evaluate.contact_sheet import contact_sheet, save_png
 from diagonal.evaluate.experiments.short_training import trained_student
 from diagonal.evaluate.experiments.table import TEACHER_STEPS, Experiment, Variant, training_config, variant_config
+from diagonal.evaluate.pictures import contact_sheet, save_png
 from diagonal.evaluate.quality.comparison import FORMAT, Source, digest, run_panel
 from diagonal.evaluate.quality.report import drift_report, turns_report
 from diagonal.evaluate.quality.sources import (

@@ -1,4 +1,4 @@
-"""Plots of evaluations, as PNG: figures over time, and quality against cost."""
+"""Pictures of evaluations, as PNG: figures over time, quality against cost, and contact sheets of clips."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from diagonal.errors import require
 
 COLUMNS = 3
+GAP_PX = 2
 
 
 def save_curves(path: Path, times: Sequence[float], series: Mapping[str, Mapping[str, Any]], unit: str = "s") -> None:
@@ -55,6 +59,9 @@ def save_points(path: Path, points: Mapping[str, tuple[float, float]], best: Seq
 
 def _save(path: Path, names: Sequence[str], draw: Callable[[Any, str], None]) -> None:
     """Panels of a figure, written whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns = min(COLUMNS, len(names)) or 1
     rows = -(-len(names) // columns) or 1
     figure = Figure(figsize=(4.5 * columns + (2 if columns == 1 else 0), 2.8 * rows), layout="constrained")
@@ -68,4 +75,22 @@ def _save(path: Path, names: Sequence[str], draw: Callable[[Any, str], None]) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     canvas.print_png(str(temporary))
+    os.replace(temporary, path)
+
+
+def contact_sheet(clips: Tensor, columns: int = 9, scale: int = 3) -> Image.Image:
+    """Clips `[b, f, h, w, 3]` uint8 as rows of `columns` frames, evenly spaced in time, enlarged `scale` times."""
+    require(clips.ndim == 5 and len(clips) > 0, "clips", tuple(clips.shape), "at least one clip, [b, f, h, w, 3]")
+    frames = np.linspace(0, clips.shape[1] - 1, columns).round().astype(int)
+    picked = clips[:, frames].numpy().repeat(scale, axis=2).repeat(scale, axis=3)
+    padded = np.pad(picked, ((0, 0), (0, 0), (0, GAP_PX), (0, GAP_PX), (0, 0)), constant_values=255)
+    rows, _, height, width, _ = padded.shape
+    return Image.fromarray(padded.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3))
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    image.save(temporary, format="PNG")
     os.replace(temporary, path)
