@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
     "": -1,
     "errors": -2,
+    "files": -2,
     "setting": -1,
     "geometry": 0,
     "schedule": 0,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from diagonal.errors import require
+from diagonal.files import one_process
 from diagonal.model.base_model import LINEAGE, base_uri, save_student
 from diagonal.model.manifest import MANIFEST
 from diagonal.model.release import Release, write_release
@@ -79,7 +78,7 @@ def initial_student(run: Run) -> Path:
     if file.is_local:
         return file.path
     target = _cache() / f"{run.name}-{run.identity}-{file.name}"
-    with _only_one(target):
+    with one_process(target.with_name(f"{target.name}.lock")):
         if not target.exists():
             file.parent.get(file.name, target)
     return target
@@ -97,7 +96,7 @@ def local_copy(run: Run, name: str, last: str = LINEAGE) -> Path:
     require(folder.has(last), "folder", str(folder), f"one that is finished: it holds {last}")
     key = hashlib.sha256(f"{folder} {run.identity}".encode()).hexdigest()[:16]
     target = _cache() / f"{run.name}-{name}-{key}"
-    with _only_one(target):
+    with one_process(target.with_name(f"{target.name}.lock")):
         if not (target / last).is_file():
             files = [file for file in folder.files() if file != last]
             for file in [*files, last]:
@@ -107,12 +106,3 @@ def local_copy(run: Run, name: str, last: str = LINEAGE) -> Path:
 
 def _cache() -> Path:
     return Path(os.environ.get("DIAGONAL_CACHE") or Path.home() / ".cache" / "diagonal") / "runs"
-
-
-@contextmanager
-def _only_one(target: Path) -> Iterator[None]:
-    """One process of a machine at a time."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f"{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

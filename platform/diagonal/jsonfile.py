@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from diagonal.errors import FieldError, require
+from diagonal.files import write_text
 
 
 def write_json(path: str | os.PathLike[str], data: object) -> None:
     """Write `data` as JSON beside its final name, then rename, so that no reader ever sees half of it."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, target)
+    write_text(Path(path), json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

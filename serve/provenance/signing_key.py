@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from diagonal.errors import FieldError, require
-from diagonal.storage.disk import create_private
+from diagonal.files import create_private
 
 _FILE = "signing_key.pem"
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from diagonal.config import Config
 from diagonal.engine.engine import Engine
+from diagonal.files import file_hash
 from diagonal.metrics import MetricsBackend
-from diagonal.model.manifest import MANIFEST, file_hash
+from diagonal.model.manifest import MANIFEST
 from diagonal.model.release import Release
 from serve.provenance.watermarks import Watermarks
 from serve.records import ModelInfo

@@ -10,7 +10,7 @@ from pathlib import Path
 import sqlalchemy as sql
 
 from diagonal.errors import FieldError, require
-from diagonal.storage.disk import create_private
+from diagonal.files import create_private
 from serve.records import LOCAL, Caller
 from serve.store.tables import CLIENT_SECRETS, KEYS, Tables
 from serve.tokens import CLIENT_SECRET, KEY, Secret, new_secret, parse_secret

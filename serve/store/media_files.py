@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from diagonal.files import sync
 from diagonal.media.encode import write_fragments
 from diagonal.storage import Folder
-from diagonal.storage.disk import Disk, sync
+from diagonal.storage.disk import Disk
 from serve.provenance.content_credentials import Seal
 
 INIT = "init"

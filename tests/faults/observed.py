@@ -26,8 +26,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from diagonal.files import file_hash
 from diagonal.model.base_model import embedded
-from diagonal.model.manifest import file_hash
 from infra.local import cluster, observe
 from infra.local.demo import DemoError, Progress, _wait_until_ready, run_job
 from infra.local.ports import choose

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diagonal.config import Config
+from diagonal.files import file_hash
 from diagonal.model.base_model import CONFIG, embedded
-from diagonal.model.manifest import MANIFEST, file_hash
+from diagonal.model.manifest import MANIFEST
 from tests.faults.serving import APPLICATION, LiveService
 
 

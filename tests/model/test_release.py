@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from diagonal.errors import FieldError
+from diagonal.files import file_hash
 from diagonal.model.base_model import load_causal, load_text
-from diagonal.model.manifest import ReleaseError, file_hash
+from diagonal.model.manifest import ReleaseError
 from diagonal.model.release import Release, write_release
 from tests.model.folders import TRANSFORMER, edit_json, files_of, upload
 from tests.networks import small_config

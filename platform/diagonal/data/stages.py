@@ -29,8 +29,8 @@ from diagonal.data.trajectory import (
 from diagonal.diffusion.noise import Salt, clip_noise, mixed_seed
 from diagonal.diffusion.teacher import Trajectory, solve
 from diagonal.errors import require
+from diagonal.files import file_hash
 from diagonal.model.base_model import base_folder, load_teacher, load_text
-from diagonal.model.manifest import file_hash
 from diagonal.storage import Folder
 
 Columns = dict[str, Any]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diagonal.errors import FieldError
+from diagonal.files import file_hash
 from diagonal.jsonfile import read_json
 from diagonal.storage import Folder, StorageError
 
@@ -75,12 +75,3 @@ def check_promoted(manifest: Mapping[str, Any], where: str) -> None:
         f"release {manifest['name']} in {where} is not promoted: {reasons or judged}. Promote it with `python -m "
         "jobs.promote RELEASE --reason ...`, or serve it all the same with allow_unpromoted: true"
     )
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -15,6 +15,7 @@ import torch
 import diagonal
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
+from diagonal.files import file_hash
 from diagonal.jsonfile import read_json, write_json
 from diagonal.model.base_model import (
     CONFIG,
@@ -30,7 +31,7 @@ from diagonal.model.base_model import (
 from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import StreamingFastDecoder
 from diagonal.model.fp8 import use_fp8_linears
-from diagonal.model.manifest import FORMAT_VERSION, MANIFEST, check_files, check_promoted, file_hash, read_manifest
+from diagonal.model.manifest import FORMAT_VERSION, MANIFEST, check_files, check_promoted, read_manifest
 from diagonal.model.model_card import CARD, author_notes_of, write_card
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, decoder_of, laid_out

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
+
+from diagonal.files import renamed_file, sync, whole_file
 
 PART_BYTES = 16 * 2**20
 
@@ -53,7 +53,7 @@ class Disk:
         """Several files, each whole or not there; their names are synced together."""
         self.root.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
-            with _renamed_file(self.root / name) as file:
+            with renamed_file(self.root / name) as file:
                 file.write(data)
         sync(self.root)
 
@@ -69,44 +69,6 @@ class Disk:
             shutil.rmtree(self.root)
 
 
-def create_private(path: Path, data: bytes) -> None:
-    """A new file that its owner alone may read from the first moment; of two processes that make one, one's counts."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):  # the other process's
-            os.link(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_file(target: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name, synced to disk, when the block ends well, and else leaves nothing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed_file(target) as file:
-        yield file
-    sync(target.parent)
-
-
-@contextmanager
-def _renamed_file(target: Path) -> Iterator[BinaryIO]:
-    """A synced file that takes its name when the block ends well; the name is on disk once its folder is synced."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def swap_folder(new: Path, target: Path, old: Path) -> None:
     """Give the folder `new` the name `target`, whose older folder becomes `old`; synced to disk."""
     for path in [*new.rglob("*"), new]:
@@ -115,12 +77,3 @@ def swap_folder(new: Path, target: Path, old: Path) -> None:
         os.replace(target, old)
     os.replace(new, target)
     sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from pathlib import Path
 
 from diagonal.errors import require
+from diagonal.files import one_process
 from diagonal.storage.folder import Folder
 
 
@@ -22,10 +22,8 @@ def fetch(uri: str, cache: str | os.PathLike[str] | None = None) -> Path:
         require(source.path.is_dir(), "path", uri, "an existing folder or an s3:// URI")
         return Path(uri)
     root = Path(cache or os.environ.get("DIAGONAL_CACHE") or Path.home() / ".cache" / "diagonal")
-    root.mkdir(parents=True, exist_ok=True)
     target = root / hashlib.sha256(source.uri.encode()).hexdigest()[:16]
-    with (root / f"{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_process(root / f"{target.name}.lock"):
         if not target.exists():
             files = source.files()
             require(bool(files), "path", uri, "an s3:// folder that exists")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from diagonal.errors import FieldError, require
-from diagonal.storage.disk import Disk, swap_folder, whole_file
+from diagonal.files import whole_file
+from diagonal.storage.disk import Disk, swap_folder
 from diagonal.storage.remote import REMOTE, StorageError
 
 if TYPE_CHECKING:

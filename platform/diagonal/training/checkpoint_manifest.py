@@ -7,7 +7,6 @@ counts and is not whole. Hashes are looked at before a checkpoint is loaded. Nee
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diagonal.errors import FieldError
+from diagonal.files import file_hash
 from diagonal.storage import Folder
 
 FORMAT_VERSION = 2
@@ -116,7 +116,7 @@ def name_of(rank: int) -> str:
 def compose(source: Path, rank: int, world_size: int, token: str, progress: Mapping[str, int]) -> Manifest:
     """The files that `rank` wrote into the local folder `source`, with sizes and hashes, and where the run stands."""
     own = sorted(source.glob(f"__{rank}_*.distcp")) + ([source / ".metadata"] if rank == 0 else [])
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in own}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in own}
     return {
         "format_version": FORMAT_VERSION,
         "rank": rank,
@@ -132,7 +132,7 @@ def check_file(checkpoint: Checkpoint, name: str, path: Path) -> None:
     """Raise `CheckpointError` unless the local copy `path` of a listed file has its size and its hash."""
     expected = checkpoint.files[name]
     try:
-        size, digest = path.stat().st_size, _sha256(path)
+        size, digest = path.stat().st_size, file_hash(path)
     except OSError as error:
         raise CheckpointError(checkpoint.folder, f"{name} cannot be read: {error}") from error
     _check_size(checkpoint.folder, name, size, expected["bytes"])
@@ -183,8 +183,3 @@ def _read(folder: Folder, rank: int) -> Manifest:
 def _check_size(folder: Folder, name: str, found: int, expected: int) -> None:
     if found != expected:
         raise CheckpointError(folder, f"{name} has {found} bytes instead of {expected}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

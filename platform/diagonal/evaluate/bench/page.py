@@ -6,7 +6,6 @@ python -m diagonal.evaluate.bench.page docs/results
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from diagonal.config import Config
 from diagonal.evaluate.bench.random_release import RandomRelease
 from diagonal.evaluate.bench.rates import Variant, variants
+from diagonal.files import write_text
 from diagonal.jsonfile import write_json
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.flops import chunk_flops, rollout_flops
@@ -36,9 +36,7 @@ def write(out: Path, found: Found, config: Config) -> None:
 
 def write_page(folder: Path) -> None:
     """Write `speed.md` anew from the runs beside it."""
-    part = folder / f"{PAGE}.part"
-    part.write_text(page(runs_in(folder), _notes(folder)))
-    os.replace(part, folder / PAGE)
+    write_text(folder / PAGE, page(runs_in(folder), _notes(folder)))
 
 
 def runs_in(folder: Path) -> dict[str, Found]:

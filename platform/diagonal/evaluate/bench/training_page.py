@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ import torch
 import diagonal
 from diagonal.config import Config
 from diagonal.evaluate.environment import commit
+from diagonal.files import write_text
 from diagonal.jsonfile import write_json
 
 Row = Mapping[str, Any]
@@ -28,9 +28,7 @@ def write_report(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {**found, "config": config.to_dict()})
     text = markdown(found, config)
-    part = out.with_suffix(".md.part")
-    part.write_text(text)
-    os.replace(part, out.with_suffix(".md"))
+    write_text(out.with_suffix(".md"), text)
     return text
 
 

@@ -31,8 +31,8 @@ from diagonal.evaluate.quality.sources import (
 )
 from diagonal.evaluate.quality.streams import PIECES, clip_part, drift_part, kept_batches, stream_seeds, turn_part
 from diagonal.evaluate.quality.worlds import World
+from diagonal.files import file_hash
 from diagonal.model.base_model import load_causal, load_decoder, load_text
-from diagonal.model.manifest import file_hash
 from diagonal.storage import Folder
 
 ROWS, PARTS, STUDENTS, SHEETS = "rows", "parts", "students", "sheets"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diagonal.evaluate.load.figures import table
+from diagonal.files import write_text
 from diagonal.jsonfile import read_json
 
 PAGE = "docs/results/serving.md"
@@ -23,9 +23,7 @@ Found = Mapping[str, Any]
 def write_page(path: Path) -> str:
     """Write the page, whole or not at all; returns it."""
     text = page([read_json(file) for file in sorted(path.parent.glob(f"{path.stem}-*.json"))])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text)
     return text
 
 

@@ -22,8 +22,8 @@ from diagonal.evaluate.quality.features import clip_features
 from diagonal.evaluate.quality.serving_options import psnr_db
 from diagonal.evaluate.quality.sources import CLIPS_PER_BATCH, Make
 from diagonal.evaluate.quality.worlds import World
+from diagonal.files import file_hash
 from diagonal.media.measures import measure
-from diagonal.model.manifest import file_hash
 from diagonal.storage import Folder
 
 FORMAT = 1  # of a part; another one makes all parts anew

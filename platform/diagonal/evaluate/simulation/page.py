@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diagonal.files import write_text
 from diagonal.jsonfile import read_json
 
 PAGE = "docs/results/capacity.md"
@@ -25,9 +25,7 @@ def write_page(path: Path) -> str:
         if one["kind"] == "plan":
             _plot(file.with_suffix(".png"), one)
     text = page(found)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text)
     return text
 
 
