@@ -35,7 +35,7 @@ from jobs.runs.prompts import training_prompts
 from jobs.runs.run import Run, say
 from jobs.runs.summary import summarise
 from jobs.workers.data_feed import Feed, sample_order
-from jobs.workers.ray_train import check_batch, fit
+from jobs.workers.ray_train import check_batch, fit_stage
 from jobs.workers.samples import sample_captions
 from jobs.workers.worker import Worker
 
@@ -76,7 +76,7 @@ def _fit(run: Run) -> None:
     for folder in (run.base, teacher_folder(run), *([student] if student.is_dir() else [])):
         check_transformer(folder, run.config)
     check_batch(run.config.distill.batch_size, run.config.train.workers, "distill.batch_size")
-    fit(run, "distill", train, distill_feed(run))
+    fit_stage(run, "distill", train, distill_feed(run))
     say(f"distill: student in {run.folder / 'stage2'}")
 
 

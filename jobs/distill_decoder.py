@@ -78,7 +78,7 @@ def _train(run: Run, release: Release) -> None:
     training = DecoderTraining.new(config, device)
     if run.folder.has(CHECKPOINT):
         training.load(torch.load(io.BytesIO(run.folder.read(CHECKPOINT)), map_location=device, weights_only=True))
-        say(f"decoder: going on behind update {training.update}")
+        say(f"decoder: resumes after update {training.update}")
     report = Progress("decoder", config.decoder.updates, training.update)
     train_fast_decoder(config, training, clips, report, lambda: _save(run, training))
     count = min(UNSEEN_CLIPS, config.decoder.clips)

@@ -27,7 +27,7 @@ from jobs.runs.plan import run_job
 from jobs.runs.prompts import pair_prompts
 from jobs.runs.run import Run, say
 from jobs.workers.data_feed import Feed, sample_order
-from jobs.workers.ray_train import check_batch, fit
+from jobs.workers.ray_train import check_batch, fit_stage
 from jobs.workers.samples import sample_captions
 from jobs.workers.worker import Worker
 
@@ -45,7 +45,7 @@ def initialise(run: Run) -> None:
     read = (ReadPairs, {"folder": run.folder / "pairs"})
     captions = sample_captions(run.config, pair_prompts(run))
     feed = Feed(rows, settings.batch_size, settings.updates, read, captions)
-    fit(run, "ode_init", train, feed)
+    fit_stage(run, "ode_init", train, feed)
     say(f"ode_init: student in {run.folder / 'ode_init'}")
 
 

@@ -70,12 +70,12 @@ def make_pairs(run: Run) -> Folder:
         f"pairs: {run.config.pairs.count} trajectories, {size_gb:.3f} GB, in {len(plan.shards)} shards of which "
         f"{len(missing)} are to be made"
     )
-    plan.check_bad([row for shard in shards.values() for row in shard.set_aside])
+    plan.check_bad([row for shard in shards.values() for row in shard.quarantined])
     for shard in solve_shards(run, folder, plan, missing):
         shards[shard.number] = shard
-        plan.check_bad([row for found in shards.values() for row in found.set_aside])
+        plan.check_bad([row for found in shards.values() for row in found.quarantined])
     manifest = finish(folder, plan, [shards[number] for number in plan.shards])
-    say(f"pairs: {manifest['rows']} trajectories in {folder}, {len(manifest['set_aside'])} set aside")
+    say(f"pairs: {manifest['rows']} trajectories in {folder}, {len(manifest['quarantined'])} quarantined")
     return folder
 
 
@@ -89,7 +89,7 @@ def usable_pairs(run: Run) -> list[tuple[str, int]]:
     if not folder.has(USABLE):
         bad = verify(folder)
         for row in bad:
-            say(f"pairs: {row['file']}, row {row['index']} (sample {row['sample']}) set aside: {row['reason']}")
+            say(f"pairs: {row['file']}, row {row['index']} (sample {row['sample']}) quarantined: {row['reason']}")
         if bad:
             connect()  # a number told before is told nobody
             _count_bad(ray_metrics(), "ode_init", bad)
@@ -129,13 +129,13 @@ def solve_shards(run: Run, folder: Folder, plan: PairPlan, missing: Sequence[int
     progress = _Progress(ray_metrics(), len(missing), sum(len(plan.samples(number)) for number in missing))
     try:
         for row in dataset.iter_rows():
-            aside = json.loads(row["set_aside"])
+            aside = json.loads(row["quarantined"])
             shard = Shard(row["shard"], row["rows"], row["bytes"], row["checksum"], tuple(aside))
             check_seen(folder, shard)
             progress(shard, row["encode_s"], row["solve_s"])
             yield shard
     except RayError as error:
-        raise JobFailed(f"pairs failed: {_cause(str(error))}\nfinished shards are kept; {run.go_on}") from None
+        raise JobFailed(f"pairs failed: {_cause(str(error))}\nfinished shards are kept; {run.resume_hint}") from None
 
 
 def _cause(account: str) -> str:
@@ -185,15 +185,15 @@ class _Progress:
     def __call__(self, shard: Shard, encode_s: float, solve_s: float) -> None:
         self._done += 1
         self._rows += shard.rows
-        self._missing -= shard.rows + len(shard.set_aside)
+        self._missing -= shard.rows + len(shard.quarantined)
         seconds = time.monotonic() - self._started_s
         self._metrics.inc("diagonal_pairs_total", shard.rows)
         self._metrics.set("diagonal_pairs_per_second", self._rows / seconds)
         self._metrics.set("diagonal_pairs_missing", self._missing)
         self._metrics.observe("diagonal_pairs_shard_seconds", encode_s, step="encode")
         self._metrics.observe("diagonal_pairs_shard_seconds", solve_s, step="solve")
-        _count_bad(self._metrics, "pairs", shard.set_aside)
-        aside = f" ({len(shard.set_aside)} rows set aside)" if shard.set_aside else ""
+        _count_bad(self._metrics, "pairs", shard.quarantined)
+        aside = f" ({len(shard.quarantined)} rows quarantined)" if shard.quarantined else ""
         left_s = (self._shards - self._done) * seconds / self._done
         say(
             f"pairs: shard {shard.number} done{aside}, {self._done}/{self._shards}, "

@@ -91,7 +91,7 @@ def _codec(config: Config, linear: LinearCodec) -> AutoencoderKLWan | LinearCode
 def _restore(run: Run, training: TeacherTraining) -> None:
     if run.folder.has(STATE):
         training.load_state_dict(torch.load(BytesIO(run.folder.read(STATE)), weights_only=True))
-        say(f"pretrain: going on after update {training.update}")
+        say(f"pretrain: resumes after update {training.update}")
 
 
 def _after(run: Run, text: TextEncoder, linear: LinearCodec, training: TeacherTraining) -> None:

@@ -66,7 +66,7 @@ ROOMS = {
 }
 MOST_ARROWS = {"serve": 45, "jobs": 32, "diagonal.evaluate": 8}
 APART = {("api", "store"), ("api", "replica"), ("policies", "rpc")}  # though the ranks would let them
-NOT_YET = {"jobs/runs/summary.py imports jobs.workers.samples"}
+NOT_YET: set[str] = set()
 EDGE_LIBRARIES = {"ray", "fastapi", "pydantic", "starlette", "uvicorn"}
 LOOKS_INTO_SERVE = (
     "jobs/benchmarks/service_policies.py"  # a simulation runs the service's own decisions: this file alone

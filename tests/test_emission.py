@@ -21,7 +21,7 @@ from jobs.runs.arguments import run_options
 from jobs.runs.prompts import pair_prompts_folder
 from jobs.runs.run import Run, open_run
 from jobs.workers.data_feed import Feed
-from jobs.workers.reporting import Place
+from jobs.workers.reporting import RankInfo
 from jobs.workers.watchdog import Watchdog
 from jobs.workers.worker import Worker
 from serve.settings import DENY_LIST, ServeSettings
@@ -154,7 +154,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Seen:
                 newest = max(name for name in checkpoints.children() if name.startswith("update"))
                 file = next(name for name in (checkpoints / newest).files() if name.endswith(".distcp"))
                 spoil(checkpoints / newest, file, -1)
-            place = Place("distill", 0, 1)
+            place = RankInfo("distill", 0, 1)
             with Worker(run, place, torch.device("cpu"), Watchdog(300, "here"), on_ray=False) as worker:
                 distill.train(worker, distill.distill_feed(run))
     telling = hooks()

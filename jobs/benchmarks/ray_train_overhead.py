@@ -32,8 +32,8 @@ from jobs.distill import build, distill_feed, prompt_batch
 from jobs.ray_cluster import connect
 from jobs.runs.run import Run, main, say
 from jobs.workers.data_feed import Feed
-from jobs.workers.ray_train import fit
-from jobs.workers.reporting import Place
+from jobs.workers.ray_train import fit_stage
+from jobs.workers.reporting import RankInfo
 from jobs.workers.watchdog import Watchdog
 from jobs.workers.worker import Worker
 
@@ -111,7 +111,7 @@ def plain_rank(rank: int, settings: Mapping[str, Any], feed: Feed, meeting: str)
     run = Run.from_settings(settings)
     ranks = run.config.train.workers
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-    place = Place("plain", rank, ranks)
+    place = RankInfo("plain", rank, ranks)
     worker = Worker(run, place, torch.device("cpu"), Watchdog(NEVER, "plain"), on_ray=False)
     run_updates(worker, feed, plain=True)
     dist.destroy_process_group()
@@ -129,7 +129,7 @@ def seconds_per_update(run: Run, kind: str) -> Times:
     """Wall and CPU time of a typical update of one measurement."""
     feed = distill_feed(run)
     if kind == "Ray Train":
-        fit(run, "distill", under_ray, feed)
+        fit_stage(run, "distill", under_ray, feed)
     else:
         meeting = str(run.folder.path / "meeting")
         processes.spawn(plain_rank, (run.to_settings(), feed, meeting), nprocs=run.config.train.workers)

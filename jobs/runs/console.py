@@ -10,13 +10,13 @@ PROGRESS_EVERY_S = 10.0
 
 
 @dataclass
-class Clock:
+class Interval:
     """Whether it is time again."""
 
     every_s: float
     last_s: float = field(default_factory=lambda: time.monotonic())
 
-    def rings(self) -> bool:
+    def is_due(self) -> bool:
         now_s = time.monotonic()
         if now_s - self.last_s < self.every_s:
             return False
@@ -38,10 +38,10 @@ class Progress:
     def __init__(self, stage: str, updates: int, done: int = 0) -> None:
         self._stage, self._updates, self._done = stage, updates, done
         self._started_s = time.monotonic()
-        self._clock = Clock(PROGRESS_EVERY_S)
+        self._clock = Interval(PROGRESS_EVERY_S)
 
     def __call__(self, update: int, figures: Mapping[str, float]) -> None:
-        if self._clock.rings() or update == self._updates:
+        if self._clock.is_due() or update == self._updates:
             left_s = (self._updates - update) * (time.monotonic() - self._started_s) / (update - self._done)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
             print(f"{self._stage}: update {update}/{self._updates}, {shown}, about {left_s:.0f} s left", flush=True)

@@ -190,7 +190,7 @@ def _updates(run: Run, layouts: Layouts, times: list[float | None], stage: int, 
     forwards = f", {rolled} forwards a rollout" if rolled else ""
     seconds, time = _time(run, each, end - done, _record(folder))
     times.append(seconds)
-    went = f"goes on after update {done}: " if done > start else ""
+    went = f"resumes after update {done}: " if done > start else ""
     return (
         f"{went}{end - done} updates of {batch} samples{forwards}; {each / 1e15:.3g} PFLOP an update on average; {time}"
     )

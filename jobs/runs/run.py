@@ -122,9 +122,9 @@ class Run:
         return self.folder.has(SUMMARY)
 
     @property
-    def go_on(self) -> str:
-        """What to say to somebody whose run was cut off."""
-        return f"go on with --name {self.name} --resume"
+    def resume_hint(self) -> str:
+        """How a run that was cut off is resumed."""
+        return f"resume with --name {self.name} --resume"
 
     def has_student(self, stage: str) -> bool:
         """Whether the student of `ode_init`, `stage1` or `stage2` is there, whole."""
@@ -180,7 +180,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[Run]:
 def _resolve(arguments: argparse.Namespace) -> tuple[Run, Callable[[], None]]:
     """The run, and what writes its beginning or its going on to its folder."""
     name, resume = arguments.name, arguments.resume
-    require(bool(name) or not resume, "--name", name, "the name of the run that --resume goes on with")
+    require(bool(name) or not resume, "--name", name, "the name of the run to resume")
     wanted = None if resume and _says_nothing(arguments) else _config(arguments)
     storage = _storage(arguments, wanted)
     name = name or _new_name(storage, (wanted or _config(arguments)).preset)
@@ -189,8 +189,8 @@ def _resolve(arguments: argparse.Namespace) -> tuple[Run, Callable[[], None]]:
     exists = folder.has(CONFIG)
     if resume:
         require(exists, "--resume", name, f"a run that exists in {storage}")
-        return _go_on(arguments, folder, name)
-    require(not exists, "--name", name, f"a name that no run in {storage} has; or --resume, to go on with it")
+        return _resume(arguments, folder, name)
+    require(not exists, "--name", name, f"a name that no run in {storage} has; or --resume")
     assert wanted is not None
     if arguments.from_scratch:
         require(wanted.is_embedded, "--from-scratch", wanted.preset, "a preset whose data is embedded, such as 'tiny'")
@@ -234,7 +234,7 @@ def _begin(run: Run) -> None:
     run.folder.write_json(CONFIG, run.config.to_dict())
 
 
-def _go_on(arguments: argparse.Namespace, folder: Folder, name: str) -> tuple[Run, Callable[[], None]]:
+def _resume(arguments: argparse.Namespace, folder: Folder, name: str) -> tuple[Run, Callable[[], None]]:
     stored = Config.from_dict(folder.read_json(CONFIG))
     if _says_nothing(arguments):
         wanted = _absolute(stored.with_settings(arguments.settings))
@@ -282,7 +282,7 @@ def say(message: str) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise JobStopped("stopped: what is finished is kept; go on with --name NAME --resume")
+    raise JobStopped("stopped: what is finished is kept; resume with --name NAME --resume")
 
 
 def main(module: str) -> None:

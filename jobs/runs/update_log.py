@@ -21,7 +21,7 @@ Entry = dict[str, Any]
 _log = logging.getLogger(__name__)
 
 
-class Outbox:
+class FolderSync:
     """A folder for reports. On local storage files are written in place; for S3 beside, and uploaded by `send`.
 
     Uploads run in the background and those that fail are tried again by the next `send`: a storage that is away does
@@ -75,7 +75,7 @@ class Journal:
     on before them. `read_journal` gives what counts.
     """
 
-    def __init__(self, outbox: Outbox) -> None:
+    def __init__(self, outbox: FolderSync) -> None:
         outbox.receive(UPDATES)
         self._path = outbox.local / UPDATES
         self.known = read_journal(self._path.read_text().splitlines()) if self._path.exists() else Record((), ())

@@ -19,8 +19,8 @@ class Failure:
     traceback: str
 
 
-class Control:
-    """The state of one stage's conversation; `start_control` makes it an actor."""
+class StageController:
+    """The state of one stage's conversation; `start_controller` makes it an actor."""
 
     def __init__(self) -> None:
         self._stop = asyncio.Event()
@@ -41,9 +41,9 @@ class Control:
         return self._failure
 
 
-def start_control() -> Any:
-    """A `Control` that workers on all nodes reach; it takes no resources and ends with the job."""
-    return ray.remote(num_cpus=0, max_restarts=-1)(Control).remote()
+def start_controller() -> Any:
+    """A `StageController` that workers on all nodes reach; it takes no resources and ends with the job."""
+    return ray.remote(num_cpus=0, max_restarts=-1)(StageController).remote()
 
 
 @dataclass

@@ -29,7 +29,7 @@ from diagonal.training.distributed import GROUP_LOST
 from diagonal.training.loop import Stopped, TooManyNonFiniteError
 from jobs.ray_cluster import connect
 from jobs.runs.run import JobFailed, JobStopped, Run, say
-from jobs.workers.control import Failure, start_control
+from jobs.workers.control import Failure, start_controller
 from jobs.workers.data_feed import Feed
 from jobs.workers.worker import Worker
 
@@ -46,14 +46,14 @@ FOLLOWS = (
 )
 
 
-def fit(run: Run, stage: str, body: Callable[[Worker, Feed], None], feed: Feed) -> None:
+def fit_stage(run: Run, stage: str, body: Callable[[Worker, Feed], None], feed: Feed) -> None:
     """Run `body` on every worker until it ends; a stage that was cut off goes on from its newest whole checkpoint.
 
     Lost and stalled workers are replaced, `train.max_failures` times. Raises `JobFailed` with the cause where that is
     not enough, the error itself where no restart would mend it, `JobStopped` after SIGTERM.
     """
     connect()
-    config, control = run.config.train, start_control()
+    config, control = run.config.train, start_controller()
     settings = {**run.to_settings(), "stage": stage, "control": control, "feed": ray.put(feed), "body": body}
     say(f"{stage}: {feed.updates} updates of {feed.batch_size} samples on {_workers(config)} workers")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.stall_timeout_s * FIRST_OF_ALL_SHARE)
@@ -65,7 +65,7 @@ def fit(run: Run, stage: str, body: Callable[[Worker, Feed], None], feed: Feed) 
             raise JobFailed(_account(stage, error, run)) from None
         _raise_final(control)
         if stopped.is_set():
-            raise JobStopped(f"{stage}: stopped as asked, its checkpoint is whole; {run.go_on}")
+            raise JobStopped(f"{stage}: stopped as asked, its checkpoint is whole; {run.resume_hint}")
 
 
 def _trainer(run: Run, stage: str, settings: dict[str, Any], scratch: str) -> TorchTrainer:
@@ -168,7 +168,7 @@ def _account(stage: str, error: Exception, run: Run) -> str:
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     said = first_cause(failures) if failures else str(error)
     limit = run.config.train.max_failures
-    return f"{stage} failed, and train.max_failures = {limit} are used up: {said}\n{run.go_on}"
+    return f"{stage} failed, and train.max_failures = {limit} are used up: {said}\n{run.resume_hint}"
 
 
 def first_cause(failures: Mapping[int, Exception]) -> str:

@@ -14,9 +14,9 @@ from tensorboardX import SummaryWriter
 
 from diagonal.training.checkpoint import Checkpointer, Restored
 from diagonal.training.distributed import Group
-from jobs.runs.console import Clock, duration
+from jobs.runs.console import Interval, duration
 from jobs.runs.run import say
-from jobs.runs.update_log import Journal, Outbox
+from jobs.runs.update_log import FolderSync, Journal
 from jobs.workers.samples import save_curves, sheet_pixels
 from jobs.workers.stage_metrics import OWN, StageMetrics
 
@@ -30,7 +30,7 @@ REPORT, PREEMPTION, STOP = 1, 2, 4  # what rank 0 decides for all in one reducti
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Which stage and rank this is, how many ranks there are, and how they speak over the CPU."""
 
     stage: str
@@ -39,10 +39,10 @@ class Place:
     group: Group = None
 
 
-class Agreement:
+class RankConsensus:
     """Rank 0's decisions and the mean of all ranks' losses, in one reduction an update."""
 
-    def __init__(self, place: Place, weight: float) -> None:
+    def __init__(self, place: RankInfo, weight: float) -> None:
         self._place, self._weight = place, weight
 
     def __call__(self, figures: Mapping[str, float], decisions: int) -> tuple[dict[str, float], int]:
@@ -61,18 +61,24 @@ class Reporter:
     """Rank 0's reports of a stage: metrics, the log, the journal, TensorBoard, curves and samples."""
 
     def __init__(
-        self, place: Place, outbox: Outbox, metrics: StageMetrics, last: int, batch_size: int, checkpoint_every: int
+        self,
+        place: RankInfo,
+        sync: FolderSync,
+        metrics: StageMetrics,
+        last: int,
+        batch_size: int,
+        checkpoint_every: int,
     ) -> None:
-        self._place, self._outbox, self._last, self._batch_size = place, outbox, last, batch_size
+        self._place, self._sync, self._last, self._batch_size = place, sync, last, batch_size
         self.metrics, self._checkpoint_every = metrics, checkpoint_every
-        self._journal = Journal(outbox)
-        self._printing, self._begun_s, self._first = Clock(PROGRESS_EVERY_S), time.monotonic(), 0
+        self._journal = Journal(sync)
+        self._printing, self._begun_s, self._first = Interval(PROGRESS_EVERY_S), time.monotonic(), 0
         self._board: SummaryWriter | None = None
 
     @property
     def folder(self) -> Path:
         """Where files are written; what lies there reaches the run's folder."""
-        return self._outbox.local
+        return self._sync.local
 
     def started(self, update: int, restored: Restored | None) -> None:
         """Note where this start goes on from, and what was refused, loudly."""
@@ -80,11 +86,11 @@ class Reporter:
         restarted = bool(self._journal.known.starts)
         self.metrics.started(update, self._place.world_size, restarted, len(refused))
         self._journal.start(update, time=time.time(), world_size=self._place.world_size, refused=refused)
-        self._board = SummaryWriter(str(self._outbox.local / "tensorboard"), purge_step=update + 1)
+        self._board = SummaryWriter(str(self._sync.local / "tensorboard"), purge_step=update + 1)
         for reason in refused:
             say(f"{self._place.stage}: WARNING: REFUSED {reason}")
         if restored or restarted:
-            say(f"{self._place.stage}: goes on after update {update} on {self._place.world_size} workers")
+            say(f"{self._place.stage}: resumes after update {update} on {self._place.world_size} workers")
         self._begun_s = time.monotonic()
 
     def update(self, update: int, stage: int, figures: Mapping[str, float], checkpoint_age_s: float) -> None:
@@ -98,7 +104,7 @@ class Reporter:
         assert self._board is not None
         for name, value in figures.items():
             self._board.add_scalar(f"{self._place.stage}/{name}", value, update)
-        if self._printing.rings() or update == self._last:
+        if self._printing.is_due() or update == self._last:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if name not in OWN)
             left = duration((self._last - update) / rate)
             say(f"{self._place.stage}: update {update}/{self._last}, {rate:.3g}/s, about {left} left; {shown}")
@@ -106,7 +112,7 @@ class Reporter:
     def pictures(self, update: int, sheet: Any = None) -> None:
         """Draw the curves and send everything; `sheet` is the path of a new contact sheet."""
         entries = self._journal.record().updates
-        save_curves(entries, self._outbox.local / "losses.png", f"{self._place.stage}, update {update}")
+        save_curves(entries, self._sync.local / "losses.png", f"{self._place.stage}, update {update}")
         assert self._board is not None
         if sheet is not None:
             self._board.add_image(f"{self._place.stage}/samples", sheet_pixels(sheet), update, dataformats="HWC")
@@ -115,21 +121,21 @@ class Reporter:
     def send(self) -> None:
         assert self._board is not None
         self._board.flush()
-        self._outbox.send()
+        self._sync.send()
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
         self._journal.close()
-        self._outbox.close()
+        self._sync.close()
 
 
-class Progress:
+class StageHooks:
     """A stage's hooks on one rank: what is reported, saved and asked after each update; every rank calls it alike."""
 
     def __init__(
         self,
-        place: Place,
+        place: RankInfo,
         checkpointer: Checkpointer,
         reporter: Reporter | None,
         *,
@@ -142,9 +148,9 @@ class Progress:
         sample: Callable[[int, int], Any] | None = None,
     ) -> None:
         self._place, self._checkpointer, self.reporter = place, checkpointer, reporter
-        self._agree, self._last, self._stop, self._beat = Agreement(place, weight), last, stop, beat
+        self._agree, self._last, self._stop, self._beat = RankConsensus(place, weight), last, stop, beat
         self._report, self._preempted, self._sample = report, preempted, sample
-        self._reporting, self._looking = Clock(REPORT_EVERY_S), Clock(PREEMPTION_EVERY_S)
+        self._reporting, self._looking = Interval(REPORT_EVERY_S), Interval(PREEMPTION_EVERY_S)
         self._decided = 0
         self._wrote_s, self._saved_s = checkpointer.wrote_s, time.monotonic()
         self._whole_s = self._saved_s
@@ -187,7 +193,7 @@ class Progress:
     def _decisions(self) -> int:
         if self._place.rank != 0:
             return 0
-        bits = (REPORT * self._reporting.rings(), PREEMPTION * self._looking.rings(), STOP * self._stop())
+        bits = (REPORT * self._reporting.is_due(), PREEMPTION * self._looking.is_due(), STOP * self._stop())
         return sum(int(bit) for bit in bits)
 
     def _checkpoint_age_s(self) -> float:

@@ -19,14 +19,14 @@ NORM = "gradient_norm"
 
 
 @dataclass(frozen=True)
-class Effort:
+class StageFlops:
     """Operations of one sample's share of an update, by stage, and what all workers' devices do in a second."""
 
     updates: Mapping[int, UpdateFlops]
     peak_flops: float
 
     @classmethod
-    def of(cls, run: Run, stages: tuple[int, ...], device: torch.device, workers: int) -> Effort:
+    def of(cls, run: Run, stages: tuple[int, ...], device: torch.device, workers: int) -> StageFlops:
         """The peak is measured, by one large matrix product, on this worker's device."""
         layouts = read_layouts(run)
         student, teacher = TransformerLayout.of(layouts.student), TransformerLayout.of(layouts.teacher)
@@ -42,7 +42,7 @@ class Effort:
 class StageMetrics:
     """The training metrics of one stage, through any backend."""
 
-    def __init__(self, metrics: MetricsBackend, stage: str, last: int, effort: Effort | None = None) -> None:
+    def __init__(self, metrics: MetricsBackend, stage: str, last: int, effort: StageFlops | None = None) -> None:
         self._metrics, self._stage, self._last, self._effort = metrics, stage, last, effort
 
     def started(self, update: int, workers: int, restarted: bool, refused: int) -> None:

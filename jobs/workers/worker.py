@@ -33,12 +33,12 @@ from jobs.ray_metrics import ray_metrics
 from jobs.runs.layouts import read_layouts
 from jobs.runs.plan import estimate
 from jobs.runs.run import Run, say
-from jobs.runs.update_log import Outbox
+from jobs.runs.update_log import FolderSync
 from jobs.workers.control import StopRequests
 from jobs.workers.data_feed import Feed
-from jobs.workers.reporting import Place, Progress, Reporter
+from jobs.workers.reporting import RankInfo, Reporter, StageHooks
 from jobs.workers.samples import SampleVideos
-from jobs.workers.stage_metrics import Effort, StageMetrics
+from jobs.workers.stage_metrics import StageFlops, StageMetrics
 from jobs.workers.watchdog import Watchdog
 
 
@@ -47,12 +47,12 @@ class Worker:
     """What one rank of a stage knows and holds while it runs. Use as a context: the end closes what it opened."""
 
     run: Run
-    place: Place
+    place: RankInfo
     device: torch.device
     watchdog: Watchdog
     control: Any = None
     on_ray: bool = True
-    progress: Progress | None = None
+    progress: StageHooks | None = None
     checkpointer: Checkpointer | None = None
 
     @classmethod
@@ -62,7 +62,7 @@ class Worker:
         run, rank = Run.from_settings(settings), context.get_world_rank()
         cuda = torch.cuda.is_available() and run.config.train.gpus_per_worker > 0
         group = gloo_group(run.config.train.stall_timeout_s)
-        place = Place(settings["stage"], rank, context.get_world_size(), group)
+        place = RankInfo(settings["stage"], rank, context.get_world_size(), group)
         watchdog = Watchdog(run.config.train.stall_timeout_s, f"{place.stage}, rank {rank}")
         device = ray.train.torch.get_device() if cuda else torch.device("cpu")
         return cls(run, place, device, watchdog, settings["control"])
@@ -116,12 +116,12 @@ class Worker:
         restored = self.checkpointer.restore(state)
         reporter = None
         if place.rank == 0:
-            reporter = self._reporter(Outbox(folder), feed)
+            reporter = self._reporter(FolderSync(folder), feed)
             reporter.started(state.update, restored)
         own = len(own_samples(1, feed.batch_size, place.rank, place.world_size))
         drawing = self.config.train.sample_every and feed.captions
         videos = SampleVideos(self.config, self.run.base, text, feed.captions, self.device) if drawing else None
-        self.progress = Progress(
+        self.progress = StageHooks(
             place,
             self.checkpointer,
             reporter,
@@ -137,13 +137,13 @@ class Worker:
         batches = feed.batches(state.update, place.rank, place.world_size)
         return batches, Hooks(self.progress.report, self.progress.save, self.progress.stop)
 
-    def _reporter(self, outbox: Outbox, feed: Feed) -> Reporter:
+    def _reporter(self, sync: FolderSync, feed: Feed) -> Reporter:
         """What rank 0 tells of the stage."""
         first = self.place.stage == "ode_init"
-        effort = Effort.of(self.run, (0,) if first else (1, 2), self.device, self.place.world_size)
+        effort = StageFlops.of(self.run, (0,) if first else (1, 2), self.device, self.place.world_size)
         metrics = StageMetrics(self._metrics(), self.place.stage, feed.updates, effort)
         every = (self.config.ode_init if first else self.config.distill).checkpoint_every
-        return Reporter(self.place, outbox, metrics, feed.updates, feed.batch_size, every)
+        return Reporter(self.place, sync, metrics, feed.updates, feed.batch_size, every)
 
     def _metrics(self) -> MetricsBackend:
         return ray_metrics()

@@ -35,7 +35,7 @@ def test_whole_shards_are_found_again_with_what_they_lack(folder: Folder) -> Non
     begin(folder, plan)
     written = [write(folder, plan, 0), write(folder, plan, 1, bad=(4,)), write(folder, plan, 2, bad=(6,))]
     assert finished(folder, plan) == {0: written[0], 1: written[1], 2: written[2]}
-    assert (written[2].rows, written[1].set_aside[0]["reason"]) == (0, "not_finite")
+    assert (written[2].rows, written[1].quarantined[0]["reason"]) == (0, "not_finite")
 
 
 @pytest.mark.parametrize("left_bytes", [0, 3, 4, 100, -1])
@@ -53,9 +53,9 @@ def test_a_list_of_rows_set_aside_that_no_longer_fits_its_shard_makes_it_unfinis
     begin(folder, plan)
     write(folder, plan, 1, bad=(4,))
     write(folder, plan, 1)  # a rerun found nothing wrong; the old list is still there
-    assert finished(folder, plan) == {} and not folder.has("set_aside/pairs-000001.json")
+    assert finished(folder, plan) == {} and not folder.has("quarantined/pairs-000001.json")
     write(folder, plan, 1, bad=(4,))
-    folder.remove("set_aside/pairs-000001.json")
+    folder.remove("quarantined/pairs-000001.json")
     assert finished(folder, plan) == {} and not folder.has(FILE)
 
 
@@ -235,14 +235,14 @@ def test_bad_rows_of_the_solving_and_of_the_reading_count_together(folder: Folde
     assert len(usable_places(folder)) == 5 and folder.read_json("usable.json")["rows"] == 5
     tight = plan_of(max_bad_share=0.2)
     folder.remove("usable.json")
-    with pytest.raises(FieldError, match="share of rows set aside = 0.2857: .*sample 6, prompt None: unreadable"):
+    with pytest.raises(FieldError, match="share of rows quarantined = 0.2857: .*sample 6, prompt None: unreadable"):
         keep_usable(folder, tight, bad)
     assert not folder.has("usable.json")
 
 
 def test_what_is_usable_of_another_set_is_refused(folder: Folder) -> None:
     finished_set(folder, plan_of())
-    folder.write_json("usable.json", {"format_version": 1, "set_id": "x", "rows": 7, "set_aside": []})
+    folder.write_json("usable.json", {"format_version": 1, "set_id": "x", "rows": 7, "quarantined": []})
     with pytest.raises(FieldError, match="usable.json set_id = 'x'"):
         usable_places(folder)
 

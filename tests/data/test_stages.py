@@ -159,10 +159,10 @@ def test_rows_that_are_not_finite_are_set_aside_with_a_reason(
     spoil_states(monkeypatch, [1], value)
     done = SolveShard(plan, folder)(encoded)
     aside = [{"sample": 4, "prompt_id": rows_of(encoded)[1]["prompt_id"], "reason": "not_finite"}]
-    assert int(done["rows"][0]) == 2 and json.loads(str(done["set_aside"][0])) == aside
+    assert int(done["rows"][0]) == 2 and json.loads(str(done["quarantined"][0])) == aside
     assert pq.read_table(folder.path / shard_file(1))["sample"].to_pylist() == [3, 5]
-    assert folder.read_json("set_aside/pairs-000001.json") == aside
-    assert finished(folder, plan)[1].set_aside == tuple(aside)
+    assert folder.read_json("quarantined/pairs-000001.json") == aside
+    assert finished(folder, plan)[1].quarantined == tuple(aside)
 
 
 def test_a_rerun_that_finds_nothing_wrong_takes_back_what_was_set_aside(
@@ -173,7 +173,7 @@ def test_a_rerun_that_finds_nothing_wrong_takes_back_what_was_set_aside(
         assert int(SolveShard(plan, folder)(encoded)["rows"][0]) == 0
     assert not folder.has(shard_file(1)) and finished(folder, plan)[1].rows == 0
     SolveShard(plan, folder)(encoded)
-    assert finished(folder, plan)[1].rows == 3 and not folder.has("set_aside/pairs-000001.json")
+    assert finished(folder, plan)[1].rows == 3 and not folder.has("quarantined/pairs-000001.json")
 
 
 def test_a_shard_appears_after_the_list_of_what_it_lacks(
@@ -191,7 +191,7 @@ def test_a_shard_appears_after_the_list_of_what_it_lacks(
     monkeypatch.setattr(Folder, "write", die)
     with pytest.raises(KeyboardInterrupt):
         SolveShard(plan, folder)(encoded)
-    assert folder.has("set_aside/pairs-000001.json") and finished(folder, plan) == {}
+    assert folder.has("quarantined/pairs-000001.json") and finished(folder, plan) == {}
 
 
 def test_a_node_that_does_not_see_the_jobs_folder_is_refused_before_it_solves(plan: PairPlan, tmp_path: Path) -> None:

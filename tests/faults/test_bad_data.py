@@ -74,12 +74,12 @@ def test_corrupt_rows_are_set_aside_by_name_and_reason_and_never_trained_on(
     drop_a_column(storage / "r" / "pairs" / "pairs-000003.parquet")
     job = initialise(start, storage)
     assert job.ended() == 0, job.tail()
-    aside = (job.folder / "pairs").read_json("usable.json")["set_aside"]
+    aside = (job.folder / "pairs").read_json("usable.json")["quarantined"]
     found = {row["sample"]: row["reason"] for row in aside}
     unreadable, drifted = dict.fromkeys(range(4, 8), "unreadable"), dict.fromkeys(range(12, 16), "schema")
     assert found == {**unreadable, 9: "checksum", **drifted}
     for row in aside:
-        assert f"{row['file']}, row {row['index']} (sample {row['sample']}) set aside: {row['reason']}" in job.text
+        assert f"{row['file']}, row {row['index']} (sample {row['sample']}) quarantined: {row['reason']}" in job.text
     assert len(job.record("ode_init").updates) == UPDATES
 
 
@@ -94,6 +94,8 @@ def test_more_corrupt_rows_than_allowed_end_the_job_and_name_the_first(
     job = initialise(start, storage)
     assert job.ended() == 2
     said = job.error
-    assert said.startswith("error: share of rows set aside = 0.75: allowed is at most pairs.max_bad_share = 0.6"), said
+    assert said.startswith("error: share of rows quarantined = 0.75: allowed is at most pairs.max_bad_share = 0.6"), (
+        said
+    )
     assert "sample 4, prompt " in said and ": schema" in said
     assert not job.folder.has("ode_init/lineage.json")

@@ -27,7 +27,7 @@ def test_altered_checkpoints_are_refused_loudly_and_the_one_before_them_used(
     oldest, middle, newest = sorted((tmp_path / "copy" / "r" / "train" / "distill" / "checkpoints").glob("update-*"))
     harmed = [(newest, harm(newest, "flipped")), (middle, harm(middle, "cut"))]
     job = start("--resume", storage=storage)
-    job.line("goes on after update")
+    job.line("resumes after update")
     refused = r"diagonal_checkpoints_refused_total\{[^}]*\} 2\.0"
     until("the metric", lambda: job.process.poll() is not None or re.search(refused, cluster.metrics()), START_S)
     assert job.process.poll() is None, "two refused ones are counted while the run goes on"

@@ -22,7 +22,7 @@ def test_sigterm_ends_a_run_soon_with_a_checkpoint_and_says_how_to_resume(
     """T8."""
     record_property("stopped after, s", round(stopped.stopped_in_s, 1))
     assert stopped.stopped_in_s < SOON_S and stopped.status == 128 + 15
-    assert "go on with --name r --resume" in stopped.text
+    assert "resume with --name r --resume" in stopped.text
     assert f"stopped after update {stopped.stopped_after}" in stopped.text
 
 

@@ -17,10 +17,10 @@ from jobs import distill
 from jobs.ode_init import initialise
 from jobs.runs.run import Run
 from jobs.runs.update_log import UPDATES, Record, read_journal
-from jobs.workers.control import start_control
+from jobs.workers.control import start_controller
 from jobs.workers.data_feed import Feed
-from jobs.workers.ray_train import fit
-from jobs.workers.reporting import Place, Progress
+from jobs.workers.ray_train import fit_stage
+from jobs.workers.reporting import RankInfo, StageHooks
 from jobs.workers.watchdog import Watchdog
 from jobs.workers.worker import Worker
 from tests.jobs.conftest import OpenRun
@@ -43,23 +43,23 @@ def curve(run: Run) -> list[dict[str, Any]]:
 
 def crash_once(worker: Worker, feed: Feed) -> None:
     """The stages' body, but the first time it dies an update after its second checkpoint."""
-    save, report, saved = Progress.save, Progress.report, []
+    save, report, saved = StageHooks.save, StageHooks.report, []
 
-    def count(self: Progress, state: TrainState, *, wait: bool = False) -> None:
+    def count(self: StageHooks, state: TrainState, *, wait: bool = False) -> None:
         save(self, state, wait=True)
         saved.append(state.update)
 
-    def die(self: Progress, update: int, figures: Any) -> None:
+    def die(self: StageHooks, update: int, figures: Any) -> None:
         report(self, update, figures)
         if len(saved) == 2 and not worker.run.folder.has("crashed"):
             worker.run.folder.write("crashed", b"")
             raise RuntimeError("the test ends this worker")
 
-    Progress.save, Progress.report = count, die  # type: ignore[method-assign]
+    StageHooks.save, StageHooks.report = count, die  # type: ignore[method-assign]
     try:
         distill.train(worker, feed)
     finally:
-        Progress.save, Progress.report = save, report  # type: ignore[method-assign]
+        StageHooks.save, StageHooks.report = save, report  # type: ignore[method-assign]
 
 
 def refuse(worker: Worker, feed: Feed) -> None:
@@ -70,8 +70,8 @@ def refuse(worker: Worker, feed: Feed) -> None:
 
 def train_here(run: Run) -> None:
     """Both stages in this process, as the only rank: no Ray Train, no restart."""
-    place = Place("distill", 0, 1)
-    with Worker(run, place, torch.device("cpu"), Watchdog(300, "here"), start_control(), on_ray=False) as worker:
+    place = RankInfo("distill", 0, 1)
+    with Worker(run, place, torch.device("cpu"), Watchdog(300, "here"), start_controller(), on_ray=False) as worker:
         distill.train(worker, distill.distill_feed(run))
 
 
@@ -79,7 +79,7 @@ def train_here(run: Run) -> None:
 def test_a_crashed_stage_goes_on_from_its_checkpoint_to_the_same_weights_and_losses(small_run: OpenRun) -> None:
     unbroken, broken = small_run("unbroken"), small_run("broken")
     train_here(unbroken)
-    fit(broken, "distill", crash_once, distill.distill_feed(broken))
+    fit_stage(broken, "distill", crash_once, distill.distill_feed(broken))
     assert broken.folder.has("crashed")
     assert [start["start_after"] for start in record(broken).starts] == [0, 2]
     assert curve(broken) == curve(unbroken)
@@ -135,5 +135,5 @@ def test_stage_zero_trains_the_student_on_the_pairs_it_makes_first(small_run: Op
 def test_an_error_that_no_restart_would_mend_ends_the_stage_at_once_as_itself(small_run: OpenRun) -> None:
     run = small_run("a")
     with pytest.raises(FieldError, match=r"distill\.lr = 0: allowed is a number above 0"):
-        fit(run, "distill", refuse, distill.distill_feed(run))
+        fit_stage(run, "distill", refuse, distill.distill_feed(run))
     assert sum(name.startswith("ran-") for name in run.folder.children()) == 1

@@ -43,7 +43,7 @@ def test_a_run_cut_off_resumes_and_ends_in_a_release_with_the_fast_decoder(
     assert run.folder.has(job.CHECKPOINT) and not run.folder.has("decoder/lineage.json")
     monkeypatch.setattr(job, "_save", keep)
     target = job.distil_decoder(run, job.source_of(run, None))
-    assert "going on behind update 2" in capsys.readouterr().out
+    assert "resumes after update 2" in capsys.readouterr().out
     release = Release.load(str(target))
     assert "decoder/config.json" in release.manifest["files"] and release.config.serve.decoder == "fast"
     lineage = release.manifest["lineage"]["decoder"]

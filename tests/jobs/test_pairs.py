@@ -96,7 +96,7 @@ def test_corrupt_pairs_are_left_out_of_training_once_and_for_all(small_run: Open
     spoil(folder, "pairs-000001.parquet", -1)
     places = usable_pairs(run)
     assert places == [("pairs-000000.parquet", 0), ("pairs-000000.parquet", 1), ("pairs-000002.parquet", 0)]
-    gone = folder.read_json("usable.json")["set_aside"]
+    gone = folder.read_json("usable.json")["quarantined"]
     assert [(row["sample"], row["reason"]) for row in gone] == [(2, "unreadable"), (3, "unreadable")]
     spoil(folder, "pairs-000002.parquet", -1)  # later: the order must not change under a training that has begun
     assert usable_pairs(run) == places == usable_places(folder)
@@ -107,7 +107,7 @@ def test_too_many_corrupt_pairs_end_the_run_and_are_named(small_run: OpenRun, un
     for name, data in unbroken["small"].items():
         (run.folder / "pairs").write(name, data)
     (run.folder / "pairs").remove("pairs-000002.parquet")
-    with pytest.raises(FieldError, match=r"share of rows set aside = 0\.2: .*sample 4, prompt None: unreadable"):
+    with pytest.raises(FieldError, match=r"share of rows quarantined = 0\.2: .*sample 4, prompt None: unreadable"):
         usable_pairs(run)
 
 
@@ -118,7 +118,7 @@ def test_too_many_rows_set_aside_by_the_solving_end_the_run_before_more_is_solve
     folder = run.folder / "pairs"
     folder.write("plan.json", unbroken["small"]["plan.json"])
     aside = [{"sample": sample, "prompt_id": f"id{sample}", "reason": "not_finite"} for sample in (2, 3)]
-    folder.write_json("set_aside/pairs-000001.json", aside)
+    folder.write_json("quarantined/pairs-000001.json", aside)
     with pytest.raises(FieldError, match=r"aside = 0\.4: .*max_bad_share = 0\.01; sample 2, prompt id2: not_finite"):
         make_pairs(run)
 

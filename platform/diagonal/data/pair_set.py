@@ -18,7 +18,7 @@ from diagonal.data.trajectory import SCHEMA_VERSION, CorruptRowError, about_shar
 from diagonal.errors import FieldError, require
 from diagonal.storage import Folder
 
-PLAN, MANIFEST, USABLE, SET_ASIDE = "plan.json", "manifest.json", "usable.json", "set_aside"
+PLAN, MANIFEST, USABLE, QUARANTINE = "plan.json", "manifest.json", "usable.json", "quarantined"
 FORMAT_VERSION = 2
 READERS, VERIFIERS = 16, 4
 SHOWN = 5
@@ -99,7 +99,7 @@ class PairPlan:
         allowed = f"at most pairs.max_bad_share = {self.config.pairs.max_bad_share}; {'; '.join(first)}"
         require(
             len(rows) <= self.most_bad,
-            "share of rows set aside",
+            "share of rows quarantined",
             round(len(rows) / self.config.pairs.count, 4),
             allowed,
         )
@@ -107,13 +107,13 @@ class PairPlan:
 
 @dataclass(frozen=True)
 class Shard:
-    """One finished shard: rows written, their `checksum` (of samples and states), and the rows set aside."""
+    """One finished shard: rows written, their `checksum` (of samples and states), and the rows quarantined."""
 
     number: int
     rows: int
     bytes: int
     checksum: str
-    set_aside: tuple[Row, ...] = ()
+    quarantined: tuple[Row, ...] = ()
 
     @property
     def file(self) -> str:
@@ -127,7 +127,7 @@ def shard_file(shard: int) -> str:
 
 def aside_file(shard: int) -> str:
     """Name of the list of a shard's rows that were set aside."""
-    return f"{SET_ASIDE}/pairs-{shard:06d}.json"
+    return f"{QUARANTINE}/pairs-{shard:06d}.json"
 
 
 def begin(folder: Folder, plan: PairPlan) -> None:
@@ -153,7 +153,7 @@ def finished(folder: Folder, plan: PairPlan) -> dict[int, Shard]:
 
 
 def examine(folder: Folder, plan: PairPlan, shard: int, sizes: Mapping[str, int]) -> Shard | None:
-    """A shard as its footer and its list of rows set aside have it; None, and both removed, when it is not whole."""
+    """A shard as its footer and its list of rows quarantined have it; None, and both removed, when it is not whole."""
     try:
         aside = json.loads(folder.read(aside_file(shard))) if aside_file(shard) in sizes else []
         rows, digest = 0, ""
@@ -189,7 +189,7 @@ def rows_checksum(rows: Iterable[tuple[int, str]]) -> str:
 
 def finish(folder: Folder, plan: PairPlan, shards: Sequence[Shard]) -> Row:
     """Check the share of bad rows and write the manifest, which makes the set finished."""
-    aside = [row for shard in shards for row in shard.set_aside]
+    aside = [row for shard in shards for row in shard.quarantined]
     plan.check_bad(aside)
     entries = [
         {"file": s.file, "shard": s.number, "rows": s.rows, "bytes": s.bytes, "checksum": s.checksum}
@@ -201,7 +201,7 @@ def finish(folder: Folder, plan: PairPlan, shards: Sequence[Shard]) -> Row:
         "set_id": plan.set_id,
         "plan": plan.facts,
         "rows": sum(s.rows for s in shards),
-        "set_aside": aside,
+        "quarantined": aside,
         "shards": entries,
         "checksum": hashlib.sha256(" ".join(s.checksum for s in shards).encode()).hexdigest(),
     }
@@ -227,7 +227,7 @@ def verify(folder: Folder) -> list[Row]:
 
 def bad_rows(folder: Folder, manifest: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Row]:
     """Read a whole shard and name the rows that cannot be trained on: file, index, sample, prompt_id, reason."""
-    gone = {row["sample"] for row in manifest["set_aside"]}
+    gone = {row["sample"] for row in manifest["quarantined"]}
     size, count = manifest["plan"]["rows_per_shard"], manifest["plan"]["count"]
     first = entry["shard"] * size
     samples = [sample for sample in range(first, min(first + size, count)) if sample not in gone]
@@ -278,14 +278,14 @@ def _reason(table: pa.Table, place: int) -> tuple[str, ...]:
 def keep_usable(folder: Folder, plan: PairPlan, bad: Sequence[Row]) -> None:
     """Check the share of bad rows, those of the solving included, and write what training leaves out, once."""
     manifest = read_manifest(folder)
-    plan.check_bad([*bad, *manifest["set_aside"]])
+    plan.check_bad([*bad, *manifest["quarantined"]])
     folder.write_json(
         USABLE,
         {
             "format_version": 1,
             "set_id": plan.set_id,
             "rows": manifest["rows"] - len(bad),
-            "set_aside": sorted(bad, key=lambda row: row["sample"]),
+            "quarantined": sorted(bad, key=lambda row: row["sample"]),
         },
     )
 
@@ -294,6 +294,6 @@ def usable_places(folder: Folder) -> list[tuple[str, int]]:
     """(file, index in it) of every row that training reads, in one order for all ranks and for every resume."""
     manifest, usable = read_manifest(folder), folder.read_json(USABLE)
     require(usable["set_id"] == manifest["set_id"], f"{folder / USABLE} set_id", usable["set_id"], manifest["set_id"])
-    gone = {(row["file"], row["index"]) for row in usable["set_aside"]}
+    gone = {(row["file"], row["index"]) for row in usable["quarantined"]}
     every = ((entry["file"], index) for entry in manifest["shards"] for index in range(entry["rows"]))
     return [place for place in every if place not in gone]

@@ -119,7 +119,7 @@ class SolveShard:
                 ("rows", len(good)),
                 ("bytes", written),
                 ("checksum", digest),
-                ("set_aside", json.dumps(bad)),
+                ("quarantined", json.dumps(bad)),
                 ("encode_s", _only(batch["encode_s"])),
                 ("solve_s", time.monotonic() - began_s),
             )

@@ -199,7 +199,7 @@ class Checkpointer:
         useless = {found.folder.name for found in whole} | {error.folder.rpartition("/")[2] for error in broken}
         try:
             for name in sorted(useless - kept):
-                checkpoint_manifest.bury(self._root / name)
+                checkpoint_manifest.delete_checkpoint(self._root / name)
         except (OSError, StorageError) as error:
             _log.warning("old checkpoints stay: %s", error)
 

@@ -140,7 +140,7 @@ def check_file(checkpoint: Checkpoint, name: str, path: Path) -> None:
         raise CheckpointError(checkpoint.folder, f"{name} is altered: its sha256 is not the manifest's")
 
 
-def bury(folder: Folder) -> None:
+def delete_checkpoint(folder: Folder) -> None:
     """Delete a checkpoint; it no longer counts from the first file on."""
     folder.remove(name_of(0))
     folder.delete()

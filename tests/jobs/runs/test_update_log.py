@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from diagonal.storage import Folder
-from jobs.runs.update_log import UPDATES, Journal, Outbox, read_journal
+from jobs.runs.update_log import UPDATES, FolderSync, Journal, read_journal
 
 FIGURES = {"critic": 0.1, "update_s": 1.0, "data_wait_s": 0.5}
 
 
-def outbox(folder: Path) -> Outbox:
-    return Outbox(Folder(str(folder)))
+def outbox(folder: Path) -> FolderSync:
+    return FolderSync(Folder(str(folder)))
 
 
 def test_lines_of_lost_updates_are_superseded_by_the_start_that_goes_on_before_them(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_journal_knows_at_its_start_what_earlier_ones_wrote(tmp_path: Path) ->
 
 def test_an_outbox_uploads_what_changed_and_at_its_end_everything(bucket: str) -> None:
     remote = Folder(f"s3://{bucket}/run")
-    box = Outbox(remote)
+    box = FolderSync(remote)
     (box.local / UPDATES).write_text("one")
     box.send()
     (box.local / "samples").mkdir()
@@ -67,7 +67,7 @@ def test_an_outbox_uploads_what_changed_and_at_its_end_everything(bucket: str) -
 @pytest.mark.slow
 def test_a_journal_on_s3_goes_on_in_what_an_earlier_start_uploaded(bucket: str) -> None:
     for start in (0, 1):
-        box = Outbox(Folder(f"s3://{bucket}/run"))
+        box = FolderSync(Folder(f"s3://{bucket}/run"))
         journal = Journal(box)
         journal.start(start, refused=[])
         journal.write(start + 1, FIGURES)

@@ -6,8 +6,8 @@ from typing import Any
 
 from diagonal.storage import Folder
 from diagonal.training.state import TrainState
-from jobs.runs.update_log import Outbox
-from jobs.workers.reporting import Place, Progress, Reporter
+from jobs.runs.update_log import FolderSync
+from jobs.workers.reporting import RankInfo, Reporter, StageHooks
 from jobs.workers.stage_metrics import StageMetrics
 from tests.recorded_metrics import RecordedMetrics
 
@@ -24,14 +24,14 @@ FIGURES = {
 
 def reporter(folder: Path, metrics: RecordedMetrics) -> Reporter:
     stage_metrics = StageMetrics(metrics, "distill", last=4)
-    outbox = Outbox(Folder(str(folder)))
-    return Reporter(Place("distill", 0, 1), outbox, stage_metrics, last=4, batch_size=4, checkpoint_every=2)
+    outbox = FolderSync(Folder(str(folder)))
+    return Reporter(RankInfo("distill", 0, 1), outbox, stage_metrics, last=4, batch_size=4, checkpoint_every=2)
 
 
-def hooks(stop: bool = False, **others: Any) -> Progress:
+def hooks(stop: bool = False, **others: Any) -> StageHooks:
     saver = SimpleNamespace(skipped=0, wrote_s=0.0, save=lambda state, wait: None)
-    made = Progress(
-        Place("distill", 0, 1),
+    made = StageHooks(
+        RankInfo("distill", 0, 1),
         saver,  # type: ignore[arg-type]
         None,
         weight=1.0,

@@ -21,7 +21,7 @@ from jobs.runs.console import duration
 from jobs.runs.update_log import UPDATES, read_journal
 from jobs.workers import reporting
 from jobs.workers.ray_train import first_cause
-from jobs.workers.reporting import Agreement, Place
+from jobs.workers.reporting import RankConsensus, RankInfo
 from jobs.workers.samples import curves, sample_captions, save_curves
 from jobs.workers.stage_metrics import OWN
 from jobs.workers.watchdog import STALLED
@@ -31,7 +31,7 @@ from tests.recorded_metrics import RecordedMetrics
 
 def agree(rank: int, meeting: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    mean = Agreement(Place("s", rank, 2), weight=(0.75, 0.25)[rank])
+    mean = RankConsensus(RankInfo("s", rank, 2), weight=(0.75, 0.25)[rank])
     found = mean({"critic": (1.0, 5.0)[rank], "generator_gradient_norm": 3.0, "update_s": float(rank)}, 5 * (rank == 0))
     torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
