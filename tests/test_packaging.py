@@ -173,7 +173,7 @@ def test_the_client_and_its_command_line_start_with_those_three_alone(repository
     hidden = {one.name.lower() for one in requirements(table)} - CLIENT
     code = f"""
 import sys
-from diagonal.client.cli import main
+from diagonal.cli import main
 import diagonal.client
 try:
     main(["--help"])

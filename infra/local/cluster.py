@@ -1,17 +1,9 @@
-"""A Ray cluster on this machine alone: started in the repository root, described in .diagonal/run.json, ended by pid.
+"""A Ray cluster on this machine alone: started in the repository root, described in .diagonal/run.json, ended by pid."""
 
-    python -m infra.local.cluster start | stop | status | env
-
-`start` returns 0, 1 on failure, 3 where one is running already. After `eval "$(python -m infra.local.cluster env)"`
-the line `ray job submit -- python jobs/distill.py` works as it stands.
-"""
-
-import argparse
 import contextlib
 import fcntl
 import os
 import secrets
-import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
+
 from infra.local import processes
 from infra.local.run import MARK_NAME, METRIC_PORTS, LocalRun, Ports, load, state_path
 
@@ -30,14 +24,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER_PREFIX = "diagonal-"
 # A Unix socket's path holds 107 bytes; Ray appends "/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store".
 LONGEST_FOLDER = 107 - 68
-LOGICAL_CPUS = 8  # Ray Train's workers, Ray Data and Serve wait for each other for ever on fewer
+LOGICAL_CPUS = 10  # Ray Train's workers, Ray Data and two releases in Serve wait for each other for ever on fewer
 OBJECT_STORE_BYTES = 512 * 2**20
 ATTEMPTS = 3  # a port that was free may be taken before Ray binds it
 START_S = 120.0
 JOB_STOP_WAIT_S = 120  # between SIGTERM and SIGKILL of a stopped job, which saves a checkpoint; Ray's own is 3
 ANSWER_S = 120.0
 GRACE_S = 5.0  # the GCS and a raylet that lost it do not end on SIGTERM, so a longer wait gains nothing
-ALREADY_RUNNING = 3
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches this machine
 LOST_PORT = "Failed to bind"  # Ray's own words
 
 
@@ -88,7 +82,7 @@ def _attempt(root: Path, cpus: int) -> LocalRun:
         return run
 
 
-def stop(root: str | Path = REPOSITORY, keep_logs: bool = False) -> set[processes.Process]:
+def stop(root: str | Path = REPOSITORY, keep_logs: bool = False) -> set[psutil.Process]:
     """End every process of the run that .diagonal/run.json describes and remove its folder; returns what was ended.
 
     With `keep_logs` Ray's logs move to .diagonal/logs first.
@@ -229,7 +223,7 @@ def answers(run: LocalRun) -> bool:
 def _is_ok(url: str, token: str) -> bool:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     try:
-        with urllib.request.urlopen(request, timeout=5) as response:
+        with DIRECT.open(request, timeout=5) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False
@@ -257,60 +251,3 @@ def _forget(run: LocalRun) -> None:
     if folder.name.startswith(FOLDER_PREFIX) and not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
     state_path(run.root).unlink(missing_ok=True)
-
-
-def _describe(run: LocalRun) -> str:
-    lines = [f"dashboard  {run.dashboard_url} (token in {run.token_path})", f"metrics    {run.metrics_url}"]
-    if run.service_url:
-        lines.append(f"service    {run.service_url}")
-    return "\n".join([*lines, f"logs       {run.logs}"])
-
-
-def _start_command_line(root: Path, cpus: int) -> int:
-    try:
-        print(_describe(start(root, cpus)))
-    except AlreadyRunningError as error:
-        print(error, file=sys.stderr)
-        return ALREADY_RUNNING
-    return 0
-
-
-def _stop_command_line(root: Path, keep_logs: bool) -> int:
-    ended = stop(root, keep_logs)
-    print(f"ended {len(ended)} processes" if ended else "nothing was running")
-    return 0
-
-
-def _show_command_line(root: Path, action: str) -> int:
-    run = load(root)
-    if run is None or not run.members:
-        print("not running; `python -m infra.local.cluster start` starts it", file=sys.stderr)
-        return 1
-    if action == "env":
-        print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in run.environment().items()))
-    else:
-        print(_describe(run))
-    return 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; see the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m infra.local.cluster", description="a Ray cluster on this machine")
-    parser.add_argument("action", choices=["start", "stop", "status", "env"])
-    parser.add_argument("--root", type=Path, default=REPOSITORY, help="folder in which jobs run (default: repository)")
-    parser.add_argument("--cpus", type=int, default=0, help=f"logical CPUs (default: physical, >= {LOGICAL_CPUS})")
-    parser.add_argument("--keep-logs", action="store_true", help="stop: move Ray's logs to .diagonal/logs")
-    options = parser.parse_args(arguments)
-    try:
-        if options.action == "start":
-            return _start_command_line(options.root, options.cpus)
-        if options.action == "stop":
-            return _stop_command_line(options.root, options.keep_logs)
-        return _show_command_line(options.root, options.action)
-    except (ClusterError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
+
+import psutil
 
 from infra.local import ports, processes
 from infra.local.cluster import START_S, ClusterError, member_environment
@@ -22,7 +25,7 @@ class Node:
 
     pool: str
     metrics_port: int
-    raylet: processes.Process
+    raylet: psutil.Process
 
 
 @dataclass
@@ -75,10 +78,11 @@ class Nodes:
         self._taken.add(port)
         return port
 
-    def _raylet(self, metrics_port: int) -> processes.Process:
-        mark = f"--metrics-export-port={metrics_port}".encode()
+    def _raylet(self, metrics_port: int) -> psutil.Process:
+        mark = f"--metrics-export-port={metrics_port}"
         for process in self.run.members:
-            words = processes.command_line(process.pid)
-            if words and words[0].endswith(b"/raylet") and any(mark in word for word in words):
-                return process
-        raise ClusterError(f"no raylet with {mark.decode()} is running")
+            with suppress(psutil.NoSuchProcess):
+                words = process.cmdline() or [""]
+                if words[0].endswith("/raylet") and any(mark in word for word in words):
+                    return process
+        raise ClusterError(f"no raylet with {mark} is running")

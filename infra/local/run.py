@@ -6,6 +6,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from infra.local import ports, processes
 
 MARK_NAME = "DIAGONAL_LOCAL_RUN"
@@ -88,8 +90,8 @@ class LocalRun:
         return f"http://127.0.0.1:{self.ports.metrics}/metrics"
 
     @property
-    def members(self) -> set[processes.Process]:
-        return processes.marked(f"{MARK_NAME}={self.mark}")
+    def members(self) -> set[psutil.Process]:
+        return processes.marked(MARK_NAME, self.mark)
 
     def environment(self) -> dict[str, str]:
         """The variables with which `ray job submit`, `serve deploy` and `ray.init()` find this cluster."""

@@ -14,8 +14,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from diagonal.cli import FAILED, FULL, NO_ANSWER, REFUSED, main
 from diagonal.client import DiagonalClient, DiagonalError
-from diagonal.client.cli import FAILED, FULL, NO_ANSWER, REFUSED, main
 from diagonal.client.client import local_key
 from diagonal.client.commands import Progress
 
@@ -312,6 +312,6 @@ def test_no_server_is_an_exit_code_and_one_line(capsys: pytest.CaptureFixture[st
 
 
 def test_the_client_imports_neither_torch_nor_ray() -> None:
-    code = "import sys, diagonal.client.cli; print(sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
+    code = "import sys, diagonal.client.commands; print(sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="platform")
     assert done.stdout.strip() == "[]", done.stderr

@@ -12,10 +12,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from infra.local import cluster, ports, processes
-from infra.local.run import LocalRun, load, state_path
+from infra.local.run import MARK_NAME, LocalRun, load, state_path
 
 JOB = '''
 """A job that says where it runs."""
@@ -104,9 +105,8 @@ def test_secrets_are_readable_by_the_owner_alone(run: LocalRun, root: Path) -> N
 
 @pytest.mark.slow
 def test_the_dashboard_is_bound_to_loopback(run: LocalRun) -> None:
-    connections = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    listening = [local.split(":") for _, local, _, state, *_ in connections if state == "0A"]
-    assert [address for address, port in listening if int(port, 16) == run.ports.dashboard] == ["0100007F"]
+    sockets = [one.laddr for process in run.members for one in process.net_connections() if one.status == "LISTEN"]
+    assert {address for address, port in sockets if port == run.ports.dashboard} == {"127.0.0.1"}
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_a_taken_port_is_moved_and_stopping_leaves_nothing(tmp_path: Path) -> No
         members = started.members
         assert len(members) > 3
         assert cluster.stop(tmp_path) >= members
-        assert not processes.marked(f"DIAGONAL_LOCAL_RUN={started.mark}")
+        assert not processes.marked(MARK_NAME, started.mark)
         assert not Path(started.folder).exists()
         assert load(tmp_path) is None
         assert bystander.poll() is None
@@ -157,14 +157,13 @@ def test_stopping_where_nothing_runs_is_no_error(tmp_path: Path, capsys: pytest.
 def test_a_process_id_that_was_given_away_is_not_signalled() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        found = processes.current(child.pid)
-        assert found is not None
-        earlier = processes.Process(child.pid, found[0].start_ticks - 1)
-        assert not processes.send(earlier, signal.SIGKILL)
+        now, earlier = psutil.Process(child.pid), psutil.Process(child.pid)
+        earlier._ident = (child.pid, now.create_time() - 1)  # what had the id before
+        assert not processes.is_alive(earlier) and not processes.send(earlier, signal.SIGKILL)
         assert child.poll() is None
-        assert processes.send(found[0], signal.SIGKILL)
+        assert processes.send(now, signal.SIGKILL)
         assert child.wait(10) == -signal.SIGKILL
-        assert not processes.send(found[0], signal.SIGKILL)
+        assert not processes.send(now, signal.SIGKILL)
     finally:
         child.kill()
         child.wait(10)
@@ -178,10 +177,10 @@ def test_a_marked_process_its_children_and_nobody_else_are_found() -> None:
     other = subprocess.Popen([sys.executable, "-c", sleeper], env={**os.environ, mark: "12"}, stdout=subprocess.PIPE)
     try:
         assert own.stdout is not None and own.stdout.readline() == b"up\n"
-        found = processes.marked(f"{mark}=1")
+        found = processes.marked(mark, "1")
         assert own.pid in {process.pid for process in found}
         assert len(found) == 2
-        assert processes.end(lambda: processes.marked(f"{mark}=1"), grace_s=5) == found
+        assert processes.end(lambda: processes.marked(mark, "1"), grace_s=5) == found
         assert other.poll() is None
     finally:
         own.kill()
@@ -195,9 +194,7 @@ def test_a_process_that_ignores_the_request_is_killed() -> None:
     child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None and child.stdout.readline() == b"up\n"
-        found = processes.current(child.pid)
-        assert found is not None
-        members = {found[0]}
+        members = {psutil.Process(child.pid)}
         assert processes.end(lambda: members, grace_s=0.5, kill_s=10) == members
         assert child.wait(10) == -signal.SIGKILL
     finally:

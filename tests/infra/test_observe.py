@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Iterator[LocalRun]:
     (folder / "r").mkdir(parents=True)
     found = LocalRun(str(tmp_path), str(folder), f"mark-{tmp_path.name}", Ports(*range(1, 10)))
     yield found
-    processes.end(lambda: processes.marked(f"{MARK_NAME}={found.mark}"))
+    processes.end(lambda: processes.marked(MARK_NAME, found.mark))
 
 
 def test_the_project_s_configuration_is_used_with_the_run_s_own_targets(run: LocalRun, tmp_path: Path) -> None:
@@ -49,9 +49,9 @@ def test_a_real_prometheus_starts_once_scrapes_and_ends_with_the_run_s_mark(run:
     need_program("prometheus")
     url = observe.start(run)
     assert url.startswith("http://127.0.0.1:") and observe.start(run) == url
-    (one,) = processes.marked(f"{MARK_NAME}={run.mark}")
+    (one,) = processes.marked(MARK_NAME, run.mark)
     assert (Path(run.folder) / observe.FOLDER / observe.LOG).exists()
-    assert processes.end(lambda: processes.marked(f"{MARK_NAME}={run.mark}")) == {one}
+    assert processes.end(lambda: processes.marked(MARK_NAME, run.mark)) == {one}
     assert observe.start(run) is not None, "another one after it has ended"
 
 

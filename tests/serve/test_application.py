@@ -18,7 +18,7 @@ import pytest
 import yaml
 from websockets.exceptions import InvalidStatus
 
-from diagonal.client.cli import main
+from diagonal.cli import main
 from diagonal.metrics import BY_NAME
 from serve.settings import ServeSettings
 from tests.serve.harness import Until, http_client

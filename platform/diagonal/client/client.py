@@ -14,20 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
-from urllib.parse import urlsplit
 
 import httpx2
 
+from diagonal.cli import API_KEY_VARIABLE, DEFAULT_URL, URL_VARIABLE
+from diagonal.client.connection import environment_error, is_this_machine
 from diagonal.client.errors import DiagonalError, NoAnswerError, VideoFailedError, error_for
 from diagonal.client.files import write_whole
 from diagonal.client.protocol import Pacing, Wish, start_fields
 from diagonal.client.realtime import Realtime
 from diagonal.mp4 import PartReader, split
 
-DEFAULT_URL = "http://127.0.0.1:8000"
-API_KEY_VARIABLE, URL_VARIABLE = "DIAGONAL_API_KEY", "DIAGONAL_URL"
 LOCAL_KEY_FILE = ".diagonal/serve/local_key"
-_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _TRY_AGAIN = (429, 502, 503, 504)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
@@ -70,7 +68,7 @@ class Video:
 
 def local_key(url: str) -> str | None:
     """The key of a service on this machine that was started in this folder or one above; None for any other server."""
-    if urlsplit(url).hostname not in _THIS_MACHINE:
+    if not is_this_machine(url):
         return None
     for folder in (Path.cwd(), *Path.cwd().parents):
         with contextlib.suppress(OSError):
@@ -99,7 +97,11 @@ class DiagonalClient:
         key = api_key or os.environ.get(API_KEY_VARIABLE) or local_key(address)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._max_retries, self._timeout_s = max_retries, timeout_s
-        self._http = httpx2.Client(base_url=address, headers=headers, timeout=timeout_s, transport=transport)
+        options: dict[str, Any] = {"headers": headers, "timeout": timeout_s, "transport": transport}
+        try:
+            self._http = httpx2.Client(base_url=address, trust_env=not is_this_machine(address), **options)
+        except (ValueError, ImportError, OSError, httpx2.InvalidURL) as error:
+            raise environment_error(error) from error
 
     def __enter__(self) -> DiagonalClient:
         return self

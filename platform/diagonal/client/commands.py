@@ -1,24 +1,44 @@
-"""What each command does. Files are there whole; of a stream that was cut off, what came is kept as FILE.part."""
+"""What each client verb does. Files are there whole; of a stream that was cut off, what came is kept as FILE.part."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from diagonal.cli import DONE, FAILED, FULL, NO_ANSWER, REFUSED
+from diagonal.client import verify as chains
 from diagonal.client.client import DiagonalClient, Video
+from diagonal.client.errors import BrokenStreamError, DiagonalError, RefusedError, ServerFullError, VideoFailedError
 from diagonal.client.files import part_of, write_kept
 from diagonal.client.realtime import Realtime
+from diagonal.errors import FieldError
 from diagonal.mp4 import read_fragment, split
 
 _BAR_CELLS = 30
+_EXIT_CODES = {ServerFullError: FULL, RefusedError: REFUSED, VideoFailedError: FAILED, BrokenStreamError: FAILED}
+
+
+def run(options: argparse.Namespace, client: Callable[..., DiagonalClient] | None = None) -> int:
+    """Run the verb that `options.run` names; returns its exit code. An error is one line."""
+    verb = globals()[options.run.partition(":")[2]]
+    try:
+        with (client or DiagonalClient)(options.url, api_key=options.key) as opened:
+            verb(opened, options)
+        return DONE
+    except DiagonalError as error:
+        wait = f" (try again in {error.retry_after_s:g} s)" if error.retry_after_s else ""
+        name = f" [request {error.request_id}]" if error.request_id and error.status >= 500 else ""
+        _say(f"diagonal: {error}{wait}{name}")
+        return _EXIT_CODES.get(type(error), NO_ANSWER)
 
 
 class Progress:
@@ -54,7 +74,7 @@ class Progress:
 
 def generate(client: DiagonalClient, options: argparse.Namespace) -> None:
     """Make a whole video and save it."""
-    _check_folder(options.out)
+    _check_target(options.out)
     started_s = time.monotonic()
     video = client.create(options.prompt, pacing="none", **_asked(options))
     progress = Progress(video.frames)
@@ -73,7 +93,7 @@ def generate(client: DiagonalClient, options: argparse.Namespace) -> None:
 
 def stream(client: DiagonalClient, options: argparse.Namespace) -> None:
     """Write a video's bytes while it is made; `--out -` is standard output, for a player."""
-    _check_folder(options.out)
+    _check_target(options.out)
     made = options.video is None
     pacing = {"pacing": options.pacing}
     video = client.create(options.prompt, **_asked(options), **pacing) if made else client.get(options.video)
@@ -89,10 +109,9 @@ def stream(client: DiagonalClient, options: argparse.Namespace) -> None:
 def watch(client: DiagonalClient, options: argparse.Namespace) -> None:
     """Stream a live session whose prompt changes with each line that is typed meanwhile.
 
-    Without a length it goes on until Ctrl-C, which ends it whole; /pause, /resume and /stop do what they say.
-    A player reads standard output: `diagonal watch "a red circle" | ffplay -`.
+    Without a length it lasts until Ctrl-C, which ends it whole; /pause, /resume and /stop do what they say.
     """
-    _check_folder(options.out)
+    _check_target(options.out)
     asked = _asked(options)
     endless = options.seconds is None and options.frames is None
     with client.realtime(options.prompt, endless=endless, **asked) as live, _stopped_by_interrupt(live):
@@ -111,15 +130,51 @@ def steer(client: DiagonalClient, options: argparse.Namespace) -> None:
 
 
 def pause(client: DiagonalClient, options: argparse.Namespace) -> None:
-    """Stop a video that is being made after the chunk under way; its place is freed."""
     client.pause(options.video)
-    _say("paused: `diagonal resume` goes on")
+    _say("paused: `diagonal resume` continues it")
 
 
 def resume(client: DiagonalClient, options: argparse.Namespace) -> None:
-    """Go on with a paused video."""
     client.resume(options.video)
-    _say("goes on")
+    _say("resumed")
+
+
+def delete(client: DiagonalClient, options: argparse.Namespace) -> None:
+    client.delete(options.video)
+    _say("deleted")
+
+
+def models(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """One line a model."""
+    answer = client.models()
+    rows = (f"{one['id']:24}  {one['fps']} fps  {' '.join(one['sizes'])}" for one in answer["data"])
+    _print(answer, rows, options)
+
+
+def list_videos(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """One line a video."""
+    videos = client.list(options.limit)
+    _print([video.answer for video in videos], map(_row, videos), options)
+
+
+def show(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """One field a line."""
+    video = client.get(options.video)
+    _print(video.answer, (f"{name:20}  {value}" for name, value in video.answer.items()), options)
+
+
+def verify(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """Check a recorded stream against its signed chain, and name every chunk that is not as it was."""
+    chains.run(client, options)
+
+
+def _row(video: Video) -> str:
+    frames = f"{video.frames_done}/{video.frames or 'endless'} frames"
+    return f"{video.id}  {video.status:12}  {frames:20}  {video.size:10}  {video.error or ''}".rstrip()
+
+
+def _print(answer: Any, rows: Iterable[str], options: argparse.Namespace) -> None:
+    print(json.dumps(answer, indent=2) if options.json else "\n".join(rows))
 
 
 def typed_lines() -> Iterator[str]:
@@ -172,8 +227,10 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("frames", "seconds", "seed", "size", "model")}
 
 
-def _check_folder(path: str) -> None:
+def _check_target(path: str) -> None:
     """Before any work is asked for, not after."""
+    if path == "-" and sys.stdout.isatty():
+        raise FieldError("--out", path, "a file, or - where a player reads: `| ffplay -`; a terminal shows no video")
     folder = Path(path).resolve().parent
     if path != "-" and not folder.is_dir():
         raise FileNotFoundError(f"--out = {path!r}: there is no folder {folder}")

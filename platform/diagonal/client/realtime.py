@@ -17,9 +17,10 @@ from typing import Any
 
 from websockets.asyncio.client import ClientConnection as AsyncConnection
 from websockets.asyncio.client import connect as connect_async
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidProxy, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from diagonal.client.connection import environment_error, is_this_machine
 from diagonal.client.errors import DiagonalError, NoAnswerError, error_for
 from diagonal.client.files import write_kept
 from diagonal.client.protocol import Change, Chunk, Opening, StreamState
@@ -28,7 +29,7 @@ ROUTE = "/v1/realtime/video"
 _LARGEST_CHUNK_BYTES = 1 << 26
 _FIRST_TRIES_S = 2.0
 _WAITS_S = (0.05, 0.1, 0.2, 0.4, 0.8)  # between tries to connect; the last one is repeated
-_UNREACHABLE = (OSError, InvalidHandshake, TimeoutError, ConnectionClosed)
+_UNREACHABLE = (OSError, InvalidHandshake, TimeoutError, ConnectionClosed, InvalidProxy, ImportError)
 
 
 class _Link:
@@ -55,6 +56,7 @@ class _Link:
             "close_timeout": 2.0,
             "max_size": _LARGEST_CHUNK_BYTES,
             "compression": None,  # video does not shrink
+            "proxy": None if is_this_machine(url) else True,  # True: those of the environment
         }
         self.state = StreamState(fields)
         self.reconnects = 0
@@ -309,6 +311,8 @@ def close_code(error: ConnectionClosed) -> int:
 
 def _check_final(state: StreamState, error: Exception) -> None:
     """Raise what trying again does not mend."""
+    if isinstance(error, InvalidProxy | ImportError):
+        raise environment_error(error) from error
     if isinstance(error, ConnectionClosed):
         state.closed(close_code(error))
     elif isinstance(error, InvalidStatus):

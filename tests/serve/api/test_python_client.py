@@ -201,7 +201,7 @@ class CommandLine:
     """`diagonal watch` in its own process, with a pipe for what is typed."""
 
     def __init__(self, url: str, *arguments: str) -> None:
-        command = [sys.executable, "-m", "diagonal.client.cli", "watch", *arguments, "--url", url]
+        command = [sys.executable, "-m", "diagonal.cli", "watch", *arguments, "--url", url]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd="platform")
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from diagonal.chain import public_key_of
-from diagonal.client.cli import main
+from diagonal.cli import main
 from diagonal.client.verify import Chain, verify
 from diagonal.errors import FieldError
 from diagonal.mp4 import PartReader
