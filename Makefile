@@ -62,7 +62,7 @@ env: $(VENV)/run.stamp ## make the environment that training and serving need
 
 env-dev: $(VENV)/dev.stamp ## add what tests and linters need
 
-demo: env ## distil on Ray, export, serve, stream demo.mp4; leaves the service up (KEEP=0: does not)
+demo: env ## serve, distil on Ray meanwhile, serve that too, stream demo.mp4; stays up (KEEP=0: does not)
 	@PYTHONPATH=platform:. KEEP=$(KEEP) FROM_SCRATCH=$(FROM_SCRATCH) $(VENV)/bin/python -m infra.local.demo
 
 observe: env ## a Prometheus with the project's rules beside a demo that is up (PROMETHEUS=... names the binary)
@@ -75,7 +75,7 @@ cluster-smoke: env ## distil and serve on a local cluster of four nodes, lose on
 	@PYTHONPATH=platform:. $(VENV)/bin/python -m infra.local.cluster_smoke
 
 stop: ## end the local Ray and the service, by process id
-	@$(VENV)/bin/python -m infra.local.cluster stop
+	@PYTHONPATH=platform:. $(VENV)/bin/python -m diagonal.cli down
 
 # The tests that $(1) chooses, in two runs of pytest: side by side, then those that need the machine for themselves.
 # pytest ends with 5 where a choice (-k) left nothing of a part; that is no failure while the other part has some.

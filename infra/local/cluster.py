@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine alone: started in the repository root, described in .diagonal/run.json, ended by pid."""
+"""A Ray cluster on this machine alone: started in the repository root, described in .diagonal/run.json, ended by id."""
 
 import contextlib
 import fcntl
@@ -9,8 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from infra.local import processes
-from infra.local.run import MARK_NAME, METRIC_PORTS, LocalRun, Ports, load, state_path
+from infra.local.run import MARK_NAME, METRIC_PORTS, LocalRun, Ports, get, load, state_path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER_PREFIX = "diagonal-"
@@ -31,7 +29,6 @@ START_S = 120.0
 JOB_STOP_WAIT_S = 120  # between SIGTERM and SIGKILL of a stopped job, which saves a checkpoint; Ray's own is 3
 ANSWER_S = 120.0
 GRACE_S = 5.0  # the GCS and a raylet that lost it do not end on SIGTERM, so a longer wait gains nothing
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches this machine
 LOST_PORT = "Failed to bind"  # Ray's own words
 
 
@@ -217,16 +214,7 @@ def _wait_for_answer(run: LocalRun) -> None:
 def answers(run: LocalRun) -> bool:
     """Whether the job API of `run` accepts the run's token, and the agent that starts its jobs is up."""
     agent = f"http://127.0.0.1:{run.ports.agent}/api/local_raylet_healthz"
-    return all(_is_ok(url, run.token_path.read_text()) for url in (agent, f"{run.dashboard_url}/api/jobs/"))
-
-
-def _is_ok(url: str, token: str) -> bool:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-    try:
-        with DIRECT.open(request, timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return False
+    return all(get(url, run.token_path.read_text()) is not None for url in (agent, f"{run.dashboard_url}/api/jobs/"))
 
 
 def kept_logs(run: LocalRun) -> Path:

@@ -24,9 +24,10 @@ from typing import TypeVar
 
 from diagonal.client import DiagonalClient, DiagonalError
 from infra.local import cluster
-from infra.local.demo import DemoError, Progress, applications, decode, deploy
+from infra.local.demo import decode
 from infra.local.nodes import Node, Nodes
 from infra.local.run import LocalRun
+from infra.local.service import Progress, ServiceError, applications, deploy
 
 T = TypeVar("T")
 PARTS = ("platform", "jobs", "serve")  # of the repository, that jobs and service run
@@ -223,7 +224,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that everything is ended then too
     try:
         journey(progress)
-    except (SmokeError, DemoError, cluster.ClusterError, OSError) as error:
+    except (SmokeError, ServiceError, cluster.ClusterError, OSError) as error:
         progress.say(f"FAILED: {error}")
         return 1
     progress.say("done: the cluster recovered")

@@ -11,8 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import yaml
 
 from infra.local import cluster, ports
-from infra.local.run import MARK_NAME, LocalRun, load
+from infra.local.run import MARK_NAME, LocalRun, get, load
 
 CONFIGURATION = Path("infra/prometheus/prometheus.yml")
 DISCOVERY = "prom_metrics_service_discovery.json"
@@ -64,7 +62,7 @@ def start(run: LocalRun, every_s: float = 0.0) -> str:
     """
     folder = Path(run.folder) / FOLDER
     with contextlib.suppress(OSError):
-        if _ready(url := (folder / "url").read_text()):
+        if _is_ready(url := (folder / "url").read_text()):
             return url
     folder.mkdir(mode=0o700, exist_ok=True)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration(run, every_s)))
@@ -79,7 +77,7 @@ def start(run: LocalRun, every_s: float = 0.0) -> str:
             start_new_session=True,
         )
     deadline = time.monotonic() + READY_S
-    while not _ready(url):
+    while not _is_ready(url):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             raise ObserveError(f"Prometheus did not become ready: {_tail(folder / LOG)}")
@@ -100,12 +98,8 @@ def _command(folder: Path, url: str) -> list[str]:
     return [binary(), *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def _ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/-/ready", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return False
+def _is_ready(url: str) -> bool:
+    return get(f"{url}/-/ready") is not None
 
 
 def _tail(log: Path) -> str:

@@ -44,7 +44,9 @@ def send(process: psutil.Process, number: signal.Signals) -> bool:
     return True
 
 
-def end(find: Callable[[], Iterable[psutil.Process]], grace_s: float = 10.0, kill_s: float = 10.0) -> set[psutil.Process]:
+def end(
+    find: Callable[[], Iterable[psutil.Process]], grace_s: float = 10.0, kill_s: float = 10.0
+) -> set[psutil.Process]:
     """Ask what `find` returns to end (SIGTERM), kill what is left after `grace_s`, and return all that was signalled.
 
     `find` is asked again and again, because a process that is ending may still start others, and every process is

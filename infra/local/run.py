@@ -1,10 +1,14 @@
 """What one local Ray run is: ports, private folder, the variables that reach it; kept in .diagonal/run.json."""
 
+import http.client
 import json
 import os
 import sys
+import urllib.error
+import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -107,17 +111,22 @@ class LocalRun:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
+    def shell_environment(self) -> dict[str, str]:
+        """`environment`, and the service's address and key for `diagonal`."""
+        names = {"DIAGONAL_URL": self.service_url} if self.service_url else {}
+        if self.service_key_path.is_file():
+            names["DIAGONAL_API_KEY"] = self.service_key_path.read_text().strip()
+        return self.environment() | names
+
+    def document(self) -> dict[str, Any]:
+        """What .diagonal/run.json says."""
+        names = ("dashboard_url", "metrics_url", "token_path", "service_key_path", "logs")
+        pids = sorted(process.pid for process in self.members)
+        return asdict(self) | {name: str(getattr(self, name)) for name in names} | {"pids": pids}
+
     def save(self) -> None:
         """Write .diagonal/run.json (mode 0600) under the root."""
-        path = state_path(self.root)
-        document = asdict(self) | {
-            "dashboard_url": self.dashboard_url,
-            "metrics_url": self.metrics_url,
-            "token_path": str(self.token_path),
-            "service_key_path": str(self.service_key_path),
-            "logs": str(self.logs),
-            "pids": sorted(process.pid for process in self.members),
-        }
+        path, document = state_path(self.root), self.document()
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(document, file, indent=2)
@@ -136,3 +145,13 @@ def load(root: str | Path) -> LocalRun | None:
         return None
     fields = {name: document[name] for name in ("root", "folder", "mark", "service_url")}
     return LocalRun(ports=Ports(**document["ports"]), **fields)
+
+
+def get(url: str, token: str = "") -> bytes | None:
+    """The body that an address of this machine answers with 200, asked through no proxy; None where there is none."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as response:
+            return bytes(response.read()) if response.status == 200 else None
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException):
+        return None

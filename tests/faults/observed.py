@@ -29,9 +29,9 @@ from transformers import AutoTokenizer
 from diagonal.files import file_hash
 from diagonal.model.base_model import embedded
 from infra.local import cluster, observe
-from infra.local.demo import DemoError, Progress, _wait_until_ready, run_job
 from infra.local.ports import choose
 from infra.local.run import LocalRun
+from infra.local.service import Progress, ServiceError, run_job, wait_until_ready
 from tests.faults.nodes import until
 from tests.faults.watchers import PROMPT, OverHttp
 from tests.serve.sockets import LOCAL_KEY, give_local_key, viewer
@@ -227,8 +227,8 @@ def deploy(scene: Scene) -> None:
     scene.service = f"http://127.0.0.1:{port}"
     for attempt in range(3):  # it gives up by itself after minutes: a busy machine needs more
         try:
-            return _wait_until_ready(cluster.with_service(scene.run, scene.service), release, progress)
-        except DemoError:
+            return wait_until_ready(cluster.with_service(scene.run, scene.service), {str(release)}, progress)
+        except ServiceError:
             if attempt == 2:
                 raise
 

@@ -55,14 +55,14 @@ def test_the_oracle_reads_the_scene_back_from_an_encoded_and_enlarged_file(
 def test_a_file_of_another_length_or_rate_is_refused(tmp_path: Path, frames: int, fps: int) -> None:
     pixels = render(demo.SCENE, 3, WorldConfig(pixel_frames=frames))
     path = write_video(tmp_path / "x.mp4", enlarged(pixels, 2), fps)
-    with pytest.raises(demo.DemoError, match=f"{frames} frames at {fps} fps"):
+    with pytest.raises(demo.ServiceError, match=f"{frames} frames at {fps} fps"):
         demo.judge(path, PROGRESS)
 
 
 def test_reducing_undoes_enlarging_exactly() -> None:
     pixels = render(demo.SCENE, 3, WorldConfig(pixel_frames=2))
     assert np.array_equal(demo.reduced(enlarged(pixels, 8), 32), pixels)
-    with pytest.raises(demo.DemoError, match="multiples"):
+    with pytest.raises(demo.ServiceError, match="multiples"):
         demo.reduced(enlarged(pixels, 8), 48)
 
 
@@ -78,7 +78,7 @@ def test_a_job_shows_its_output_and_sees_the_cluster(run: LocalRun, capsys: pyte
 )
 def test_a_job_that_fails_or_hangs_stops_the_demo(run: LocalRun, program: str, message: str) -> None:
     (Path(run.root) / "job.py").write_text(program)
-    with pytest.raises(demo.DemoError, match=message):
+    with pytest.raises(demo.ServiceError, match=message):
         demo.run_job(run, f"{sys.executable} job.py", 1.0 if "sleep" in program else 30.0, PROGRESS)
 
 
@@ -94,7 +94,7 @@ def test_the_release_that_the_job_made_is_found_among_older_ones(
     assert demo.train(run, demo.Options(True, False), PROGRESS) == runs / "new" / "release"
     assert demo.train(run, demo.Options(True, True), PROGRESS) == runs / "scratch" / "release"
     (Path(run.root) / "job.py").write_text("print('nothing made')")
-    with pytest.raises(demo.DemoError, match="made no runs/"):
+    with pytest.raises(demo.ServiceError, match="made no runs/"):
         demo.train(run, demo.Options(True, False), PROGRESS)
 
 
@@ -103,7 +103,7 @@ def test_a_flag_is_zero_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FROM_SCRATCH", "")
     assert demo.Options.from_environment() == demo.Options(keep=False, from_scratch=False)
     monkeypatch.setenv("KEEP", "yes")
-    with pytest.raises(demo.DemoError, match="KEEP = 'yes': allowed is 0 or 1"):
+    with pytest.raises(demo.ServiceError, match="KEEP = 'yes': allowed is 0 or 1"):
         demo.Options.from_environment()
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.local import cluster, ports, processes
+from diagonal import cli
+from infra.local import cluster, ports, processes, verbs
 from infra.local.run import MARK_NAME, LocalRun, load, state_path
 
 JOB = '''
@@ -59,32 +60,16 @@ def job_api_status(run: LocalRun, token: str | None, body: bytes | None = None) 
 
 
 @pytest.mark.slow
-def test_the_literal_line_runs_the_job_in_the_repository_root(run: LocalRun, root: Path) -> None:
+@pytest.mark.parametrize("job", ["distill", "absent"])
+def test_the_literal_line_runs_the_job_in_the_repository_root_or_fails(run: LocalRun, root: Path, job: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    line = f"ray job submit -- python jobs/{job}.py".split()
     done = subprocess.run(
-        ["ray", "job", "submit", "--", "python", "jobs/distill.py"],
-        env=environment | run.environment(),
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=90,
+        line, env=environment | run.environment(), cwd="/", capture_output=True, text=True, timeout=90
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"job in {root} cpus {max(cluster.LOGICAL_CPUS, os.cpu_count() or 1)}" in done.stdout
-
-
-@pytest.mark.slow
-def test_a_job_that_fails_gives_the_literal_line_a_non_zero_status(run: LocalRun) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(
-        ["ray", "job", "submit", "--", "python", "jobs/absent.py"],
-        env=environment | run.environment(),
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
-    assert done.returncode != 0
+    assert (done.returncode == 0) == (job == "distill"), done.stdout + done.stderr
+    if done.returncode == 0:
+        assert f"job in {root} cpus {max(cluster.LOGICAL_CPUS, os.cpu_count() or 1)}" in done.stdout
 
 
 @pytest.mark.slow
@@ -110,13 +95,9 @@ def test_the_dashboard_is_bound_to_loopback(run: LocalRun) -> None:
 
 
 @pytest.mark.slow
-def test_starting_twice_says_where_the_first_one_is(
-    run: LocalRun, root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cluster.main(["start", "--root", str(root)]) == cluster.ALREADY_RUNNING
-    message = capsys.readouterr().err
-    assert "already running" in message
-    assert run.dashboard_url in message
+def test_starting_twice_says_where_the_first_one_is(run: LocalRun, root: Path) -> None:
+    with pytest.raises(cluster.AlreadyRunningError, match=f"already running: {run.dashboard_url}"):
+        cluster.start(root)
 
 
 @pytest.mark.slow
@@ -149,9 +130,69 @@ def test_a_taken_port_is_moved_and_stopping_leaves_nothing(tmp_path: Path) -> No
         bystander.wait(10)
 
 
-def test_stopping_where_nothing_runs_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cluster.main(["stop", "--root", str(tmp_path)]) == 0
-    assert "nothing was running" in capsys.readouterr().out
+@pytest.mark.slow
+def test_a_plain_shell_that_evaluates_the_exports_runs_the_literal_line(
+    run: LocalRun, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `make demo`: no variable of Ray's, no environment on the path, and another folder."""
+    monkeypatch.setattr(cluster, "REPOSITORY", root)
+    shown = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"from infra.local import cluster; from pathlib import Path; "
+            f"cluster.REPOSITORY = Path({str(root)!r}); from diagonal.cli import main; main(['env'])",
+        ],
+        env=os.environ | {"PYTHONPATH": "platform:."},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    script = 'eval "$EXPORTS"; ray job submit -- python jobs/distill.py'
+    plain = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"], "EXPORTS": shown}
+    done = subprocess.run(["bash", "-c", script], env=plain, cwd="/", capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0 and f"job in {root}" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_status_is_read_by_scripts(
+    run: LocalRun, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "REPOSITORY", root)
+    assert cli.main(["status", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["dashboard_url"] == run.dashboard_url and document["applications"] == {}
+
+
+@pytest.mark.parametrize(("verb", "status"), [("down", 0), ("status", 1), ("env", 1), ("serve", 1)])
+def test_where_nothing_runs_it_is_said(
+    verb: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in verbs.ADDRESSES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cluster, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(cluster.stop, "__defaults__", (tmp_path, False))
+    config = ["x", "--config", "serve/config.yaml"] if verb == "serve" else []
+    assert cli.main([verb, *config]) == status
+    said = capsys.readouterr()
+    assert "nothing was running" in said.out if verb == "down" else "`diagonal up`" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--set", "replicas"], "--set = 'replicas': allowed is NAME=VALUE"),
+        (["--set", "replicas=0"], "replicas = 0"),
+        (["--set", "auth=nobody"], "auth = 'nobody'"),
+        (["--config", "none.yaml"], "none.yaml"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_deployed(
+    words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "release", *words]) == cli.REFUSED
+    assert line in capsys.readouterr().err
 
 
 def test_a_process_id_that_was_given_away_is_not_signalled() -> None:
