@@ -71,7 +71,7 @@ class LocalRun:
     @property
     def service_page(self) -> str:
         """The service's page, opened with that key; what stands behind # reaches no server and no log."""
-        return f"{self.service_url}/#key={self.service_key}"
+        return f"{self.service_url}/" + (f"#key={self.service_key}" if self.service_key_path.is_file() else "")
 
     @property
     def ray_folder(self) -> Path:
