@@ -38,6 +38,7 @@ def test_every_session_of_a_load_is_checked_and_counted(service: Service, carrie
     assert found["completed"] == 3 and found["chunk_interval_s"]["count"] == 6
 
 
+@pytest.mark.slow
 def test_a_changed_prompt_is_timed_to_its_chunk_and_to_the_screen(service: Service) -> None:
     plan = dataclasses.replace(FAST, url=service.urls[0], pacing="realtime", seconds=4.0)
     (trace,) = asyncio.run(offer(plan, [0.0], "ws"))
@@ -45,6 +46,7 @@ def test_a_changed_prompt_is_timed_to_its_chunk_and_to_the_screen(service: Servi
     assert 0 < trace.prompt_chunk_s[0] <= trace.prompt_shown_s[0]
 
 
+@pytest.mark.slow
 def test_who_is_refused_is_told_when_to_come_again_by_socket_and_by_http(service: Service, engine: FakeEngine) -> None:
     plan = dataclasses.replace(FAST, url=service.urls[0], pacing="realtime", seconds=6.0)
     found = summarise(traces := asyncio.run(offer(plan, [0.0, 0.1, 2.0, 2.1], "both")))
@@ -90,6 +92,7 @@ def test_the_capacity_is_what_the_service_admits_at_once(service: Service) -> No
     assert capacity == 2 and all(trace.first_frame_s is not None for trace in traces)
 
 
+@pytest.mark.slow
 def test_an_overload_is_refused_and_over_when_it_ends(make_service: Callable[..., Service]) -> None:
     service = make_service(limits=RealtimeLimits())
     plan = Plan(service.urls[0], seconds=2.5)  # longer than the lead, so that a session lasts

@@ -118,6 +118,7 @@ def test_who_asks_for_traces_without_the_package_is_told_what_to_install(
         traces_of(settings, "gateway")
 
 
+@pytest.mark.slow
 def test_an_address_that_is_none_is_refused() -> None:
     with pytest.raises(FieldError, match="traces"):
         ServeSettings(traces="127.0.0.1:4318")

@@ -64,6 +64,7 @@ def test_every_route_of_the_application_is_described(idle_http: httpx2.Client, i
     assert set(TAKES_PARAMETERS + TAKES_NONE) <= described and ("HEAD", "/v1/videos/{video_id}/content") in described
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "path", "mode"), CASES)
 def test_whatever_is_sent_each_answer_is_one_that_the_description_knows(
     description: Any, idle_service: Service, method: str, path: str, mode: GenerationMode

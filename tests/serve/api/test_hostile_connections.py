@@ -92,6 +92,7 @@ def test_6_one_key_cannot_take_all_connections_of_a_gateway(
     until(lambda: http.get("/v1/models", headers=greedy).status_code == 200, "its connections are gone")
 
 
+@pytest.mark.slow
 def test_s2_a_plain_reader_that_stops_reading_stops_its_generation_and_loses_its_slot(
     make_service: Callable[..., Service], engine: FakeEngine, heavy: None, until: Until
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_stopped_session_ends_whole(client: DiagonalClient, tmp_path: Path) ->
     assert live.state.stopped and frames_of(first.data + b"".join(chunk.data for chunk in rest)) == live.state.frames
 
 
+@pytest.mark.slow
 def test_a_stream_without_an_end_goes_on_until_it_is_stopped(client: DiagonalClient) -> None:
     with client.realtime("a red circle", endless=True, buffer_s=5.0) as live:
         assert live.opening.frames is None
@@ -218,6 +219,7 @@ class CommandLine:
         return self.process.returncode, output, errors.decode()
 
 
+@pytest.mark.slow
 def test_what_is_typed_while_a_session_is_watched_changes_its_prompt(
     service: Service, engine: FakeEngine, until: Until
 ) -> None:

@@ -177,6 +177,7 @@ def test_who_leaves_before_his_session_began_frees_its_place(
     assert (video["status"], video["error"]["code"]) == ("cancelled", "abandoned"), video
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gateway", [0, 1])
 def test_a_broken_connection_goes_on_with_the_next_chunk_through_any_gateway(
     service: Service, engine: FakeEngine, gateway: int
@@ -291,6 +292,7 @@ def test_a_session_that_does_not_start_in_time_is_closed(make_service: Callable[
         assert (code, error["code"]) == (1008, "start_timeout")
 
 
+@pytest.mark.slow
 def test_a_session_in_which_nothing_moves_is_ended_unless_it_pings(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
@@ -335,6 +337,7 @@ def test_a_finished_session_is_a_video_like_any_other(service: Service, http: ht
     assert len(shades(http.get(f"/v1/videos/{one.request_id}/content").content)) == 21
 
 
+@pytest.mark.slow
 def test_a_slow_reader_holds_up_nobody_else(service: Service, engine: FakeEngine) -> None:
     with viewer(service.urls[0], max_queue=1) as slow, viewer(service.urls[0]) as quick:
         slow.start(num_frames=900, streaming_buffer_seconds=1.0)

@@ -73,6 +73,7 @@ def refusals(http: httpx2.Client, headers: dict[str, str], secret: str, video: s
     return "".join(answer.text + str(answer.headers) for answer in asked)
 
 
+@pytest.mark.slow
 def test_14_no_secret_is_told_whatever_goes_wrong(
     make_service: Callable[..., Service],
     engine: FakeEngine,

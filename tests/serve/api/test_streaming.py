@@ -186,6 +186,7 @@ def test_one_failed_video_leaves_the_others_alone(http: httpx2.Client, engine: F
     assert http.get(f"/v1/videos/{long}/content").status_code != 200
 
 
+@pytest.mark.slow
 def test_realtime_generation_stays_a_lead_ahead_of_who_watches(http: httpx2.Client, engine: FakeEngine) -> None:
     video = start(http, frames=160, pacing="realtime")
     began = time.monotonic()
@@ -258,6 +259,7 @@ def test_a_realtime_video_that_nobody_ever_watches_is_given_up(
     assert status(http, video)["error"]["code"] == "abandoned" and len(engine.made) <= 3
 
 
+@pytest.mark.slow
 def test_a_watched_chunk_costs_the_store_one_question_beside_its_keeping(service: Service, http: httpx2.Client) -> None:
     check, put = service.store.check, service.store.put_chunks
     asked: list[str] = []

@@ -243,6 +243,7 @@ def test_2_a_page_of_another_origin_opens_no_socket(
         pass
 
 
+@pytest.mark.slow
 def test_3_another_keys_video_is_not_there(http: httpx2.Client, key: Keyed, engine: FakeEngine) -> None:
     engine.allow(1)
     mine, theirs = key("me"), key("they")
@@ -300,6 +301,7 @@ def test_6_half_open_requests_hold_up_nobody(guarded: Service, http: httpx2.Clie
             assert next(answer.iter_raw())
 
 
+@pytest.mark.slow
 def test_7_a_reader_that_does_not_read_costs_little(guarded: Service, key: Keyed, engine: FakeEngine) -> None:
     psutil = pytest.importorskip("psutil")
     headers = key()
@@ -425,6 +427,7 @@ def test_15_what_breaks_inside_is_told_to_nobody(
     assert "SECRET_X" not in answer.text + caplog.text and "r1" in caplog.text
 
 
+@pytest.mark.slow
 def test_16_no_label_of_a_metric_is_the_callers_to_choose(guarded: Service, http: httpx2.Client, key: Keyed) -> None:
     headers = key()
     for number in range(50):

@@ -28,6 +28,7 @@ def made_by(service: Service, chunks: int) -> Any:
     return one
 
 
+@pytest.mark.slow
 def test_it_goes_on_past_the_longest_file_until_it_is_stopped(
     service: Service, http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
@@ -49,6 +50,7 @@ def test_it_goes_on_past_the_longest_file_until_it_is_stopped(
     assert (gone.status_code, gone.json()["error"]["code"]) == (409, "no_file")
 
 
+@pytest.mark.slow
 def test_of_its_chunks_the_newest_alone_are_kept(
     service: Service, http: httpx2.Client, other_http: httpx2.Client, until: Until
 ) -> None:
@@ -71,6 +73,7 @@ def test_of_its_chunks_the_newest_alone_are_kept(
     assert [link["chunk"] for link in links[: 2 * KEPT_CHUNKS]] == list(range(2 * KEPT_CHUNKS))  # proofs stay
 
 
+@pytest.mark.slow
 def test_a_resume_token_of_a_chunk_that_is_gone_is_told_so(service: Service) -> None:
     one = made_by(service, KEPT_CHUNKS + 20)
     with viewer(service.urls[1]) as two:
@@ -121,6 +124,7 @@ def test_the_services_limit_ends_it_as_a_stream_that_is_over(
     until(lambda: not engine.sessions, "the place is free", seconds=25)
 
 
+@pytest.mark.slow
 def test_it_counts_among_a_keys_videos_and_is_charged_as_it_goes(guarded: Service, key: Keyed) -> None:
     mine = key(sessions=1, frames_per_minute=61 * 16)
     with http_client(guarded.urls[0], mine) as http, viewer(guarded.urls[0], mine) as one:
@@ -136,6 +140,7 @@ def test_it_counts_among_a_keys_videos_and_is_charged_as_it_goes(guarded: Servic
         assert refused.json()["error"]["code"] == "frame_quota_exceeded"
 
 
+@pytest.mark.slow
 def test_it_goes_on_when_its_replica_dies(make_cluster: Callable[..., Cluster]) -> None:
     cluster = make_cluster()
     with viewer(cluster.urls[0]) as one:

@@ -31,6 +31,7 @@ from tests.serve.harness import (
 from tests.serve.sockets import cut, viewer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pacing", ["none", "realtime"])
 def test_a_replica_that_dies_does_not_end_the_stream(
     make_cluster: Callable[..., Cluster], expected: bytes, pacing: str, until: Until, monkeypatch: pytest.MonkeyPatch
@@ -52,6 +53,7 @@ def test_a_replica_that_dies_does_not_end_the_stream(
         assert not list(folder.glob("snapshot-*")), "snapshots are dropped when they are of no more use"
 
 
+@pytest.mark.slow
 def test_a_realtime_stream_survives_its_replica_without_waiting_for_a_deadline(
     make_cluster: Callable[..., Cluster],
 ) -> None:
@@ -71,6 +73,7 @@ def test_a_realtime_stream_survives_its_replica_without_waiting_for_a_deadline(
     )
 
 
+@pytest.mark.slow
 def test_a_prompt_change_that_no_chunk_had_shown_is_not_lost_with_the_replica(
     make_cluster: Callable[..., Cluster],
 ) -> None:
@@ -88,6 +91,7 @@ def test_a_prompt_change_that_no_chunk_had_shown_is_not_lost_with_the_replica(
     assert one.indices == list(range(9))
 
 
+@pytest.mark.slow
 def test_a_session_lost_behind_its_first_chunk_begins_again_unnoticed(
     make_cluster: Callable[..., Cluster], expected: bytes
 ) -> None:
@@ -119,6 +123,7 @@ def test_without_another_replica_the_stream_breaks_off_and_says_so(
         assert http.get(f"/v1/videos/{video}").json()["error"]["code"] == "session_lost"
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_before_the_first_chunk_is_replaced_too(
     make_cluster: Callable[..., Cluster], expected: bytes
 ) -> None:
@@ -132,6 +137,7 @@ def test_a_replica_that_dies_before_the_first_chunk_is_replaced_too(
         assert_same_video(stream, expected)
 
 
+@pytest.mark.slow
 def test_a_paused_stream_stands_still_frees_its_cache_and_goes_on(
     make_cluster: Callable[..., Cluster], expected: bytes, until: Until
 ) -> None:
@@ -158,6 +164,7 @@ def test_a_paused_stream_stands_still_frees_its_cache_and_goes_on(
         assert told == [("pause", "applied"), ("resume", "applied")]
 
 
+@pytest.mark.slow
 def test_a_viewer_who_is_away_holds_no_cache_and_finds_his_stream_again(
     make_cluster: Callable[..., Cluster], expected: bytes, until: Until
 ) -> None:
@@ -175,6 +182,7 @@ def test_a_viewer_who_is_away_holds_no_cache_and_finds_his_stream_again(
     assert_same_video(one.video + two.video, expected)
 
 
+@pytest.mark.slow
 def test_a_gateway_that_dies_costs_its_viewer_a_reconnect(
     make_cluster: Callable[..., Cluster], expected: bytes
 ) -> None:

@@ -78,6 +78,7 @@ SEAMS: dict[str, Callable[[Service, pytest.MonkeyPatch], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seam", SEAMS)
 def test_15_whatever_breaks_inside_is_neither_told_nor_logged_nor_waited_for(
     service: Service,
@@ -148,6 +149,7 @@ def test_s5_a_chunk_that_cannot_be_encoded_ends_its_session_at_once_and_no_other
     until(lambda: told(http, good)["status"] == "completed", "completed")
 
 
+@pytest.mark.slow
 def test_s5_poison_prompts_cost_their_sessions_and_not_the_replica(
     poisoned: None,
     make_cluster: Callable[..., Cluster],
@@ -206,6 +208,7 @@ def test_s5_a_session_that_takes_its_replicas_down_is_given_to_no_fourth_one(
     until(lambda: not engine.sessions, "its place is free")
 
 
+@pytest.mark.slow
 def test_s6_a_session_for_which_there_is_no_memory_ends_alone(
     make_cluster: Callable[..., Cluster],
     until: Until,  # noqa: F811

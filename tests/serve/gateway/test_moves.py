@@ -65,6 +65,7 @@ def gaps(one: Viewer, chunks: int) -> list[float]:
     return [later - before for before, later in zip(came, came[1:], strict=False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pacing", ["none", "realtime"])
 def test_a_replica_that_drains_loses_no_frame(make_cluster: Make, expected: bytes, pacing: str, until: Until) -> None:
     cluster = make_cluster()
@@ -79,6 +80,7 @@ def test_a_replica_that_drains_loses_no_frame(make_cluster: Make, expected: byte
             cluster.run(drained.shut())
 
 
+@pytest.mark.slow
 def test_a_draining_replicas_session_moves_before_its_viewer_runs_dry(make_cluster: Make, until: Until) -> None:
     cluster = make_cluster()
     with viewer(cluster.urls[0]) as one:
@@ -96,6 +98,7 @@ def test_a_draining_replicas_session_moves_before_its_viewer_runs_dry(make_clust
     assert one.indices == list(range(27))
 
 
+@pytest.mark.slow
 def test_a_session_that_moves_where_all_is_full_waits_until_there_is_room(
     make_cluster: Make, expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +146,7 @@ def hang(replica: Replica, release: threading.Event) -> None:
     engine.step = never
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_left_within_its_viewers_patience(
     make_cluster: Make, expected: bytes, hung: threading.Event, until: Until
 ) -> None:
@@ -173,6 +177,7 @@ def test_an_engine_that_hangs_is_not_ready_and_takes_no_session(
         assert refused.status_code in (429, 503) and int(refused.headers["retry-after"]) > 0
 
 
+@pytest.mark.slow
 def test_a_viewer_of_a_gateway_that_drains_goes_on_through_another_one(make_cluster: Make, expected: bytes) -> None:
     cluster = make_cluster(replicas=1)
     with viewer(cluster.urls[0]) as one:
@@ -193,6 +198,7 @@ def test_a_viewer_of_a_gateway_that_drains_goes_on_through_another_one(make_clus
     assert_same_video(one.video + two.video, expected)
 
 
+@pytest.mark.slow
 def test_a_stream_over_http_through_a_gateway_that_drains_comes_to_its_end(
     make_cluster: Make, expected: bytes, until: Until
 ) -> None:
@@ -206,6 +212,7 @@ def test_a_stream_over_http_through_a_gateway_that_drains_comes_to_its_end(
         assert_same_video(stream.result(60), expected)
 
 
+@pytest.mark.slow
 def test_a_gateway_that_drains_alone_still_brings_its_streams_to_their_end(
     make_cluster: Make, expected: bytes, until: Until
 ) -> None:
@@ -218,6 +225,7 @@ def test_a_gateway_that_drains_alone_still_brings_its_streams_to_their_end(
         assert_same_video(stream.result(60), expected)
 
 
+@pytest.mark.slow
 def test_a_viewer_may_come_back_long_after_his_gateway_died_without_a_word(make_cluster: Make, expected: bytes) -> None:
     cluster = make_cluster(replicas=1, resume_window_s=20.0)
     cluster.store._reader_silence_s = 0.5
@@ -235,6 +243,7 @@ def test_a_viewer_may_come_back_long_after_his_gateway_died_without_a_word(make_
     assert_same_video(one.video + two.video, expected)
 
 
+@pytest.mark.slow
 def test_a_video_that_nobody_watches_outlives_its_gateway(make_cluster: Make, until: Until) -> None:
     cluster = make_cluster(replicas=1)
     with http_client(cluster.urls[0]) as http:

@@ -58,6 +58,7 @@ def test_s12_changes_are_applied_in_the_order_of_arrival_whatever_their_names(
         assert sum((chunk["started_event_ids"] for chunk in one.chunks), []) == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gateway", [0, 1])
 def test_of_two_who_resume_at_once_one_goes_on(service: Service, engine: FakeEngine, gateway: int) -> None:
     engine.allow(2)
@@ -123,6 +124,7 @@ def test_a_revoked_key_ends_what_it_has_running(
         other.read(2)
 
 
+@pytest.mark.slow
 def test_pauses_and_resumes_without_number_make_no_video_slower_to_look_at(
     service: Service, http: httpx2.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +138,7 @@ def test_pauses_and_resumes_without_number_make_no_video_slower_to_look_at(
     assert len(kept) <= 17 and kept[-1] == "e59" and kept == sorted(kept, key=lambda name: int(name[1:]))
 
 
+@pytest.mark.slow
 def test_interactions_race_with_the_end_and_are_applied_or_dropped_but_never_wait(
     service: Service, http: httpx2.Client, until: Until
 ) -> None:
@@ -158,6 +161,7 @@ def test_interactions_race_with_the_end_and_are_applied_or_dropped_but_never_wai
         assert set(seen) <= {"applied", "dropped"} and len(seen) == answers.count(202)
 
 
+@pytest.mark.slow
 def test_a_store_that_restarts_loses_no_watched_chunk(make_service: Callable[..., Service], engine: FakeEngine) -> None:
     service = make_service(reader_start_timeout_s=10.0)
     with viewer(service.urls[0]) as one:
@@ -171,6 +175,7 @@ def test_a_store_that_restarts_loses_no_watched_chunk(make_service: Callable[...
     assert one.indices == list(range(7)) and [chunk for _, chunk in engine.made] == list(range(7))
 
 
+@pytest.mark.slow
 def test_a_store_that_follows_another_cancels_no_session_that_never_waits(
     make_service: Callable[..., Service], engine: FakeEngine
 ) -> None:

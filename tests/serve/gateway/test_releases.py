@@ -155,6 +155,7 @@ def test_the_configuration_file_says_how() -> None:
 # Shares.
 
 
+@pytest.mark.slow
 def test_shares_are_as_the_weights_say() -> None:
     ids = [f"video_{number}" for number in range(20_000)]
     found = Counter(Shares.parse(["a", "b", "c"], {"a": 90, "b": 10}).ranked(one)[0] for one in ids)
@@ -256,6 +257,7 @@ def test_both_releases_are_listed_with_their_limits(http: httpx2.Client) -> None
     assert all(model["limits"]["max_frames"] > 0 for model in models)
 
 
+@pytest.mark.slow
 def test_a_request_names_its_release_or_the_weights_do(service: SideBySide, http: httpx2.Client) -> None:
     assert start(http)["model"] == "stable" and start(http, model="next")["model"] == "next"
     service.share(next=1)
@@ -267,6 +269,7 @@ def test_a_request_names_its_release_or_the_weights_do(service: SideBySide, http
         assert service.run(service.store.get(one.request_id)).model == "stable"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WRONG_NAMES if name.isprintable()] + ["other"])
 def test_a_model_that_is_not_there_is_404_whatever_its_name(name: str, http: httpx2.Client) -> None:
     answer = http.post("/v1/videos", json={"prompt": PROMPT, "model": name})
@@ -275,6 +278,7 @@ def test_a_model_that_is_not_there_is_404_whatever_its_name(name: str, http: htt
     assert http.post("/v1/videos", json={"prompt": PROMPT, "model": "stable\x00"}).status_code in (404, 422)
 
 
+@pytest.mark.slow
 def test_a_video_keeps_its_release_when_weights_change_or_its_replica_dies(
     service: SideBySide, http: httpx2.Client, until: Until
 ) -> None:
@@ -288,6 +292,7 @@ def test_a_video_keeps_its_release_when_weights_change_or_its_replica_dies(
     assert http.get(f"/v1/videos/{video}").json()["model"] == "stable"
 
 
+@pytest.mark.slow
 def test_a_session_never_goes_to_another_release(
     service: SideBySide, http: httpx2.Client, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +307,7 @@ def test_a_session_never_goes_to_another_release(
     assert start(http, model="next", num_frames=9)["model"] == "next", "the other release goes on"
 
 
+@pytest.mark.slow
 def test_a_release_that_does_not_answer_gives_way_to_the_next(service: SideBySide, http: httpx2.Client) -> None:
     service.share(stable=1, next=1)
     service.run(service.kill_replica("next-1"))
@@ -312,6 +318,7 @@ def test_a_release_that_does_not_answer_gives_way_to_the_next(service: SideBySid
     assert http.get("/health/ready").status_code == 503
 
 
+@pytest.mark.slow
 def test_a_video_whose_release_is_gone_ends_and_what_was_made_stays(
     service: SideBySide, http: httpx2.Client, until: Until
 ) -> None:
@@ -401,6 +408,7 @@ def test_a_release_that_was_not_promoted_is_served_only_when_asked(
     assert loaded.model == "r1" and not loaded.promoted
 
 
+@pytest.mark.slow
 def test_a_release_on_s3_is_checked_like_one_on_disk(
     load: Callable[..., Loaded], bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -55,6 +56,7 @@ def test_there_are_as_many_as_slots_and_time_need_within_the_limits(
     assert max(least, min(math.ceil(max(sessions / 8, busy) - 1e-6), most)) <= wanted <= most
 
 
+@pytest.mark.slow
 @given(LOADS, SPARE, st.randoms(use_true_random=False))
 def test_replicas_go_only_when_their_sessions_find_room_elsewhere(
     loads: list[Load], spare: float, order: random.Random

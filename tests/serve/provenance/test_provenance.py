@@ -294,6 +294,7 @@ class Inverted:
         raise NotImplementedError
 
 
+@pytest.mark.slow
 def test_another_watermark_may_be_plugged_in(make_service: Make, until: Until, tmp_path: Path) -> None:
     key = tmp_path / "watermark.key"
     key.write_bytes(b"key")

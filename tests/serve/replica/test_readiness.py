@@ -43,6 +43,7 @@ def test_a_service_is_not_ready_while_its_engine_hangs(engine: FakeEngine, http:
     until(lambda: status(http) == 200, "ready again", 20)
 
 
+@pytest.mark.slow
 def test_a_service_whose_engine_can_make_no_chunk_is_not_ready(
     engine: FakeEngine, http: httpx2.Client, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:

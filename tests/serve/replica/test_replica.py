@@ -99,6 +99,7 @@ def test_a_paused_session_frees_its_cache_and_goes_on_with_the_same_stream(tmp_p
     run(tmp_path, work)
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_at_another_replica_with_no_frame_twice_and_none_missing(tmp_path: Path) -> None:
     async def work(make: Callable[..., Replica]) -> None:
         first, second, plain = make(), make(), make()

@@ -91,6 +91,7 @@ def kept(chunk: EncodedChunk, epoch: int = 0, **state: Any) -> KeptChunk:
     return KeptChunk(chunk, f"{chunk.chunk}-{epoch}", Link(chunk.chunk, "hash", "", chunk.last), **state)
 
 
+@pytest.mark.slow
 def test_a_video_comes_back_as_it_was_put_in(database: Database) -> None:
     opened = replace(VIDEO, status=Status.IN_PROGRESS, replica="replica-1", mime="video/mp4")
     assert database.get("video_1") == opened
@@ -286,6 +287,7 @@ for number in range(10_000):
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_between_writes_loses_nothing_acknowledged(
     database: Database, tables: Tables, database_url: str, repository: Path
 ) -> None:
