@@ -1,4 +1,4 @@
-"""API keys from the command line: `python -m serve.keys create --name ...`, `list`, `revoke`.
+"""API keys from the command line: `diagonal keys create --name ...`, `list`, `revoke`.
 
 It works on the service's database itself, so whoever may run it may do anything. Give --data or --database as the
 service has them. A new key is shown once; what is kept of it is a hash.
@@ -69,7 +69,7 @@ def revoke(credentials: Credentials, options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m serve.keys", description="API keys of a Diagonal service.")
+    parser = argparse.ArgumentParser(prog="diagonal keys", description="API keys of a Diagonal service.")
     commands = parser.add_subparsers(required=True, metavar="command")
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--data", default=ServeSettings().data, help="folder of the store (default: %(default)s)")
