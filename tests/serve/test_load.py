@@ -30,6 +30,7 @@ def test_arrivals_are_random_but_the_same_for_one_seed() -> None:
 
 @pytest.mark.parametrize("carrier", ["ws", "http"])
 def test_every_session_of_a_load_is_checked_and_counted(service: Service, carrier: str) -> None:
+    service.engine.config = service.engine.config.with_settings(["serve.max_sessions=3"])
     plan = dataclasses.replace(FAST, url=service.urls[0], change_every=1)
     traces = asyncio.run(offer(plan, [0.0, 0.3, 0.6], carrier))
     assert [(trace.outcome, trace.code, trace.frames) for trace in traces] == [("completed", "", 24)] * 3
@@ -48,8 +49,8 @@ def test_a_changed_prompt_is_timed_to_its_chunk_and_to_the_screen(service: Servi
 
 @pytest.mark.slow
 def test_who_is_refused_is_told_when_to_come_again_by_socket_and_by_http(service: Service, engine: FakeEngine) -> None:
-    plan = dataclasses.replace(FAST, url=service.urls[0], pacing="realtime", seconds=6.0)
-    found = summarise(traces := asyncio.run(offer(plan, [0.0, 0.1, 2.0, 2.1], "both")))
+    plan = dataclasses.replace(FAST, url=service.urls[0], pacing="realtime", seconds=8.0)
+    found = summarise(traces := asyncio.run(offer(plan, [0.0, 0.1, 4.0, 4.1], "both")))
     assert [trace.outcome for trace in traces] == ["completed", "completed", "rejected", "rejected"]
     assert found["rejected"] == {"server_full": 2} and found["rejections_without_retry_after"] == 0
     assert found["rejection_s"]["count"] == 2
