@@ -70,7 +70,7 @@ def test_each_verb_leads_to_a_function(verb: str) -> None:
     """What a verb runs is named in text, so that nothing else loads it."""
     (verbs,) = (action for action in cli.parser()._actions if action.dest == "==SUPPRESS==")
     name = dict(verbs.choices or {})[verb].get_default("run") or "serve.keys:main"
-    assert callable(cli.resolve_name(name))
+    assert callable(cli.resolve_name(name)), name
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
@@ -171,3 +171,11 @@ def test_a_live_session_goes_by_the_same_rule(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
     with DiagonalClient("http://127.0.0.1:9") as client, pytest.raises(DiagonalError, match="refused"):
         client.realtime("x")
+
+
+def test_config_shows_a_section_or_names_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "distill.lr", "--json"]) == cli.DONE
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["default"]) == ("distill.lr", 2e-6)
+    assert cli.main(["config", "srve"]) == cli.REFUSED
+    assert "did you mean serve?" in capsys.readouterr().err

@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 refused, 3 no answer from the server, 4 the server is full
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -119,7 +118,8 @@ def _add_local_verbs(verbs: Any) -> None:
     deploy.add_argument("--port", type=int, metavar="N", help="of the service (default: the configuration's)")
     _verb(verbs, "keys", "", "create, list and revoke API keys (in a checkout)")
     config = _json_option(_verb(verbs, "config", "diagonal.cli:show_config", "print every setting with its meaning"))
-    config.add_argument("section", nargs="?", help="only these, such as serve or distill.lr")
+    config.add_argument("section", nargs="?", help="only these, such as serve or distill.loss")
+    config.add_argument("--preset", default="wan-1.3b", help="whose values are shown (default: %(default)s)")
     completion = _verb(verbs, "completion", "diagonal.cli:completion", "print the completion script of a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
@@ -186,11 +186,8 @@ def completion(options: argparse.Namespace) -> None:
 
 def show_config(options: argparse.Namespace) -> None:
     """Print settings as a table, or as JSON."""
-    try:
-        describe = resolve_name("diagonal.config:describe")
-    except ModuleNotFoundError as error:
-        raise FieldError("config", options.section, "used with the extra `model`") from error
-    print(json.dumps([vars(one) for one in describe(options.section)]) if options.json else describe(options.section))
+    describe = resolve_name("diagonal.config.describe:describe")
+    print(describe(options.section or "", options.preset, as_json_text=options.json))
 
 
 if __name__ == "__main__":
