@@ -238,7 +238,7 @@ class Bare(PathFinder):
         return None if name.partition(".")[0] in gone else super().find_spec(name, path, target)
 
 sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
-from diagonal.evaluate.bench import main
+from diagonal.evaluate.bench.bench import main
 sys.exit(main(sys.argv[1:]))
 """
 
