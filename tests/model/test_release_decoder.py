@@ -57,7 +57,9 @@ def test_the_decoder_that_the_configuration_names_is_served(release: Release, fa
 
 
 def test_a_fast_decoder_that_the_release_has_not_is_refused_with_who_makes_one(release: Release) -> None:
-    with pytest.raises(FieldError, match="serve.decoder = 'fast': allowed is full: .* has no decoder/, which jobs/dist"):
+    with pytest.raises(
+        FieldError, match="serve.decoder = 'fast': allowed is full: .* has no decoder/, which jobs/dist"
+    ):
         release.with_settings(["serve.decoder=fast"]).decoder()
 
 
