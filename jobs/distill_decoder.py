@@ -79,7 +79,7 @@ def _train(run: Run, release: Release) -> None:
     if run.folder.has(CHECKPOINT):
         training.load(torch.load(io.BytesIO(run.folder.read(CHECKPOINT)), map_location=device, weights_only=True))
         say(f"decoder: resumes after update {training.update}")
-    report = Progress("decoder", config.decoder.updates, training.update)
+    report = Progress("decoder", config.decoder.updates)
     train_fast_decoder(config, training, clips, report, lambda: _save(run, training))
     count = min(UNSEEN_CLIPS, config.decoder.clips)
     unseen = config.with_settings([f"seed={config.seed + 1}", f"decoder.clips={count}", "decoder.crop_latents=0"])

@@ -63,9 +63,7 @@ def pretrain(run: Run) -> None:
     say(f"pretrain: drawing {settings.clips} clips")
     training = TeacherTraining(config, build_corpus(config, linear, text))
     _restore(run, training)
-    state = train_teacher(
-        config, training, Progress("pretrain", settings.updates, training.update), partial(_after, run, text, linear)
-    )
+    state = train_teacher(config, training, Progress("pretrain", settings.updates), partial(_after, run, text, linear))
     codec = _codec(config, linear)
     lineage = {
         "stage": "pretrain",

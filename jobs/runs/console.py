@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from tqdm import tqdm
 
 PROGRESS_EVERY_S = 10.0
 
@@ -32,16 +36,69 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400.0:.1f} days"
 
 
-class Progress:
-    """Prints the newest losses and the time left, now and then; `done` updates were made before."""
+class Pace:
+    """Updates a second over the newest ones. The first two of a start compile and warm up: they count
+    until there are others."""
 
-    def __init__(self, stage: str, updates: int, done: int = 0) -> None:
-        self._stage, self._updates, self._done = stage, updates, done
-        self._started_s = time.monotonic()
-        self._clock = Interval(PROGRESS_EVERY_S)
+    def __init__(self, window: int = 50, warm_up: int = 2) -> None:
+        self._warm_up, self._updates = warm_up, 0
+        self._times_s = deque([time.monotonic()], maxlen=window + 1)
+
+    def update(self) -> float:
+        """Count one update; returns the rate now."""
+        self._updates += 1
+        if self._updates == self._warm_up + 1:
+            self._times_s = deque([self._times_s[-1]], maxlen=self._times_s.maxlen)
+        self._times_s.append(time.monotonic())
+        return (len(self._times_s) - 1) / max(self._times_s[-1] - self._times_s[0], 1e-9)
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a stage has come: `update` of `last`, at so many updates a second, with the newest figures as text."""
+
+    update: int
+    last: int
+    rate: float
+    figures: str
+
+    def __str__(self) -> str:
+        left = duration((self.last - self.update) / self.rate)
+        return f"update {self.update}/{self.last}, {self.rate:.3g}/s, about {left} left; {self.figures}"
+
+
+class Bar:
+    """One bar on the terminal."""
+
+    def __init__(self, stage: str) -> None:
+        self._bar = tqdm(
+            desc=stage, disable=False, dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}"
+        )
+
+    def show(self, position: Position) -> None:
+        self._bar.total, self._bar.n = position.last, position.update
+        self._bar.set_postfix_str(str(position))
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def has_bar() -> bool:
+    """Whether progress is a bar: on a terminal; elsewhere it is lines."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+class Progress:
+    """How far a loop in this process has come: the newest losses and the time left."""
+
+    def __init__(self, stage: str, updates: int) -> None:
+        self._stage, self._updates = stage, updates
+        self._pace, self._interval, self._bar = Pace(), Interval(PROGRESS_EVERY_S), Bar(stage) if has_bar() else None
 
     def __call__(self, update: int, figures: Mapping[str, float]) -> None:
-        if self._clock.is_due() or update == self._updates:
-            left_s = (self._updates - update) * (time.monotonic() - self._started_s) / (update - self._done)
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            print(f"{self._stage}: update {update}/{self._updates}, {shown}, about {left_s:.0f} s left", flush=True)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        position = Position(update, self._updates, self._pace.update(), shown)
+        if self._bar is not None:
+            self._bar.show(position)
+        elif self._interval.is_due() or update == self._updates:
+            print(f"{self._stage}: {position}", flush=True)

@@ -9,6 +9,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from jobs.runs.console import Position
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -25,6 +27,7 @@ class StageController:
     def __init__(self) -> None:
         self._stop = asyncio.Event()
         self._failure: Failure | None = None
+        self._position: Position | None = None
 
     async def stop(self) -> None:
         self._stop.set()
@@ -39,6 +42,13 @@ class StageController:
 
     async def failure(self) -> Failure | None:
         return self._failure
+
+    async def show(self, position: Position) -> None:
+        self._position = position
+
+    async def position(self) -> Position | None:
+        """How far the stage has come; None before its first update."""
+        return self._position
 
 
 def start_controller() -> Any:

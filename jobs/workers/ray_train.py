@@ -28,6 +28,7 @@ from diagonal.training.checkpoint import CheckpointError
 from diagonal.training.distributed import GROUP_LOST
 from diagonal.training.loop import Stopped, TooManyNonFiniteError
 from jobs.ray_cluster import connect
+from jobs.runs.console import Bar, has_bar
 from jobs.runs.run import JobFailed, JobStopped, Run, say
 from jobs.workers.control import Failure, start_controller
 from jobs.workers.data_feed import Feed
@@ -35,6 +36,7 @@ from jobs.workers.worker import Worker
 
 FINAL = (FieldError, CheckpointError, StorageError, TooManyNonFiniteError)  # the same would come again
 MOST_CHARACTERS = 600
+BAR_EVERY_S = 0.5
 FIRST_OF_ALL_SHARE = 0.8  # of the stall timeout: what replaces a worker with a reason comes before the watchdog
 FOLLOWS = (
     "Connection closed by peer",
@@ -55,11 +57,13 @@ def fit_stage(run: Run, stage: str, body: Callable[[Worker, Feed], None], feed: 
     connect()
     config, control = run.config.train, start_controller()
     settings = {**run.to_settings(), "stage": stage, "control": control, "feed": ray.put(feed), "body": body}
+    settings["has_bar"] = has_bar()
     say(f"{stage}: {feed.updates} updates of {feed.batch_size} samples on {_workers(config)} workers")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.stall_timeout_s * FIRST_OF_ALL_SHARE)
     with tempfile.TemporaryDirectory(prefix="diagonal-train-") as scratch, _stopping(control, stage) as stopped:
         try:
-            _trainer(run, stage, settings, scratch).fit()
+            with _bar(control, stage):
+                _trainer(run, stage, settings, scratch).fit()
         except ray.train.TrainingFailedError as error:
             _raise_final(control)
             raise JobFailed(_account(stage, error, run)) from None
@@ -146,6 +150,33 @@ def _stopping(control: Any, stage: str) -> Iterator[threading.Event]:
         ended.set()
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _bar(control: Any, stage: str) -> Iterator[None]:
+    """On a terminal: a bar that shows while a stage runs how far it has come."""
+    if not has_bar():
+        yield
+        return
+    bar, ended = Bar(stage), threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(BAR_EVERY_S):
+            try:
+                position = ray.get(control.position.remote(), timeout=BAR_EVERY_S)
+            except (RayError, TimeoutError):
+                continue  # the actor is restarting: the next look shows more
+            if position is not None:
+                bar.show(position)
+
+    follower = threading.Thread(target=follow, name="bar", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+        bar.close()
 
 
 def _is_main_thread() -> bool:

@@ -14,7 +14,7 @@ from tensorboardX import SummaryWriter
 
 from diagonal.training.checkpoint import Checkpointer, Restored
 from diagonal.training.distributed import Group
-from jobs.runs.console import Interval, duration
+from jobs.runs.console import Interval, Pace, Position
 from jobs.runs.run import say
 from jobs.runs.update_log import FolderSync, Journal
 from jobs.workers.samples import save_curves, sheet_pixels
@@ -68,11 +68,13 @@ class Reporter:
         last: int,
         batch_size: int,
         checkpoint_every: int,
+        show: Callable[[Position], None] | None = None,
     ) -> None:
+        """`show` is given each position in place of a line now and then."""
         self._place, self._sync, self._last, self._batch_size = place, sync, last, batch_size
         self.metrics, self._checkpoint_every = metrics, checkpoint_every
         self._journal = Journal(sync)
-        self._printing, self._begun_s, self._first = Interval(PROGRESS_EVERY_S), time.monotonic(), 0
+        self._printing, self._pace, self._show = Interval(PROGRESS_EVERY_S), Pace(), show
         self._board: SummaryWriter | None = None
 
     @property
@@ -91,11 +93,10 @@ class Reporter:
             say(f"{self._place.stage}: WARNING: REFUSED {reason}")
         if restored or restarted:
             say(f"{self._place.stage}: resumes after update {update} on {self._place.world_size} workers")
-        self._begun_s = time.monotonic()
+        self._pace = Pace()
 
     def update(self, update: int, stage: int, figures: Mapping[str, float], checkpoint_age_s: float) -> None:
-        self._first = self._first or update
-        rate = (update - self._first + 1) / max(time.monotonic() - self._begun_s, 1e-9)
+        rate = self._pace.update()
         self.metrics.update(update, stage, figures, self._batch_size, rate)
         self.metrics.checkpoints(checkpoint_age_s, self._checkpoint_every / rate)
         first = (update - 1) * self._batch_size
@@ -104,10 +105,12 @@ class Reporter:
         assert self._board is not None
         for name, value in figures.items():
             self._board.add_scalar(f"{self._place.stage}/{name}", value, update)
-        if self._printing.is_due() or update == self._last:
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if name not in OWN)
-            left = duration((self._last - update) / rate)
-            say(f"{self._place.stage}: update {update}/{self._last}, {rate:.3g}/s, about {left} left; {shown}")
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if name not in OWN)
+        position = Position(update, self._last, rate, shown)
+        if self._show is not None:
+            self._show(position)
+        elif self._printing.is_due() or update == self._last:
+            say(f"{self._place.stage}: {position}")
 
     def pictures(self, update: int, sheet: Any = None) -> None:
         """Draw the curves and send everything; `sheet` is the path of a new contact sheet."""

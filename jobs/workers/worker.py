@@ -51,6 +51,7 @@ class Worker:
     device: torch.device
     watchdog: Watchdog
     control: Any = None
+    has_bar: bool = False
     on_ray: bool = True
     progress: StageHooks | None = None
     checkpointer: Checkpointer | None = None
@@ -65,7 +66,7 @@ class Worker:
         place = RankInfo(settings["stage"], rank, context.get_world_size(), group)
         watchdog = Watchdog(run.config.train.stall_timeout_s, f"{place.stage}, rank {rank}")
         device = ray.train.torch.get_device() if cuda else torch.device("cpu")
-        return cls(run, place, device, watchdog, settings["control"])
+        return cls(run, place, device, watchdog, settings["control"], settings["has_bar"])
 
     def __enter__(self) -> Worker:
         return self
@@ -143,7 +144,8 @@ class Worker:
         effort = StageFlops.of(self.run, (0,) if first else (1, 2), self.device, self.place.world_size)
         metrics = StageMetrics(self._metrics(), self.place.stage, feed.updates, effort)
         every = (self.config.ode_init if first else self.config.distill).checkpoint_every
-        return Reporter(self.place, sync, metrics, feed.updates, feed.batch_size, every)
+        show = self.control.show.remote if self.has_bar else None
+        return Reporter(self.place, sync, metrics, feed.updates, feed.batch_size, every, show)
 
     def _metrics(self) -> MetricsBackend:
         return ray_metrics()
