@@ -22,7 +22,7 @@ _CALLS = 10_000  # most of them wait for a chunk; sessions are bounded by the en
 _STREAMS = 1_000
 _DRAIN_S = 20.0  # of parts whose calls are all short: what they hold is elsewhere by then
 _DRAIN_LOOK_S = 0.5
-_HEALTH_S = 5.0  # a process that hangs is found three times in a row before Serve ends it
+_HEALTH_S = 12.0  # three checks in a row without an answer end a process: one may stand still for half a minute
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:

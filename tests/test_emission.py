@@ -231,7 +231,7 @@ def test_a_stream_that_is_resumed_and_moved_counts_once(moved: Seen) -> None:
     assert len(moved.of("diagonal_time_to_first_frame_seconds")) == 1
     assert [one.labels for one in moved.of("diagonal_sessions_total")] == [{"outcome": "completed"}]
     (migration,) = moved.of("diagonal_session_migrations_total")
-    assert migration.labels["outcome"] == "moved" and migration.labels["cause"] in ("session_lost", "replica_silent")
+    assert migration.labels["outcome"] == "moved" and migration.labels["cause"] in ("session_lost", "replica_gone")
     assert len(moved.of("diagonal_prompt_update_latency_seconds")) == 1
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from ray.serve import autoscaling_policy
 
 from diagonal.evaluate.simulation.service import Clock, Policies, ReplicaLoad
-from serve.gateway.driver import LOOK_AT_HOLDER_S
 from serve.gateway.failover import FULL_PATIENCE_S, PATIENCE_S, WAIT_S
 from serve.policies.autoscaling import Load, replicas_for, session_scaling
+from serve.policies.driving import LOOK_AT_REPLICA_S
 from serve.policies.load_shedding import RecentRefusals
 from serve.policies.pacing import PlaybackClock
 from serve.policies.routing import Ranking
@@ -58,7 +58,7 @@ def policies(scaling: Callable[[], Scaling] | None = None) -> Policies:
         PlaybackClock,
         Repeated,
         scaling() if scaling else None,
-        LOOK_AT_HOLDER_S,
+        LOOK_AT_REPLICA_S,
         WAIT_S,
         PATIENCE_S,
         FULL_PATIENCE_S,

@@ -22,28 +22,34 @@ WAIT_S = 0.2
 
 
 async def rehome(
-    video: VideoRecord, store: StoreApi, replicas: Replicas, ahead_s: float, patience_s: float = PATIENCE_S
+    video: VideoRecord,
+    store: StoreApi,
+    replicas: Replicas,
+    ahead_s: float,
+    patience_s: float = PATIENCE_S,
+    once: bool = False,
 ) -> VideoRecord | Refused | None:
     """The session on another replica, its new driver being the caller; why not; or None: another driver has it.
 
-    `ahead_s` is the media that the viewer has left. What is tried again is harmless: a replica that was asked twice
+    `ahead_s` is the media that the viewer has left. `once` tries once, for a session whose own replica may still have
+    it: that one then refuses. What is tried again is harmless: a replica that was asked twice
     lets the first session go, and only the newest epoch may add chunks.
     """
     began_s = time.monotonic()
     anywhere = replicas.at(elsewhere(video.replica, video.id))
     while True:
-        opened, from_start = await _take_up(video, store, anywhere, ahead_s)
+        opened, from_start = await _take_up(video, store, anywhere, ahead_s, once)
         if isinstance(opened, Opened):
             return await _claim(video, opened, store, replicas, from_start)
         final = opened.retry_after_s is None and opened is not GONE and opened.param != "session_id"
         left_s = max(patience_s, FULL_PATIENCE_S) if opened.retry_after_s is not None else patience_s
-        if final or time.monotonic() + WAIT_S > began_s + left_s:
+        if once or final or time.monotonic() + WAIT_S > began_s + left_s:
             return opened
         await asyncio.sleep(WAIT_S)
 
 
 async def _take_up(
-    video: VideoRecord, store: StoreApi, anywhere: ReplicaApi, ahead_s: float
+    video: VideoRecord, store: StoreApi, anywhere: ReplicaApi, ahead_s: float, once: bool
 ) -> tuple[Opened | Refused, bool]:
     """One try, and whether the session begins at its first chunk again: where no more than that is made, which is the
     same again."""
@@ -56,7 +62,7 @@ async def _take_up(
         else:
             tried = anywhere.open(OpenSession.of(video))
         opened = await call(tried, _CALL_TIMEOUT_S)
-        if isinstance(opened, Refused) and opened.param == "session_id":  # it is there from a try that was not heard
+        if not once and isinstance(opened, Refused) and opened.param == "session_id":  # from a try that was not heard
             await call(anywhere.close(video.id, "moved"), _CALL_TIMEOUT_S)
         return opened, not parts
     except UNAVAILABLE:

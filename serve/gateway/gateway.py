@@ -357,7 +357,7 @@ class Gateway:
     async def _apply(self, video: VideoRecord, change: Interaction) -> None:
         """Tell the replica. One that is gone is replaced by the session's driver, which tells the next one."""
         refusal = await self._session(video).apply(change)
-        if refusal is None or refusal.code == "session_lost":
+        if refusal is None or refusal.code in ("session_lost", "replica_silent"):
             if change.kind is not InteractionKind.PROMPT:
                 paused = change.kind is InteractionKind.PAUSE
                 await call_with_retry(lambda: self._store.set_paused(video.id, change.event_id, paused))

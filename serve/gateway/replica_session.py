@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import TypeVar
 
+from ray.exceptions import ActorUnavailableError
+
 from serve.actors import ReplicaApi, Replicas
 from serve.policies.routing import address
 from serve.records import EncodedChunk, Interaction, InteractionKind, Opened, OpenSession, Refused, VideoRecord
@@ -12,9 +14,11 @@ from serve.rpc import UNAVAILABLE, call
 
 T = TypeVar("T")
 GONE = Refused("session_lost", "the part of the service that held the session is gone")
+SILENT = Refused("replica_silent", "the replica does not answer in time", retry_after_s=1.0)
+LEFT = Refused("session_lost", "the replica drains, was replaced, or let the session go")
 _OPEN_TIMEOUT_S = 10.0  # a replica that is well answers within a second; who waits for a new video gives up by then
 _SLICE_S = 2.0  # a replica answers a pull within this, with a chunk or without
-_SILENCE_S = 4.0  # and any call within this much more, or its process hangs
+_SILENCE_S = 4.0  # and any call within this much more, or it is silent
 
 
 async def open_session(replicas: Replicas, video: VideoRecord) -> Opened | Refused:
@@ -29,7 +33,7 @@ async def check_room(replicas: Replicas, video: VideoRecord) -> Refused | None:
 
 
 class ReplicaSession:
-    """A replica that is gone, or whose process hangs, answers as one that lost the session.
+    """A replica that is gone answers as one that lost the session; one that is only slow is SILENT, which is no loss.
 
     Serve's router drops a replica when it begins to drain it, and a call for its session then reaches another one:
     to that one the session is unknown, which is how a drain is noticed.
@@ -47,9 +51,12 @@ class ReplicaSession:
             self._replica.pull(self._video_id, chunk, ahead, since_chunk, _SLICE_S), _SLICE_S + _SILENCE_S
         )
 
-    async def lost(self) -> bool:
-        """Whether the session is to be moved: its replica is gone, drains, hangs, or let it go."""
-        return await _answer(self._replica.holds(self._video_id, self._replica_name)) is not True
+    async def trouble(self) -> Refused | None:
+        """Why the session is to be moved: its replica is gone, drains, hangs, or let it go; None when it is well."""
+        holds = await _answer(self._replica.holds(self._video_id, self._replica_name))
+        if isinstance(holds, Refused):
+            return holds
+        return None if holds else LEFT
 
     async def pause(self) -> Refused | None:
         """Free the session's cache."""
@@ -81,5 +88,7 @@ class ReplicaSession:
 async def _answer(response: Awaitable[T], timeout_s: float = _SILENCE_S) -> T | Refused:
     try:
         return await call(response, timeout_s)
+    except (TimeoutError, ActorUnavailableError):
+        return SILENT
     except UNAVAILABLE:
         return GONE

@@ -17,8 +17,9 @@ from diagonal.engine.snapshot import Snapshot
 
 _LOG = logging.getLogger("ray.serve")
 _IDLE_S = 0.5  # an engine with nothing asked for is woken by a request; this bounds how late a closed session is freed
-_DEADLINES = 3  # so many chunk times without a result, and the engine counts as hung
-_PATIENCE = 4  # and so many times as long, and it is given up: its sessions have moved where they could
+TICK_S = 1.0  # how often `tick` is called
+_LATE = 3  # so many chunk times without a result, and the step is late: the machine may be busy
+_HUNG = 12  # so many times as long while the process runs, and the engine hangs
 _SMOOTHING = 0.1
 
 
@@ -69,6 +70,7 @@ class EngineThread:
         self._chunk_s, self._clock = chunk_s, clock
         self._wake, self._stop, self._exercise = threading.Event(), threading.Event(), threading.Event()
         self._step_s, self._busy_since_s, self._proved_s, self._well = 0.0, float("inf"), clock(), True
+        self._ticked_s, self._ran_s, self._ran_for_s = clock(), 0.0, float("inf")  # of the step that began then
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -78,24 +80,44 @@ class EngineThread:
 
     @property
     def deadline_s(self) -> float:
-        """How long a step may take: three chunks' media, or three usual steps where those are longer."""
-        return _DEADLINES * max(self._chunk_s, self._step_s)
+        """How long a step takes at most when nothing is late: three chunks' media, or three usual steps."""
+        return _LATE * max(self._chunk_s, self._step_s)
 
     @property
     def healthy(self) -> bool:
-        """Whether the thread lives, its step is not late by more than `deadline_s`, and chunks come out.
+        """Whether the thread lives, its step is not late, and chunks come out.
 
         Chunks that failed in a row may be their prompts' fault: the engine has the time of one exercise to show it.
         """
-        return self.alive and self._late_s() <= self.deadline_s and self._well
+        return not self.lost and not self.late
 
     @property
     def lost(self) -> bool:
-        """Whether its process is to be replaced: a step that is late may still come on a machine that is busy."""
-        return not self.alive or self._late_s() > _PATIENCE * self.deadline_s or not self._well
+        """Whether its process is to be replaced: it ended, makes no chunks any more, or hangs.
 
-    def _late_s(self) -> float:
-        return self._clock() - self._busy_since_s
+        A late step may still come. It hangs once it is late by far in time that the process itself ran: one that was
+        stopped, or got no processor, is not to blame.
+        """
+        hangs = self.late and self._ran_s > _HUNG * self.deadline_s
+        return not self.alive or hangs or not self._well
+
+    @property
+    def late(self) -> bool:
+        """Whether the step that is under way takes longer than `deadline_s`."""
+        return self._clock() - self._busy_since_s > self.deadline_s
+
+    def tick(self) -> float:
+        """Note, about every `TICK_S`, how long the step has run; how much of the time since the last tick was late.
+
+        A tick that comes late shows that the process did not run meanwhile: it counts as two at most.
+        """
+        now_s, late_from_s = self._clock(), self._busy_since_s + self.deadline_s
+        since_s, self._ticked_s = self._ticked_s, now_s
+        if self._busy_since_s != self._ran_for_s:
+            self._ran_for_s, self._ran_s = self._busy_since_s, 0.0
+        if now_s > self._busy_since_s:
+            self._ran_s += min(now_s - max(since_s, self._busy_since_s), 2 * TICK_S)
+        return max(0.0, now_s - max(since_s, late_from_s))
 
     def proved_within(self, seconds: float) -> bool:
         """Whether the engine made a chunk, for a session or for nobody, in the last so many seconds."""

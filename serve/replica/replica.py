@@ -29,14 +29,14 @@ from serve.provenance.watermarks import Watermarks
 from serve.ray_metrics import serve_metrics
 from serve.records import EncodedChunk, ModelInfo, Opened, OpenSession, Refused
 from serve.replica.encoder_pool import SpareEncoders
-from serve.replica.engine_thread import EngineThread
+from serve.replica.engine_thread import TICK_S, EngineThread
 from serve.replica.loading import Loaded, describe, load_engine
 from serve.replica.session_buffer import Slot
 from serve.settings import ServeSettings
 from serve.tracing import SessionTrace, traces_of
 
 _LOG = logging.getLogger("ray.serve")
-_REAP_EVERY_S = 1.0
+_REAP_EVERY_S = TICK_S
 _PROOF_AGE_S = 5.0  # a readiness check wants a chunk that is not older, and has one made if there is none
 _LOOK_EVERY_S = 0.02
 _LATELY_S = 10.0  # so long a refused session counts as one that more replicas would take
@@ -44,6 +44,9 @@ _LOOK_AT_HEALTH_S = 0.25  # how soon who waits for a chunk is told that the engi
 _PULL_WAIT_S = 60.0
 _TOGETHER, _LINGER_S = 3, 0.25  # a pull of several waits so long for so many: fewer calls cost all parts less
 UNKNOWN = Refused("session_lost", "this replica does not hold the session")
+LATE = Refused(
+    "replica_late", "the machine is busy and chunks come late; try again later", retry_after_s=2.0, reason="late"
+)
 UNWELL = Refused("replica_unwell", "a part of the service makes no chunks now; try again", retry_after_s=2.0)
 
 
@@ -66,6 +69,7 @@ class Replica:
         self._info = describe(loaded, self._marks)
         self._loop = asyncio.get_running_loop()
         self._slots: dict[str, Slot] = {}
+        self._was_late = False
         self._refused_at: deque[float] = deque(maxlen=1000)
         self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
         self._urgent = ThreadPoolExecutor(1, thread_name_prefix="urgent")  # waits for no other's encoding
@@ -113,7 +117,7 @@ class Replica:
     def _admit(self, enter: Callable[[], None]) -> Refused | None:
         """Let the engine take a session; what it refused."""
         if not self._thread.healthy:
-            return UNWELL
+            return UNWELL if self._thread.lost else LATE
         try:
             enter()
         except CapacityError as error:
@@ -144,7 +148,8 @@ class Replica:
 
         Chunks before it are given up. With `since_chunk` the newest of them brings what `restore` needs to go on after
         it: all (-1), or what came after that chunk.
-        None: it is not made within `wait_s`, and the engine is well. An engine that hangs is told at once.
+        None: it is not made within `wait_s`; LATE where the engine's step is late, too. An engine that is lost is told
+        at once.
         """
         slot = self._slots.get(video_id)
         if slot is None:
@@ -181,18 +186,20 @@ class Replica:
     async def _made(
         self, future: asyncio.Future[EncodedChunk | Refused], wait_s: float
     ) -> EncodedChunk | Refused | None:
-        """The chunk when it is there; None when that takes too long."""
+        """The chunk when it is there; None when that takes too long, LATE when the engine's step does."""
         late_s = time.monotonic() + wait_s
         while (left_s := late_s - time.monotonic()) > 0 and not future.done():
             await asyncio.wait({future}, timeout=min(left_s, _LOOK_AT_HEALTH_S))
-            if not future.done() and not self._thread.healthy:
+            if not future.done() and self._thread.lost:
                 return UNWELL
-        return future.result() if future.done() else None
+        if future.done():
+            return future.result()
+        return LATE if self._thread.late else None
 
     async def holds(self, video_id: str, replica_name: str) -> bool:
-        """Whether this is that replica, has the session, and its engine is well: else it is to be moved."""
+        """Whether this is that replica, has the session, and its engine is not lost: else it is to be moved."""
         slot = self._slots.get(video_id)
-        if slot is None or replica_name != self._name or not self._thread.healthy:
+        if slot is None or replica_name != self._name or self._thread.lost:
             return False
         slot.asked_at = time.monotonic()
         return True
@@ -384,10 +391,20 @@ class Replica:
         while True:
             await asyncio.sleep(_REAP_EVERY_S)
             now_s = time.monotonic()
+            self._note_lateness()
             for video_id in [name for name, slot in self._slots.items() if self._left_behind(slot, now_s)]:
                 _LOG.warning("session %s was left behind by its gateway", video_id)
                 await self.close(video_id, "abandoned")
             self._report_slots()
+
+    def _note_lateness(self) -> None:
+        """Say that steps are late, once for each time that they begin to be."""
+        late_s = self._thread.tick()
+        if late_s > 0.0:
+            self._metrics.inc("diagonal_engine_late_seconds_total", late_s)
+            if not self._was_late:
+                _LOG.warning("the engine's step is late (over %.1f s): is the machine busy?", self._thread.deadline_s)
+        self._was_late = late_s > 0.0
 
     def _left_behind(self, slot: Slot, now_s: float) -> bool:
         if slot.paused_at is not None:

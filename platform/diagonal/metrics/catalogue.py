@@ -123,6 +123,7 @@ SERVING = (
         "cause",
         "outcome",
     ),
+    _counter("diagonal_engine_late_seconds_total", "seconds", "Time that an engine's steps took beyond their bound"),
     _histogram("diagonal_store_write_seconds", "A chunk handed to the store until it is kept", STORE_BUCKETS_S),
 )
 

@@ -36,7 +36,7 @@ from tests.serve.sockets import cut, viewer
 def test_a_replica_that_dies_does_not_end_the_stream(
     make_cluster: Callable[..., Cluster], expected: bytes, pacing: str, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.gateway.driver._AHEAD", 1)  # else all of it may have come before the replica dies
+    monkeypatch.setattr("serve.policies.driving._AHEAD", 1)  # else all of it may have come before the replica dies
     cluster = make_cluster()
     with http_client(cluster.urls[0]) as http:
         video, data, killed = start(http, 105, pacing=pacing), bytearray(), ""

@@ -58,7 +58,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that answers with an error is asked again for a second, not for twenty."""
     monkeypatch.setattr(call_with_retry, "__defaults__", (CALL_TIMEOUT_S, 1.0))
-    monkeypatch.setattr(rehome, "__defaults__", (1.0,))
+    monkeypatch.setattr(rehome, "__defaults__", (1.0, False))
 
 
 SEAMS: dict[str, Callable[[Service, pytest.MonkeyPatch], None]] = {

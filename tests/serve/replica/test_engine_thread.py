@@ -78,12 +78,36 @@ def test_an_engine_that_hangs_is_unhealthy_until_it_continues(
     watch.s += 2.25
     assert thread.healthy
     watch.s += 0.01
-    assert not thread.healthy and thread.alive and not thread.lost
-    watch.s += 3 * 2.25
+    assert not thread.healthy and thread.late and thread.alive and not thread.lost
+    for _ in range(24):
+        pass_time(watch, thread, 1.0)
+    assert not thread.lost, "it may still come: ten times as long is late"
+    for _ in range(5):
+        pass_time(watch, thread, 1.0)
     assert thread.lost
     engine.hang.clear()
     until(lambda: thread.healthy, "it goes on")
     assert not thread.lost
+
+
+def pass_time(watch: Watch, thread: EngineThread, seconds: float) -> float:
+    watch.s += seconds
+    return thread.tick()
+
+
+def test_a_process_that_stood_still_is_late_and_does_not_hang(
+    engine: HardToDrive, watch: Watch, thread: EngineThread, until: Until
+) -> None:
+    engine.hang.set()
+    thread.wake()
+    until(lambda: engine.hanging, "the engine hangs")
+    thread.tick()
+    assert pass_time(watch, thread, 1.0) == 0.0
+    assert pass_time(watch, thread, 60.0) == 58.75, "so much of it was late"
+    assert thread.late and not thread.lost
+    engine.hang.clear()
+    until(lambda: thread.healthy, "it goes on")
+    assert pass_time(watch, thread, 1.0) == 0.0
 
 
 def test_a_slow_engine_has_three_of_its_own_steps(watch: Watch) -> None:
