@@ -39,8 +39,14 @@ TABLE: dict[str, tuple[DriveState, Any]] = {
     "all is made": (state(GO, whole=True), End("completed")),
     "nobody paces it": (state(GO), Pull(8)),
     "its first viewer may still come": (state(GO, **LIVE), Pull(8)),
-    "nobody came": (state(GO, **LIVE, unwatched_since_s=NOW_S - 11.0), End("cancelled", "abandoned", "nobody watches it any more")),
-    "its viewer left": (state(DriveDecision(go=True, had_reader=True), **LIVE), End("cancelled", "abandoned", "nobody watches it any more")),
+    "nobody came": (
+        state(GO, **LIVE, unwatched_since_s=NOW_S - 11.0),
+        End("cancelled", "abandoned", "nobody watches it any more"),
+    ),
+    "its viewer left": (
+        state(DriveDecision(go=True, had_reader=True), **LIVE),
+        End("cancelled", "abandoned", "nobody watches it any more"),
+    ),
     "its file is made though a viewer left": (state(DriveDecision(go=True, had_reader=True)), Pull(8)),
     "its viewer may come back": (state(DriveDecision(go=True, had_reader=True, returning=True), **LIVE), Pause(True)),
     "its viewer waits": (state(DriveDecision(go=True, readers=1, paused=True), **LIVE), Pause(True)),
@@ -49,22 +55,43 @@ TABLE: dict[str, tuple[DriveState, Any]] = {
     "enough is ahead": (state(WATCHED, 2.0, **PACED, media_s=3.5), Wait(0.5)),
     "the lead is used up": (state(WATCHED, 2.0, **PACED, media_s=2.5), Pull(0)),
     "nobody plays yet": (state(GO, **PACED, media_s=2.0), Wait(0.75)),
-    "others' first chunks go before a second one": (state(WATCHED, 0.0, **(PACED | {"chunk": 1}), media_s=0.5625), Wait(0.5625 - 0.4)),
-    "his player has enough": (state(DriveDecision(go=True, readers=1, position_s=1.0, window_s=2.0), **PACED, media_s=3.5), Wait(0.5)),
-    "his player has just enough": (state(DriveDecision(go=True, readers=1, position_s=1.0, window_s=2.0), **PACED, media_s=3.0), Wait(0.05)),
-    "his player wants more": (state(DriveDecision(go=True, readers=1, position_s=1.1, window_s=2.0), **PACED, media_s=3.0), Pull(0)),
+    "others' first chunks go before a second one": (
+        state(WATCHED, 0.0, **(PACED | {"chunk": 1}), media_s=0.5625),
+        Wait(0.5625 - 0.4),
+    ),
+    "his player has enough": (
+        state(DriveDecision(go=True, readers=1, position_s=1.0, window_s=2.0), **PACED, media_s=3.5),
+        Wait(0.5),
+    ),
+    "his player has just enough": (
+        state(DriveDecision(go=True, readers=1, position_s=1.0, window_s=2.0), **PACED, media_s=3.0),
+        Wait(0.05),
+    ),
+    "his player wants more": (
+        state(DriveDecision(go=True, readers=1, position_s=1.1, window_s=2.0), **PACED, media_s=3.0),
+        Pull(0),
+    ),
     "its replica is gone": (state(WATCHED, trouble=LOST), Move(LOST)),
     "its engine hangs": (state(WATCHED, trouble=UNWELL, losses=1, lost_chunk=0), Move(UNWELL)),
     "two were lost in a chunk": (state(WATCHED, trouble=LOST, losses=2, lost_chunk=0), Move(LOST)),
-    "a third one": (state(WATCHED, trouble=LOST, losses=3, lost_chunk=0), End("failed", "generation_failed", "3 replicas were lost in one chunk of it")),
+    "a third one": (
+        state(WATCHED, trouble=LOST, losses=3, lost_chunk=0),
+        End("failed", "generation_failed", "3 replicas were lost in one chunk of it"),
+    ),
     "three, but in an earlier chunk": (state(WATCHED, trouble=LOST, losses=3, lost_chunk=0, chunk=1), Move(LOST)),
     "its chunk failed": (state(WATCHED, trouble=FAILED), End("failed", "generation_failed", "in chunk 3")),
     "its engine is late": (state(WATCHED, trouble=LATE), Move(LATE, once=True)),
     "its replica is silent": (state(WATCHED, trouble=SILENT, silent_since_s=NOW_S), Move(SILENT, once=True)),
     "late, and no other one took it just now": (state(WATCHED, trouble=LATE, next_slow_move_s=NOW_S + 1.0), Pull(8)),
-    "late, whatever was lost before": (state(WATCHED, trouble=LATE, losses=3, lost_chunk=0, next_slow_move_s=NOW_S + 1.0), Pull(8)),
-    "silent for minutes": (state(WATCHED, trouble=SILENT, silent_since_s=NOW_S - 121.0), End("failed", "session_lost", "its replica has not answered for 120 s")),
-}  # fmt: skip  # one case a line
+    "late, whatever was lost before": (
+        state(WATCHED, trouble=LATE, losses=3, lost_chunk=0, next_slow_move_s=NOW_S + 1.0),
+        Pull(8),
+    ),
+    "silent for minutes": (
+        state(WATCHED, trouble=SILENT, silent_since_s=NOW_S - 121.0),
+        End("failed", "session_lost", "its replica has not answered for 120 s"),
+    ),
+}
 
 
 @pytest.mark.parametrize("case", TABLE)
@@ -93,5 +120,5 @@ def test_losses_are_counted_by_the_chunk() -> None:
 
 
 def test_a_simulation_decides_without_ray() -> None:
-    code = "import sys, serve.policies.driving; assert not [name for name in sys.modules if name.split('.')[0] == 'ray']"
+    code = "import sys, serve.policies.driving; assert not [name for n in sys.modules if n.partition('.')[0] == 'ray']"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={"PYTHONPATH": ":".join(sys.path)})
