@@ -104,6 +104,19 @@ LOAD = Section(
             rate_quantiles("ray_diagonal_playout_slack_seconds_bucket{REPLICAS}", "le", "", 0.05, 0.5),
         ),
         Panel(
+            "Are replicas late?",
+            "Share of time by which steps overran their bound. A busy machine or a CPU quota, not a lost replica: sessions "
+            "stay, new ones are refused. Give the replica its cores back, or add replicas.",
+            "percentunit",
+            (
+                Query(
+                    "sum by (deployment, replica) (rate(ray_diagonal_engine_late_seconds_total{REPLICAS}[$__rate_interval]))",
+                    "{{deployment}} {{replica}}",
+                ),
+            ),
+            limits=((0.1, WORSE), (0.5, BAD)),
+        ),
+        Panel(
             "How long do chunks wait for their turn?",
             "From asking for a chunk to its generation. It grows before anything "
             "else does when a replica holds too many sessions: add replicas before it reaches a chunk's playing time.",

@@ -195,6 +195,12 @@ CASES = [
     Case("CheckpointsRefused", 25, born("ray_diagonal_checkpoints_refused_total", STEPS), {}),
     Case("CheckpointsTooSlow", 25, born("ray_diagonal_checkpoints_skipped_total", STEPS), {}),
     Case(
+        "ReplicaLate",
+        20,
+        {f"ray_diagonal_engine_late_seconds_total{{{REPLICA}}}": "0+12x60"},
+        {f"ray_diagonal_engine_late_seconds_total{{{REPLICA}}}": "0+3x60"},
+    ),
+    Case(
         "DataStarves",
         40,
         {f"ray_diagonal_data_wait_seconds_total{{{STEPS}}}": "0+24x60"},
