@@ -45,12 +45,12 @@ def test_a_few_clips_that_agree_prove_no_equality_of_rates() -> None:
 
 def test_an_interval_over_three_seeds_holds_the_errors_of_seeds_and_of_clips() -> None:
     alike = over_seeds([[0.90] * 5, [0.92] * 5, [0.94] * 5])
-    assert alike.count == 5 and alike.high - alike.mean == pytest.approx(4.303 * 0.02 / math.sqrt(3))
+    assert alike.count == 5 and alike.high - alike.mean == pytest.approx(4.30265273 * 0.02 / math.sqrt(3))
     clips = list(np.random.default_rng(3).normal(0.5, 0.1, 200))
     one, same = over_seeds([clips]), over_seeds([clips, clips, clips])
     assert one == interval(clips) and same.half_width == pytest.approx(one.half_width)
     apart = over_seeds([[value + more for value in clips] for more in (-0.02, 0.0, 0.02)])
-    assert apart.half_width == pytest.approx(math.hypot(one.half_width, 4.303 * 0.02 / math.sqrt(3)), rel=1e-3)
+    assert apart.half_width == pytest.approx(math.hypot(one.half_width, 4.30265273 * 0.02 / math.sqrt(3)), rel=1e-3)
 
 
 def test_three_seeds_that_all_hit_few_clips_prove_no_rate_of_1() -> None:
@@ -61,7 +61,7 @@ def test_differences_over_seeds_are_paired_and_one_row_stands_for_all_seeds() ->
     theirs = list(np.random.default_rng(4).normal(0.5, 0.1, 50))
     ours = [[value + more for value in theirs] for more in (0.01, 0.02, 0.03)]
     found = difference_over_seeds(ours, [theirs])
-    assert found.mean == pytest.approx(0.02) and found.half_width == pytest.approx(4.303 * 0.01 / math.sqrt(3))
+    assert found.mean == pytest.approx(0.02) and found.half_width == pytest.approx(4.30265273 * 0.01 / math.sqrt(3))
     assert difference_over_seeds(ours, [[v + 0.005 * n for v in theirs] for n in (2, 4, 6)]).low == pytest.approx(0.0)
 
 
@@ -70,3 +70,9 @@ def test_values_that_are_not_there_or_not_paired_are_refused() -> None:
         interval([])
     with pytest.raises(FieldError, match="ours"):
         difference([1.0], [1.0, 0.0])
+
+
+def test_eleven_seeds_are_widened_by_students_t_of_ten_degrees_of_freedom() -> None:
+    seeds = [[float(seed)] * 4 for seed in range(11)]
+    half = 2.228139 * float(np.std(range(11), ddof=1)) / 11**0.5
+    assert over_seeds(seeds).half_width == pytest.approx(half, rel=1e-6)

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student_t
 
 from diagonal.errors import require
 
 Z = 1.96
 DRAWS, AT_ONCE = 1000, 50
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond them the normal one.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,13 @@ def _widened(clips: Interval, means: Sequence[float]) -> Interval:
     count = len(means)
     if count < 2:
         return clips
-    half = _t(count - 1) * float(np.std(means, ddof=1)) / math.sqrt(count)
+    half = float(student_t.ppf(0.975, count - 1)) * float(np.std(means, ddof=1)) / math.sqrt(count)
     return Interval(
         clips.mean,
         clips.mean - math.hypot(clips.mean - clips.low, half),
         clips.mean + math.hypot(clips.high - clips.mean, half),
         clips.count,
     )
-
-
-def _t(freedom: int) -> float:
-    return _T[freedom - 1] if freedom <= len(_T) else Z
 
 
 def _array(values: Sequence[float]) -> NDArray[np.float64]:
