@@ -14,13 +14,14 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 DEADLINE_S = 60.0  # of a busy machine: nothing that is asserted depends on it
-LOCAL_KEY = {"Authorization": "Bearer dk_local_of-the-tests"}
+LOCAL_TOKEN = "dk_local_of-the-tests"
+LOCAL_KEY = {"Authorization": f"Bearer {LOCAL_TOKEN}"}
 
 
 def give_local_key(data: Path) -> None:
     """Put the key of the tests where a service with `auth: local` keeps its own."""
     data.mkdir(parents=True, exist_ok=True)
-    (data / "local_key").write_text(LOCAL_KEY["Authorization"].removeprefix("Bearer "))
+    (data / "local_key").write_text(LOCAL_TOKEN)
     (data / "local_key").chmod(0o600)
 
 

@@ -18,11 +18,15 @@ from openai import (
 )
 
 from tests.serve.harness import FakeEngine, Service
+from tests.serve.sockets import LOCAL_TOKEN
 
 
 @pytest.fixture
 def videos(service: Service) -> Iterator[Any]:
-    with warnings.catch_warnings(), OpenAI(base_url=f"{service.urls[0]}/v1", api_key="any", max_retries=0) as client:
+    with (
+        warnings.catch_warnings(),
+        OpenAI(base_url=f"{service.urls[0]}/v1", api_key=LOCAL_TOKEN, max_retries=0) as client,
+    ):
         warnings.simplefilter("ignore", DeprecationWarning)  # OpenAI's own service is to end; the shape stays
         yield client.videos
 
@@ -86,5 +90,5 @@ def test_a_wrong_key_is_an_authentication_error(make_service: Callable[..., Serv
 
 
 def test_the_models_are_listed(service: Service) -> None:
-    with OpenAI(base_url=f"{service.urls[0]}/v1", api_key="any", max_retries=0) as client:
+    with OpenAI(base_url=f"{service.urls[0]}/v1", api_key=LOCAL_TOKEN, max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["fake-tiny"]

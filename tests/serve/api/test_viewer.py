@@ -13,7 +13,7 @@ import pytest
 from serve.settings import ServeSettings
 from tests.serve.browser import Browser
 from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, SideBySide, Until, http_client, shade
-from tests.serve.sockets import LOCAL_KEY
+from tests.serve.sockets import LOCAL_TOKEN
 from tests.serve.wire import wire
 
 Open = Callable[[str], Browser]
@@ -62,7 +62,7 @@ def test_a_link_with_the_local_key_opens_the_page_and_leaves_the_address(
             lambda: stranger.run("!document.getElementById('key-form').hidden"), "the page asks for a key", seconds=30
         )
         assert "local_key" in stranger.text("key-hint")
-        page = open_page(f"{local.urls[0]}/#key={LOCAL_KEY['Authorization'].removeprefix('Bearer ')}")
+        page = open_page(f"{local.urls[0]}/#key={LOCAL_TOKEN}")
         started(page, until)
         playing(page, until)
         assert page.run("location.href") == f"{local.urls[0]}/"
