@@ -15,13 +15,14 @@ from typing import Any
 import httpx2
 import pytest
 
+from diagonal.client.client import API_KEY_VARIABLE
 from jobs.benchmarks.load import overload
 from jobs.benchmarks.load_sessions import Plan
 from tests.faults.serving import CONTROLLER, PROXY, LiveService
 from tests.faults.watchers import FPS, OverHttp, OverSocket, Watcher, assert_whole
 from tests.serve.browser import Browser
 from tests.serve.harness import http_client
-from tests.serve.sockets import LOCAL_KEY
+from tests.serve.sockets import LOCAL_KEY, LOCAL_TOKEN
 
 CHUNK_S = 0.75
 BUSY_S = 20.0  # what a busy machine adds; a stream that waits for a deadline waits longer
@@ -68,9 +69,10 @@ def assert_undisturbed(watchers: list[Any], ffprobe: str) -> None:
 
 @pytest.mark.ci
 def test_an_overload_is_refused_at_once_and_those_who_are_in_play_on(
-    started: LiveService, record_property: Callable[[str, object], None]
+    started: LiveService, record_property: Callable[[str, object], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a busy machine keeps too; the figures of a calm one stand in docs/results/serving.md."""
+    monkeypatch.setenv(API_KEY_VARIABLE, LOCAL_TOKEN)
     overloaded = asyncio.run(overload(Plan(started.url, seconds=5.0), LAST_S, seed=1, carrier="both"))
     figures = overloaded["figures"]
     slowest_fps, first_s, refused_s = (
