@@ -26,6 +26,7 @@ LOGICAL_CPUS = 10  # Ray Train's workers, Ray Data and two releases in Serve wai
 OBJECT_STORE_BYTES = 512 * 2**20
 ATTEMPTS = 3  # a port that was free may be taken before Ray binds it
 START_S = 120.0
+PROXY_START_S = 60  # a busy machine takes longer than Serve's own five seconds, which are then three proxies ended
 JOB_STOP_WAIT_S = 120  # between SIGTERM and SIGKILL of a stopped job, which saves a checkpoint; Ray's own is 3
 ANSWER_S = 120.0
 GRACE_S = 5.0  # the GCS and a raylet that lost it do not end on SIGTERM, so a longer wait gains nothing
@@ -180,6 +181,7 @@ def member_environment(run: LocalRun) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = inherited | run.environment() | {MARK_NAME: run.mark}
     environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(JOB_STOP_WAIT_S)
+    environment["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = str(PROXY_START_S)
     environment |= {variable: str(getattr(run.ports, name)) for name, variable in METRIC_PORTS.items()}
     del environment["RAY_ADDRESS"], environment["RAY_API_SERVER_ADDRESS"]  # nothing may answer there yet
     return environment
