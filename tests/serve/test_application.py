@@ -19,10 +19,11 @@ import yaml
 from websockets.exceptions import InvalidStatus
 
 from diagonal.cli import main
+from diagonal.client.client import API_KEY_VARIABLE
 from diagonal.metrics import BY_NAME
 from serve.settings import ServeSettings
 from tests.serve.harness import Until, http_client
-from tests.serve.sockets import LOCAL_KEY, cut, give_local_key, viewer
+from tests.serve.sockets import LOCAL_KEY, LOCAL_TOKEN, cut, give_local_key, viewer
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +71,8 @@ def test_a_video_is_streamed_while_it_is_made_and_is_there_afterwards(http: http
     assert count_frames(http.get(f"/v1/videos/{video}/content").content) == 81
 
 
-def test_the_command_line_saves_a_video(url: str, tmp_path: Path) -> None:
+def test_the_command_line_saves_a_video(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_KEY_VARIABLE, LOCAL_TOKEN)
     out = tmp_path / "x.mp4"
     common = ["a red circle moving right slowly", "--out", str(out), "--url", url]
     assert main(["generate", *common, "--frames", "30"]) == 0
