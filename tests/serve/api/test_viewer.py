@@ -59,7 +59,9 @@ def test_a_link_with_the_local_key_opens_the_page_and_leaves_the_address(
     try:
         stranger = open_page(local.urls[0])
         until(
-            lambda: stranger.run("!document.getElementById('key-form').hidden"), "the page asks for a key", seconds=30
+            lambda: stranger.run("document.getElementById('key-form')?.hidden === false"),
+            "the page asks for a key",
+            seconds=30,
         )
         assert "local_key" in stranger.text("key-hint")
         page = open_page(f"{local.urls[0]}/#key={LOCAL_TOKEN}")
