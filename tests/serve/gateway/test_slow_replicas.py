@@ -102,6 +102,9 @@ def test_a_late_replica_is_left_for_one_that_has_room(make_cluster: Callable[...
         try:
             until(lambda: cluster.holder(video) not in ("", old), "moved", seconds=30)
             until(lambda: told(http, video)["status"] == "completed", "completed", seconds=60)
+            assert told(http, video)["frames_done"] == 957, (
+                "the late replica never finished a step: another made the rest"
+            )
         finally:
             go.set()
 

@@ -120,5 +120,7 @@ def test_losses_are_counted_by_the_chunk() -> None:
 
 
 def test_a_simulation_decides_without_ray() -> None:
-    code = "import sys, serve.policies.driving; assert not [name for n in sys.modules if n.partition('.')[0] == 'ray']"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={"PYTHONPATH": ":".join(sys.path)})
+    code = "import sys, serve.policies.driving; print('ray' in sys.modules)"
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout == "False\n", done.stderr
