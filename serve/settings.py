@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from diagonal.config import Config
+from diagonal.config.parse import nearest
 from diagonal.errors import FieldError, require
 from diagonal.media.encode import CODECS
+from diagonal.setting import NOT_NEGATIVE, SHARE, Allowed, check, setting
 
 AUTH_MODES = ("local", "keys")
 SPREAD_SPECTRUM, DENY_LIST = "spread-spectrum", "deny-list:"
@@ -21,7 +23,36 @@ _PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 NAME = re.compile(r"[a-z0-9._-]{1,64}")
 _NAMES = "1 to 64 of a-z, 0-9, '.', '_' and '-'"
+RELEASES = 'a list of {name: ..., release: ...}, or "name=uri, name=uri"'
+COUNT = Allowed("a whole number of at least 1", lambda count: count >= 1)
+SECONDS = Allowed("seconds of at least 0", lambda seconds: seconds >= 0)
+POSITIVE_SECONDS = Allowed("seconds above 0", lambda seconds: seconds > 0)
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
+
+
+def is_plug_in(name: str) -> bool:
+    """Whether it reads module:callable."""
+    return _PLUG_IN.fullmatch(name) is not None
+
+
+def _is_http(address: str) -> bool:
+    return address.startswith(("http://", "https://"))
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    return tuple(part.strip().lower() for part in text.split(",") if part.strip())
+
+
+def _are_origins(text: str) -> bool:
+    return all(_is_http(origin) and origin.count("/") == 2 for origin in _origins(text))
+
+
+def _is_watermark(name: str) -> bool:
+    return name == SPREAD_SPECTRUM or is_plug_in(name)
+
+
+def _is_policy(name: str) -> bool:
+    return is_plug_in(name) or (name.startswith(DENY_LIST) and name != DENY_LIST)
 
 
 @dataclass(frozen=True)
@@ -45,142 +76,131 @@ class ReleaseSettings:
 
     def changes(self) -> dict[str, Any]:
         """What it says otherwise than the service's own settings."""
-        told = {key: value for key, value in dataclasses.asdict(self).items() if key != "name" and value is not None}
-        return told | {"model": self.name}
+        given = {key: value for key, value in dataclasses.asdict(self).items() if key != "name" and value is not None}
+        return given | {"model": self.name}
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Arguments of `serve.app:build`; limits of the API itself come from the release's own configuration.
+    """The service: where its releases are, what it may use, where it keeps its files.
 
-    `release`: a folder or s3:// URI, '' is the embedded one; `model` names it to callers, '' is its own name.
-    `releases`: several side by side, instead of these two (`ReleaseSettings`). `allow_unpromoted`: also serve a
-    release whose manifest does not say that it was promoted. `options`: other values of the release's own `serve`
-    settings, by commas, such as decoder=fast,cache_dtype=fp8. `device`: of each replica, such as cpu or cuda.
-    `replicas`, `gateways`: how many of each. With `max_replicas`, `max_gateways` that is how many at least, and there
-    are more while sessions (connections) need them: after `scale_up_delay_s`, until `scale_down_delay_s` without
-    need; `headroom` of the slots and of the time is kept free, and a gateway has about `gateway_connections`.
-    `replica_pool`, `gateway_pool`: replicas, and gateways with the store, run on nodes whose Ray label `pool` is this
-    one; '' is any. `encode_threads`: chunks of different sessions encoded at once.
-    `data`: folder of the store on a durable volume, with its database, chunks and finished files.
-    `database`: SQLAlchemy URL such as postgresql://user@host/name, '' is a SQLite file in `data`.
-    `files`: where finished files go besides, a folder or an s3:// URI; '' is `data` alone.
-    `auth`: `keys` asks every caller for an API key; `local` for the one in `local_key` in `data`,
-    which only its owner can read: whoever can is the service's one user.
-    `origins`: pages that may call from a browser besides the service's own, such as https://a.example, by commas.
-    `retention_s`: a video is removed so long after its end. `resume_window_s`: a viewer who lost his connection has so
-    long to come back. `max_stream_s`: seconds of video after which a stream without an end is over.
-    `c2pa_certificate`, `c2pa_key`: PEM files of the operator's certificate chain (its own first) and P-256 key, with
-    which finished files are signed; '' leaves them unsigned. `signing_key`: PEM file of the Ed25519 key that signs
-    live chunks; '' is one in `data`, made at first start.
-    `watermark`: `spread-spectrum`, or module:callable of another; '' is none. `watermark_key`: file with its secret.
-    `prompt_policy`: deny-list:/path or module:callable, asked about every prompt; '' lets all pass. A policy that has
-    not answered within `prompt_policy_timeout_s` has refused.
-    `drain_s`: streams over HTTP may go on so long through a gateway that is to end, and are cut then. `surge_percent`:
-    so many of 100 replicas more may run while an upgrade replaces them; with 0, for want of room, old ones go first.
-    `traces`: OTLP/HTTP address that traces are sent to, such as http://127.0.0.1:4318; '' is none, unless
-    OTEL_EXPORTER_OTLP_ENDPOINT names one.
+    Arguments of `serve.app:build`. Limits of the API itself come from the release's own configuration.
     """
 
-    release: str = ""
-    model: str = ""
-    releases: tuple[ReleaseSettings, ...] = ()
-    allow_unpromoted: bool = False
-    options: str = ""
-    device: str = "cpu"
-    replicas: int = 1
-    max_replicas: int = 0
-    gateways: int = 1
-    max_gateways: int = 0
-    scale_up_delay_s: float = 5.0
-    scale_down_delay_s: float = 300.0
-    headroom: float = 0.2
-    gateway_connections: int = 200
-    replica_cpus: float = 1.0
-    replica_gpus: float = 0.0
-    gateway_cpus: float = 0.1
-    store_cpus: float = 0.1
-    replica_pool: str = ""
-    gateway_pool: str = ""
-    encode_threads: int = 2
-    codec: str = "h264"
-    data: str = ".diagonal/serve"
-    database: str = ""
-    files: str = ""
-    auth: str = "local"
-    origins: str = ""
-    retention_s: float = 24 * 3600.0
-    resume_window_s: float = 30.0
-    max_stream_s: float = 3600.0
-    c2pa_certificate: str = ""
-    c2pa_key: str = ""
-    signing_key: str = ""
-    watermark: str = ""
-    watermark_key: str = ""
-    prompt_policy: str = ""
-    prompt_policy_timeout_s: float = 2.0
-    reader_start_timeout_s: float = 10.0
-    session_idle_timeout_s: float = 60.0
-    drain_s: float = 600.0
-    surge_percent: int = 0
-    traces: str = ""
+    release: str = setting("", "The release, a folder or an s3:// URI; empty is the embedded one.")
+    model: str = setting("", "The release's name for callers; empty is its own name.", f"'' or {_NAMES}")
+    releases: tuple[ReleaseSettings, ...] = setting(
+        (), "Several releases side by side, instead of `release` and `model`.", RELEASES
+    )
+    allow_unpromoted: bool = setting(False, "Also serve a release whose manifest does not say that it was promoted.")
+    options: str = setting(
+        "", "Other values of the release's own `serve` settings.", "'' or such as decoder=fast,cache_dtype=fp8"
+    )
+    device: str = setting("cpu", "Device of each replica.", "such as cpu or cuda")
+    replicas: int = setting(1, "Replicas; with `max_replicas` the least number of them.", COUNT)
+    max_replicas: int = setting(
+        0, "Most replicas, where sessions decide how many there are.", "0, for no scaling, or at least `replicas`"
+    )
+    gateways: int = setting(1, "Gateways; with `max_gateways` the least number of them.", COUNT)
+    max_gateways: int = setting(
+        0, "Most gateways, where connections decide how many there are.", "0, for no scaling, or at least `gateways`"
+    )
+    scale_up_delay_s: float = setting(5.0, "Need that lasts so long adds replicas or gateways.", SECONDS)
+    scale_down_delay_s: float = setting(300.0, "Replicas or gateways without need end after this.", SECONDS)
+    headroom: float = setting(0.2, "Share of the replicas' slots and time that scaling keeps free.", SHARE)
+    gateway_connections: int = setting(200, "Connections that a gateway has in the eyes of scaling.", COUNT)
+    replica_cpus: float = setting(1.0, "CPUs that Ray reserves for a replica.", NOT_NEGATIVE)
+    replica_gpus: float = setting(0.0, "GPUs that Ray reserves for a replica.", NOT_NEGATIVE)
+    gateway_cpus: float = setting(0.1, "CPUs that Ray reserves for a gateway.", NOT_NEGATIVE)
+    store_cpus: float = setting(0.1, "CPUs that Ray reserves for the store.", NOT_NEGATIVE)
+    replica_pool: str = setting("", "Ray label `pool` of the nodes that replicas run on; empty is any node.")
+    gateway_pool: str = setting("", "The same for the store and the gateways.")
+    encode_threads: int = setting(2, "Chunks of different sessions that are encoded at once.", COUNT)
+    codec: str = setting("h264", "Codec of the streams.", Allowed(f"one of {list(CODECS)}", CODECS.__contains__))
+    data: str = setting(
+        ".diagonal/serve",
+        "Folder of the store on a durable volume: its database, chunks and finished files.",
+        Allowed("a folder", bool),
+    )
+    database: str = setting(
+        "",
+        "SQLAlchemy URL of the database; empty is a SQLite file in `data`.",
+        "'' or such as postgresql://user@host/name",
+    )
+    files: str = setting("", "Second place of finished files, a folder or an s3:// URI; empty is `data` alone.")
+    auth: str = setting(
+        "local",
+        "Who may call. `keys`: whoever shows an API key. `local`: whoever shows the key in the file `local_key` in "
+        "`data`, which its owner alone can read.",
+        Allowed(f"one of {list(AUTH_MODES)}", AUTH_MODES.__contains__),
+    )
+    origins: str = setting(
+        "",
+        "Pages of other origins that may call from a browser, by commas.",
+        Allowed("http://host or https://host, with a port where it has one; several by commas", _are_origins),
+    )
+    retention_s: float = setting(24 * 3600.0, "A video is removed so long after its end.", POSITIVE_SECONDS)
+    resume_window_s: float = setting(
+        30.0, "Time in which a viewer who lost his connection may come back.", POSITIVE_SECONDS
+    )
+    max_stream_s: float = setting(3600.0, "Media after which a stream without an end is over.", POSITIVE_SECONDS)
+    c2pa_certificate: str = setting(
+        "", "PEM file of the operator's certificate chain, its own first; finished files are signed with it."
+    )
+    c2pa_key: str = setting("", "PEM file of the P-256 key of `c2pa_certificate`.", "given together with it")
+    signing_key: str = setting(
+        "", "PEM file of the Ed25519 key that signs live chunks; empty is one in `data`, made at the first start."
+    )
+    watermark: str = setting(
+        "",
+        "Watermark of every frame; empty is none.",
+        Allowed(f"'', {SPREAD_SPECTRUM} or module:callable", lambda name: not name or _is_watermark(name)),
+    )
+    watermark_key: str = setting("", "File with the secret of `watermark`.", "given together with it")
+    prompt_policy: str = setting(
+        "",
+        "What is asked about every prompt; empty lets all pass.",
+        Allowed(f"'', {DENY_LIST}/path or module:callable", lambda name: not name or _is_policy(name)),
+    )
+    prompt_policy_timeout_s: float = setting(
+        2.0, "A policy that has not answered within this has refused.", POSITIVE_SECONDS
+    )
+    reader_start_timeout_s: float = setting(
+        10.0, "A video over HTTP that nobody reads is cancelled after this.", POSITIVE_SECONDS
+    )
+    session_idle_timeout_s: float = setting(
+        60.0, "A WebSocket session without a sign of its client ends after this.", POSITIVE_SECONDS
+    )
+    drain_s: float = setting(
+        600.0, "Time that streams over HTTP have to end, on a gateway that is to stop.", POSITIVE_SECONDS
+    )
+    surge_percent: int = setting(
+        0,
+        "Of 100 replicas, how many more may run while an upgrade replaces them; with 0, old ones end first.",
+        Allowed("a whole number from 0 to 100", lambda percent: 0 <= percent <= 100),
+        "percent",
+    )
+    traces: str = setting(
+        "",
+        "OTLP/HTTP address that traces are sent to; empty is none, unless OTEL_EXPORTER_OTLP_ENDPOINT names one.",
+        Allowed("'' or an address that begins with http:// or https://", lambda url: not url or _is_http(url)),
+    )
 
     def __post_init__(self) -> None:
-        require(self.codec in CODECS, "codec", self.codec, f"one of {list(CODECS)}")
-        for name in ("replicas", "gateways", "gateway_connections", "encode_threads"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
-        for name in ("replica_cpus", "replica_gpus", "gateway_cpus", "store_cpus"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
-        for name in ("scale_up_delay_s", "scale_down_delay_s"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "seconds of at least 0")
+        check(self)
         for name, least in (("max_replicas", self.replicas), ("max_gateways", self.gateways)):
             most = getattr(self, name)
             require(most == 0 or most >= least, name, most, f"0, for no scaling, or at least {least}")
-        require(0 <= self.headroom < 1, "headroom", self.headroom, "a number from 0 to below 1")
         if self.model:
             check_name("model", self.model)
         if self.releases:
             alone = not self.release and not self.model
             require(alone, "releases", self.releases, "no `release` and no `model` beside it")
+        for name, other in (("c2pa_key", "c2pa_certificate"), ("watermark_key", "watermark")):
+            value = getattr(self, name)
+            require(bool(value) == bool(getattr(self, other)), name, value, f"given together with {other}, or neither")
         Config().with_settings(self.release_settings)
         self.served()
-        for name in (
-            "reader_start_timeout_s",
-            "session_idle_timeout_s",
-            "retention_s",
-            "resume_window_s",
-            "max_stream_s",
-            "prompt_policy_timeout_s",
-            "drain_s",
-        ):
-            require(getattr(self, name) > 0, name, getattr(self, name), "seconds above 0")
-        require(0 <= self.surge_percent <= 100, "surge_percent", self.surge_percent, "a whole number from 0 to 100")
-        require(bool(self.data), "data", self.data, "a folder")
-        require(self.auth in AUTH_MODES, "auth", self.auth, f"one of {list(AUTH_MODES)}")
-        self._check_provenance()
-        right = not self.traces or self.traces.startswith(("http://", "https://"))
-        require(right, "traces", self.traces, "'' or an address that begins with http:// or https://")
-        for origin in self.allowed_origins:
-            right = origin.startswith(("http://", "https://")) and origin.count("/") == 2
-            require(right, "origins", origin, "http://host or https://host, with a port where it has one")
-
-    def _check_provenance(self) -> None:
-        """What belongs together is given together, and plug-ins are named as such."""
-        both = bool(self.c2pa_certificate) == bool(self.c2pa_key)
-        require(both, "c2pa_key", self.c2pa_key, "given together with c2pa_certificate, or neither")
-        require(
-            bool(self.watermark) == bool(self.watermark_key),
-            "watermark_key",
-            self.watermark_key,
-            "given together with watermark, or neither",
-        )
-        right = self.watermark in ("", SPREAD_SPECTRUM) or is_plug_in(self.watermark)
-        require(right, "watermark", self.watermark, f"'', {SPREAD_SPECTRUM} or module:callable")
-        policy = self.prompt_policy
-        right = (
-            not policy or bool(policy.removeprefix(DENY_LIST)) and (policy.startswith(DENY_LIST) or is_plug_in(policy))
-        )
-        require(right, "prompt_policy", policy, f"'', {DENY_LIST}/path or module:callable")
 
     def served(self) -> dict[str, ServeSettings]:
         """The settings of each release by the name that callers ask for; of one without a name, by ''."""
@@ -195,7 +215,7 @@ class ServeSettings:
 
     @property
     def allowed_origins(self) -> tuple[str, ...]:
-        return tuple(part.strip().lower() for part in self.origins.split(",") if part.strip())
+        return _origins(self.origins)
 
     @property
     def local_key(self) -> Path:
@@ -212,29 +232,24 @@ class ServeSettings:
         """From `serve run serve.app:build key=value ...` (all strings) or a config file's `args`."""
         hints = get_type_hints(cls)
         for key, value in arguments.items():
-            require(key in hints, key, value, f"no such argument; known are {sorted(hints)}")
-        told = {key: value for key, value in arguments.items() if key != "releases"}
-        values = {key: parsed(key, value, hints[key]) for key, value in told.items()}
+            known = f"no such argument{nearest(key, hints)}; known are {sorted(hints)}"
+            require(key in hints, key, value, known)
+        simple = {key: value for key, value in arguments.items() if key != "releases"}
+        values = {key: parsed(key, value, hints[key]) for key, value in simple.items()}
         return cls(**values, releases=parse_releases(arguments.get("releases", ())))
 
     def to_arguments(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def is_plug_in(name: str) -> bool:
-    """Whether it reads module:callable."""
-    return _PLUG_IN.fullmatch(name) is not None
-
-
 def load_plug_in(field: str, name: str) -> Callable[..., Any]:
     """What module:callable names; `FieldError` when it is not there. It runs in the service's own process."""
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        loaded: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise FieldError(field, name, "module:callable that can be imported here") from error
-    require(callable(found), field, name, "module:callable, and that is none")
-    loaded: Callable[..., Any] = found
+    require(callable(loaded), field, name, "module:callable, and that is none")
     return loaded
 
 
@@ -246,25 +261,29 @@ def check_name(field: str, name: object) -> None:
 
 def parse_releases(value: object) -> tuple[ReleaseSettings, ...]:
     """From a file: a list of mappings with `name`, `release` and more; from a command line: "name=uri, name=uri"."""
-    allowed = 'a list of {name: ..., release: ...}, or "name=uri, name=uri"'
     if isinstance(value, str):
         pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
-        require(all(equals for _, equals, _ in pairs), "releases", value, allowed)
+        require(all(equals for _, equals, _ in pairs), "releases", value, RELEASES)
         value = [{"name": name.strip(), "release": uri.strip()} for name, _, uri in pairs]
     if not isinstance(value, Sequence):
-        raise FieldError("releases", value, allowed)
-    found = tuple(one if isinstance(one, ReleaseSettings) else _release(one, allowed) for one in value)
-    names = [one.name for one in found]
+        raise FieldError("releases", value, RELEASES)
+    releases = tuple(one if isinstance(one, ReleaseSettings) else _release(one) for one in value)
+    names = [one.name for one in releases]
     require(len(set(names)) == len(names), "releases", names, "each name once")
-    return found
+    return releases
 
 
-def _release(value: object, allowed: str) -> ReleaseSettings:
-    require(isinstance(value, Mapping), "releases", value, allowed)
+def _release(value: object) -> ReleaseSettings:
+    require(isinstance(value, Mapping), "releases", value, RELEASES)
     assert isinstance(value, Mapping)
     hints = get_type_hints(ReleaseSettings)
     for key in value:
-        require(key in hints, f"releases.{key}", value[key], f"no such field; known are {sorted(hints)}")
+        require(
+            key in hints,
+            f"releases.{key}",
+            value[key],
+            f"no such field{nearest(key, hints)}; known are {sorted(hints)}",
+        )
     require("name" in value, "releases", dict(value), "a name for each")
     given = {key: one for key, one in value.items() if one is not None}
     kinds = {key: (*(kind for kind in get_args(hints[key]) if kind is not type(None)), hints[key])[0] for key in given}

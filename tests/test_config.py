@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diagonal.config import Config
-from diagonal.config.describe import describe, page, rows
+from diagonal.config.describe import describe, rows
 from diagonal.config.presets import PRESETS
 from diagonal.errors import FieldError
 from diagonal.jsonfile import read_json, write_json
@@ -228,8 +228,3 @@ def test_an_unknown_section_or_preset_to_describe_is_refused_with_the_near_one()
         describe("distil")
     with pytest.raises(FieldError, match=r"preset = 'tinny'.*did you mean tiny\?"):
         describe("", "tinny")
-
-
-def test_the_page_of_the_configuration_is_what_the_code_makes(repository: Path) -> None:
-    remedy = "run `python -m diagonal.config.describe docs/configuration.md`"
-    assert (repository / "docs" / "configuration.md").read_text(encoding="utf-8") == page(), remedy

@@ -118,7 +118,7 @@ def _add_local_verbs(verbs: Any) -> None:
     deploy.add_argument("--port", type=int, metavar="N", help="of the service (default: the configuration's)")
     _verb(verbs, "keys", "", "create, list and revoke API keys (in a checkout)")
     config = _json_option(_verb(verbs, "config", "diagonal.cli:show_config", "print every setting with its meaning"))
-    config.add_argument("section", nargs="?", help="only these, such as serve or distill.loss")
+    config.add_argument("section", nargs="?", help="only these, such as distill.loss, or service")
     config.add_argument("--preset", default="wan-1.3b", help="whose values are shown (default: %(default)s)")
     completion = _verb(verbs, "completion", "diagonal.cli:completion", "print the completion script of a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
@@ -185,7 +185,10 @@ def completion(options: argparse.Namespace) -> None:
 
 
 def show_config(options: argparse.Namespace) -> None:
-    """Print settings as a table, or as JSON."""
+    """Print settings as a table, or as JSON; those of the service are known in a checkout alone."""
+    if options.section == "service":
+        print(_of_the_checkout("config service", "serve.describe:describe")(options.json))
+        return
     describe = resolve_name("diagonal.config.describe:describe")
     print(describe(options.section or "", options.preset, as_json_text=options.json))
 

@@ -36,10 +36,10 @@ def setting(default: T, meaning: str, allowed: Allowed | str = "", unit: str = "
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check(section: Any, prefix: str) -> None:
+def check(section: Any, prefix: str = "") -> None:
     """Raise `FieldError` for the first field of a section whose value is outside its range."""
     for field in dataclasses.fields(section):
         allowed = field.metadata.get("allowed")
         if isinstance(allowed, Allowed):
             value = getattr(section, field.name)
-            require(allowed.holds(value), f"{prefix}.{field.name}", value, allowed.text)
+            require(allowed.holds(value), f"{prefix}.{field.name}".lstrip("."), value, allowed.text)

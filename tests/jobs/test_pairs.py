@@ -119,7 +119,9 @@ def test_too_many_rows_set_aside_by_the_solving_end_the_run_before_more_is_solve
     folder.write("plan.json", unbroken["small"]["plan.json"])
     aside = [{"sample": sample, "prompt_id": f"id{sample}", "reason": "not_finite"} for sample in (2, 3)]
     folder.write_json("quarantined/pairs-000001.json", aside)
-    with pytest.raises(FieldError, match=r"quarantined = 0\.4: .*max_bad_share = 0\.01; sample 2, prompt id2: not_finite"):
+    with pytest.raises(
+        FieldError, match=r"quarantined = 0\.4: .*max_bad_share = 0\.01; sample 2, prompt id2: not_finite"
+    ):
         make_pairs(run)
 
 

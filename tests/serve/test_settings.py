@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
+from diagonal import cli
+from diagonal.config.describe import page, rows_of
 from diagonal.errors import FieldError
 from diagonal.metrics import NullBackend
 from diagonal.model.release import Release
@@ -50,6 +54,27 @@ def test_a_wrong_argument_is_named(arguments: dict[str, object], field: str) -> 
     with pytest.raises(FieldError) as caught:
         ServeSettings.from_arguments(arguments)
     assert caught.value.field == field
+
+
+def test_an_unknown_argument_is_refused_with_the_one_that_is_near() -> None:
+    with pytest.raises(FieldError, match=r"no such argument, did you mean replicas\?"):
+        ServeSettings.from_arguments({"replikas": 2})
+    with pytest.raises(FieldError, match=r"releases\.relase = .*no such field, did you mean release\?"):
+        ServeSettings.from_arguments({"releases": [{"name": "a", "relase": "r"}]})
+
+
+def test_every_setting_of_the_service_has_a_meaning_and_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [row.name for row in rows_of(ServeSettings()) if not row.meaning.endswith(".") or not row.allowed] == []
+    assert cli.main(["config", "service", "--json"]) == 0
+    printed = {row["name"]: row["default"] for row in json.loads(capsys.readouterr().out)}
+    assert printed == json.loads(json.dumps(ServeSettings().to_arguments()))
+    assert cli.main(["config", "service"]) == 0
+    assert "drain_s = 600.0 s\n" in capsys.readouterr().out
+
+
+def test_the_page_of_the_configuration_is_what_the_code_makes(repository: Path) -> None:
+    remedy = "run `python -m serve.describe docs/configuration.md`"
+    assert (repository / "docs" / "configuration.md").read_text(encoding="utf-8") == page(ServeSettings()), remedy
 
 
 def test_options_are_settings_of_the_releases_own_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

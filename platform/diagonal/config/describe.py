@@ -1,7 +1,4 @@
-"""Every setting with its default, unit, allowed values and meaning: for a terminal, as JSON, and as a page.
-
-`python -m diagonal.config.describe docs/configuration.md` writes the page.
-"""
+"""Every setting with its default, unit, allowed values and meaning: for a terminal, as JSON, and as a page."""
 
 from __future__ import annotations
 
@@ -9,12 +6,10 @@ import dataclasses
 import inspect
 import json
 import shutil
-import sys
 import textwrap
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from diagonal.config import Config
@@ -32,8 +27,9 @@ _INTRO = """# Configuration
 
 Every setting of a run, a release and an engine: its name, default, unit, what is allowed, and what it means. Set one
 with `--set distill.lr=1e-6`; `diagonal config SECTION` prints the same tables. Defaults are those of the preset
-`wan-1.3b`; another preset's value stands beside it. This page is made by
-`python -m diagonal.config.describe docs/configuration.md`.
+`wan-1.3b`; another preset's value stands beside it. The last section has the settings of the service, which stand in
+`serve/config.yaml` or after `diagonal serve RELEASE --set`. This page is made by
+`python -m serve.describe docs/configuration.md`.
 """
 
 
@@ -51,11 +47,16 @@ class Row:
 def rows(section: str = "", preset: str = "wan-1.3b") -> list[Row]:
     """The settings of `section` (all of them where it is empty), such as `distill` or `distill.loss`."""
     require(preset in PRESETS, "preset", preset, f"one of {sorted(PRESETS)}{nearest(preset, PRESETS)}")
-    every = list(_rows(PRESETS[preset], ""))
+    every = rows_of(PRESETS[preset])
     chosen = [row for row in every if not section or f"{row.name}.".startswith(f"{section}.")]
     sections = sorted(name for name, _ in sections_of(Config()) if name)
     require(bool(chosen), "section", section, f"one of {sections}{nearest(section, sections)}")
     return chosen
+
+
+def rows_of(owner: Any) -> list[Row]:
+    """The settings of a dataclass whose fields are settings, and of those in it."""
+    return list(_rows(owner, ""))
 
 
 def _rows(owner: Any, path: str) -> Iterator[Row]:
@@ -108,24 +109,33 @@ def as_json(chosen: list[Row]) -> str:
     return json.dumps([dataclasses.asdict(row) for row in chosen], indent=2, ensure_ascii=False) + "\n"
 
 
-def describe(section: str = "", preset: str = "wan-1.3b", as_json_text: bool = False) -> str:
-    """What `diagonal config [SECTION] [--preset P] [--json]` prints; `FieldError` on an unknown section or preset."""
-    chosen = rows(section, preset)
+def shown(chosen: list[Row], as_json_text: bool) -> str:
+    """Rows as `diagonal config` prints them."""
     return as_json(chosen) if as_json_text else as_text(chosen)
 
 
-def page() -> str:
-    """docs/configuration.md."""
+def describe(section: str = "", preset: str = "wan-1.3b", as_json_text: bool = False) -> str:
+    """What `diagonal config [SECTION] [--preset P] [--json]` prints; `FieldError` on an unknown section or preset."""
+    return shown(rows(section, preset), as_json_text)
+
+
+def page(service: Any) -> str:
+    """docs/configuration.md, with the settings of the service last."""
     others = {name: {row.name: row.default for row in rows("", name)} for name in PRESETS if name != "wan-1.3b"}
     parts = [_INTRO]
     for path, section in sections_of(Config()):
-        about = inspect.cleandoc(type(section).__doc__ or "").partition("\n\n")[0].replace("\n", " ")
-        parts.append(f"## {path or 'Everything'}\n\n{about}\n\n{_TABLE}")
-        for row in rows(path):
-            if row.name.rpartition(".")[0] == path:
-                cells = (f"`{row.name}`", _default(row, others), row.unit, _cell(row.allowed), _cell(row.meaning))
-                parts[-1] += f"| {' | '.join(cells)} |\n"
-    return "\n".join(parts)
+        own = [row for row in rows(path) if row.name.rpartition(".")[0] == path]
+        parts.append(_section(path or "Everything", section, own, others))
+    return "\n".join([*parts, _section("The service", service, rows_of(service), {})])
+
+
+def _section(title: str, owner: Any, own: list[Row], others: dict[str, dict[str, Any]]) -> str:
+    about = inspect.cleandoc(type(owner).__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+    text = f"## {title}\n\n{about}\n\n{_TABLE}"
+    for row in own:
+        cells = (f"`{row.name}`", _default(row, others), row.unit, _cell(row.allowed), _cell(row.meaning))
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def _default(row: Row, others: dict[str, dict[str, Any]]) -> str:
@@ -145,7 +155,3 @@ def _code(value: Any) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
