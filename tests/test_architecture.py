@@ -48,7 +48,7 @@ ROOMS = {
         **dict.fromkeys(("policies", "wire", "provenance"), 2),
         **dict.fromkeys(("gateway", "store", "replica"), 3),  # the three processes reach each other by handle alone
         "api": 4,
-        **dict.fromkeys(("app", "keys"), 5),
+        **dict.fromkeys(("app", "keys", "describe"), 5),
     },
     "jobs": {
         **dict.fromkeys(("ray_cluster", "ray_metrics"), 0),
