@@ -231,9 +231,8 @@ class ServeSettings:
     def from_arguments(cls, arguments: Mapping[str, Any]) -> ServeSettings:
         """From `serve run serve.app:build key=value ...` (all strings) or a config file's `args`."""
         hints = get_type_hints(cls)
-        for key, value in arguments.items():
-            known = f"no such argument{nearest(key, hints)}; known are {sorted(hints)}"
-            require(key in hints, key, value, known)
+        for key in (key for key in arguments if key not in hints):
+            raise FieldError(key, arguments[key], f"no such argument{nearest(key, hints)}; known are {sorted(hints)}")
         simple = {key: value for key, value in arguments.items() if key != "releases"}
         values = {key: parsed(key, value, hints[key]) for key, value in simple.items()}
         return cls(**values, releases=parse_releases(arguments.get("releases", ())))
@@ -277,13 +276,9 @@ def _release(value: object) -> ReleaseSettings:
     require(isinstance(value, Mapping), "releases", value, RELEASES)
     assert isinstance(value, Mapping)
     hints = get_type_hints(ReleaseSettings)
-    for key in value:
-        require(
-            key in hints,
-            f"releases.{key}",
-            value[key],
-            f"no such field{nearest(key, hints)}; known are {sorted(hints)}",
-        )
+    for key in (key for key in value if key not in hints):
+        allowed = f"no such field{nearest(key, hints)}; known are {sorted(hints)}"
+        raise FieldError(f"releases.{key}", value[key], allowed)
     require("name" in value, "releases", dict(value), "a name for each")
     given = {key: one for key, one in value.items() if one is not None}
     kinds = {key: (*(kind for kind in get_args(hints[key]) if kind is not type(None)), hints[key])[0] for key in given}

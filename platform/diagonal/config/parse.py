@@ -19,7 +19,8 @@ def assign(data: dict[str, Any], key: str, text: str) -> None:
     """Put a value at the dotted `key` of a nested dict, in place: JSON where `text` is that, else `text` itself."""
     node, parts = data, key.split(".")
     for depth, part in enumerate(parts):
-        require(isinstance(node, dict) and part in node, "setting", key, _allowed_keys(data, node, key, parts[:depth]))
+        if not (isinstance(node, dict) and part in node):
+            raise FieldError("setting", key, _allowed_keys(data, node, key, parts[:depth]))
         if depth < len(parts) - 1:
             node = node[part]
     node[parts[-1]] = _parse(text)
@@ -72,9 +73,9 @@ def build(cls: type[T], data: object, path: str = "") -> T:
         raise FieldError(path or "config", data, "an object with keys")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in data:
+    for key in (key for key in data if key not in names):
         dotted, place = [f"{path}{name}" for name in names], path.rstrip(".") or "the configuration"
-        require(key in names, f"{path}{key}", data[key], no_such_key(place, f"{path}{key}", dotted, names))
+        raise FieldError(f"{path}{key}", data[key], no_such_key(place, f"{path}{key}", dotted, names))
     return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in data.items()})
 
 
