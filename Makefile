@@ -84,7 +84,6 @@ stop: ## end the local Ray and the service, by process id
 # The tests that $(1) chooses, in two runs of pytest: side by side, then those that need the machine for themselves.
 # pytest ends with 5 where a choice (-k) left nothing of a part; that is no failure while the other part has some.
 PART ?= together alone
-CHOICE ?= faults
 define in_parts
 	@status=5; for part in $(PART); do \
 		spread=; [ $$part = alone ] || spread="-n logical --maxprocesses=4 --dist=loadscope"; \
@@ -93,13 +92,15 @@ define in_parts
 	done; [ $$status = 0 ]
 endef
 
+test: CHOICE ?= not faults
 test: env-dev ## run the tests, but not those below: side by side, then those that start Ray or a browser
-	$(call in_parts,--ignore=tests/faults)
+	$(call in_parts,--ignore=tests/faults -m "$(CHOICE)")
 
 test-fast: PART = together
 test-fast: env-dev ## before a commit: the tests without Ray, without a browser and not slow (under 2 minutes)
 	$(call in_parts,--ignore=tests/faults -m "not slow")
 
+test-faults: CHOICE ?= faults
 test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, storage, networks (half an hour; CHOICE=ci: ten)
 	$(call in_parts,-m $(CHOICE) tests/faults)
 

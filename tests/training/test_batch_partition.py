@@ -84,7 +84,7 @@ Stage = Callable[[int, int, Config, int], dict[str, Tensor]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [stage_0, distilled])
+@pytest.mark.parametrize("stage", [pytest.param(stage_0, marks=pytest.mark.nightly), distilled])
 def test_three_ranks_with_slices_of_three_two_and_two_learn_what_one_rank_learns(
     three_ranks: Ranks, stage: Stage
 ) -> None:

@@ -15,6 +15,7 @@ from tests.networks import small_vae
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_both_halves_of_the_autoencoder_come_nearer_to_the_linear_codec() -> None:
     small = [f"pretrain.codec_{name}" for name in ("clips=16", "updates=40", "width=4")]
     config = Config.from_preset("tiny", small)

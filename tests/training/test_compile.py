@@ -59,6 +59,7 @@ def run_chunk(network: nn.Module, caches: Any, chunk: int) -> tuple[Tensor, Tens
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_recomputed_bfloat16_rollout_equals_the_eager_one() -> None:
     precision, tolerance = NARROW, 0.02
     torch._dynamo.utils.counters.clear()
@@ -90,7 +91,7 @@ def test_compiled_recomputed_and_sharded_over_two_ranks_it_is_the_eager_network_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("trainable", [pytest.param(True, marks=pytest.mark.nightly), False])
 def test_diffusers_own_blocks_compile_whole(trainable: bool) -> None:
     results = []
     for compiled in (True, False):

@@ -135,12 +135,13 @@ TWO = ("distill.micro_batch_size=2", "distill.batch_size=2", "ode_init.micro_bat
 @pytest.mark.parametrize(
     ("teacher", "settings"),
     [
-        (WAN_14B, ()),
-        (WAN_1_3B, TWO),
-        (WAN_1_3B, ("model.compute_dtype=float32", "cache.window_frames=21")),
-        (WAN_1_3B, ("train.checkpoint_activations=false",)),
+        pytest.param(WAN_14B, (), id="14B teacher", marks=pytest.mark.nightly),
+        pytest.param(WAN_1_3B, TWO, id="two samples", marks=pytest.mark.nightly),
+        pytest.param(WAN_1_3B, ("model.compute_dtype=float32", "cache.window_frames=21"), id="float32"),
+        pytest.param(
+            WAN_1_3B, ("train.checkpoint_activations=false",), id="everything saved", marks=pytest.mark.nightly
+        ),
     ],
-    ids=["14B teacher", "two samples", "float32", "everything saved"],
 )
 def test_the_formulas_are_the_live_tensors_of_updates_at_832x480(
     teacher: dict[str, Any], settings: tuple[str, ...], as_on_cuda: None

@@ -45,7 +45,7 @@ def erlang_b(offered: float, slots: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("replicas", "viewers"), [(1, 8), (2, 12)])
+@pytest.mark.parametrize(("replicas", "viewers"), [(1, 8), pytest.param(2, 12, marks=pytest.mark.nightly)])
 def test_refusals_are_those_of_queueing_theory_where_slots_are_all_that_lacks(replicas: int, viewers: int) -> None:
     found = scenario(replicas, viewers, stay_s=15.0, last_s=1500.0, from_s=50.0).run()
     assert found["rejected_share"] == pytest.approx(erlang_b(viewers, 8 * replicas), abs=0.04)
@@ -95,6 +95,7 @@ def test_replicas_that_are_no_longer_needed_go_without_anybody_noticing() -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_fewest_replicas_are_enough_and_one_fewer_is_not() -> None:
     asked = scenario(1, 20, stay_s=30.0, last_s=400.0, from_s=60.0)
     found = fewest_replicas(asked, 0.001, 0.02)
@@ -104,12 +105,12 @@ def test_the_fewest_replicas_are_enough_and_one_fewer_is_not() -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_replicas_and_five_thousand_viewers_take_less_than_two_minutes_of_one_core() -> None:
+def test_a_hundred_replicas_and_five_hundred_viewers_take_less_than_twelve_seconds_of_one_core() -> None:
     began_s = time.process_time()
-    found = scenario(1000, 5000, last_s=20.0, from_s=10.0).run()
+    figures = scenario(100, 500, last_s=20.0, from_s=10.0).run()
     spent_s = time.process_time() - began_s
-    assert found["peak_viewers"] > 2500
-    assert spent_s < 120.0
+    assert figures["peak_viewers"] > 250
+    assert spent_s < 12.0
 
 
 def test_a_plan_is_written_and_its_page_tells_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
