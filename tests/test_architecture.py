@@ -434,6 +434,7 @@ def name(value: object) -> str:
     return getattr(value, "__name__", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=name)
 def test_the_tree_keeps_the_law(check: Check) -> None:
     assert [breach for source in sources() for breach in check(source)] == []
@@ -494,6 +495,7 @@ def test_the_client_and_the_lowest_ranks_load_neither_torch_nor_ray(module: str)
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_gateway_process_loads_neither_torch_nor_a_database() -> None:
     program = "import sys, serve.api.deployment; print(sorted({'torch', 'sqlalchemy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)

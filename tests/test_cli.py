@@ -167,6 +167,7 @@ def test_an_environment_that_lets_no_connection_be_made_is_one_line_that_names_t
     assert line.startswith(f"diagonal: {variable} = {value!r}") and said in line
 
 
+@pytest.mark.slow
 def test_a_live_session_goes_by_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
     with DiagonalClient("http://127.0.0.1:9") as client, pytest.raises(DiagonalError, match="refused"):

@@ -35,6 +35,7 @@ from tests.serve.harness import Cluster, FakeEngine, Service, deadline
 from tests.serve.hostile import new_key
 from tests.serve.sockets import cut, viewer
 
+pytestmark = pytest.mark.slow
 PROMPT, OTHER, FORBIDDEN = "a red circle moves left", "a blue square moves right", "a heron"
 FRAMES, CHUNKS = 117, 10
 DEADLINE_S = 60.0

@@ -153,6 +153,7 @@ def test_a_probe_of_a_writable_folder_leaves_nothing(folder: Folder) -> None:
     assert folder.files() == {} and folder.children() == []
 
 
+@pytest.mark.slow
 def test_a_folder_is_sent_to_other_processes_without_its_client(folder: Folder) -> None:
     folder.write("a", b"1")
     sent = pickle.dumps(folder)
@@ -274,6 +275,7 @@ def test_a_file_that_is_written_again_and_again_is_read_in_one_version(remote: F
             remote.write("large", b"b" * (2 * PART_BYTES))
 
 
+@pytest.mark.slow
 def test_an_outage_shorter_than_patience_is_only_slow(
     remote: Folder, faulty_s3: FaultyProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -290,6 +292,7 @@ def test_an_outage_shorter_than_patience_is_only_slow(
     ends.join(10)
 
 
+@pytest.mark.slow
 def test_an_outage_longer_than_patience_names_what_where_and_how_long(
     remote: Folder, faulty_s3: FaultyProxy, tmp_path: Path
 ) -> None:
@@ -304,6 +307,7 @@ def test_an_outage_longer_than_patience_names_what_where_and_how_long(
     assert remote.read("a") == b"1", "the same object works when the storage is back"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [500, 503])
 def test_errors_of_the_server_are_tried_again(remote: Folder, faulty_s3: FaultyProxy, status: int) -> None:
     remote.write("sub/a", b"1")
@@ -323,6 +327,7 @@ def test_errors_of_the_server_are_tried_again(remote: Folder, faulty_s3: FaultyP
     assert remote.files() == {}
 
 
+@pytest.mark.slow
 def test_a_body_cut_short_is_never_taken_for_the_file(remote: Folder, faulty_s3: FaultyProxy, tmp_path: Path) -> None:
     data, impatient = bytes(range(256)) * 1000, Folder(remote.uri, patience_s=0.5)
     remote.write("a", data)
@@ -340,6 +345,7 @@ def test_a_body_cut_short_is_never_taken_for_the_file(remote: Folder, faulty_s3:
         impatient.read("a")
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_late_is_waited_for(remote: Folder, faulty_s3: FaultyProxy) -> None:
     faulty_s3.slow(1.0, times=2)
     remote.write("a", b"1")
@@ -356,6 +362,7 @@ def test_a_server_that_never_answers_is_given_up(remote: Folder, faulty_s3: Faul
     assert time.monotonic() - started_s < 45, "before it answered"
 
 
+@pytest.mark.slow
 def test_parts_that_are_lost_do_not_repeat_the_file(
     remote: Folder, faulty_s3: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +374,7 @@ def test_parts_that_are_lost_do_not_repeat_the_file(
     assert remote.files() == {"big": 2 * PART_BYTES}
 
 
+@pytest.mark.slow
 def test_an_upload_that_fails_shows_no_part_of_the_file(remote: Folder, faulty_s3: FaultyProxy, tmp_path: Path) -> None:
     (tmp_path / "big").write_bytes(bytes(2 * PART_BYTES))
     faulty_s3.fail(500, "InternalError", method="PUT", key="partNumber=2")

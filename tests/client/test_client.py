@@ -306,6 +306,7 @@ def test_progress_tells_chunk_rate_and_time_left() -> None:
     assert Progress(None).line(27, 3, 1.5) == "27 frames, chunk 3, 18.0 fps"
 
 
+@pytest.mark.slow
 def test_no_server_is_an_exit_code_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a red circle", "--url", "http://127.0.0.1:9"]) == NO_ANSWER
     assert capsys.readouterr().err.count("\n") == 1

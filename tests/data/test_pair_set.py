@@ -291,6 +291,7 @@ def test_a_reader_holds_some_groups_and_forgets_the_oldest(folder: Folder, monke
         assert len(reader._groups) == groups
 
 
+@pytest.mark.slow
 def test_a_set_on_s3_is_begun_found_verified_and_read_alike(bucket: str) -> None:
     remote, plan = Folder(f"s3://{bucket}/run/pairs"), plan_of()
     begin(remote, plan)

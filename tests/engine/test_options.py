@@ -115,6 +115,7 @@ def test_an_8_bit_cache_takes_its_formulas_bytes_and_snapshots_stay_as_they_were
     assert len(sizes) == 1
 
 
+@pytest.mark.slow
 def test_a_snapshot_of_other_options_is_refused_and_unused_options_change_no_identity() -> None:
     identities = {name: Identity.of(release_of(*settings)).config for name, settings in OPTIONS.items()}
     usual = Identity.of(release_of()).config

@@ -18,7 +18,6 @@ from tests.faults.nodes import Nodes, until
 from tests.s3 import FaultyProxy
 
 
-@pytest.mark.ci
 def test_altered_checkpoints_are_refused_loudly_and_the_one_before_them_used(
     cluster: Nodes, stopped: StoppedRun, nodes: list[Any], start: Launcher, tmp_path: Path, unbroken: Record
 ) -> None:

@@ -132,6 +132,7 @@ def test_replicas_are_replaced_under_their_sessions(live: LiveService, ffprobe: 
     assert not before & set(live.parts("Replica"))
 
 
+@pytest.mark.ci
 def test_gateways_are_stopped_under_their_viewers(live: LiveService, ffprobe: str) -> None:
     watchers = watching(live, 12, (OverHttp, OverSocket, OverHttp, OverSocket))
     live.deploy(gateways=1, wait=False)
@@ -150,6 +151,7 @@ def test_the_whole_service_is_replaced_under_its_viewers(live: LiveService, ffpr
     assert not before & {pid for part in ("Store", "Gateway", "Replica") for pid in live.parts(part).values()}
 
 
+@pytest.mark.ci
 def test_the_session_of_a_process_that_hangs_goes_on_within_its_viewers_patience(
     live: LiveService, ffprobe: str
 ) -> None:

@@ -47,7 +47,6 @@ def whole(job: Job) -> None:
             assert sizes[f"{checkpoint.folder.name}/{name}"] == entry["bytes"]
 
 
-@pytest.mark.ci
 def test_an_outage_longer_than_the_patience_ends_the_run_and_names_the_storage(
     nodes: list[Any], start: Launcher, bucket: str, faulty_s3: FaultyProxy
 ) -> None:

@@ -254,6 +254,7 @@ def test_the_configuration_for_kubernetes_differs_in_how_pods_are_found_alone(pr
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_every_alert_fires_when_it_should_and_not_when_it_should_not(program: str, tmp_path: Path) -> None:
     assert {case.alert for case in CASES} == {rule["alert"] for rule in ALERTS}
     done = promtool.try_rules(tmp_path, sorted(RULES.glob("*.yml")), CASES)

@@ -64,6 +64,7 @@ def test_a_run_cut_off_resumes_and_ends_in_a_release_with_the_fast_decoder(
     assert "| fast |" in text and found["command"] in text and "load" in text
 
 
+@pytest.mark.slow
 def test_a_release_must_be_given_where_the_run_has_none(small_run: OpenRun) -> None:
     run = small_run("a")
     assert job.source_of(run, None).name == Release.load().name

@@ -74,6 +74,7 @@ def test_the_report_compares_all_sources_from_equal_noise(judged: tuple[Path, li
     assert "## Gate: not promoted" in (judged[0] / "out.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_the_gate_writes_is_what_serving_keeps_to(judged: tuple[Path, list[str]]) -> None:
     release = Release.load(judged[0] / "release")
     assert release.manifest["promotion_reasons"] == report_in(judged[0])["verdict"]["reasons"]

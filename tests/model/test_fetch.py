@@ -43,6 +43,7 @@ def test_a_folder_on_s3_is_downloaded_once_and_whole(s3: Any, release: Release, 
         fetch("s3://models/none")
 
 
+@pytest.mark.slow
 def test_a_copy_that_is_there_needs_no_storage(s3: Any, faulty: FaultyProxy) -> None:
     s3.put_object(Bucket="models", Key="m/a.txt", Body=b"a")
     folder = fetch("s3://models/m")
@@ -66,6 +67,7 @@ def test_a_download_that_breaks_leaves_nothing_and_can_be_repeated(
     assert files_of(fetch("s3://models/m")) == {"a.txt": b"a", "b.txt": b"b" * 1000}
 
 
+@pytest.mark.slow
 def test_two_that_ask_at_once_download_once(s3: Any, faulty: FaultyProxy) -> None:
     s3.put_object(Bucket="models", Key="m/a.txt", Body=b"a")
     faulty.slow(0.5, method="GET", key="a.txt")

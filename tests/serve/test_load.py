@@ -56,12 +56,14 @@ def test_who_is_refused_is_told_when_to_come_again_by_socket_and_by_http(service
     assert found["rejection_s"]["count"] == 2
 
 
+@pytest.mark.slow
 def test_a_viewer_who_tells_his_position_is_not_sent_more_than_he_wants(service: Service) -> None:
     plan = dataclasses.replace(FAST, url=service.urls[0], pacing="realtime", seconds=3.0, credits_s=1.0)
     (trace,) = asyncio.run(offer(plan, [0.0], "ws"))
     assert trace.outcome == "completed" and trace.arrivals[-1][0] - trace.arrivals[0][0] > 0.75
 
 
+@pytest.mark.slow
 def test_a_session_that_fails_and_one_that_hangs_hold_up_nobody(service: Service, engine: FakeEngine) -> None:
     class Impatient(Plan):
         limit_s = 1.0
@@ -88,6 +90,7 @@ def test_a_part_out_of_place_is_seen(parts: list[bytes]) -> None:
         early.take(parts[2])  # one is missing
 
 
+@pytest.mark.slow
 def test_the_capacity_is_what_the_service_admits_at_once(service: Service) -> None:
     capacity, traces = asyncio.run(find_capacity(Plan(service.urls[0])))
     assert capacity == 2 and all(trace.first_frame_s is not None for trace in traces)

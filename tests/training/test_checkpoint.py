@@ -64,6 +64,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_at_one_rank(tmp_path
     assert len([key for key in whole if key.endswith("/exp_avg")]) == 2 * len([*Network().parameters()])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_at_two_ranks(two_ranks: Ranks, tmp_path: Path) -> None:
     answers = two_ranks.run(uninterrupted_and_resumed, 2, str(tmp_path))
     assert all(same(whole, resumed) for whole, resumed in answers)

@@ -80,6 +80,7 @@ def sharded_update(rank: int) -> tuple[list[Tensor], dict[str, Tensor], list[str
     return causal_update(plan_of(FLOAT32, compiled=True), world_size=2)
 
 
+@pytest.mark.slow
 def test_compiled_recomputed_and_sharded_over_two_ranks_it_is_the_eager_network_on_one(two_ranks: Ranks) -> None:
     expected_outputs, expected, names = causal_update(plan_of(FLOAT32, compiled=False))
     for outputs, gradients, found in two_ranks.run(sharded_update, deadline_s=280.0):

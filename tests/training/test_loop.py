@@ -102,6 +102,7 @@ def stopped_by_rank_1(rank: int) -> tuple[int, list[tuple[int, bool]]]:
     return caught.value.update, journal.saves
 
 
+@pytest.mark.slow
 def test_one_ranks_stop_stops_all_after_the_same_update(two_ranks: Ranks) -> None:
     assert two_ranks.run(stopped_by_rank_1) == [(3, [(2, False), (3, True)])] * 2
 

@@ -213,6 +213,7 @@ def sharded_wan(rank: int) -> tuple[Tensor, dict[str, Tensor]]:
     return wan_gradients(wan(), device_mesh(2, "cpu"))
 
 
+@pytest.mark.slow
 def test_diffusers_narrow_network_takes_float32_and_computes_as_its_weights_do(two_ranks: Ranks) -> None:
     stored: Any = wan()
     output, expected = wan_gradients(wan(), None)

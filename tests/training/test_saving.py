@@ -187,6 +187,7 @@ def trains_while_saving(rank: int, root: str) -> tuple[dict[str, Tensor], dict[s
     return contents(alone), contents(state), own._saves
 
 
+@pytest.mark.slow
 def test_the_collectives_of_a_save_do_not_mix_with_those_of_training(two_ranks: Ranks, tmp_path: Path) -> None:
     for alone, state, saves in two_ranks.run(trains_while_saving, str(tmp_path)):
         assert same(alone, state) and saves >= 2

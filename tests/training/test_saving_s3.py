@@ -90,6 +90,7 @@ def test_training_goes_on_during_an_outage_and_the_save_is_whole_after_it(
     assert same(before, contents(other))
 
 
+@pytest.mark.slow
 def test_a_storage_that_stays_away_ends_training_with_an_error_that_names_the_folder(
     root: Folder, faulty_s3: FaultyProxy, tmp_path: Path
 ) -> None:

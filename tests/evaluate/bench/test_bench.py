@@ -24,6 +24,7 @@ from diagonal.media.encode import ChunkEncoder
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.flops import rollout_flops
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 QUICK = [

@@ -91,6 +91,7 @@ import diagonal.evaluate.bench.training
 """
 
 
+@pytest.mark.slow
 def test_the_script_needs_neither_ray_nor_an_s3_library_nor_what_serves_or_tests() -> None:
     done = subprocess.run([sys.executable, "-c", HIDDEN], timeout=120, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -39,6 +39,7 @@ def silent(line: str) -> None:
     """Say nothing."""
 
 
+@pytest.mark.slow
 def test_every_variant_is_a_configuration_and_every_table_of_the_issue_is_there() -> None:
     keys = [one.key for one in experiments(SHIFT)]
     assert keys == [

@@ -59,6 +59,7 @@ def test_who_has_no_time_is_refused_and_who_is_in_does_not_wait() -> None:
     assert found["stall_rate"] < 0.01
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_and_another_does_not() -> None:
     first, again, other = (brief(scenario(2, 10, seed=seed).run()) for seed in (1, 1, 2))
     del first["cpu_s"], again["cpu_s"]
@@ -113,6 +114,7 @@ def test_a_hundred_replicas_and_five_hundred_viewers_take_less_than_twelve_secon
     assert spent_s < 12.0
 
 
+@pytest.mark.slow
 def test_a_plan_is_written_and_its_page_tells_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "capacity-small.json"
     assert work(["--viewers", "4,8", "--no-large", "--last", "60", "--from", "20", "--out", str(out)])

@@ -57,6 +57,7 @@ def test_a_killed_jobs_lease_is_free_at_once(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "pid", "age_s", "free"),
     [

@@ -88,6 +88,7 @@ def test_a_plan_tells_shapes_parameters_costs_storage_and_memory(wan: Path) -> N
     assert not (wan.parent / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "changes", "said"),
     [
@@ -141,6 +142,7 @@ def test_what_a_job_would_stumble_over_is_refused_before_it_starts(wan: Path, se
         plan(wan_run(wan, setting), count_prompts=True)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_size_is_planned_with_its_own_parameters(wan: Path) -> None:
     large = wan.parent / "large" / "transformer"
     write_part(large, {**WAN, "num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824})

@@ -38,6 +38,7 @@ def test_help_comes_without_torch_and_ray(repository: Path, job: str) -> None:
     assert "usage:" in done.stdout and done.stdout.endswith("loaded []\n")
 
 
+@pytest.mark.slow
 def test_a_job_needs_no_pythonpath(repository: Path, tmp_path: Path) -> None:
     done = run(repository, "jobs/distill.py", "--dry-run", "--set", f"train.storage={tmp_path / 'runs'}")
     assert done.returncode == 0, done.stderr

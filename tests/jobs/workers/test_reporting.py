@@ -129,6 +129,7 @@ time.sleep(3)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("beats", "end", "status"), [(10, "hang", STALLED), (1, "close", 0), (0, "hang", 0)])
 def test_a_process_without_progress_ends_itself_and_says_where_it_stood(beats: int, end: str, status: int) -> None:
     command = [sys.executable, "-c", WATCHED, str(beats), end]

@@ -108,6 +108,7 @@ def test_s2_a_plain_reader_that_stops_reading_stops_its_generation_and_loses_its
         until(lambda: not engine.sessions, "the place is free", seconds=25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["fin", "rst"])
 @pytest.mark.parametrize("way", ["get", "socket"])
 def test_s3_a_connection_that_ends_or_breaks_stops_generation_within_a_chunk(
@@ -134,6 +135,7 @@ def test_s3_a_connection_that_ends_or_breaks_stops_generation_within_a_chunk(
         raw.close()
 
 
+@pytest.mark.slow
 def test_s3_a_pulled_cable_stops_generation_at_the_credits_and_frees_the_slot(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
@@ -171,6 +173,7 @@ def test_8_sessions_beyond_the_last_slot_are_refused_and_hold_nothing(
         assert open_files() <= files + 4
 
 
+@pytest.mark.slow
 def test_4_an_encoder_keeps_nothing_of_the_stream_before(make_service: Callable[..., Service], until: Until) -> None:
     """The same picture behind another session's is the same bytes as in a service that made nothing else."""
 

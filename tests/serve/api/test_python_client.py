@@ -51,6 +51,7 @@ def test_a_live_session_gives_every_chunk_once(client: DiagonalClient) -> None:
     assert frames_of(b"".join(chunk.data for chunk in chunks)) == 81
 
 
+@pytest.mark.slow
 def test_a_prompt_change_is_told_by_the_chunk_that_it_shows_in(client: DiagonalClient, engine: FakeEngine) -> None:
     engine.allow(2)
     with client.realtime("a red circle", frames=81, pacing="none") as live:
@@ -66,6 +67,7 @@ def test_a_prompt_change_is_told_by_the_chunk_that_it_shows_in(client: DiagonalC
         assert isinstance(refused, RefusedError) and refused.code == "prompt_empty"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_broken_connection_is_gone_on_with_and_no_chunk_is_lost(client: DiagonalClient, after: int) -> None:
     with client.realtime("a red circle", frames=81, pacing="none", buffer_s=2.0) as live:
@@ -164,6 +166,7 @@ def test_a_wrong_key_and_a_wrong_prompt_are_refusals(make_service: Callable[...,
     assert caught.value.code == "prompt_empty" and caught.value.param == "prompt"
 
 
+@pytest.mark.slow
 def test_nobody_there_is_no_answer() -> None:
     with DiagonalClient("http://127.0.0.1:9") as client, pytest.raises(NoAnswerError):
         client.realtime("x")
@@ -183,6 +186,7 @@ def test_a_stream_whose_video_fails_says_so(client: DiagonalClient, engine: Fake
             list(patient.stream(video.id))
 
 
+@pytest.mark.slow
 def test_a_video_is_paused_and_goes_on(client: DiagonalClient, engine: FakeEngine) -> None:
     engine.allow(1)
     video = client.create("a red circle", frames=33)

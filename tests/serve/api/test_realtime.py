@@ -38,6 +38,7 @@ def test_a_session_is_a_start_then_each_chunk_behind_its_metadata_then_its_end(s
     assert len(shades(one.video)) == 81
 
 
+@pytest.mark.slow
 def test_a_prompt_change_is_queued_then_applied_and_told_with_its_chunks(service: Service, engine: FakeEngine) -> None:
     engine.allow(2)
     with viewer(service.urls[0]) as one:
@@ -84,6 +85,7 @@ def test_at_most_so_many_interactions_wait(service: Service, engine: FakeEngine)
         assert answers[-1]["code"] == "too_many_interactions" and answers[-1]["retry_after_seconds"]
 
 
+@pytest.mark.slow
 def test_without_credits_no_more_is_made_than_the_viewer_asked_to_have_ahead(
     service: Service, engine: FakeEngine
 ) -> None:
@@ -199,6 +201,7 @@ def test_a_broken_connection_goes_on_with_the_next_chunk_through_any_gateway(
     assert [chunk for _, chunk in engine.made] == list(range(7))
 
 
+@pytest.mark.slow
 def test_a_resume_token_counts_once_and_the_older_connection_is_told(service: Service, engine: FakeEngine) -> None:
     engine.allow(1)
     with viewer(service.urls[0]) as one, viewer(service.urls[1]) as two, viewer(service.urls[1]) as three:
@@ -215,6 +218,7 @@ def test_a_resume_token_counts_once_and_the_older_connection_is_told(service: Se
         assert two.indices == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_who_does_not_come_back_in_time_has_lost_his_session(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:

@@ -97,6 +97,7 @@ def test_limits_are_published(idle_http: httpx2.Client) -> None:
     assert (limits["max_sessions"], limits["max_pending_interactions"]) == (None, 64)
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_for_a_while_costs_no_video(
     http: httpx2.Client, service: Service, engine: FakeEngine, until: Until
 ) -> None:
@@ -135,6 +136,7 @@ def test_a_file_that_was_not_made_when_the_store_went_away_is_made_afterwards(
         assert len(shades(http.get(f"/v1/videos/{video}/content").content)) == 21
 
 
+@pytest.mark.slow
 def test_a_video_is_removed_when_its_time_is_up(make_service: Callable[..., Service], until: Until) -> None:
     service = make_service(store={"sweep_s": 0.1}, retention_s=1.0)
     with http_client(service.urls[0]) as http:
@@ -146,6 +148,7 @@ def test_a_video_is_removed_when_its_time_is_up(make_service: Callable[..., Serv
         until(lambda: http.get(f"/v1/videos/{video}").status_code == 404 and not folder.exists(), "removed")
 
 
+@pytest.mark.slow
 def test_a_session_that_nobody_can_drive_any_more_ends_and_leaves_the_quota(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:

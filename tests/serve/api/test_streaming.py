@@ -36,6 +36,7 @@ def test_the_first_bytes_come_before_the_video_is_done(http: httpx2.Client, engi
     assert len(shades(bytes(data))) == 81
 
 
+@pytest.mark.slow
 def test_a_late_reader_and_a_reader_elsewhere_get_all_chunks_and_each_was_made_once(
     http: httpx2.Client, other_http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
@@ -202,6 +203,7 @@ def test_realtime_generation_stays_a_lead_ahead_of_who_watches(http: httpx2.Clie
     assert min(asked) > 0, "what is played next was asked for before"
 
 
+@pytest.mark.slow
 def test_a_viewer_with_something_to_play_leaves_the_engine_to_who_has_nothing(
     http: httpx2.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +225,7 @@ def test_a_viewer_with_something_to_play_leaves_the_engine_to_who_has_nothing(
     assert made_s[1] - made_s[0] > 0.15
 
 
+@pytest.mark.slow
 def test_nobody_watching_a_realtime_video_means_no_more_of_it(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
@@ -236,6 +239,7 @@ def test_nobody_watching_a_realtime_video_means_no_more_of_it(
         assert status(http, video)["status"] == "cancelled" and len(engine.made) - made <= 3
 
 
+@pytest.mark.slow
 def test_a_realtime_video_goes_on_while_one_reader_is_left(
     http: httpx2.Client, other_http: httpx2.Client, engine: FakeEngine
 ) -> None:
@@ -251,6 +255,7 @@ def test_a_realtime_video_goes_on_while_one_reader_is_left(
         assert status(http, video)["status"] == "in_progress"
 
 
+@pytest.mark.slow
 def test_a_realtime_video_that_nobody_ever_watches_is_given_up(
     http: httpx2.Client, engine: FakeEngine, until: Until
 ) -> None:
@@ -303,6 +308,7 @@ def test_deleting_a_video_ends_its_streams(
     until(lambda: not engine.sessions, "its place is free")
 
 
+@pytest.mark.slow
 def test_a_video_of_a_gateway_that_died_is_taken_over_by_whoever_is_asked(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
@@ -318,6 +324,7 @@ def test_a_video_of_a_gateway_that_died_is_taken_over_by_whoever_is_asked(
         assert [chunk for _, chunk in engine.made] == list(range(7))
 
 
+@pytest.mark.slow
 def test_a_session_that_its_gateways_forgot_is_freed(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:

@@ -218,6 +218,7 @@ def test_2_a_client_secret_opens_one_session(guarded: Service, http: httpx2.Clie
     assert http.get(f"/v1/videos/{video}", headers=key("another")).status_code == 404
 
 
+@pytest.mark.slow
 def test_2_a_client_secret_opens_nothing_else_and_not_for_long(
     guarded: Service, http: httpx2.Client, key: Keyed
 ) -> None:

@@ -98,6 +98,7 @@ def test_who_comes_later_sees_the_newest_chunk_first_and_is_cut_off_by_its_remov
             assert b"".join(parts) is not None  # it ends
 
 
+@pytest.mark.slow
 def test_nobody_watching_ends_it(make_service: Callable[..., Service], engine: FakeEngine, until: Until) -> None:
     service = make_service(reader_start_timeout_s=0.4, resume_window_s=0.4)
     with http_client(service.urls[0]) as http:

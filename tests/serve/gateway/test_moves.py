@@ -165,6 +165,7 @@ def test_an_engine_that_hangs_is_left_within_its_viewers_patience(
     assert_same_video(one.video, expected)
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_not_ready_and_takes_no_session(
     make_cluster: Make, hung: threading.Event, until: Until
 ) -> None:
@@ -283,6 +284,7 @@ class SlowReplica:
     async def close(self, *_: Any) -> None: ...
 
 
+@pytest.mark.slow
 def test_a_store_that_comes_back_is_given_time_to_learn_who_watches() -> None:
     video = VideoRecord("video_1", "m", "p", 1, 960, 16, 1, "32x32", Pacing.REALTIME, 0.0, frames_done=93)
 

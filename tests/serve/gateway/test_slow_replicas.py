@@ -24,6 +24,7 @@ async def fails(*_: Any) -> Any:
     raise RayActorError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hung", ["open", "close"])
 def test_a_replica_that_hangs_holds_no_create_and_keeps_no_quota(
     make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, hung: str
@@ -58,6 +59,7 @@ def slow(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, step_s: float) -> 
     monkeypatch.setattr(engine, "step", late)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [5, 10])
 def test_steps_of_many_times_their_bound_fail_no_video_and_are_named_as_late(
     service: Service,
@@ -91,6 +93,7 @@ def test_steps_of_many_times_their_bound_fail_no_video_and_are_named_as_late(
     assert "step is late" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_late_replica_is_left_for_one_that_has_room(make_cluster: Callable[..., Cluster], until: Until) -> None:
     cluster = make_cluster()
     with httpx2.Client(base_url=cluster.urls[0], timeout=60) as http:
@@ -109,6 +112,7 @@ def test_a_late_replica_is_left_for_one_that_has_room(make_cluster: Callable[...
             go.set()
 
 
+@pytest.mark.slow
 def test_a_replica_whose_engine_hangs_is_lost(
     service: Service, http: httpx2.Client, engine: FakeEngine, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def test_another_keys_chain_is_not_there(http: httpx2.Client) -> None:
     assert http.get("/v1/videos/video_none/chain", params={"limit": 0}).status_code == 422
 
 
+@pytest.mark.slow
 def test_it_goes_on_over_a_replica_a_gateway_and_a_store_that_die(
     make_cluster: Callable[..., Cluster], until: Until
 ) -> None:

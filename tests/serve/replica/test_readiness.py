@@ -25,6 +25,7 @@ def test_a_service_without_a_loaded_replica_is_live_and_not_ready(service: Servi
     assert status(http) == 200
 
 
+@pytest.mark.slow
 def test_a_service_is_not_ready_while_its_engine_hangs(engine: FakeEngine, http: httpx2.Client, until: Until) -> None:
     goes_on, step = threading.Event(), engine.step
 

@@ -201,6 +201,7 @@ def test_a_resume_without_room_says_so_and_pauses_of_nothing_are_refused(tmp_pat
     run(tmp_path, work)
 
 
+@pytest.mark.slow
 def test_a_replica_is_ready_when_its_engine_makes_chunks_and_not_when_it_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def http(guarded: Service) -> Iterator[httpx2.Client]:
         yield client
 
 
+@pytest.mark.slow
 def test_s8_a_stream_keeps_its_pace_over_a_jump(
     guarded: Service, http: httpx2.Client, engine: FakeEngine, jump: Callable[[], None]
 ) -> None:
@@ -73,6 +74,7 @@ def test_s8_a_stream_keeps_its_pace_over_a_jump(
     assert max(intervals) < 60 and sum(guarded.metrics.values("diagonal_stream_stall_seconds_total")) < 60
 
 
+@pytest.mark.slow
 def test_s8_videos_secrets_and_tokens_live_as_long_as_they_were_promised(
     guarded: Service, http: httpx2.Client, engine: FakeEngine, jump: Callable[[], None], until: Until
 ) -> None:
@@ -93,6 +95,7 @@ def test_s8_videos_secrets_and_tokens_live_as_long_as_they_were_promised(
         two.read(1)
 
 
+@pytest.mark.slow
 def test_s8_a_secret_ends_after_its_seconds_whatever_the_clock_says(
     guarded: Service, http: httpx2.Client, jump: Callable[[], None]
 ) -> None:
