@@ -6,8 +6,6 @@ import re
 import time
 from typing import Any
 
-import pytest
-
 from jobs.runs.update_log import Record
 from tests.faults.job import START_S, Job, Launcher, difference
 from tests.faults.nodes import Nodes, until
