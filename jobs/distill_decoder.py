@@ -54,7 +54,7 @@ def distil_decoder(run: Run, release: Release) -> Folder:
         _train(run, release)
     if not run.folder.has(f"{FAST_RELEASE}/{MANIFEST}"):
         serve = f"serve.decoder={run.config.serve.decoder}"
-        with (run.folder / FAST_RELEASE).replaced(last=MANIFEST) as folder:
+        with (run.folder / FAST_RELEASE).replaced(last=MANIFEST, check=run.check_lease) as folder:
             folder.rmdir()
             write_release_with_decoder(
                 folder, release, local_copy(run, FAST_DECODER), release.config.with_settings([serve])
@@ -95,7 +95,7 @@ def _save(run: Run, training: DecoderTraining) -> None:
 def _write(run: Run, release: Release, network: FastDecoder, unseen: DecodedClips) -> None:
     """`decoder/`: weights in bfloat16, their layout, and where they come from, with what was measured of them."""
     network = network.to(torch.bfloat16)
-    with (run.folder / FAST_DECODER).replaced(last=LINEAGE) as folder:
+    with (run.folder / FAST_DECODER).replaced(last=LINEAGE, check=run.check_lease) as folder:
         network.save_pretrained(folder)
         stored = FastDecoder.from_pretrained(folder).to(network.device)
         write_json(folder / LINEAGE, lineage_of(run, release, stored, unseen))

@@ -37,7 +37,7 @@ def write_student(
     run: Run, stage: str, layout: Mapping[str, Any], weights: Mapping[str, Tensor], lineage: Mapping[str, Any]
 ) -> None:
     """Write the student of a stage, whole or not at all, with where it comes from."""
-    with (run.folder / stage).replaced(last=LINEAGE) as folder:
+    with (run.folder / stage).replaced(last=LINEAGE, check=run.check_lease) as folder:
         save_student(folder, run.config, layout, weights, {"stage": stage, "seed": run.config.seed, **lineage})
 
 
@@ -47,7 +47,7 @@ def publish_release(run: Run, student: Path, lineage: Mapping[str, Any]) -> None
     What its maker states in the run's `statement.md`, if there is one, goes into its card.
     """
     author_notes = run.folder.read(STATEMENT).decode() if run.folder.has(STATEMENT) else ""
-    with (run.folder / "release").replaced(last=MANIFEST) as folder:
+    with (run.folder / "release").replaced(last=MANIFEST, check=run.check_lease) as folder:
         folder.rmdir()  # `write_release` makes it
         write_release(
             folder, name=run.name, student=student, base=run.base, lineage=lineage, scores={}, author_notes=author_notes

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ FREE_FIELDS = frozenset(
         "train.compile",
         "train.storage",
         "train.storage_patience_s",
+        "train.lease",
         "train.max_failures",
         "train.stall_timeout_s",
         "train.sample_every",
@@ -86,6 +87,8 @@ class Run:
     config: Config
     folder: Folder
     identity: str = ""
+    check_lease: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
+    """Raises `FieldError` once another job has taken the run over; workers, which publish nothing, have none."""
 
     @property
     def from_scratch(self) -> bool:
@@ -171,10 +174,10 @@ def opened(arguments: argparse.Namespace) -> Iterator[Run]:
     if arguments.dry_run:
         yield run
         return
-    with leased(run.folder):
+    with leased(run.folder, run.config.train.lease) as check:
         _resolve(argparse.Namespace(**{**vars(arguments), "name": run.name}))  # another may have begun it since
         keep()
-        yield run
+        yield replace(run, check_lease=check)
 
 
 def _resolve(arguments: argparse.Namespace) -> tuple[Run, Callable[[], None]]:

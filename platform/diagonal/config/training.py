@@ -139,6 +139,10 @@ class TrainConfig:
     compile: bool = setting(False, "Compile the networks' blocks.")
     storage: str = setting("runs", "Folder of all runs, which every node sees, or s3://.")
     storage_patience_s: float = setting(300.0, "How long a failing storage is retried.", POSITIVE)
+    lease: Literal["exclusive", "none"] = setting(
+        "exclusive",
+        "Keeps two jobs from one run: by a lock, on S3 by conditional writes; none for stores without them.",
+    )
     max_failures: int = setting(
         3, "Times that lost or stalled workers are replaced before a run stops.", NOT_NEGATIVE, "failures"
     )

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
 from diagonal.errors import FieldError, require
 from diagonal.files import whole_file
 from diagonal.storage.disk import Disk, swap_folder
-from diagonal.storage.remote import REMOTE, StorageError
+from diagonal.storage.remote import REMOTE, ConditionsRefused, StorageError, VersionChanged
 
 if TYPE_CHECKING:
     from diagonal.storage.s3 import S3
@@ -120,6 +120,17 @@ class Folder:
         text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
         self.write(name, text.encode())
 
+    def read_version(self, name: str) -> tuple[bytes, str]:
+        """Bytes and version of a small file on S3; `FileNotFoundError` where there is none."""
+        return self._remote.read_version(name)
+
+    def write_version(self, name: str, data: bytes, over: str) -> str:
+        """Write a file on S3 over its version `over` ('' where there must be none); returns the new version.
+
+        `VersionChanged` where that is not its version, `ConditionsRefused` where the store knows no conditions.
+        """
+        return self._remote.write_version(name, data, over)
+
     def put(self, source: Path, name: str) -> None:
         """Copy one local file here as `name`, whole or not at all, durably."""
         self._store.put(source, name)
@@ -139,11 +150,13 @@ class Folder:
         self._store.delete()
 
     @contextmanager
-    def replaced(self, last: str) -> Iterator[Path]:
+    def replaced(self, last: str, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
         """A local folder to fill; when the block ends well, its files replace this folder's.
 
         Locally by one rename. On S3, file by file, the file `last` (whose presence makes the folder count) first
-        removed and last written, so that a reader who waits for it never takes half a folder.
+        removed and last written, so that a reader who waits for it never takes half a folder. `check` is called
+        before that; what it raises keeps the folder from counting. `FieldError` where another writer's `last`
+        appeared meanwhile.
         """
         parent = self.path.parent if self.is_local else Path(tempfile.gettempdir())
         parent.mkdir(parents=True, exist_ok=True)
@@ -154,9 +167,10 @@ class Folder:
             yield new
             require((new / last).is_file(), "folder", last, "a file that the block wrote")
             if self.is_local:
+                check()
                 swap_folder(new, self.path, scratch / "old")
             else:
-                self._upload(new, last)
+                self._upload(new, last, check)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -171,13 +185,25 @@ class Folder:
             raise FieldError("storage", self.uri, f"a folder that can be written and read ({error})") from error
         require(right, "storage", self.uri, "a storage that gives back what was written")
 
-    def _upload(self, source: Path, last: str) -> None:
+    def _upload(self, source: Path, last: str, check: Callable[[], None]) -> None:
         new = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
         self.remove(last)
         for name in sorted(self.files().keys() - new):
             self.remove(name)
-        for name in [*sorted(new - {last}), last]:
+        for name in sorted(new - {last}):
             self.put(source / name, name)
+        check()
+        self._create(last, (source / last).read_bytes())
+
+    def _create(self, name: str, data: bytes) -> None:
+        """Write a file that is not there; where the store knows no conditions, over whatever is there."""
+        try:
+            self.write_version(name, data, "")
+        except VersionChanged:
+            allowed = "a folder that one job writes at a time; another one finished it meanwhile"
+            require(self.read(name) == data, "storage", f"{self.uri}/{name}", allowed)
+        except ConditionsRefused:
+            self.write(name, data)
 
     def _parts(self, name: str) -> Iterator[bytes]:
         with self._required(name):
@@ -205,6 +231,11 @@ class Folder:
 
         bucket, _, prefix = self.uri.removeprefix(REMOTE).partition("/")
         return S3(self._client, bucket, f"{prefix}/" if prefix else "", self.patience_s)
+
+    @property
+    def _remote(self) -> S3:
+        require(not self.is_local, "storage", self.uri, "a folder on S3")
+        return cast("S3", self._store)
 
     @cached_property
     def _client(self) -> Any:

@@ -7,3 +7,11 @@ REMOTE = "s3://"
 
 class StorageError(RuntimeError):
     """A storage that does not answer, or refuses: what was tried, where, for how long, and the newest cause."""
+
+
+class ConditionsRefused(StorageError):  # noqa: N818  # what was refused is the point
+    """A storage that knows no conditional writes."""
+
+
+class VersionChanged(Exception):  # noqa: N818  # the answer to a condition, not a fault
+    """A file has another version than the one that a write was to replace."""

@@ -21,7 +21,7 @@ from botocore import exceptions as aws
 from botocore.config import Config
 
 from diagonal.storage.disk import PART_BYTES
-from diagonal.storage.remote import REMOTE, StorageError
+from diagonal.storage.remote import REMOTE, ConditionsRefused, StorageError, VersionChanged
 
 T = TypeVar("T")
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 10.0
@@ -30,8 +30,18 @@ ATTEMPTS_A_REQUEST = 3  # by the S3 client, so that one lost part does not repea
 KEYS_A_REQUEST = 1000  # S3's limit of a deletion
 UPLOADS_AT_ONCE = 4
 PASSING = (aws.HTTPClientError, aws.ConnectionError, aws.IncompleteReadError, aws.CredentialRetrievalError)
-PASSING_CODES = ("InternalError", "NoSuchUpload", "RequestTimeout", "SlowDown", "Throttl", "TooManyRequests", "429")
+PASSING_CODES = (
+    "InternalError",
+    "NoSuchUpload",
+    "RequestTimeout",
+    "SlowDown",
+    "Throttl",
+    "TooManyRequests",
+    "429",
+    "409",
+)
 MISSING_CODES = ("404", "NoSuchKey", "NotFound")
+CHANGED_CODES = ("412", "PreconditionFailed")
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 _log = logging.getLogger(__name__)
@@ -88,6 +98,31 @@ class S3:
 
     def write(self, name: str, data: bytes) -> None:
         self._retried("write", name, lambda: self._object("put_object", name, Body=data))
+
+    def read_version(self, name: str) -> tuple[bytes, str]:
+        """A small file's bytes and version; `FileNotFoundError` where there is none."""
+        _, version, data = self._retried("read", name, lambda: self._beginning(name))
+        return data, version
+
+    def write_version(self, name: str, data: bytes, over: str) -> str:
+        """Write a file over its version `over` ('' where there must be none); returns the new version.
+
+        `VersionChanged` where the file has another version, or one appeared. It also comes where this very write
+        arrived, its answer was lost, and the storage was asked again: see what the file holds then.
+        """
+        condition = {"IfMatch": over} if over else {"IfNoneMatch": "*"}
+
+        def write() -> str:
+            try:
+                return str(self._object("put_object", name, Body=data, **condition)["ETag"])
+            except aws.ClientError as error:
+                if _code(error) in CHANGED_CODES or (over and _code(error) in MISSING_CODES):
+                    raise VersionChanged(name) from None
+                if _code(error) == "NotImplemented":
+                    raise ConditionsRefused(f"{REMOTE}{self.bucket} knows no conditional writes") from None
+                raise
+
+        return self._retried("write", name, write)
 
     def put(self, source: Path, name: str) -> None:
         transfer = TransferConfig(
