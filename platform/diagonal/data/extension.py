@@ -13,8 +13,8 @@ from typing import Any
 import httpx2
 
 from diagonal.config import PromptsConfig
-from diagonal.data.prompts import normalise
 from diagonal.errors import FieldError, require
+from diagonal.model.text import clean_prompt
 from diagonal.storage import Folder
 
 TRIES = 5
@@ -170,6 +170,6 @@ def _text_of(response: httpx2.Response) -> str:
         text = response.json()["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise NoAnswerError("the answer is not a chat completion") from error
-    if not isinstance(text, str) or not normalise(text):
+    if not isinstance(text, str) or not clean_prompt(text):
         raise NoAnswerError("the answer is empty")
-    return normalise(text)
+    return clean_prompt(text)

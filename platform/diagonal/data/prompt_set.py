@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diagonal.data.prompts import ROWS_AT_ONCE, SeenIds, normalise, prompt_id
+from diagonal.data.prompts import ROWS_AT_ONCE, SeenIds, prompt_id
 from diagonal.errors import FieldError, require
+from diagonal.model.text import clean_prompt
 from diagonal.storage import Folder
 
 TRAINING, HELD_OUT, MANIFEST = "train.parquet", "held_out.parquet", "manifest.json"
@@ -76,7 +77,7 @@ def _sort_out(prompts: Iterable[str], target: Path, held_out: Callable[[str], bo
     seen = SeenIds()
     with pq.ParquetWriter(target / TRAINING, SCHEMA) as training, pq.ParquetWriter(target / HELD_OUT, SCHEMA) as kept:
         for some in _batches(prompts, ROWS_AT_ONCE):
-            found = [text for text in map(normalise, some) if text]
+            found = [text for text in map(clean_prompt, some) if text]
             ids = [prompt_id(text) for text in found]
             fresh = seen.add(np.array([int(identity, 16) for identity in ids], dtype=np.uint64))
             rows = [(i, text, None) for i, text, new in zip(ids, found, fresh, strict=True) if new]

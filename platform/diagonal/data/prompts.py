@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from diagonal.diffusion.noise import Salt, generator
 from diagonal.errors import FieldError, require
+from diagonal.model.text import clean_prompt
 from diagonal.storage import Folder
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -24,14 +24,9 @@ ROWS_AT_ONCE = 1024
 ID_RANGE = 2**64
 
 
-def normalise(prompt: str) -> str:
-    """One form for one prompt: NFC, white space folded."""
-    return " ".join(unicodedata.normalize("NFC", prompt).split())
-
-
 def prompt_id(prompt: str) -> str:
-    """A stable id: the first 16 hexadecimal digits of the normalised prompt's sha256."""
-    return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:16]
+    """A stable id: the first 16 hexadecimal digits of the cleaned prompt's sha256."""
+    return hashlib.sha256(clean_prompt(prompt).encode()).hexdigest()[:16]
 
 
 def is_held_out(identity: str, share: float) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
 import diagonal
 from diagonal.config import Config
@@ -20,7 +20,7 @@ from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import FastDecoder
 from diagonal.model.stored_weights import CODECS, refuse_differences, stored_shapes
 from diagonal.model.stored_weights import CONFIG as CONFIG
-from diagonal.model.text import TextEncoder
+from diagonal.model.text import TextEncoder, load_tokenizer
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of
 from diagonal.storage import Folder
 from diagonal.storage.fetch import fetch
@@ -112,7 +112,7 @@ def check_transformer(folder: Path, config: Config) -> None:
 
 def load_text(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> TextEncoder:
     """Tokenizer and umT5 encoder from `folder`."""
-    tokenizer = AutoTokenizer.from_pretrained(part_folder(folder, "tokenizer"))
+    tokenizer = load_tokenizer(part_folder(folder, "tokenizer"))
     encoder = _load_whole(UMT5EncoderModel, part_folder(folder, "text_encoder"), dtype)
     return TextEncoder(tokenizer, encoder.requires_grad_(False), config.model.text_tokens)
 
