@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -99,12 +100,15 @@ def _deployment(kind: type, name: str, calls: int, **resources: Any) -> Any:
     """One part; calls between parts are many and short, so that Serve's threads and lines for each would cost most.
 
     Only a replica's own code, which loads and warms up a model, runs apart from the loop that Serve answers on.
+    Serve gives the application's `runtime_env` to deployments without one of their own alone: it is put into each.
     """
     decorate: Any = serve.deployment
     on_one_loop = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
     if kind is not Replica:
         on_one_loop["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
-    options = resources | {"runtime_env": {"env_vars": on_one_loop}}
+    application = dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}
+    environment = application | {"env_vars": application.get("env_vars", {}) | on_one_loop}
+    options = resources | {"runtime_env": environment}
     drain = {"graceful_shutdown_timeout_s": _DRAIN_S, "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S}
     quiet = {"enable_access_log": False}  # the gateway writes a line for each request itself
     limits = drain | {"max_ongoing_requests": calls}

@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import httpx2
+import psutil
 import pytest
 import yaml
 from websockets.exceptions import InvalidStatus
@@ -26,14 +27,14 @@ from tests.serve.harness import Until, http_client
 from tests.serve.sockets import LOCAL_KEY, LOCAL_TOKEN, cut, give_local_key, viewer
 
 pytestmark = pytest.mark.slow
+PROBE = {"DIAGONAL_TEST_PROBE": "of the application"}
 
 
 @pytest.fixture(scope="module")
 def url(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Two gateways in front of two replicas of the embedded release."""
+    """Two gateways in front of two replicas of the embedded release, built as Serve builds a configuration file."""
+    import ray
     from ray import serve
-
-    from serve.app import build
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -42,9 +43,18 @@ def url(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     give_local_key(data)
     arguments = {"data": str(data), "gateways": "2", "replicas": "2", "replica_cpus": "0.5"}
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build(arguments), name="diagonal", route_prefix="/")
+    ray.get(ray.remote(runtime_env={"env_vars": PROBE})(deploy).remote(arguments))
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
+
+
+def deploy(arguments: dict[str, str]) -> None:
+    """Runs in a worker whose `runtime_env` is the application's."""
+    from ray import serve
+
+    from serve.app import build
+
+    serve.run(build(arguments), name="diagonal", route_prefix="/")
 
 
 @pytest.fixture
@@ -178,6 +188,16 @@ def test_a_replica_that_is_killed_does_not_end_the_stream(http: httpx2.Client, u
     longest_s = max(later - before for before, later in zip(came, came[1:], strict=False))
     assert longest_s < 20, "about two seconds on a calm machine"
     until(lambda: http.get("/health/ready").status_code == 200, "ready again")
+
+
+@pytest.mark.parametrize("part", ["Store", "Gateway", "Replica"])
+def test_the_applications_runtime_env_reaches_every_part(url: str, part: str) -> None:
+    title = f"ray::ServeReplica:diagonal:{part}"
+    parts = [one for one in psutil.process_iter() if " ".join(one.cmdline()).startswith(title)]
+    assert parts
+    for one in parts:
+        environment = one.environ()
+        assert PROBE.items() <= environment.items() and environment["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] == "0"
 
 
 def test_the_service_says_that_it_is_ready(http: httpx2.Client) -> None:
