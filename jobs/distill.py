@@ -19,7 +19,7 @@ from diagonal.model.dit import CausalWan
 from diagonal.model.import_checkpoints import load_initial_student
 from diagonal.model.text import TextEncoder
 from diagonal.storage import Folder
-from diagonal.storage.fetch import fetch
+from diagonal.storage.fetch import STUDENT_FILES, fetch
 from diagonal.training.distill import PromptBatch
 from diagonal.training.distributed import is_grouped
 from diagonal.training.loop import Plan, run_loop
@@ -58,7 +58,8 @@ def distill(run: Run) -> Folder:
 
 def teacher_folder(run: Run) -> Path:
     """The network that gives the real score: a local folder that holds `transformer/`."""
-    return fetch(run.config.distill.teacher) if run.config.distill.teacher else run.base
+    given = run.config.distill.teacher
+    return fetch(given, patterns=STUDENT_FILES) if given else run.base
 
 
 def distill_feed(run: Run) -> Feed:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 if TYPE_CHECKING:
+    from tests.hub import SmallHub
     from tests.s3 import FaultyProxy, S3Server
 
 T = TypeVar("T")
@@ -167,6 +168,26 @@ def bucket(s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch) -> Iterator[s
         monkeypatch.setenv(name, value)
     with s3_server.bucket() as name:
         yield name
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Iterator[SmallHub]":
+    """A small hub on loopback, which huggingface_hub's own client asks; its cache is empty and no token is known."""
+    from huggingface_hub import constants
+
+    from tests.hub import SmallHub
+
+    server = SmallHub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from diagonal.model.base_model import LINEAGE, base_uri, save_student
 from diagonal.model.manifest import MANIFEST
 from diagonal.model.release import Release, write_release
 from diagonal.storage import Folder
-from diagonal.storage.fetch import fetch
+from diagonal.storage.fetch import STUDENT_FILES, fetch, fetch_file
 from jobs.runs.run import Run
 
 STATEMENT = "statement.md"
@@ -72,16 +72,7 @@ def initial_student(run: Run) -> Path:
     if run.makes_student:
         return local_copy(run, "ode_init")
     given = run.initial_student
-    if not given.endswith(".pt"):
-        return fetch(given)
-    file = Folder(given, run.config.train.storage_patience_s)
-    if file.is_local:
-        return file.path
-    target = _cache() / f"{run.name}-{run.identity}-{file.name}"
-    with one_process(target.with_name(f"{target.name}.lock")):
-        if not target.exists():
-            file.parent.get(file.name, target)
-    return target
+    return fetch_file(given) if given.endswith(".pt") else fetch(given, patterns=STUDENT_FILES)
 
 
 def local_copy(run: Run, name: str, last: str = LINEAGE) -> Path:

@@ -19,6 +19,7 @@ from diagonal.model.architecture import TransformerLayout
 from diagonal.model.base_model import base_uri, check_transformer
 from diagonal.model.stored_weights import check_weights
 from diagonal.storage import Folder
+from diagonal.storage.remote import location
 from jobs.runs.run import Run
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
@@ -62,7 +63,7 @@ def read_layouts(run: Run) -> Layouts:
         require((base / part).exists(), "model.path", str(base), f"a folder in diffusers' layout, with {part}/")
     student = _network(config, "model.path", base, base)
     given = config.distill.teacher
-    teacher = _network(config, "distill.teacher", Folder(given), base) if given else student
+    teacher = _network(config, "distill.teacher", Folder(location(given)), base) if given else student
     _check_init(run, base)
     codec, text = (base.read_json(f"{part}/config.json") for part in ("vae", "text_encoder"))
     if codec.get("_class_name") == "AutoencoderKLWan":
@@ -80,7 +81,7 @@ def check_stored_weights(run: Run) -> None:
     networks += [(field, uri, "transformer") for field, uri in given.items() if uri and not uri.endswith(".pt")]
     for field, uri, part in networks:
         with _named(field):
-            check_weights(Folder(uri, config.train.storage_patience_s), part)
+            check_weights(Folder(location(uri), config.train.storage_patience_s), part)
 
 
 @contextmanager
@@ -112,7 +113,7 @@ def _network(config: Config, field: str, folder: Folder, base: Folder) -> Mappin
 
 
 def _check_init(run: Run, base: Folder) -> None:
-    given = run.config.distill.init
+    given = location(run.config.distill.init)
     if given.endswith(".pt"):
         file = Folder(given)
         require(file.parent.has(file.name), "distill.init", given, "a .pt file that exists")

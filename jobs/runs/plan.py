@@ -14,6 +14,7 @@ from diagonal.model.architecture import TransformerLayout
 from diagonal.model.flops import clip_flops, update_flops
 from diagonal.model.manifest import MANIFEST
 from diagonal.storage import Folder
+from diagonal.storage.remote import meaning
 from diagonal.training import memory
 from diagonal.training.checkpoint_manifest import checkpoints
 from diagonal.training.distill import stage_schedule
@@ -54,7 +55,7 @@ def plan(run: Run, last: str = "release", *, count_prompts: bool = False) -> lis
     check_stored_weights(run)
     _check_batches(run)
     wanted = _wanted(run, last)
-    lines = [f"run {run.name} in {run.folder}", *_shape_lines(run.config, layouts)]
+    lines = [f"run {run.name} in {run.folder}", *_names(run.config), *_shape_lines(run.config, layouts)]
     if count_prompts:
         lines += _prompt_lines(run)
     times: list[float | None] = []
@@ -105,6 +106,18 @@ def _prompt_lines(run: Run) -> Iterator[str]:
         config.pairs.prompts,
         "a prompt file (embedded presets have their own)",
     )
+
+
+def _names(config: Config) -> Iterator[str]:
+    """Which of path, S3 and hub is meant by what the configuration names."""
+    models = {
+        "model.path": config.model.path,
+        "distill.teacher": config.distill.teacher,
+        "distill.init": config.distill.init,
+    }
+    prompts = {"pairs.prompts": config.pairs.prompts, "distill.prompts": config.distill.prompts}
+    yield from (f"  {field}: {meaning(name)}" for field, name in models.items() if name)
+    yield from (f"  {field}: {meaning(name, 'datasets')}" for field, name in prompts.items() if name)
 
 
 def _shape_lines(config: Config, layouts: Layouts) -> Iterator[str]:

@@ -23,6 +23,7 @@ from diagonal.errors import FieldError, require
 from diagonal.model.base_model import LINEAGE, base_folder, embedded
 from diagonal.model.manifest import MANIFEST, ReleaseError
 from diagonal.storage import Folder, StorageError
+from diagonal.storage.remote import location
 from diagonal.training.checkpoint import CheckpointError
 from diagonal.training.loop import TooManyNonFiniteError
 from jobs.ray_cluster import connect as connect
@@ -108,9 +109,9 @@ class Run:
 
     @property
     def initial_student(self) -> str:
-        """Where the student lies that stage 1 starts from: a folder with `transformer/`, or a `.pt`; local or s3://."""
+        """Where the student lies that stage 1 starts from: a folder with `transformer/`, or a `.pt`; path or URI."""
         if self.config.distill.init:
-            return self.config.distill.init
+            return location(self.config.distill.init)
         shipped = self.config.is_embedded and not self.config.model.path
         return str(embedded("ode_init", self.config.embedded_model) if shipped else self.folder / "ode_init")
 

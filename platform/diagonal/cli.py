@@ -104,7 +104,9 @@ def _add_client_verbs(verbs: Any) -> None:
 
 def _add_local_verbs(verbs: Any) -> None:
     up = _verb(verbs, "up", "infra.local.verbs:up", "start Ray and the service on this machine")
-    up.add_argument("release", nargs="?", default="", help="a folder or s3:// URI (default: the embedded release)")
+    up.add_argument(
+        "release", nargs="?", default="", help="a folder, an s3:// URI, or org/name on the hub (default: embedded)"
+    )
     up.add_argument("--cpus", type=int, default=0, metavar="N", help="logical CPUs (default: those that demos need)")
     down = _verb(verbs, "down", "infra.local.verbs:down", "end both, by process id")
     down.add_argument("--keep-logs", action="store_true", help="move Ray's logs to .diagonal/logs first")
@@ -112,11 +114,18 @@ def _add_local_verbs(verbs: Any) -> None:
     about = 'print what a shell needs to reach it: eval "$(diagonal env)"'
     _verb(verbs, "env", "infra.local.verbs:env", about)
     deploy = _verb(verbs, "serve", "infra.local.verbs:serve", "deploy a release on the Ray that is running")
-    deploy.add_argument("release", help="a folder that the cluster's nodes see, or an s3:// URI")
+    deploy.add_argument("release", help="a folder that the cluster's nodes see, an s3:// URI, or org/name on the hub")
     deploy.add_argument("--config", metavar="FILE", help="Serve's configuration (default: serve/config.yaml)")
     deploy.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the service")
     deploy.add_argument("--port", type=int, metavar="N", help="of the service (default: the configuration's)")
     _verb(verbs, "keys", "", "create, list and revoke API keys (in a checkout)")
+    push = _verb(
+        verbs, "push", "diagonal.model.publish:push", "upload a release to the Hugging Face hub, private at first"
+    )
+    push.add_argument("release", help="a folder, an s3:// URI, or org/name on the hub")
+    push.add_argument("name", help="the repository that it becomes: org/name")
+    push.add_argument("--licence", required=True, metavar="ID", help="of the weights, as the hub names it: apache-2.0")
+    push.add_argument("--base-model", default="", metavar="ID", help="default: what the release's model.path names")
     config = _json_option(_verb(verbs, "config", "diagonal.cli:show_config", "print every setting with its meaning"))
     config.add_argument("section", nargs="?", help="only these, such as distill.loss, or service")
     config.add_argument("--preset", default="wan-1.3b", help="whose values are shown (default: %(default)s)")

@@ -165,17 +165,17 @@ def test_a_release_is_promoted_only_when_its_manifest_says_so(release: Release) 
 
 
 @pytest.mark.slow
-def test_a_copy_from_s3_is_checked_by_the_newest_manifest_or_its_own_offline(
+def test_a_copy_from_s3_is_the_newest_or_the_last_one_offline(
     s3: Any, faulty: FaultyProxy, release: Release, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diagonal.model.manifest._FRESH_S", 0.2)
+    monkeypatch.setattr("diagonal.storage.fetch._FRESH_S", 0.2)
     upload(s3, release.folder, "r1")
     assert not Release.load("s3://models/r1").promoted
     edit_json(release.folder / "manifest.json", promoted=True)
     s3.upload_file(str(release.folder / "manifest.json"), "models", "r1/manifest.json")
     assert Release.load("s3://models/r1").promoted
     with faulty.outage():
-        assert not Release.load("s3://models/r1").promoted
+        assert Release.load("s3://models/r1").promoted  # as far as this machine knows
     edit_json(release.folder / "manifest.json", files={**release.manifest["files"], "config.json": {"sha256": "0"}})
     s3.upload_file(str(release.folder / "manifest.json"), "models", "r1/manifest.json")
     with pytest.raises(ReleaseError, match="config.json is missing or differs"):

@@ -17,6 +17,7 @@ from diagonal.diffusion.noise import Salt, generator
 from diagonal.errors import FieldError, require
 from diagonal.model.text import clean_prompt
 from diagonal.storage import Folder
+from diagonal.storage.remote import location
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PIECE_BYTES = 2**20
@@ -40,7 +41,7 @@ def read_prompts(uri: str, patience_s: float = 120.0) -> Iterator[str]:
     `.txt` holds one a line; `.jsonl` and `.parquet` have a field `prompt`. `FieldError` names the file, or the line or
     row of it, that is not so.
     """
-    whole = Folder(uri.removeprefix("file://"), patience_s)
+    whole = Folder(location(uri, "datasets"), patience_s)
     folder, names = (whole.parent, [whole.name]) if whole.parent.has(whole.name) else (whole, _inside(whole, uri))
     for name in names:
         place = uri if folder != whole else f"{uri.rstrip('/')}/{name}"

@@ -23,10 +23,13 @@ from diagonal.model.stored_weights import CONFIG as CONFIG
 from diagonal.model.text import TextEncoder, load_tokenizer
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of
 from diagonal.storage import Folder
-from diagonal.storage.fetch import fetch
+from diagonal.storage.fetch import NO_PROGRAMS, fetch
+from diagonal.storage.remote import location
 
 LINEAGE = "lineage.json"
 FAST_DECODER = "decoder"  # of a release that has one
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # of a base model
+BASE_FILES = tuple(f"{part}/{kind}" for part in PARTS for kind in NO_PROGRAMS)
 
 
 def embedded(name: str, model: str = "tiny") -> Path:
@@ -40,13 +43,13 @@ def lineage_name(folder: Path) -> str:
 
 
 def base_uri(config: Config) -> str:
-    """Folder or s3:// URI of the base model that a configuration names; an empty path is the embedded one."""
-    return config.model.path or str(embedded("base", config.embedded_model))
+    """Folder, s3:// or hf:// URI of the base model that a configuration names; an empty path is the embedded one."""
+    return location(config.model.path) or str(embedded("base", config.embedded_model))
 
 
 def base_folder(config: Config) -> Path:
     """A local folder of the base model that a configuration names; raises as `fetch` does."""
-    return fetch(base_uri(config))
+    return fetch(base_uri(config), patterns=BASE_FILES)
 
 
 def part_folder(folder: Path, name: str) -> Path:

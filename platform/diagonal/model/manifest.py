@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diagonal.errors import FieldError
 from diagonal.files import file_hash
 from diagonal.jsonfile import read_json
-from diagonal.storage import Folder, StorageError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SAFE_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".md")  # of a release's files: none of them runs code
-_FRESH_S = 10.0  # how long S3 is asked for a manifest whose release is already here
 
 
 class ReleaseError(RuntimeError):
     """A release that must not be served: files missing or changed, of another format, or not promoted."""
 
 
-def read_manifest(folder: Path, uri: str = "") -> dict[str, Any]:
-    """The manifest of a release folder; `ReleaseError` when there is none that can be served.
-
-    Of a copy of the s3:// folder `uri` it is the newest one, where the storage answers: whether a release is promoted
-    may change, its files may not.
-    """
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a release folder; `ReleaseError` when there is none that can be served."""
     try:
         manifest = read_json(folder / MANIFEST)
-        if uri and not Folder(uri).is_local:
-            with suppress(StorageError):
-                manifest = Folder(uri, _FRESH_S).read_json(MANIFEST)
     except FieldError as error:
         raise ReleaseError(f"release {folder}: {error}; jobs/export.py writes one") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
@@ -56,13 +46,19 @@ def check_files(folder: Path, files: Mapping[str, Any]) -> None:
             raise ReleaseError(f"release {folder}: {name!r} could run code: allowed are {', '.join(SAFE_SUFFIXES)}")
         if name not in files:
             raise ReleaseError(f"release {folder}: {name!r} is not in {MANIFEST}")
-    root = folder.resolve()
+    roots = _roots(folder.resolve())
     for name, expected in files.items():
         path = folder / name
-        if ".." in PurePosixPath(name).parts or not path.resolve().is_relative_to(root):
+        if ".." in PurePosixPath(name).parts or not any(map(path.resolve().is_relative_to, roots)):
             raise ReleaseError(f"release {folder}: {name!r} lies outside of it")
         if not path.is_file() or file_hash(path) != expected["sha256"]:
             raise ReleaseError(f"release {folder}: {name} is missing or differs from its sha256 in {MANIFEST}")
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Where a release's files may lie: in its folder; of a snapshot of the hub, also in its repository's own cache."""
+    snapshot = next((path for path in (folder, *folder.parents) if path.parent.name == "snapshots"), None)
+    return [folder, *([snapshot.parent.parent / "blobs"] if snapshot else [])]
 
 
 def check_promoted(manifest: Mapping[str, Any], where: str) -> None:

@@ -64,12 +64,12 @@ class Release:
 
     @classmethod
     def load(cls, uri: str | os.PathLike[str] | None = None) -> Release:
-        """Open a release (None is the embedded one), local or s3://.
+        """Open a release (None is the embedded one) by its path, s3:// or hf:// URI, or org/name on the hub.
 
         `ReleaseError` when it is not whole, not as its manifest says, or holds files that could run code.
         """
         folder = fetch(str(uri)) if uri else embedded("release")
-        manifest = read_manifest(folder, str(uri or ""))
+        manifest = read_manifest(folder)
         check_files(folder, manifest["files"])
         return cls(folder, Config.load(folder / CONFIG), manifest)
 

@@ -37,6 +37,13 @@ class Disk:
                     found[path.relative_to(self.root).as_posix()] = path.stat().st_size
         return found
 
+    def versions(self) -> dict[str, str]:
+        return {name: self.version(name) for name in self.sizes()}
+
+    def version(self, name: str) -> str:
+        about = (self.root / name).stat()
+        return f"{about.st_size} {about.st_mtime_ns}"
+
     def parts(self, name: str) -> Iterator[bytes]:
         with (self.root / name).open("rb") as file:
             while part := file.read(PART_BYTES):

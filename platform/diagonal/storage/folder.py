@@ -18,15 +18,16 @@ import pyarrow as pa
 from diagonal.errors import FieldError, require
 from diagonal.files import whole_file
 from diagonal.storage.disk import Disk, swap_folder
-from diagonal.storage.remote import REMOTE, ConditionsRefused, StorageError, VersionChanged
+from diagonal.storage.remote import HUB, REMOTE, ConditionsRefused, StorageError, VersionChanged
 
 if TYPE_CHECKING:
+    from diagonal.storage.hub import Hub
     from diagonal.storage.s3 import S3
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder by its URI: a local path, or `s3://bucket/prefix`; it need not exist.
+    """A folder by its URI: a local path, `s3://bucket/prefix`, or `hf://org/name` to read; it need not exist.
 
     S3's address and credentials come from the AWS_* environment, also where an object arrives that was pickled. A call
     that the storage fails is tried again, with growing pauses, for `patience_s` seconds, then raises `StorageError`;
@@ -37,9 +38,9 @@ class Folder:
     patience_s: float = 120.0
 
     def __post_init__(self) -> None:
-        remote = self.uri.startswith(REMOTE)
-        require(remote or "://" not in self.uri, "storage", self.uri, "a local path or an s3:// URI")
-        if remote:
+        remote = self.uri.startswith((REMOTE, HUB))
+        require(remote or "://" not in self.uri, "storage", self.uri, "a local path, an s3:// or an hf:// URI")
+        if self.uri.startswith(REMOTE):
             _check_remote(self.uri)
         clean = self.uri.rstrip("/") if remote else str(Path(self.uri).absolute())
         object.__setattr__(self, "uri", clean)
@@ -61,16 +62,16 @@ class Folder:
     def parent(self) -> Folder:
         """The folder that holds this one; `FieldError` for a bucket."""
         above = self.uri.rsplit("/", 1)[0]
-        require(self.is_local or above.startswith(REMOTE), "storage", self.uri, "a folder below a bucket")
+        require(self.is_local or above.startswith((REMOTE, HUB)), "storage", self.uri, "a folder below a bucket")
         return self._beside(above or "/")
 
     @property
     def is_local(self) -> bool:
-        return not self.uri.startswith(REMOTE)
+        return not self.uri.startswith((REMOTE, HUB))
 
     @property
     def path(self) -> Path:
-        """The local path; `FieldError` for an S3 folder."""
+        """The local path; `FieldError` for a remote folder."""
         require(self.is_local, "storage", self.uri, "a local folder")
         return Path(self.uri)
 
@@ -91,6 +92,16 @@ class Folder:
         found = self._store.sizes()
         return {name: found[name] for name in sorted(found) if not any(map(_is_temporary, name.split("/")))}
 
+    def versions(self) -> dict[str, str]:
+        """What each file's bytes are known by: an ETag, a git hash, or on disk size and time of change."""
+        found = self._store.versions()
+        return {name: found[name] for name in sorted(found) if not any(map(_is_temporary, name.split("/")))}
+
+    def version(self, name: str) -> str:
+        """What one file's bytes are known by; `FieldError` when there is no such file."""
+        with self._required(name):
+            return self._store.version(name)
+
     def read(self, name: str) -> bytes:
         """A file's bytes; `FieldError` when there is no such file."""
         return b"".join(self._parts(name))
@@ -105,7 +116,7 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, whole or not at all, durably."""
-        self._store.write(name, data)
+        self._target.write(name, data)
 
     def read_json(self, name: str) -> Any:
         """What a JSON file holds; `FieldError` when it is missing or not JSON."""
@@ -133,7 +144,7 @@ class Folder:
 
     def put(self, source: Path, name: str) -> None:
         """Copy one local file here as `name`, whole or not at all, durably."""
-        self._store.put(source, name)
+        self._target.put(source, name)
 
     def get(self, name: str, target: Path) -> None:
         """Copy the file `name` to a local path, whole or not at all; `FieldError` when there is no such file."""
@@ -143,11 +154,11 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Remove the file `name`, if it is there."""
-        self._store.remove(name)
+        self._target.remove(name)
 
     def delete(self) -> None:
         """Remove the folder and everything below it, if it is there."""
-        self._store.delete()
+        self._target.delete()
 
     @contextmanager
     def replaced(self, last: str, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
@@ -219,12 +230,22 @@ class Folder:
     def _beside(self, uri: str) -> Folder:
         """Another folder of the same storage: it shares this one's client, which is slow to make."""
         other = Folder(uri, self.patience_s)
-        if not self.is_local and "_client" in self.__dict__:
+        if self.uri.startswith(REMOTE) and "_client" in self.__dict__:
             other.__dict__["_client"] = self._client
         return other
 
     @cached_property
-    def _store(self) -> Disk | S3:
+    def _store(self) -> Disk | S3 | Hub:
+        if not self.uri.startswith(HUB):
+            return self._target
+        from diagonal.storage.hub import Hub  # huggingface_hub is asked for by those alone who use it
+
+        return Hub(self.uri)
+
+    @cached_property
+    def _target(self) -> Disk | S3:
+        """What can be written, too."""
+        require(not self.uri.startswith(HUB), "storage", self.uri, "a local path or an s3:// URI: the hub is read only")
         if self.is_local:
             return Disk(self.path)
         from diagonal.storage.s3 import S3  # boto3 is asked for by those alone who use S3
@@ -234,8 +255,8 @@ class Folder:
 
     @property
     def _remote(self) -> S3:
-        require(not self.is_local, "storage", self.uri, "a folder on S3")
-        return cast("S3", self._store)
+        require(self.uri.startswith(REMOTE), "storage", self.uri, "a folder on S3")
+        return cast("S3", self._target)
 
     @cached_property
     def _client(self) -> Any:

@@ -85,6 +85,13 @@ class S3:
         found = {item["Key"]: item["Size"] for page in self._pages() for item in page.get("Contents", ())}
         return {key.removeprefix(self.prefix): size for key, size in found.items() if not key.endswith("/")}
 
+    def versions(self) -> dict[str, str]:
+        found = {item["Key"]: item["ETag"] for page in self._pages() for item in page.get("Contents", ())}
+        return {key.removeprefix(self.prefix): etag for key, etag in found.items() if not key.endswith("/")}
+
+    def version(self, name: str) -> str:
+        return str(self._head(name)["ETag"])
+
     def parts(self, name: str) -> Iterator[bytes]:
         """A file's bytes in order, of one version of it; what is lost of a large one does not repeat the rest."""
         size_bytes, version, data = self._retried("read", name, lambda: self._beginning(name))
