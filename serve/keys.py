@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,21 +26,23 @@ DONE, REFUSED = 0, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = _parser().parse_args(arguments)
+    try:
+        with closing(_tables(options)) as tables:
+            return int(options.run(Credentials(tables), options))
+    except FieldError as error:
+        print(f"keys: {error}", file=sys.stderr)
+        return REFUSED
+
+
+def _tables(options: argparse.Namespace) -> Tables:
     settings = ServeSettings(data=options.data, database=options.database)
     if not options.database:
         Path(settings.data).expanduser().mkdir(parents=True, exist_ok=True)
     mask = os.umask(0o077)  # a database made here is its owner's alone
     try:
-        tables = Tables(settings.database_url)
+        return Tables(settings.database_url)
     finally:
         os.umask(mask)
-    try:
-        return int(options.run(Credentials(tables), options))
-    except FieldError as error:
-        print(f"keys: {error}", file=sys.stderr)
-        return REFUSED
-    finally:
-        tables.close()
 
 
 def create(credentials: Credentials, options: argparse.Namespace) -> int:

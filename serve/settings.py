@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+from urllib.parse import quote
 
 from diagonal.config import Config
 from diagonal.config.parse import nearest
@@ -124,8 +125,9 @@ class ServeSettings:
     )
     database: str = setting(
         "",
-        "SQLAlchemy URL of the database; empty is a SQLite file in `data`.",
-        "'' or such as postgresql://user@host/name",
+        "SQLAlchemy URL of the database, without a password; empty is a SQLite file in `data`. Ray writes settings to "
+        "its logs, so a password comes from PGPASSWORD or PGPASSFILE, or the URL from the variable that $NAME names.",
+        "'', such as postgresql://user@host/name, or $NAME",
     )
     files: str = setting("", "Second place of finished files, a folder or an s3:// URI; empty is `data` alone.")
     auth: str = setting(
@@ -199,6 +201,8 @@ class ServeSettings:
         for name, other in (("c2pa_key", "c2pa_certificate"), ("watermark_key", "watermark")):
             value = getattr(self, name)
             require(bool(value) == bool(getattr(self, other)), name, value, f"given together with {other}, or neither")
+        if ":" in self.database.partition("://")[2].rpartition("@")[0]:
+            raise FieldError("database", "...", "a URL without a password; that comes from PGPASSWORD, or give $NAME")
         Config().with_settings(self.release_settings)
         self.served()
 
@@ -225,7 +229,8 @@ class ServeSettings:
     @property
     def database_url(self) -> str:
         """The database's SQLAlchemy URL."""
-        return self.database or f"sqlite:///{Path(self.data).expanduser().resolve() / 'store.sqlite'}"
+        file = Path(self.data).expanduser().resolve() / "store.sqlite"
+        return self.database or f"sqlite:///{quote(str(file))}"
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> ServeSettings:

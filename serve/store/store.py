@@ -43,6 +43,7 @@ from serve.records import (
 )
 from serve.settings import ServeSettings
 from serve.store.chunks import ChunkSigner, ChunkStore
+from serve.store.connection import LATE_S
 from serve.store.credentials import Credentials, local_key
 from serve.store.database import Database
 from serve.store.finalizer import FileFinalizer
@@ -78,7 +79,7 @@ class Store:
         root = Path(settings.data).expanduser().resolve()
         root.mkdir(parents=True, exist_ok=True)
         self._settings = settings
-        self._tables = Tables(settings.database_url)
+        self._tables = Tables(settings.database_url, wait_s=LATE_S)
         self._database, self._quotas = Database(self._tables), Quotas(self._tables)
         self._credentials = Credentials(self._tables)
         self._local = local_key(settings.local_key) if settings.auth == "local" else None

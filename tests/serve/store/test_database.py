@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import threading
@@ -12,8 +13,12 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sql
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
 
 from diagonal.chain import Link
+from diagonal.errors import FieldError
 from serve.records import (
     Caller,
     EncodedChunk,
@@ -25,10 +30,12 @@ from serve.records import (
     Status,
     VideoRecord,
 )
+from serve.store.connection import connect
 from serve.store.credentials import Credentials
 from serve.store.database import Database, chunk_events
+from serve.store.migrations import VERSION_TABLE, configuration, upgrade
 from serve.store.quotas import Quotas
-from serve.store.tables import VERSION, Tables
+from serve.store.tables import TABLES, Tables
 from serve.tokens import parse_secret
 
 VIDEO = VideoRecord(
@@ -48,23 +55,26 @@ VIDEO = VideoRecord(
 LOCAL = Caller("local", "local")
 FIRST = EncodedChunk(0, b"first", 9, 0, (), last=False)
 SECOND = EncodedChunk(1, b"second", 12, 9, (), last=True)
-VERSION_1 = (
-    "CREATE TABLE videos (number {serial}, id VARCHAR(64) UNIQUE NOT NULL, model VARCHAR(128) NOT NULL, prompt TEXT"
-    " NOT NULL, seed BIGINT NOT NULL, frames INTEGER NOT NULL, fps INTEGER NOT NULL, scale INTEGER NOT NULL, size"
-    " VARCHAR(32) NOT NULL, pacing VARCHAR(16) NOT NULL, created_at FLOAT NOT NULL, status VARCHAR(16) NOT NULL,"
-    " replica VARCHAR(128) NOT NULL, mime VARCHAR(128) NOT NULL, chunks_done INTEGER NOT NULL, frames_done INTEGER"
-    " NOT NULL, completed_at FLOAT, error_code VARCHAR(64), error_message TEXT, epoch INTEGER NOT NULL)",
-    "CREATE TABLE chunks (video_id VARCHAR(64), chunk INTEGER, frames INTEGER NOT NULL, first_pixel_frame INTEGER NOT"
-    " NULL, PRIMARY KEY (video_id, chunk))",
-    "CREATE TABLE interactions (number {serial}, video_id VARCHAR(64) NOT NULL, event_id VARCHAR(128) NOT NULL, prompt"
-    " TEXT NOT NULL, transition_chunks INTEGER NOT NULL, chunk INTEGER, pixel_frame INTEGER, UNIQUE (video_id,"
-    " event_id))",
+OLD_ROWS = (
     "INSERT INTO videos (id, model, prompt, seed, frames, fps, scale, size, pacing, created_at, status, replica, mime,"
     " chunks_done, frames_done, epoch) VALUES ('video_1', 'tiny', 'a red circle', 7, 21, 16, 1, '32x32', 'none', 1.0,"
     " 'in_progress', 'replica-1', 'video/mp4', 1, 9, 3)",
-    "INSERT INTO chunks VALUES ('video_1', 0, 9, 0)",
+    "INSERT INTO chunks (video_id, chunk, frames, first_pixel_frame) VALUES ('video_1', 0, 9, 0)",
     "INSERT INTO interactions (video_id, event_id, prompt, transition_chunks) VALUES ('video_1', 'e1', 'x', 0)",
 )
+
+
+def old_database(url: str, version: int) -> sql.Engine:
+    """A database as the program of that version left it, with one video: its version stood in a table of its own."""
+    engine = connect(url)
+    with engine.connect().execution_options(writes=True) as connection, connection.begin():
+        upgrade(connection, f"{version:04d}")
+        connection.execute(sql.text(f"DROP TABLE {VERSION_TABLE}"))
+        if version > 1:
+            connection.execute(sql.text(f"INSERT INTO schema (version) VALUES ({version})"))
+        for statement in OLD_ROWS:
+            connection.execute(sql.text(statement))
+    return engine
 
 
 @pytest.fixture
@@ -200,79 +210,77 @@ def test_a_change_is_told_with_the_chunks_that_it_starts_in_blends_in_and_ends_w
     assert told[8].completed == ("d", "e")
 
 
-def test_a_database_of_the_first_version_is_brought_up_with_what_it_holds(database_url: str) -> None:
-    engine = sql.create_engine(database_url)
-    kinds = {"sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT", "postgresql": "SERIAL PRIMARY KEY"}
-    with engine.begin() as connection:
-        for statement in VERSION_1:
-            connection.execute(sql.text(statement.format(serial=kinds[engine.dialect.name])))
-    engine.dispose()
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_a_database_of_an_older_version_is_brought_up_with_what_it_holds(database_url: str, version: int) -> None:
+    old_database(database_url, version).dispose()
     for _ in range(2):  # the second time there is nothing to do
-        tables = Tables(database_url)
-        database = Database(tables)
-        video = database.get("video_1")
-        assert video is not None and (video.owner, video.epoch, video.expires_at) == ("local", 3, None)
-        assert video.interactions == (Interaction("e1", "x"),)
-        assert database.chunks("video_1", 0, 1) == [(9, "0", Link(0, "", "", False))]
-        with tables.reading() as connection:
-            assert connection.execute(sql.text("SELECT version FROM schema")).scalar() == VERSION
-        tables.close()
-    tables = Tables(database_url)
-    assert add(Database(tables), 3, SECOND)
-    tables.close()
-
-
-def test_a_database_of_the_second_version_goes_on_with_a_chain_from_its_next_chunk(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from serve.store import tables as module
-
-    engine = sql.create_engine(database_url)
-    kinds = {"sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT", "postgresql": "SERIAL PRIMARY KEY"}
-    with engine.begin() as connection:
-        for statement in VERSION_1:
-            connection.execute(sql.text(statement.format(serial=kinds[engine.dialect.name])))
-    with monkeypatch.context() as patch:  # columns of later versions stay out: each step names its own
-        patch.setattr(module, "VERSION", 2)
-        patch.setattr(module, "_STEPS", (module._to_2,))
-        Tables(database_url).close()
-    assert "signature" not in {column["name"] for column in sql.inspect(engine).get_columns("chunks")}
-    engine.dispose()
-    for _ in range(2):
         tables = Tables(database_url)
         database, link = Database(tables), Link(1, "hash", "", True, "5" * 128, "6" * 64)
         video = database.get("video_1")
-        assert video is not None and (video.prompt_salt, video.release_sha256) == ("", "")
-        assert database.add_chunks("video_1", 3, [KeptChunk(SECOND, "1-3", link)], 1.0)
-        assert database.links("video_1", 0, 10) == [Link(0, "", "", False), link]
-        assert database.links("video_1", 1, 1) == [link] and database.links("video_1", 0, 1)[0].chunk == 0
+        assert video is not None and (video.owner, video.epoch, video.expires_at) == ("local", 3, None)
+        assert (video.prompt_salt, video.release_sha256, video.record) == ("", "", False)
+        assert video.interactions == (Interaction("e1", "x"),)
+        assert database.chunks("video_1", 0, 1) == [(9, "0", Link(0, "", "", False))]
+        assert database.links("video_1", 0, 1) == [Link(0, "", "", False)]
         tables.close()
+    tables = Tables(database_url)
+    assert Database(tables).add_chunks("video_1", 3, [KeptChunk(SECOND, "1-3", link)], 1.0)
+    assert Database(tables).links("video_1", 1, 1) == [link]
+    tables.close()
+
+
+@pytest.mark.parametrize("version", [0, 1, 3])
+def test_the_steps_make_exactly_the_tables_of_the_program(database_url: str, version: int) -> None:
+    if version:
+        old_database(database_url, version).dispose()
+    Tables(database_url).close()
+    engine = connect(database_url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, TABLES) == []
+    engine.dispose()
+
+
+def test_the_newest_step_is_taken_back_without_a_loss(database_url: str, database: Database, tables: Tables) -> None:
+    assert database.get("video_1") is not None
+    with tables.writing() as connection:
+        command.downgrade(configuration(connection), "0004")
+        assert connection.execute(sql.text("SELECT version FROM schema")).scalar() == 4
+    again = Tables(database_url)
+    assert Database(again).get("video_1") is not None
+    again.close()
+
+
+def test_the_steps_are_printed_for_an_administrator(capsys: pytest.CaptureFixture[str]) -> None:
+    config = configuration()
+    config.stdout = io.StringIO()
+    config.output_buffer = output = io.StringIO()
+    command.upgrade(config, "0003:head", sql=True)
+    assert "ALTER TABLE videos ADD COLUMN record BOOLEAN DEFAULT false NOT NULL" in output.getvalue()
+    assert "DROP TABLE schema" in output.getvalue() and "CREATE TABLE videos" not in output.getvalue()
 
 
 def test_a_migration_that_fails_changes_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = sql.create_engine(database_url)
-    kinds = {"sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT", "postgresql": "SERIAL PRIMARY KEY"}
-    with engine.begin() as connection:
-        for statement in VERSION_1:
-            connection.execute(sql.text(statement.format(serial=kinds[engine.dialect.name])))
-    from serve.store import tables as module
+    engine = old_database(database_url, 1)
 
-    def broken(connection: sql.Connection) -> None:
-        module._to_2(connection)
+    def broken(*arguments: Any, **options: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(module, "_STEPS", (broken,))
-    with pytest.raises(OSError):
-        Tables(database_url)
-    assert "keys" not in sql.inspect(engine).get_table_names()
-    assert "owner" not in {column["name"] for column in sql.inspect(engine).get_columns("videos")}
+    with monkeypatch.context() as patch:
+        patch.setattr("alembic.op.create_index", broken)
+        with pytest.raises(OSError):
+            Tables(database_url)
+    there = sql.inspect(engine)
+    assert "keys" not in there.get_table_names() and VERSION_TABLE not in there.get_table_names()
+    assert "owner" not in {column["name"] for column in there.get_columns("videos")}
     engine.dispose()
+    Tables(database_url).close()
 
 
 def test_a_database_of_a_later_version_is_left_alone(database_url: str, tables: Tables) -> None:
     with tables.writing() as connection:
-        connection.execute(sql.text("UPDATE schema SET version = 99"))
-    with pytest.raises(RuntimeError, match="99"):
+        connection.execute(sql.text(f"UPDATE {VERSION_TABLE} SET version_num = '0099'"))
+    with pytest.raises(FieldError, match="database version = '0099': allowed is of a version that this program knows"):
         Tables(database_url)
 
 
