@@ -35,6 +35,7 @@ RANKS = {
     "training": 5,
     "engine": 5,
     "evaluate": 6,
+    "pipeline": 6,
     "client": 6,
     "cli": 0,  # parses words; what a verb runs is loaded by its name
     "jobs": 7,

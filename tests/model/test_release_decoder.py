@@ -39,7 +39,7 @@ def test_it_is_the_release_once_more_with_the_decoder_in_it(release: Release, fa
     before, after = files_of(release.folder), files_of(fast.folder)
     assert set(after) - set(before) == {WEIGHTS, "decoder/config.json", "decoder/lineage.json"}
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"config.json", "manifest.json", "README.md"}
+    assert changed == {"config.json", "manifest.json", "README.md", "model_index.json"}
     lineage = {"stage2": {"parent": "base"}, "decoder": {"psnr_db": 30.0}}
     assert fast.name == "r1-fast" and fast.manifest["lineage"] == lineage
     assert fast.manifest["scores"] == release.manifest["scores"] and not fast.promoted

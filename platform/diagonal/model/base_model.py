@@ -115,9 +115,13 @@ def check_transformer(folder: Path, config: Config) -> None:
 
 def load_text(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> TextEncoder:
     """Tokenizer and umT5 encoder from `folder`."""
-    tokenizer = load_tokenizer(part_folder(folder, "tokenizer"))
-    encoder = _load_whole(UMT5EncoderModel, part_folder(folder, "text_encoder"), dtype)
-    return TextEncoder(tokenizer, encoder.requires_grad_(False), config.model.text_tokens)
+    return TextEncoder(*load_text_parts(folder, dtype), config.model.text_tokens)
+
+
+def load_text_parts(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
+    """Tokenizer and umT5 encoder from `folder`, as the libraries' own; not trainable."""
+    encoder: UMT5EncoderModel = _load_whole(UMT5EncoderModel, part_folder(folder, "text_encoder"), dtype)
+    return load_tokenizer(part_folder(folder, "tokenizer")), encoder.requires_grad_(False)
 
 
 def load_codec(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan | LinearCodec:

@@ -13,6 +13,8 @@ from diagonal.jsonfile import read_json
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SAFE_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".md")  # of a release's files: none of them runs code
+PIPELINE = "pipeline.py"  # the one file of code that a release may hold, with this very text
+PIPELINE_CODE = "from diagonal.pipeline import DiagonalPipeline as DiagonalPipeline\n"
 
 
 class ReleaseError(RuntimeError):
@@ -38,11 +40,12 @@ def check_files(folder: Path, files: Mapping[str, Any]) -> None:
     """`ReleaseError` unless a folder holds these files, unchanged by hash, and no others but its manifest.
 
     None may lie outside of it, whatever name or link says so, and each is of a kind that runs no code: no pickles.
+    The one exception is `pipeline.py` with the line that `write_pipeline_index` writes.
     """
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
     hidden = {name for name in there if PurePosixPath(name).name.startswith(".")}
     for name in sorted({*there, *files} - hidden - {MANIFEST}):
-        if not name.endswith(SAFE_SUFFIXES):
+        if not name.endswith(SAFE_SUFFIXES) and not _is_pipeline(folder, name):
             raise ReleaseError(f"release {folder}: {name!r} could run code: allowed are {', '.join(SAFE_SUFFIXES)}")
         if name not in files:
             raise ReleaseError(f"release {folder}: {name!r} is not in {MANIFEST}")
@@ -59,6 +62,10 @@ def _roots(folder: Path) -> list[Path]:
     """Where a release's files may lie: in its folder; of a snapshot of the hub, also in its repository's own cache."""
     snapshot = next((path for path in (folder, *folder.parents) if path.parent.name == "snapshots"), None)
     return [folder, *([snapshot.parent.parent / "blobs"] if snapshot else [])]
+
+
+def _is_pipeline(folder: Path, name: str) -> bool:
+    return name == PIPELINE and (folder / name).is_file() and (folder / name).read_bytes() == PIPELINE_CODE.encode()
 
 
 def check_promoted(manifest: Mapping[str, Any], where: str) -> None:

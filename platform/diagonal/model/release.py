@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 
 import diagonal
 from diagonal.config import Config
@@ -26,15 +27,17 @@ from diagonal.model.base_model import (
     load_codec,
     load_fast_decoder,
     load_text,
+    load_text_parts,
     part_folder,
 )
 from diagonal.model.dit import CausalWan
-from diagonal.model.fast_decoder import StreamingFastDecoder
+from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
 from diagonal.model.fp8 import use_fp8_linears
 from diagonal.model.manifest import FORMAT_VERSION, MANIFEST, check_files, check_promoted, read_manifest
 from diagonal.model.model_card import CARD, author_notes_of, write_card
+from diagonal.model.pipeline_index import kept_settings, write_pipeline_index
 from diagonal.model.text import TextEncoder
-from diagonal.model.vae import Decoder, decoder_of, laid_out
+from diagonal.model.vae import Decoder, LinearCodec, decoder_of, laid_out
 from diagonal.storage import Folder
 from diagonal.storage.fetch import fetch
 
@@ -75,8 +78,7 @@ class Release:
 
     def generator(self, device: torch.device | str = "cpu") -> CausalWan:
         """The causal generator in the configured compute type, its blocks' linear layers in `serve.linear_dtype`."""
-        dtype = getattr(torch, self.config.model.compute_dtype)
-        network = load_causal(self.folder, self.config, dtype).to(device).requires_grad_(False)
+        network = load_causal(self.folder, self.config, self._dtype).to(device).requires_grad_(False)
         if self.config.serve.linear_dtype == "fp8":
             network.fuse()  # before they are 8 bits, which are joined no more
             use_fp8_linears(network, network.blocks)
@@ -84,22 +86,48 @@ class Release:
 
     def text(self, device: torch.device | str = "cpu") -> TextEncoder:
         """The text encoder in the configured compute type."""
-        return load_text(self.folder, self.config, getattr(torch, self.config.model.compute_dtype)).to(device)
+        return load_text(self.folder, self.config, self._dtype).to(device)
 
     def decoder(self, device: torch.device | str = "cpu") -> Decoder:
         """The streaming decoder that `serve.decoder` names, in the configured compute type and `serve.decoder_layout`.
 
         `FieldError` for a fast one that the release has not.
         """
-        dtype, serve = getattr(torch, self.config.model.compute_dtype), self.config.serve
-        if serve.decoder == "fast":
-            network = load_fast_decoder(self.folder, self.config, dtype).to(device)
-            return StreamingFastDecoder(laid_out(network, serve.decoder_layout))
-        return decoder_of(laid_out(load_codec(self.folder, self.config, dtype).to(device), serve.decoder_layout))
+        fast = self.config.serve.decoder == "fast"
+        network = self._fast_decoder() if fast else load_codec(self.folder, self.config, self._dtype)
+        return decoder_for(network.to(device), self.config)
+
+    def components(self) -> dict[str, Any]:
+        """What `diagonal.pipeline.DiagonalPipeline` is made of: its networks on the CPU, and what it keeps of this."""
+        tokenizer, encoder = load_text_parts(self.folder, self._dtype)
+        scheduler = self.folder / "scheduler"
+        return {
+            "tokenizer": tokenizer,
+            "text_encoder": encoder,
+            "transformer": self.generator(),
+            "vae": load_codec(self.folder, self.config, self._dtype),
+            "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(scheduler) if scheduler.is_dir() else None,
+            "decoder": self._fast_decoder() if (self.folder / FAST_DECODER).is_dir() else None,
+            "diagonal": kept_settings(self.name, self.config),
+        }
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.config.model.compute_dtype)
+        return found
+
+    def _fast_decoder(self) -> FastDecoder:
+        return load_fast_decoder(self.folder, self.config, self._dtype)
 
     def with_settings(self, settings: Iterable[str]) -> Release:
         """The same release under other settings, such as `serve.decoder=fast`."""
         return replace(self, config=self.config.with_settings(settings))
+
+
+def decoder_for(network: AutoencoderKLWan | LinearCodec | FastDecoder, config: Config) -> Decoder:
+    """The streaming decoder over a network, in `serve.decoder_layout`."""
+    placed = laid_out(network, config.serve.decoder_layout)
+    return StreamingFastDecoder(placed) if isinstance(placed, FastDecoder) else decoder_of(placed)
 
 
 def write_release(
@@ -125,6 +153,7 @@ def write_release(
                 shutil.copytree(base / folder, temporary / folder)
         shutil.copyfile(student / CONFIG, temporary / CONFIG)
         write_card(temporary, name, Config.load(student / CONFIG), lineage, author_notes)
+        write_pipeline_index(temporary, name, Config.load(student / CONFIG))
         _write_manifest(temporary, {"name": name, "lineage": dict(lineage), "scores": dict(scores)})
     return Release.load(target)
 
@@ -145,6 +174,7 @@ def write_release_with_decoder(target: Path, release: Release, decoder: Path, co
         lineage = {**release.manifest["lineage"], FAST_DECODER: read_json(decoder / LINEAGE)}
         name, card = f"{release.name}-fast", release.folder / CARD
         write_card(temporary, name, config, lineage, author_notes_of(card.read_text()) if card.is_file() else "")
+        write_pipeline_index(temporary, name, config)
         _write_manifest(temporary, {"name": name, "lineage": lineage, "scores": release.manifest["scores"]})
     return Release.load(target)
 
