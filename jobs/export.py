@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from diagonal.errors import require
 from diagonal.evaluate.quality.report import shown
 from diagonal.evaluate.quality.sources import ScoreTable, score_release
-from diagonal.model.base_model import LINEAGE, base_uri
+from diagonal.model.base_model import LINEAGE, SHA256, base_uri
 from diagonal.model.manifest import MANIFEST
 from diagonal.model.release import Release
 from diagonal.storage import Folder
@@ -32,7 +32,7 @@ def export(run: Run) -> Folder:
     return target
 
 
-def lineage(run: Run) -> dict[str, object]:
+def lineage(run: Run) -> dict[str, dict[str, object]]:
     """What each stage says of where it comes from, a given initial student as `init`; what was given without a lineage
     is left out."""
     stages = {
@@ -41,7 +41,8 @@ def lineage(run: Run) -> dict[str, object]:
         "stage1": run.folder / "stage1",
         "stage2": run.folder / "stage2",
     }
-    return {stage: folder.read_json(LINEAGE) for stage, folder in stages.items() if folder.has(LINEAGE)}
+    found = {stage: folder.read_json(LINEAGE) for stage, folder in stages.items() if folder.has(LINEAGE)}
+    return {stage: {key: value for key, value in says.items() if key != SHA256} for stage, says in found.items()}
 
 
 def _score(run: Run, target: Folder, clips: int = 48) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import ray
 
 LOCAL_CPUS = 8  # logical: with fewer, Ray Data waits for ever behind Ray Train's workers
-PASSED_ON = "AWS_"  # S3's address, region and credentials
+PASSED_ON = ("AWS_", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")  # where S3 and the hub are, and credentials
 SET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
@@ -40,7 +40,7 @@ def connect() -> None:
 
 
 def passing_on(environment: Mapping[str, str]) -> Callable[[], None]:
-    """A runtime environment's setup hook that gives every process of the job this process's S3 settings, and `SET`.
+    """A setup hook of Ray: every process of the job gets this one's settings of S3 and the hub, and `SET`.
 
     A hook and not `env_vars`: Ray writes those, secrets and all, into its log and shows them in its dashboard. What a
     node has of its own stands. One actor of Ray Train's, which asks a dashboard that may not be there, is silenced.

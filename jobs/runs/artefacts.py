@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diagonal.errors import require
 from diagonal.files import one_process
-from diagonal.model.base_model import LINEAGE, base_uri, save_student
+from diagonal.model.base_model import LINEAGE, base_uri, check_student, save_student
 from diagonal.model.manifest import MANIFEST
 from diagonal.model.release import Release, write_release
 from diagonal.storage import Folder
@@ -78,11 +78,13 @@ def initial_student(run: Run) -> Path:
 def local_copy(run: Run, name: str, last: str = LINEAGE) -> Path:
     """A local folder with the run's finished folder `name`, the file `last` of which says that it is whole.
 
-    Itself where the run is local; else downloaded once on each machine. A finished folder never changes, and the copy
+    Itself where the run is local; else downloaded once on each machine. `FieldError` where a student's weights differ
+    from the hashes in its lineage. A finished folder never changes, and the copy
     is named after the run's identity, so a later run of the same name has its own.
     """
     folder = run.folder / name
     if folder.is_local:
+        check_student(folder.path)
         return folder.path
     require(folder.has(last), "folder", str(folder), f"one that is finished: it holds {last}")
     key = hashlib.sha256(f"{folder} {run.identity}".encode()).hexdigest()[:16]
@@ -92,6 +94,7 @@ def local_copy(run: Run, name: str, last: str = LINEAGE) -> Path:
             files = [file for file in folder.files() if file != last]
             for file in [*files, last]:
                 folder.get(file, target / file)
+    check_student(target)
     return target
 
 

@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import UMT5Config
+from transformers import PreTrainedTokenizerBase, UMT5Config
 
 from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.model.architecture import TransformerLayout
+from diagonal.model.base_check import check_base, check_kind, stray_files
 from diagonal.model.base_model import base_uri, check_transformer
 from diagonal.model.stored_weights import check_weights
 from diagonal.storage import Folder
@@ -33,6 +34,13 @@ class Layouts:
     teacher: Mapping[str, Any]
     text: Mapping[str, Any] | None
     codec: Mapping[str, Any] | None
+
+
+class StoredBase(NamedTuple):
+    """Of a base model that can be loaded: its tokenizer, and the files that no release takes."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stray_files: list[str]
 
 
 def read_layouts(run: Run) -> Layouts:
@@ -71,17 +79,23 @@ def read_layouts(run: Run) -> Layouts:
     return Layouts(student, teacher, {**UMT5Config().to_dict(), **text}, codec)
 
 
-def check_stored_weights(run: Run) -> None:
-    """`FieldError` unless the weights of every network that a run reads fill it; reads the files' headers alone."""
-    config = run.config
+def check_stored_weights(run: Run) -> StoredBase | None:
+    """`FieldError` unless all that a run reads can be loaded; reads the headers of weights alone.
+
+    Returns what the plan tells of the base model; None where the run trains its own.
+    """
+    config, patience_s = run.config, run.config.train.storage_patience_s
     if run.from_scratch and not run.folder.has("base/transformer/config.json"):
-        return
-    networks = [("model.path", base_uri(config), part) for part in ("transformer", "vae", "text_encoder")]
-    given = {"distill.teacher": config.distill.teacher, "distill.init": config.distill.init}
-    networks += [(field, uri, "transformer") for field, uri in given.items() if uri and not uri.endswith(".pt")]
-    for field, uri, part in networks:
-        with _named(field):
-            check_weights(Folder(location(uri), config.train.storage_patience_s), part)
+        return None
+    base = Folder(base_uri(config), patience_s)
+    with _named("model.path"):
+        tokenizer = check_base(base, config)
+    for field, uri in (("distill.teacher", config.distill.teacher), ("distill.init", config.distill.init)):
+        if uri and not uri.endswith(".pt"):
+            with _named(field):
+                check_kind(Folder(location(uri), patience_s))
+                check_weights(Folder(location(uri), patience_s), "transformer")
+    return StoredBase(tokenizer, stray_files(base))
 
 
 @contextmanager

@@ -52,10 +52,12 @@ def plan(run: Run, last: str = "release", *, count_prompts: bool = False) -> lis
     """
     _check_writable(run.folder)
     layouts = read_layouts(run)
-    check_stored_weights(run)
+    base = check_stored_weights(run)
     _check_batches(run)
     wanted = _wanted(run, last)
     lines = [f"run {run.name} in {run.folder}", *_names(run.config), *_shape_lines(run.config, layouts)]
+    if base and base.stray_files:
+        lines.append(f"  left out of the release: {', '.join(base.stray_files)}")
     if count_prompts:
         lines += _prompt_lines(run)
     times: list[float | None] = []

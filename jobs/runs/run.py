@@ -215,16 +215,24 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 
 def _absolute(config: Config) -> Config:
-    """Local paths made absolute: workers have other working directories."""
+    """Names made URIs, and local paths absolute: workers have other working directories."""
     leaves = dict(_leaves(config.to_dict()))
-    paths = {key: str(leaves[key]) for key in PATHS if leaves[key] and "://" not in str(leaves[key])}
-    return config.with_settings(f"{key}={json.dumps(str(Path(path).absolute()))}" for key, path in paths.items())
+    found = {key: _place(key, str(leaves[key])) for key in PATHS if leaves[key]}
+    return config.with_settings(f"{key}={json.dumps(place)}" for key, place in found.items())
+
+
+def _place(key: str, name: str) -> str:
+    """The URI or the absolute path that a setting names: models and students, or lists of prompts."""
+    place = location(name, "datasets" if key.endswith("prompts") else "")
+    return place if "://" in place else str(Path(place).absolute())
 
 
 def _storage(arguments: argparse.Namespace, wanted: Config | None) -> Folder:
     """Where runs are kept; without a configuration, as the settings and the defaults have it."""
     train = (wanted or _config_of_storage(arguments.settings)).train
-    return Folder(train.storage, train.storage_patience_s)
+    return Folder(
+        str(Path(train.storage).expanduser()) if "://" not in train.storage else train.storage, train.storage_patience_s
+    )
 
 
 def _config_of_storage(settings: Sequence[str]) -> Config:

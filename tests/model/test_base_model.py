@@ -31,7 +31,7 @@ def test_what_we_save_is_diffusers_own_class_and_loads_there(tmp_path: Path) -> 
     for name, value in mine.items():
         stored = value if any(part in name for part in kept) else value.bfloat16().float()
         assert torch.equal(theirs[name], stored), name
-    assert json.loads((tmp_path / "student/lineage.json").read_text()) == {"stage": "stage2"}
+    assert json.loads((tmp_path / "student/lineage.json").read_text())["stage"] == "stage2"
     assert Config.load(tmp_path / "student/config.json") == small_config()
 
 
@@ -188,7 +188,7 @@ def test_a_student_saved_again_replaces_the_old_one_whole(tmp_path: Path) -> Non
     save_student(folder, small_config(), network.config, network.state_dict(), {"update": 1})
     (folder / "stray.txt").write_text("of the old one")
     save_student(folder, small_config(), network.config, network.state_dict(), {"update": 2})
-    assert json.loads((folder / "lineage.json").read_text()) == {"update": 2}
+    assert json.loads((folder / "lineage.json").read_text())["update"] == 2
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
         "config.json",
         "config.json",

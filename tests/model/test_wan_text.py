@@ -9,19 +9,18 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 from transformers import UMT5Config, UMT5EncoderModel
 
 from diagonal.config import Config
 from diagonal.data.embedded import embedded_world
 from diagonal.data.prompts import prompt_id
 from diagonal.errors import FieldError
-from diagonal.jsonfile import write_json
 from diagonal.model.text import TextEncoder, clean_prompt, load_tokenizer
+from tests.model.folders import write_tokenizer
 from tests.networks import roughen
 
 TOKENS = 24
-SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")  # umT5's order: the unknown token is not the third
 SUBJECTS = (
     "a red circle",
     "two people",
@@ -60,26 +59,6 @@ WRAPPINGS = (
     "{} ǅ ĳ ſ İ",
 )
 TEXTS = [wrapping.replace("{}", subject) for wrapping in WRAPPINGS for subject in SUBJECTS]
-
-
-def write_tokenizer(folder: Path, **config: object) -> Path:
-    """A tokenizer.json of umT5's kind: Unigram with byte fallback, its unknown token fourth."""
-    words = ["▁a", "▁red", "▁circle", "▁moves", "▁left", "▁right", "▁the", "▁", *"abcdefghilmnorstuvwxyz<>&,.'\""]
-    pieces = [(token, 0.0) for token in SPECIAL]
-    pieces += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
-    pieces += [(word, -2.0 - 0.1 * index) for index, word in enumerate(words)]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=True))
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
-    tokenizer.add_special_tokens(list(SPECIAL))
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "pad_token": "<pad>", **config})
-    return folder
 
 
 def encoder_for(size: int) -> UMT5EncoderModel:

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderMo
 import diagonal
 from diagonal.config import Config
 from diagonal.errors import require
+from diagonal.files import file_hash
 from diagonal.jsonfile import read_json, write_json
 from diagonal.model.architecture import constructor_settings
 from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import FastDecoder
-from diagonal.model.stored_weights import CODECS, refuse_differences, stored_shapes
+from diagonal.model.stored_weights import CODECS, refuse_differences, stored_shapes, stored_variant
 from diagonal.model.stored_weights import CONFIG as CONFIG
 from diagonal.model.text import TextEncoder, load_tokenizer
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of
@@ -26,7 +27,7 @@ from diagonal.storage import Folder
 from diagonal.storage.fetch import NO_PROGRAMS, fetch
 from diagonal.storage.remote import location
 
-LINEAGE = "lineage.json"
+LINEAGE, SHA256 = "lineage.json", "sha256"  # the latter: hashes of a student's weights, in its lineage
 FAST_DECODER = "decoder"  # of a release that has one
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # of a base model
 BASE_FILES = tuple(f"{part}/{kind}" for part in PARTS for kind in NO_PROGRAMS)
@@ -75,6 +76,7 @@ def _load_whole(kind: type[Any], path: Path, dtype: torch.dtype) -> Any:
     network, report = kind.from_pretrained(
         path,
         use_safetensors=True,
+        variant=stored_variant(Folder(str(path))),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # the report names them
         **{"dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype": dtype},
@@ -130,10 +132,15 @@ def load_codec(folder: Path, config: Config, dtype: torch.dtype = torch.float32)
     name = read_json(path / CONFIG).get("_class_name")
     require(name in CODECS, "vae._class_name", name, f"one of {sorted(CODECS)}")
     codec: AutoencoderKLWan | LinearCodec = _load_whole(CODECS[name], path, dtype)
+    check_codec(codec, config)
+    return codec.eval().requires_grad_(False)
+
+
+def check_codec(codec: AutoencoderKLWan | LinearCodec, config: Config) -> None:
+    """`FieldError` unless a codec's channels and strides are the geometry's."""
     for field, value in _codec_layout(codec).items():
         wanted = getattr(config.geometry, field)
         require(value == wanted, f"vae {field}", value, f"geometry.{field} = {wanted}")
-    return codec.eval().requires_grad_(False)
 
 
 def _codec_layout(codec: AutoencoderKLWan | LinearCodec) -> dict[str, int]:
@@ -201,7 +208,21 @@ def _write_student(
 ) -> None:
     save_transformer(folder, layout, state, torch.bfloat16)
     config.save(folder / CONFIG)
-    write_json(folder / LINEAGE, dict(lineage))
+    files = {str(path.relative_to(folder)): file_hash(path) for path in sorted((folder / "transformer").iterdir())}
+    write_json(folder / LINEAGE, {**lineage, SHA256: files})
+
+
+def check_student(folder: Path) -> None:
+    """`FieldError` names a file of a student that is not as it was written, by the hashes in its lineage, if any."""
+    lineage = read_json(folder / LINEAGE) if (folder / LINEAGE).is_file() else {}
+    for name, expected in lineage.get(SHA256, {}).items():
+        whole = (folder / name).is_file() and file_hash(folder / name) == expected
+        require(
+            whole,
+            "student",
+            str(folder / name),
+            f"the file whose sha256 stands in {LINEAGE}; delete the folder and resume, and its stage writes it again",
+        )
 
 
 def save_base(

@@ -18,6 +18,7 @@ from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.files import file_hash
 from diagonal.jsonfile import read_json, write_json
+from diagonal.model.base_check import NETWORKS, goes_into_a_release
 from diagonal.model.base_model import (
     CONFIG,
     FAST_DECODER,
@@ -36,7 +37,8 @@ from diagonal.model.fp8 import use_fp8_linears
 from diagonal.model.manifest import FORMAT_VERSION, MANIFEST, check_files, check_promoted, read_manifest
 from diagonal.model.model_card import CARD, author_notes_of, write_card
 from diagonal.model.pipeline_index import kept_settings, write_pipeline_index
-from diagonal.model.text import TextEncoder
+from diagonal.model.stored_weights import check_weights
+from diagonal.model.text import TextEncoder, load_tokenizer
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of, laid_out
 from diagonal.storage import Folder
 from diagonal.storage.fetch import fetch
@@ -150,12 +152,25 @@ def write_release(
         shutil.copytree(part_folder(student, "transformer"), temporary / "transformer")
         for folder in SHARED_FOLDERS:
             if (base / folder).is_dir():
-                shutil.copytree(base / folder, temporary / folder)
+                shutil.copytree(base / folder, temporary / folder, ignore=_stray)
         shutil.copyfile(student / CONFIG, temporary / CONFIG)
         write_card(temporary, name, Config.load(student / CONFIG), lineage, author_notes)
         write_pipeline_index(temporary, name, Config.load(student / CONFIG))
+        check_loadable(temporary)
         _write_manifest(temporary, {"name": name, "lineage": dict(lineage), "scores": dict(scores)})
     return Release.load(target)
+
+
+def check_loadable(folder: Path) -> None:
+    """`FieldError` unless the weights of every network in a release's folder fill it, and its tokenizer opens."""
+    for part in NETWORKS:
+        check_weights(Folder(str(folder)), part)
+    load_tokenizer(folder / "tokenizer")
+
+
+def _stray(folder: str, names: Iterable[str]) -> set[str]:
+    """Of a folder's content, the files that no release takes."""
+    return {name for name in names if not (Path(folder) / name).is_dir() and not goes_into_a_release(name)}
 
 
 def write_release_with_decoder(target: Path, release: Release, decoder: Path, config: Config) -> Release:

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
-from diagonal.errors import require
+from diagonal.errors import FieldError, require
 from diagonal.model.architecture import constructor_settings, warn_of_unknown_settings
 from diagonal.model.vae import LinearCodec
 from diagonal.storage import Folder
@@ -21,6 +21,7 @@ CODECS = {"AutoencoderKLWan": AutoencoderKLWan, "LinearCodec": LinearCodec}
 NETWORKS = {"transformer": WanTransformer3DModel, "text_encoder": UMT5EncoderModel}
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}  # a file may hold umT5's token embedding under either name
 SHOWN = 3
+VARIANTS = ("fp16", "bf16")
 _LENGTH_BYTES, _LONGEST_HEADER_BYTES = 8, 100_000_000
 
 Shapes = dict[str, tuple[int, ...]]
@@ -59,18 +60,42 @@ def refuse_differences(report: Mapping[str, Iterable[Any]], part: str, where: st
         require(not keys, f"{part} {problem}", keys[:SHOWN], f"none: weights and {CONFIG} of one network, in {where}")
 
 
-def weights_name(part: str) -> str:
+def weights_name(part: str, variant: str | None = None) -> str:
     """The file that transformers, or diffusers, reads a part's weights from."""
-    return "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
+    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    return f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+
+
+def index_name(part: str, variant: str | None = None) -> str:
+    """The file that names the shards, where there are several."""
+    plain = f"{weights_name(part)}.index"
+    return f"{plain}.{variant}.json" if variant else f"{plain}.json"
+
+
+def stored_variant(folder: Folder) -> str | None:
+    """The variant by which the libraries find a part's weights: None, or `fp16` where there are no others."""
+    names = set(folder.children())
+    for variant in (None, *VARIANTS):
+        if {weights_name(folder.name, variant), index_name(folder.name, variant)} & names:
+            return variant
+    there = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".index.json")))
+    file = weights_name(folder.name)
+    allowed = f"{file}, or {index_name(folder.name)} with its shards"
+    only = f"; {there[:SHOWN]} is there: pickled weights are not read" if any(map(_is_pickled, there)) else ""
+    raise FieldError(f"{folder.name} weights", str(folder), f"a folder with {allowed}{only}")
+
+
+def _is_pickled(name: str) -> bool:
+    return name.endswith((".bin", ".pt"))
 
 
 def stored_shapes(folder: Folder) -> Shapes:
     """Shapes by name of the weights that the libraries would read; `FieldError` names a file that is not whole."""
-    file = weights_name(folder.name)
-    if not folder.has(f"{file}.index.json"):
-        require(folder.has(file), f"{folder.name} weights", str(folder), f"a folder with {file}, or {file}.index.json")
+    variant = stored_variant(folder)
+    file, index = weights_name(folder.name, variant), index_name(folder.name, variant)
+    if not folder.has(index):
         return _header_shapes(folder, file)
-    places = folder.read_json(f"{file}.index.json").get("weight_map", {})
+    places = folder.read_json(index).get("weight_map", {})
     shapes: Shapes = {}
     for shard in sorted(set(places.values())):
         shapes |= _header_shapes(folder, shard)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from diagonal.errors import FieldError
 from diagonal.jsonfile import read_json
-from diagonal.model.base_model import LINEAGE, embedded
+from diagonal.model.base_model import LINEAGE, embedded, load_causal
 from diagonal.model.model_card import author_notes_of
 from diagonal.model.release import Release
-from jobs.export import lineage
-from jobs.runs.artefacts import publish_release
+from jobs.export import export, lineage
+from jobs.runs.artefacts import local_copy, publish_release, write_student
 from tests.jobs.conftest import OpenRun
 
 
@@ -25,3 +28,17 @@ def test_a_student_that_was_given_is_not_called_the_runs_own_initialisation(smal
     assert set(lineage(small_run("own"))) == {"base", "ode_init"}
     given = lineage(small_run("given", f"distill.init={embedded('stage1', 'textured')}"))
     assert set(given) == {"base", "init"} and given["init"] == read_json(embedded("stage1", "textured") / LINEAGE)
+
+
+def test_a_flipped_bit_in_a_students_weights_is_found_before_its_release_is_written(small_run: OpenRun) -> None:
+    run = small_run("flipped")
+    network = load_causal(embedded("ode_init"), run.config)
+    write_student(run, "stage2", network.config, network.state_dict(), {"parent": "flipped/stage1"})
+    assert "sha256" not in lineage(run)["stage2"] and local_copy(run, "stage2") == run.folder.path / "stage2"
+    weights = run.folder.path / "stage2" / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 4
+    weights.write_bytes(data)
+    with pytest.raises(FieldError, match=r"student = .*diffusion_pytorch_model.safetensors.*sha256.*resume"):
+        export(run)
+    assert not run.has_release

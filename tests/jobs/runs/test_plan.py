@@ -14,7 +14,7 @@ from jobs.runs.arguments import run_options
 from jobs.runs.plan import plan, run_job
 from jobs.runs.run import Run, open_run
 from tests.jobs.conftest import OpenRun
-from tests.model.folders import edit_json, write_hollow_weights
+from tests.model.folders import edit_json, write_hollow_weights, write_tokenizer
 
 WAN = {
     "_class_name": "WanTransformer3DModel",
@@ -56,6 +56,8 @@ def wan(tmp_path: Path) -> Path:
     for part, content in (("transformer", WAN), ("text_encoder", TEXT), ("vae", CODEC), ("tokenizer", {})):
         write_part(base / part, content)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n\n")
+    (base / "tokenizer" / "config.json").unlink()
+    write_tokenizer(base / "tokenizer")
     return base
 
 
