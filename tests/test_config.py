@@ -211,6 +211,12 @@ def test_an_unknown_key_of_a_file_is_refused_with_the_one_that_is_near() -> None
         Config.from_dict({"distill": {"loss": {"gama": 1.0}}})
 
 
+def test_the_papers_model_is_served_by_the_fast_path() -> None:
+    """Without these a GPU makes about a third of the frames a second (docs/results/speed.md)."""
+    serve = Config.from_preset("wan-1.3b").serve
+    assert serve.compile and serve.overlap_decode and serve.attention == "auto"
+
+
 def test_every_setting_has_a_meaning_and_what_is_allowed() -> None:
     assert [row.name for row in rows() if not row.meaning.endswith(".") or not row.allowed] == []
     assert len({row.name for row in rows()}) == len(rows()) > 120

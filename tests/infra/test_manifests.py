@@ -341,6 +341,15 @@ def test_the_services_files_are_on_mounted_volumes(pool: str) -> None:
     assert (writable.get(told.data) is True) == (pool == told.gateway_pool), "the store's node alone writes there"
 
 
+def test_a_replica_keeps_what_it_compiled_where_it_may_write() -> None:
+    (serve,) = load(DOCUMENTS[SERVICE]["spec"]["serveConfigV2"])
+    settings = ServeSettings.from_arguments(serve["applications"][0]["args"])
+    cache = Config.from_preset("wan-1.3b", settings.release_settings).serve.compile_cache
+    (container,) = pools(SERVICE)[settings.replica_pool]["template"]["spec"]["containers"]
+    mounts = [mount for mount in container["volumeMounts"] if cache.startswith(f"{mount['mountPath']}/")]
+    assert len(mounts) == 1 and not mounts[0].get("readOnly", False)
+
+
 def test_the_job_runs_a_file_that_exists_with_settings_that_exist_on_nodes_that_exist(repository: Path) -> None:
     spec = DOCUMENTS[JOB]["spec"]
     assert spec["clusterSelector"] == {"ray.io/cluster": DOCUMENTS[JOBS]["metadata"]["name"]}

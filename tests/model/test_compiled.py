@@ -95,21 +95,62 @@ class Replayed:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_forwards_replayed_over_static_inputs_are_the_plain_ones(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the capture itself, which needs a GPU: context, text and pages of each chunk reach the static memory."""
-    graphs: list[Replayed] = []
+    generator = replaying(monkeypatch)
+    for seed in (3, 4):
+        text = draw(batch, TEXT_TOKENS, TEXT_DIM, seed=seed)
+        assert_near(run(generator, batch, generator.project_text(text)), run(small_causal(layers=3), batch, text), 1e-5)
+    graphs: list[Any] = [one for shape in generator._shapes.values() for one, _ in shape._captured.values()]
+    assert len(graphs) == 8 and sum(graph.replays for graph in graphs) == 2 * 2 * CHUNKS, "four lengths, written or not"
+
+
+def replaying(monkeypatch: pytest.MonkeyPatch, **how: Any) -> StaticGenerator:
+    """A generator whose graphs run anew, with three layers."""
 
     def capture(shape: Any, write: bool) -> tuple[Replayed, Tensor]:
-        graphs.append(Replayed(shape, write))
-        return graphs[-1], graphs[-1].velocity
+        graph = Replayed(shape, write)
+        return graph, graph.velocity
 
     monkeypatch.setattr(compiled._Shape, "_capture", capture)
     network = small_causal(layers=3)
     network.fuse()
-    generator = StaticGenerator(network)
+    generator = StaticGenerator(network, **how)
     generator._graphs = True
-    for seed in (3, 4):
-        text = draw(batch, TEXT_TOKENS, TEXT_DIM, seed=seed)
-        assert_near(run(generator, batch, generator.project_text(text)), run(small_causal(layers=3), batch, text), 1e-5)
-    assert len(graphs) == 8 and sum(graph.replays for graph in graphs) == 2 * 2 * CHUNKS, "four lengths, written or not"
+    return generator
+
+
+def test_all_shapes_share_one_memory_of_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams of one and of two sessions by turns: each finds its own context, in the bytes of two sessions."""
+    rows = 2 * (CONFIG.cache.window_frames - CONFIG.geometry.chunk_frames) * CONFIG.geometry.frame_tokens
+    generator = replaying(monkeypatch, context_rows=rows)
+    texts = {batch: draw(batch, TEXT_TOKENS, TEXT_DIM, seed=batch) for batch in (1, 2)}
+    expected = {batch: run(small_causal(layers=3), batch, texts[batch]) for batch in texts}
+    states = {
+        batch: (caches_for(CONFIG, generator.network, batch), generator.project_text(texts[batch])) for batch in texts
+    }
+    found: dict[int, list[Tensor]] = {1: [], 2: []}
+    for chunk in range(CHUNKS):
+        begun_caches = {batch: begun(chunk, *states[batch][0]) for batch in texts}
+        x = {batch: draw(*CONFIG.geometry.chunk_shape(batch), seed=chunk) for batch in texts}
+        for step, level in enumerate((0.9375, 0.357)):
+            for batch in texts:  # by turns within a chunk too, as no engine does
+                seen, levels = begun_caches[batch], torch.full((batch, 3), level)
+                found[batch].append(generator(x[batch], levels, states[batch][1], cache=seen, write=step == 1))
+                x[batch] = x[batch] - level * found[batch][-1]
+    for batch in texts:
+        assert_near(found[batch], expected[batch], 1e-5)
+    memory = generator._context._memory
+    assert len(memory) == 3 and {len(part) for pair in memory.values() for part in pair} == {rows}
+
+
+def test_the_context_is_turned_by_one_graph_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    generator = replaying(monkeypatch)
+    generator._context.turn = compiled.StaticContext(0, compiled=True, backend="eager").turn
+    text = draw(1, TEXT_TOKENS, TEXT_DIM, seed=3)
+    assert_near(run(generator, 1, generator.project_text(text)), run(small_causal(layers=3), 1, text), 1e-5)
+    stats = torch._dynamo.utils.counters
+    assert stats["stats"]["unique_graphs"] <= 4 and not stats["graph_break"], "shared by the layers"
 
 
 @pytest.mark.parametrize("kernel", ["flash", "math", "default"])

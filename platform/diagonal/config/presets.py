@@ -38,6 +38,7 @@ _TEXTURED = """
 _SETTINGS = {
     "tiny": _TINY,
     "tiny-textured": _TINY + _TEXTURED,
-    "wan-1.3b": "ode_init.sink_positions=window train.workers=8",
+    "wan-1.3b": "ode_init.sink_positions=window train.workers=8 "
+    "serve.compile=true serve.overlap_decode=true serve.attention=auto",
 }
 PRESETS = {name: Config().with_settings([f"preset={name}", *text.split()]) for name, text in _SETTINGS.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,11 +76,8 @@ class KVPool:
 
     def read(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[*pages.shape, page_tokens, heads, head_dim]` of those pages, copied out."""
-        keys, values = self.keys[layer][pages], self.values[layer][pages]
-        if self.exponents is None:
-            return keys, values
-        scales = self.exponents[:, layer, pages]
-        return dequantise(keys, scales[0]), dequantise(values, scales[1])
+        exponents = None if self.exponents is None else self.exponents[:, layer]
+        return _read(self.keys[layer], self.values[layer], exponents, pages)
 
     def write(self, layer: int, pages: Tensor, key: Tensor, value: Tensor) -> None:
         """Store keys and values `[pages, page_tokens, heads, head_dim]`, detached."""
@@ -100,6 +97,29 @@ class KVPool:
         """Take a page back; giving one back twice raises `ValueError`."""
         require(0 <= page < self.pages and page not in self._free, "page", page, "a page that is in use")
         self._free.append(page)
+
+
+def _read(keys: Tensor, values: Tensor, exponents: Tensor | None, pages: Tensor) -> tuple[Tensor, Tensor]:
+    if exponents is None:
+        return keys[pages], values[pages]
+    return dequantise(keys[pages], exponents[0, pages]), dequantise(values[pages], exponents[1, pages])
+
+
+def turned_context(
+    keys: Tensor, values: Tensor, exponents: Tensor | None, pages: Tensor, rotary: Rotary, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The context of one layer `[b, context_tokens, heads, head_dim]`, keys after rotary."""
+    keys, values = _read(keys, values, exponents, pages)
+    return rotate(keys.flatten(1, 2).to(dtype), rotary), values.flatten(1, 2).to(dtype)
+
+
+def turn_context_into(
+    memory: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, exponents: Tensor | None, pages: Tensor, rotary: Rotary
+) -> None:
+    """Put it into given memory of that type and shape."""
+    turned = turned_context(keys, values, exponents, pages, rotary, memory[0].dtype)
+    for target, part in zip(memory, turned, strict=True):
+        target.copy_(part)
 
 
 class KVCache:
@@ -156,6 +176,30 @@ class KVCache:
         self._kept, self._retired = [], []
 
 
+class StaticContext:
+    """Memory for the turned context of whichever batch runs: every batch size and length sees a part of the same bytes.
+
+    Each chunk fills it, so that it need not be kept for each shape: `rows` tokens of all sessions in each layer, twice.
+    A shape that needs more gets more. `source` is what it holds now, for those who captured graphs over it.
+    """
+
+    def __init__(self, rows: int, compiled: bool = False, backend: str = "inductor") -> None:
+        self._rows, self._memory = rows, dict[int, tuple[Tensor, Tensor]]()
+        self.source: tuple[object, ...] = ()
+        self.turn: Callable[..., None] = turn_context_into
+        if compiled:
+            self.turn = torch.compile(turn_context_into, fullgraph=True, dynamic=False, backend=backend)
+
+    def views(self, layer: int, like: Tensor, sessions: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[sessions, tokens, heads, head_dim]` in that layer's memory, of the type of `like`."""
+        rows, rest = sessions * tokens, like.shape[1:]
+        if layer not in self._memory or len(self._memory[layer][0]) < rows:
+            most = max(rows, self._rows)
+            self._memory[layer] = like.new_empty((most, *rest)), like.new_empty((most, *rest))
+        keys, values = self._memory[layer]
+        return keys[:rows].view(sessions, tokens, *rest), values[:rows].view(sessions, tokens, *rest)
+
+
 class CacheBatch:
     """The caches of several sessions, one chunk each in progress, seen as one batch by the network's forward.
 
@@ -174,6 +218,7 @@ class CacheBatch:
         self._context, self._current = table[:, :-1], table[:, -1]
         self._rotated: dict[int, tuple[Tensor, Tensor]] = {}
         self._how: tuple[Rotary, torch.dtype]
+        self._static: StaticContext | None = None
 
     def context(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (before rotary) and values `[b, context_tokens, heads, head_dim]` of that layer, copied out."""
@@ -185,19 +230,26 @@ class CacheBatch:
         during which nothing in the context changes."""
         if layer not in self._rotated:
             self._how = rotary, dtype
-            self._rotated[layer] = self._rotate(layer)
+            if self._static is None:
+                self._rotated[layer] = turned_context(*self._where(layer), dtype)
+            else:
+                sessions, tokens = len(self._context), self.context_chunks * self._pool.keys.shape[2]
+                like = self._pool.keys.new_empty((0, *self._pool.keys.shape[-2:]), dtype=dtype)
+                self._rotated[layer] = self._static.views(layer, like, sessions, tokens)
+                self._static.turn(self._rotated[layer], *self._where(layer))
         return self._rotated[layer]
 
-    def _rotate(self, layer: int) -> tuple[Tensor, Tensor]:
-        (cosine, sine), dtype = self._how
-        keys, values = self.context(layer)
-        places = (cosine[:, : keys.shape[1]], sine[:, : keys.shape[1]])
-        return rotate(keys.to(dtype), places), values.to(dtype)
+    def _where(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Rotary]:
+        """What the turned context of a layer is made of."""
+        pool, (cosine, sine) = self._pool, self._how[0]
+        tokens = self.context_chunks * pool.keys.shape[2]
+        exponents = None if pool.exponents is None else pool.exponents[:, layer]
+        return pool.keys[layer], pool.values[layer], exponents, self._context, (cosine[:, :tokens], sine[:, :tokens])
 
-    def clone(self) -> CacheBatch:
-        """The same pages, in tables of its own, which `copy_` changes."""
+    def clone(self, static: StaticContext) -> CacheBatch:
+        """The same pages, in tables of its own, which `copy_` changes; its turned context lies in `static`."""
         copy = CacheBatch.__new__(CacheBatch)
-        copy._pool, copy.context_chunks = self._pool, self.context_chunks
+        copy._pool, copy.context_chunks, copy._static = self._pool, self.context_chunks, static
         copy._context, copy._current, copy._rotated = self._context.clone(), self._current.clone(), {}
         return copy
 
@@ -205,10 +257,9 @@ class CacheBatch:
         """See the other's pages from now on, in the same memory: for graphs that were captured over it."""
         self._context.copy_(other._context)
         self._current.copy_(other._current)
-        for layer, (keys, values) in self._rotated.items():
-            rotated = self._rotate(layer)
-            keys.copy_(rotated[0])
-            values.copy_(rotated[1])
+        for layer, memory in self._rotated.items():
+            assert self._static is not None
+            self._static.turn(memory, *self._where(layer))
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the current chunk's keys (before rotary) and values `[b, chunk_tokens, heads, head_dim]`, detached."""

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diagonal.config import Config
 from diagonal.errors import require
-from diagonal.model.cache import CacheBatch
+from diagonal.model.cache import CacheBatch, StaticContext
 from diagonal.model.dit import CausalWan, TextContext
 
 KERNELS = {
@@ -37,13 +37,21 @@ class StaticGenerator:
     """
 
     def __init__(
-        self, network: CausalWan, *, compiled: bool = False, kernel: str = "default", backend: str = "inductor"
+        self,
+        network: CausalWan,
+        *,
+        compiled: bool = False,
+        kernel: str = "default",
+        backend: str = "inductor",
+        context_rows: int = 0,
     ) -> None:
+        """`context_rows`: most tokens of context of all sessions of a batch, for which memory is taken once."""
         require(kernel == "default" or kernel in KERNELS, "serve.attention", kernel, f"default or of {sorted(KERNELS)}")
         self.network, self.config = network, network.config
         self._kernel = KERNELS.get(kernel)
         self._graphs = compiled and next(network.parameters()).is_cuda
         self._shapes: dict[tuple[int, int], _Shape] = {}
+        self._context = StaticContext(context_rows, compiled, backend)
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
         if compiled:
             compile_blocks(network, backend)
@@ -72,7 +80,7 @@ class StaticGenerator:
             text = self.project_text(text) if isinstance(text, Tensor) else text
             key = (len(latents), cache.context_chunks)
             if key not in self._shapes:
-                self._shapes[key] = _Shape(self.network, latents, level, text, cache, self._pool)
+                self._shapes[key] = _Shape(self.network, latents, level, text, cache, self._context, self._pool)
             return self._shapes[key].run(latents, level, text, cache, write)
 
     def _under_kernel(self) -> AbstractContextManager[object]:
@@ -85,22 +93,29 @@ class _Shape:
     """Static inputs of one batch size and length of context, and the graphs that read them."""
 
     def __init__(
-        self, network: CausalWan, latents: Tensor, level: Tensor, text: TextContext, cache: CacheBatch, pool: Any
+        self,
+        network: CausalWan,
+        latents: Tensor,
+        level: Tensor,
+        text: TextContext,
+        cache: CacheBatch,
+        context: StaticContext,
+        pool: Any,
     ) -> None:
-        self._network, self._pool = network, pool
+        self._network, self._context, self._pool = network, context, pool
         self._latents, self._level, self._text = latents.clone(), level.clone(), text.clone()
-        self._cache = cache.clone()
-        self._source: tuple[TextContext, CacheBatch] | None = None
+        self._cache = cache.clone(context)
         self._captured: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def run(self, latents: Tensor, level: Tensor, text: TextContext, cache: CacheBatch, write: bool) -> Tensor:
-        """Velocity `[b, c, f, h, w]`; text and context are copied in once a chunk."""
+        """Velocity `[b, c, f, h, w]`; text and context are copied in once a chunk, unless another shape ran since."""
         self._latents.copy_(latents)
         self._level.copy_(level)
-        if self._source is None or self._source[0] is not text or self._source[1] is not cache:
+        source = (self, text, cache)
+        if len(self._context.source) != 3 or any(a is not b for a, b in zip(self._context.source, source, strict=True)):
             self._text.copy_(text)
             self._cache.copy_(cache)
-            self._source = text, cache
+            self._context.source = source
         if write not in self._captured:
             self._captured[write] = self._capture(write)
         graph, velocity = self._captured[write]
@@ -138,12 +153,14 @@ def for_serving(network: CausalWan, config: Config) -> CausalWan | StaticGenerat
     """The network with its projections joined, and as `serve.compile` and `serve.attention` ask."""
     network.fuse()
     serve, geometry = config.serve, config.geometry
-    if not serve.compile and serve.attention == "default":
+    compiled = serve.compile and next(network.parameters()).is_cuda
+    if not compiled and serve.attention == "default":
         return network
     kernel: str = serve.attention
     if kernel == "auto":
         kernel = fastest_kernel(network, geometry.chunk_tokens, config.cache.window_frames * geometry.frame_tokens)
-    return StaticGenerator(network, compiled=serve.compile, kernel=kernel)
+    rows = serve.batch_sessions * (config.cache.window_frames - geometry.chunk_frames) * geometry.frame_tokens
+    return StaticGenerator(network, compiled=compiled, kernel=kernel, context_rows=rows)
 
 
 def fastest_kernel(network: CausalWan, query_tokens: int, key_tokens: int) -> str:

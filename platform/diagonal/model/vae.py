@@ -109,7 +109,8 @@ class WanDecoder(Decoder):
     @torch.no_grad()
     def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
         parameter = next(self._vae.parameters())
-        latents = latents * self._std.to(latents.device) + self._mean.to(latents.device)
+        self._mean, self._std = self._mean.to(latents.device), self._std.to(latents.device)  # once: a copy would wait
+        latents = latents * self._std + self._mean
         hidden = self._vae.post_quant_conv(latents.to(parameter.device, parameter.dtype))
         parts = []
         for frame in hidden.split(1, dim=2):
