@@ -48,6 +48,7 @@ class ModelInfo:
     scales: tuple[int, ...]
     max_frames: int
     max_prompt_characters: int
+    max_prompt_tokens: int
     lead_s: float
     promoted: bool = field(default=False, kw_only=True)
     release_sha256: str = field(default="", kw_only=True)
@@ -126,6 +127,7 @@ class VideoRecord:
     `record`: a log is kept, from which its owner may make it again.
     `owner` is the key that made it, `account` pays for it; `resume_hash` is that of the only resume token that counts.
     `traceparent` names the span that its session's spans lie below; only who made or holds it knows, no store does.
+    `prompt_tokens` is what its replica counted; only the answer to who made it has it.
     `age_s` is told with every answer: how long ago it was asked for, by a clock that never jumps. So is `orphan`:
     nobody drives it, so whoever asks should.
     """
@@ -160,6 +162,7 @@ class VideoRecord:
     age_s: float = 0.0
     orphan: bool = False
     traceparent: str = ""
+    prompt_tokens: int | None = None
     interactions: tuple[Interaction, ...] = ()
 
     @property
@@ -211,11 +214,15 @@ class OpenSession:
 
 @dataclass(frozen=True)
 class Opened:
-    """A replica took a session; `init` is the stream's initialisation segment."""
+    """A replica took a session; `init` is the stream's initialisation segment.
+
+    `prompt_tokens` are those of the whole prompt, also where the model reads fewer.
+    """
 
     replica: str
     mime: str
     init: bytes
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)

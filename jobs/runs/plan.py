@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import torch
 
@@ -13,6 +14,7 @@ from diagonal.errors import FieldError, require
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.flops import clip_flops, update_flops
 from diagonal.model.manifest import MANIFEST
+from diagonal.model.text import clean_prompt, token_counts
 from diagonal.storage import Folder
 from diagonal.storage.remote import meaning
 from diagonal.training import memory
@@ -20,7 +22,7 @@ from diagonal.training.checkpoint_manifest import checkpoints
 from diagonal.training.distill import stage_schedule
 from jobs.runs.arguments import run_options
 from jobs.runs.console import duration
-from jobs.runs.layouts import Layouts, check_stored_weights, read_layouts
+from jobs.runs.layouts import Layouts, StoredBase, check_stored_weights, read_layouts
 from jobs.runs.run import Run, opened, say
 from jobs.runs.update_log import UPDATES, Record, read_journal
 
@@ -28,6 +30,8 @@ STAGES = ("pairs", "ode_init", "stage1", "stage2", "release")
 OWN_STAGES = ("pairs", "ode_init")
 PEAK_FLOPS, REACHED = 790e12, 0.4  # dense bfloat16 of an H100 or H200, and the share of it that is assumed
 RECENT = 20
+# Prompts whose lengths are told, of those the ones that are shown, and how many characters of each.
+MEASURED, SHOWN, WIDTH = 1000, 3, 80
 
 
 def run_job(argv: Sequence[str], description: str, last: str, body: Callable[[Run], None]) -> None:
@@ -59,7 +63,7 @@ def plan(run: Run, last: str = "release", *, count_prompts: bool = False) -> lis
     if base and base.stray_files:
         lines.append(f"  left out of the release: {', '.join(base.stray_files)}")
     if count_prompts:
-        lines += _prompt_lines(run)
+        lines += _prompt_lines(run, base)
     times: list[float | None] = []
     lines += _stage_lines(run, layouts, wanted, times)
     lines.append(_total(times))
@@ -93,20 +97,38 @@ def _check_batches(run: Run) -> None:
     require(not group or least % group == 0, "train.shard_group", group, f"0 or a divisor of train.workers = {least}")
 
 
-def _prompt_lines(run: Run) -> Iterator[str]:
+def _prompt_lines(run: Run, base: StoredBase | None) -> Iterator[str]:
     """Each prompt file, read to its end; nothing of prompts that are prepared already."""
     config = run.config
     for field, uri in (("pairs.prompts", config.pairs.prompts), ("distill.prompts", config.distill.prompts)):
         if uri and not run.folder.has("prompts/manifest.json"):
-            read = sum(1 for prompt in read_prompts(uri, config.train.storage_patience_s) if prompt.strip())
+            prompts = (prompt for prompt in read_prompts(uri, config.train.storage_patience_s) if prompt.strip())
+            first = list(islice(prompts, MEASURED))
+            read = len(first) + sum(1 for _ in prompts)
             require(read > 0, field, uri, "a file with at least one prompt")
             yield f"  {field}: {read} prompts in {uri}"
+            if base is not None:
+                yield from _length_lines(first, token_counts(base.tokenizer, first), config.model.text_tokens)
+            if read < config.distill.batch_size:
+                yield f"    warning: fewer than the {config.distill.batch_size} of a batch: some come twice in one"
     own = config.is_embedded or not run.makes_student
     require(
         bool(config.pairs.prompts) or own,
         "pairs.prompts",
         config.pairs.prompts,
         "a prompt file (embedded presets have their own)",
+    )
+
+
+def _length_lines(prompts: Sequence[str], tokens: Sequence[int], read: int) -> Iterator[str]:
+    """The first prompts with their lengths, and how many of all these are longer than the text encoder reads."""
+    for prompt, length in islice(zip(prompts, tokens, strict=True), SHOWN):
+        text = clean_prompt(prompt)
+        yield f"    {length} tokens: {text[:WIDTH]}{'...' if len(text) > WIDTH else ''}"
+    cut = sum(length > read for length in tokens)
+    yield (
+        f"    the first {len(prompts)}: {min(tokens)} to {max(tokens)} tokens; {cut} are longer than the {read} that "
+        f"the text encoder reads{', and are cut' if cut else ''}"
     )
 
 

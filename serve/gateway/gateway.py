@@ -198,6 +198,7 @@ class Gateway:
             if isinstance(opened, Refused):
                 self._refuse(video, opened)
             video = replace(video, status=Status.IN_PROGRESS, replica=opened.replica, mime=opened.mime)
+            video = replace(video, prompt_tokens=opened.prompt_tokens)
             session = self._session(video)
             kept = await call(self._store.opened(video.id, opened.replica, opened.mime, opened.init))
         except (Problem, *UNAVAILABLE):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from diagonal.config import Config
 from diagonal.engine.engine import Engine
@@ -10,6 +14,7 @@ from diagonal.files import file_hash
 from diagonal.metrics import MetricsBackend
 from diagonal.model.manifest import MANIFEST
 from diagonal.model.release import Release
+from diagonal.model.text import load_tokenizer, token_counts
 from serve.provenance.watermarks import Watermarks
 from serve.records import ModelInfo
 from serve.replica.engine_thread import EngineLike
@@ -24,6 +29,7 @@ class Loaded(NamedTuple):
     engine: EngineLike
     promoted: bool = False
     manifest_sha256: str = ""
+    count_tokens: Callable[[str], int] | None = None
 
 
 def load_engine(settings: ServeSettings, metrics: MetricsBackend) -> Loaded:
@@ -37,7 +43,13 @@ def load_engine(settings: ServeSettings, metrics: MetricsBackend) -> Loaded:
     engine = Engine(release, device=settings.device, metrics=metrics, encode_prompts_async=True)
     engine.warm_up()
     manifest_sha256 = file_hash(release.folder / MANIFEST)
-    return Loaded(settings.model or release.name, release.config, engine, release.promoted, manifest_sha256)
+    name, tokenizer = settings.model or release.name, load_tokenizer(release.folder / "tokenizer")
+    count = partial(_count_tokens, tokenizer)
+    return Loaded(name, release.config, engine, release.promoted, manifest_sha256, count)
+
+
+def _count_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    return token_counts(tokenizer, [prompt])[0]
 
 
 def describe(loaded: Loaded, marks: Watermarks) -> ModelInfo:
@@ -52,6 +64,7 @@ def describe(loaded: Loaded, marks: Watermarks) -> ModelInfo:
         scales=marks.scales(tuple(dict.fromkeys((limits.pixel_scale, 1)))),
         max_frames=int(limits.max_seconds * geometry.pixel_fps),
         max_prompt_characters=limits.max_prompt_characters,
+        max_prompt_tokens=loaded.config.model.text_tokens,
         lead_s=limits.playout_lead_s,
         promoted=loaded.promoted,
         geometry=geometry,

@@ -64,7 +64,7 @@ class Replica:
         self._metrics, self._traces = metrics or serve_metrics(), traces_of(settings, "replica")
         self._name = name or str(serve.get_replica_context().replica_id.unique_id)
         loaded = Loaded(*load(settings, self._metrics))
-        self._config, self._engine = loaded.config, loaded.engine
+        self._config, self._engine, self._count_tokens = loaded.config, loaded.engine, loaded.count_tokens
         self._marks = Watermarks.from_settings(settings, self._config.geometry)
         self._info = describe(loaded, self._marks)
         self._loop = asyncio.get_running_loop()
@@ -88,7 +88,10 @@ class Replica:
     async def open(self, request: OpenSession) -> Opened | Refused:
         """Hold a session and begin its first chunk."""
         refused = self._admit(lambda: self._engine.open(_spec(request)))
-        return refused or self._hold(request.video_id, Slot(self._encoders.take(request.scale)), 0, request.traceparent)
+        if refused is not None:
+            return refused
+        opened = self._hold(request.video_id, Slot(self._encoders.take(request.scale)), 0, request.traceparent)
+        return replace(opened, prompt_tokens=self._count_tokens(request.prompt) if self._count_tokens else None)
 
     async def check_room(self, request: OpenSession) -> Refused | None:
         """What `open` would refuse now; nothing changes."""

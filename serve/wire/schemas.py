@@ -149,6 +149,10 @@ class VideoAnswer(BaseModel):
     seconds: str | None
     size: str
     prompt: str
+    prompt_tokens: int | None = Field(
+        description="Of the whole prompt, told by the answer that makes the video, else null; more than the model's "
+        "`max_prompt_tokens` are not read"
+    )
     remixed_from_video_id: str | None = None
     error: VideoError | None
     num_frames: int | None
@@ -176,6 +180,7 @@ class VideoAnswer(BaseModel):
             seconds=None if video.endless else f"{video.frames / video.fps:g}",
             size=video.size,
             prompt=video.prompt,
+            prompt_tokens=video.prompt_tokens,
             error=error,
             num_frames=video.frames or None,
             frames_done=video.frames_done,
@@ -215,6 +220,7 @@ class ModelLimits(BaseModel):
     max_seconds: float
     max_stream_seconds: float = Field(description="How long a stream without an end (`extra.endless`) may go on")
     max_prompt_characters: int
+    max_prompt_tokens: int = Field(description="How much of a prompt the model reads: what comes after is cut")
     max_seed: int = MAX_SEED
     max_transition_chunks: int = MAX_TRANSITION_CHUNKS
     max_body_bytes: int = MAX_BODY_BYTES
@@ -242,6 +248,7 @@ class ModelAnswer(BaseModel):
             max_seconds=info.max_frames / info.fps,
             max_stream_seconds=max_stream_s,
             max_prompt_characters=info.max_prompt_characters,
+            max_prompt_tokens=info.max_prompt_tokens,
             max_sessions=caller.sessions or None,
             max_frames_per_minute=caller.frames_per_minute or None,
         )

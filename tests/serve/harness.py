@@ -250,7 +250,7 @@ class Service:
         return next(iter(self.replicas.values()))
 
     def make_replicas(self) -> dict[str, Replica]:
-        load = ("fake-tiny", CONFIG, self.engine)
+        load = ("fake-tiny", CONFIG, self.engine, False, "", lambda prompt: len(prompt.split()) + 1)
         return {"replica-1": Replica(self.settings, lambda *_: load, self.metrics, "replica-1")}
 
     def find_replica(self, session_id: str) -> Replica | None:

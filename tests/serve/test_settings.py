@@ -87,4 +87,5 @@ def test_options_are_settings_of_the_releases_own_configuration(monkeypatch: pyt
 
     monkeypatch.setattr(loading, "Engine", engine)
     loaded = loading.load_engine(settings, NullBackend())
+    assert loaded.count_tokens is not None and loaded.count_tokens("a &amp; red circle") == 5  # with the end mark
     assert loaded.config == taken[0].config == Release.load().config.with_settings(["serve.cache_dtype=fp8"])

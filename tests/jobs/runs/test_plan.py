@@ -204,3 +204,12 @@ def test_a_dry_run_checks_and_writes_nothing_and_runs_nothing(
     run_job(["--dry-run", f"--set=train.storage={tmp_path / 'runs'}"], "", "release", body)
     assert capsys.readouterr().out.splitlines()[-1] == "dry run: everything checked, nothing written"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_shows_the_first_prompts_their_lengths_and_what_is_cut(wan: Path) -> None:
+    file = wan.parent / "prompts.txt"
+    file.write_text("a red circle\na&nbsp;red circle moves left\n" + "a red circle " * 40 + "\n")
+    lines = "\n".join(plan(wan_run(wan, "model.text_tokens=30"), count_prompts=True))
+    assert "\n    4 tokens: a red circle\n    6 tokens: a red circle moves left\n" in lines
+    assert "the first 3: 4 to 121 tokens; 1 are longer than the 30 that the text encoder reads, and are cut" in lines
+    assert "warning: fewer than the" in lines

@@ -12,7 +12,7 @@ import av
 import httpx2
 import pytest
 
-from tests.serve.harness import FakeEngine, Service, Until, finished
+from tests.serve.harness import CONFIG, FakeEngine, Service, Until, finished
 
 
 def decoded_frames(data: bytes) -> list[Any]:
@@ -207,6 +207,16 @@ def test_the_model_says_what_can_be_asked_for(idle_http: httpx2.Client) -> None:
     (model,) = idle_http.get("/v1/models").json()["data"]
     assert (model["id"], model["sizes"], model["fps"]) == ("fake-tiny", ["256x256", "32x32"], 16)
     assert model["limits"]["max_frames"] == 960 and model["limits"]["max_prompt_characters"] == 200
+
+
+def test_a_prompt_longer_than_the_model_reads_is_told(http: httpx2.Client) -> None:
+    (model,) = http.get("/v1/models").json()["data"]
+    most = model["limits"]["max_prompt_tokens"]
+    assert most == CONFIG.model.text_tokens
+    for words in (1, most + 5):
+        video = http.post("/v1/videos", json={"prompt": " ".join(["red"] * words)}).json()
+        assert video["prompt_tokens"] == words + 1
+        assert http.delete(f"/v1/videos/{video['id']}").status_code == 200
 
 
 def test_a_broken_engine_makes_the_service_not_ready_but_alive(
