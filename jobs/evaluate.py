@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diagonal.data.prompts import read_prompts
+from diagonal.data.prompt_files import read_prompts
 from diagonal.errors import require
 from diagonal.evaluate.environment import system_description, write_report
 from diagonal.evaluate.pictures import contact_sheet, save_curves, save_png

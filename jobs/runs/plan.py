@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 
 from diagonal.config import Config
-from diagonal.data.prompts import read_prompts
+from diagonal.data.prompt_files import SetAside, read_prompts
 from diagonal.errors import FieldError, require
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.flops import clip_flops, update_flops
@@ -102,11 +102,15 @@ def _prompt_lines(run: Run, base: StoredBase | None) -> Iterator[str]:
     config = run.config
     for field, uri in (("pairs.prompts", config.pairs.prompts), ("distill.prompts", config.distill.prompts)):
         if uri and not run.folder.has("prompts/manifest.json"):
-            prompts = (prompt for prompt in read_prompts(uri, config.train.storage_patience_s) if prompt.strip())
+            aside = SetAside(config.prompts.max_bad_share)
+            rows = read_prompts(uri, config.train.storage_patience_s, config.prompts.field, aside)
+            prompts = (prompt for prompt in rows if prompt.strip())
             first = list(islice(prompts, MEASURED))
             read = len(first) + sum(1 for _ in prompts)
             require(read > 0, field, uri, "a file with at least one prompt")
             yield f"  {field}: {read} prompts in {uri}"
+            if aside.count:
+                yield f"    {aside.count} rows without a prompt are left out; the first: {'; '.join(aside.first)}"
             if base is not None:
                 yield from _length_lines(first, token_counts(base.tokenizer, first), config.model.text_tokens)
             if read < config.distill.batch_size:

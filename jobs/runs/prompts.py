@@ -10,8 +10,9 @@ from itertools import chain
 from diagonal.config import Config
 from diagonal.data.embedded import embedded_world
 from diagonal.data.extension import Extender
+from diagonal.data.prompt_files import SetAside, read_prompts
 from diagonal.data.prompt_set import MANIFEST, PromptSet, prepare, read_prompt_manifest
-from diagonal.data.prompts import is_held_out, prompt_id, read_prompts
+from diagonal.data.prompts import is_held_out, prompt_id
 from diagonal.errors import require
 from diagonal.storage import Folder
 from jobs.runs.run import Run, say
@@ -42,8 +43,9 @@ def _prepared(run: Run, folder: Folder, uri: str) -> Folder:
         return folder
     config = run.config
     require(bool(uri) or config.is_embedded, "pairs.prompts", uri, "a prompt file (embedded presets have their own)")
+    aside = SetAside(config.prompts.max_bad_share)
     if uri:
-        prompts, source = read_prompts(uri, config.train.storage_patience_s), uri
+        prompts, source = read_prompts(uri, config.train.storage_patience_s, config.prompts.field, aside), uri
         held_out: Callable[[str], bool] = partial(is_held_out, share=config.prompts.held_out_share)
     else:
         require(
@@ -62,6 +64,8 @@ def _prepared(run: Run, folder: Folder, uri: str) -> Folder:
         f"prompts: {found['training']} for training and {found['held_out']} held out, of {found['read']} in {source} "
         f"({found['empty']} empty, {found['duplicates']} repeated)"
     )
+    if aside.count:
+        say(f"prompts: {aside.count} rows without one are left out; the first: {'; '.join(aside.first)}")
     if found["extension"]:
         say(f"prompts: {found['extension']['extended']} extended, {found['extension']['failed']} kept as they are")
     return folder

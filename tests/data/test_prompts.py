@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tracemalloc
 from pathlib import Path
@@ -12,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diagonal.data.prompts import PIECE_BYTES, SeenIds, epoch_order, is_held_out, prompt_id, read_prompts, samples
+from diagonal.data.prompt_files import PIECE_BYTES, SetAside, read_prompts
+from diagonal.data.prompts import SeenIds, epoch_order, is_held_out, prompt_id, samples
 from diagonal.errors import FieldError
 from diagonal.model.text import clean_prompt
+from tests.hub import SmallHub
 
 
 def test_white_space_and_composition_do_not_make_another_prompt() -> None:
@@ -51,7 +54,7 @@ def test_any_kind_of_file_gives_its_prompts(suffix: str, tmp_path: Path) -> None
 
 
 def test_a_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path) -> None:
-    for name, prompt in (("b.txt", "second"), ("a.jsonl", json.dumps({"prompt": "first"})), ("c.csv", "not read")):
+    for name, prompt in (("b.txt", "second"), ("a.jsonl", json.dumps({"prompt": "first"})), ("c.md", "not read")):
         (tmp_path / name).write_text(prompt)
     assert read(str(tmp_path)) == ["first", "second"]
     (tmp_path / "a.jsonl").write_text("[")
@@ -108,8 +111,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_prompt(tmp_pat
     ("line", "place"),
     [
         ("{", "line 2"),
-        ('{"text": "a"}', "line 2"),
-        ('"a"', "line 2"),
+        ('{"other": "a"}', "line 2"),
         ('{"prompt": null}', "line 2"),
         ('{"prompt": 5}', "line 2"),
         ('{"prompt": "\\ud800"}', "line 2"),
@@ -122,8 +124,8 @@ def test_a_line_that_holds_no_prompt_is_refused_by_its_number(line: str, place: 
 
 
 def test_a_table_without_prompts_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "p.parquet")
-    with pytest.raises(FieldError, match='p.parquet.*column "prompt"'):
+    pq.write_table(pa.table({"other": ["a"]}), tmp_path / "p.parquet")
+    with pytest.raises(FieldError, match=r"p.parquet.*a column prompt.*there are \['other'\] \(prompts.field\)"):
         read(str(tmp_path / "p.parquet"))
     (tmp_path / "p.parquet").write_bytes(b"text")
     with pytest.raises(FieldError, match="p.parquet.*a Parquet file that can be read"):
@@ -141,9 +143,87 @@ def test_a_missing_an_empty_and_an_unknown_file_are_refused_by_name(tmp_path: Pa
     (tmp_path / "p.txt").write_bytes(b"a\ncaf\xe9")
     with pytest.raises(FieldError, match="p.txt, line 2 = .*a text in UTF-8"):
         read(str(tmp_path / "p.txt"))
-    (tmp_path / "p.csv").write_text("a")
-    with pytest.raises(FieldError, match=r"prompts = .*p.csv': allowed is a file ending in one of"):
-        read(str(tmp_path / "p.csv"))
+    (tmp_path / "p.md").write_text("a")
+    with pytest.raises(FieldError, match=r"prompts = .*p.md': allowed is a file ending in one of"):
+        read(str(tmp_path / "p.md"))
+
+
+VIDPROM = 'uuid,prompt,time,toxicity\nu1,"a red, round\ncircle",2023,0.1\nu2,"say ""hi""",2023,0.2\n'
+LAYOUTS = {
+    "vidprom.csv": (VIDPROM.encode(), ["a red, round\ncircle", 'say "hi"']),
+    "vidprom.txt": (b'uuid\tprompt\ttime\nu1\ta red "circle\t2023\nu2\tb\t2023\n', ['a red "circle', "b"]),
+    "list.TXT.gz": (gzip.compress(b"a\nb\n") + gzip.compress(b"c\n"), ["a", "b", "c"]),
+    "list.jsonl.gz": (gzip.compress(b'{"caption": "a"}\n"b"\n'), ["a", "b"]),
+    "wide.txt": ("a café\nb\n".encode("utf-16"), ["a café", "b"]),
+    "wide.csv": ("prompt,x\na,1\n".encode("utf-16"), ["a"]),
+    "object.json": (b'{"version": 1, "prompts": ["a", {"prompt": "b"}]}', ["a", "b"]),
+    "named.json": (b'{"items": [{"caption": "a"}]}', ["a"]),
+    "array.json": (b'[\n"a",\n"b"\n]', ["a", "b"]),
+    "caption.jsonl": (b'{"caption": "a", "id": 1}\n', ["a"]),
+    "brackets.txt": (b"[wide shot] a cat\n{red} dog\n", ["[wide shot] a cat", "{red} dog"]),
+    "tabs.txt": (b"a cat\tsits\n", ["a cat\tsits"]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_prompts_are_read_as_they_lie_about(name: str, tmp_path: Path) -> None:
+    data, prompts = LAYOUTS[name]
+    (tmp_path / name).write_bytes(data)
+    assert [prompt for prompt in read(str(tmp_path / name)) if prompt] == prompts
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_the_field_of_prompts_may_be_named(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"p{suffix}"
+    rows = {"prompt": ["wrong"], "long_caption": ["right"]}
+    if suffix == ".parquet":
+        pq.write_table(pa.table(rows), path)
+    else:
+        path.write_text(
+            "prompt,long_caption\nwrong,right\n" if suffix == ".csv" else json.dumps({k: v[0] for k, v in rows.items()})
+        )
+    assert list(read_prompts(str(path), named="long_caption")) == ["right"]
+    with pytest.raises(FieldError, match=r"absent.*(there are|long_caption)|long_caption.*absent"):
+        list(read_prompts(str(path), named="absent"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("p.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "a Git LFS pointer"),
+        ("p.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "a Git LFS pointer"),
+        ("p.txt", b"<!DOCTYPE html>\n<html><body>404</body></html>", "a page of HTML"),
+        ("p.txt", b"PK\x03\x04 and more", "a zip archive"),
+        ("p.txt", gzip.compress(b"a"), "gzipped: its name ends in .gz"),
+        ("p.txt", b"../data/vidprom_filtered_extended.txt", "the text of a link"),
+        ("p.txt", b"/mnt/data/prompts", "the text of a link"),
+        ("p.txt", b'{\n  "prompts": ["a"]\n}', "JSON"),
+        ("p.txt", b'{"prompt": "a"}\n{"prompt": "b"}\n', "JSON"),
+        ("p.txt", b"a\0b\0", "no text"),
+        ("p.txt.gz", gzip.compress(b"a" * 99999)[:60], "a file that can be read"),
+        ("p.json", b'{"a": 1}', "a list of prompts"),
+        ("p.json", b'["a",', "JSON"),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_refused_by_name(name: str, data: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(FieldError, match=f"{name}.*{said}"):
+        read(str(tmp_path / name))
+
+
+def test_bad_rows_are_set_aside_up_to_a_share(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"prompt {number}"}) for number in range(98)]
+    (tmp_path / "p.jsonl").write_text("\n".join([*lines[:50], '{"prompt": null}', "{", *lines[50:]]))
+    aside = SetAside(0.02)
+    assert len(list(read_prompts(str(tmp_path / "p.jsonl"), aside=aside))) == 98
+    assert (aside.read, aside.count) == (100, 2) and "p.jsonl, line 51 = None" in aside.first[0]
+    with pytest.raises(FieldError, match=r"rows without a prompt = 2: .*0.01 of the rows.*line 51.*line 52"):
+        list(read_prompts(str(tmp_path / "p.jsonl"), aside=SetAside(0.01)))
+
+
+def test_a_data_set_of_the_hub_is_read_by_its_id(hub: SmallHub) -> None:
+    hub.add("datasets/org/prompts", {"a.csv": b"prompt\na\n", "README.md": b"# card"})
+    assert read("org/prompts") == read("hf://datasets/org/prompts/a.csv") == ["a"]
 
 
 def test_an_epoch_is_a_permutation_of_seed_and_epoch_alone() -> None:

@@ -14,6 +14,8 @@ from diagonal.setting import FULL_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, Allowed,
 class PromptsConfig:
     """How prompt files are prepared: the held-out share, and the extension by a language model."""
 
+    field: str = setting("", "Field or column of prompt files; empty is prompt, caption or text, whichever is there.")
+    max_bad_share: float = setting(0.01, "Share of rows without a prompt that are left out; above it, a stop.", SHARE)
     held_out_share: float = setting(0.01, "Share of prompts kept for evaluation, chosen by hash.", SHARE)
     extend_url: str = setting("", "Base URL of an OpenAI-compatible endpoint; empty is no extension.")
     extend_model: str = setting("", "Model to ask there.", "a name, where prompts.extend_url is set")

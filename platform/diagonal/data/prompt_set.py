@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diagonal.data.prompts import ROWS_AT_ONCE, SeenIds, prompt_id
+from diagonal.data.prompt_files import ROWS_AT_ONCE
+from diagonal.data.prompts import SeenIds, prompt_id
 from diagonal.errors import FieldError, require
 from diagonal.model.text import clean_prompt
 from diagonal.storage import Folder
