@@ -63,10 +63,10 @@ class SetAside:
 def read_prompts(uri: str, patience_s: float = 120.0, named: str = "", aside: SetAside | None = None) -> Iterator[str]:
     """Prompts as they stand in a file, or in a folder's files by name, in memory for a piece of it.
 
-    A path, an s3:// or hf:// URI, or a data set's org/name on the hub. `.txt` holds one a line (or is a table: a header and
-    tabs); `.csv`, `.tsv`, `.jsonl`, `.json` and `.parquet` have a field `named`, by default the first of `FIELDS` that is
-    there; all but Parquet may be gzipped, and UTF-8 or UTF-16. `FieldError` names the file, or the line or row of it,
-    that is not so; rows go to `aside` while it takes them.
+    A path, an s3:// or hf:// URI, or a data set's org/name on the hub. `.txt` holds one a line (or is a table: a header
+    and tabs); `.csv`, `.tsv`, `.jsonl`, `.json` and `.parquet` have a field `named`, by default the first of `FIELDS`
+    that is there; all but Parquet may be gzipped, and UTF-8 or UTF-16. `FieldError` names the file, or the line or row
+    of it, that is not so; rows go to `aside` while it takes them.
     """
     aside = aside or SetAside()
     whole = Folder(location(uri, "datasets"), patience_s)
