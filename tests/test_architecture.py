@@ -55,7 +55,7 @@ ROOMS = {
         **dict.fromkeys(("ray_cluster", "ray_metrics"), 0),
         "runs": 1,
         "workers": 2,
-        **dict.fromkeys(("pairs", "pretrain", "distill_decoder", "export", "promote", "replay"), 3),
+        **dict.fromkeys(("pairs", "pretrain", "distill_decoder", "export", "promote", "import_student", "replay"), 3),
         **dict.fromkeys(("ode_init", "evaluate"), 4),
         **dict.fromkeys(("distill", "search"), 5),
         "benchmarks": 6,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from diagonal.config.presets import PRESETS
+from diagonal.config.recipes import RECIPES
 from diagonal.errors import require
 
 COSTS = ("clip_ms", "forwards")
@@ -102,6 +103,19 @@ def promote(argv: Sequence[str], description: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def import_student(argv: Sequence[str], description: str) -> argparse.Namespace:
+    parser = JobParser(description=description)
+    add = parser.add_argument
+    add("--base", required=True, help="the base model: a folder, s3:// URI, or org/name on the hub; '' is the embedded")
+    add("--student", required=True, help="its weights: a file, an index of shards, a folder, or hf://org/name/file")
+    add("--lora", action="append", default=[], help="a file of LoRA pairs to merge into it, such as LongLive's")
+    add("--recipe", required=True, choices=sorted(RECIPES), help="how it is sampled")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="one setting in its place")
+    add("--preset", default="wan-1.3b", help=f"geometry and the rest: one of {sorted(PRESETS)}")
+    add("--out", required=True, help="the release's folder, which does not exist yet")
+    return parser.parse_args(argv)
+
+
 def replay(argv: Sequence[str], description: str) -> argparse.Namespace:
     parser = JobParser(description=description)
     parser.add_argument("recording", help="the file that GET /v1/videos/{id}/recording gave")
@@ -125,5 +139,5 @@ def distill_decoder(argv: Sequence[str], description: str) -> argparse.Namespace
 
 def options_of(job: str) -> Callable[[Sequence[str], str], argparse.Namespace]:
     """What reads the command line of `jobs/JOB.py`; `FieldError` where a value is out of range."""
-    own = (evaluate, search, promote, replay, distill_decoder)
+    own = (evaluate, search, promote, import_student, replay, distill_decoder)
     return {function.__name__: function for function in own}.get(job, run_options)

@@ -20,7 +20,10 @@ RAW_STEPS: Final[dict[int, tuple[int, ...]]] = {
     2: (1000, 100),
     1: (1000,),
 }
-NAMED_STEPS: Final[dict[str, tuple[tuple[int, ...], float]]] = {"self-forcing": ((1000, 750, 500, 250), 0.0)}
+NAMED_STEPS: Final[dict[str, tuple[tuple[int, ...], float]]] = {
+    "self-forcing": ((1000, 750, 500, 250), 0.0),
+    "causvid": ((1000, 757, 522), 0.0),  # with shift 1: its timesteps are not warped
+}
 STRING: Final = re.compile(r"[1-5]+(@[1-9][0-9]{0,2})?")
 ALLOWED: Final = (
     "a string of digits 1 to 5, one a chunk, such as '4322222', with or without the raw timestep that rows end at "

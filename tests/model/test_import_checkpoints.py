@@ -142,8 +142,11 @@ def without(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         ({"generator": without(written(0), KEY)}, r"missing keys = \['blocks.1.attn1.to_q.weight'\]"),
         ({"generator": {**written(0), "model.extra.weight": torch.zeros(1)}}, r"unexpected keys = \['extra.weight'\]"),
         ({"generator": {**written(0), KEY: torch.zeros(3, 2)}}, r"shape of blocks.1.attn1.to_q.weight = \[3, 2\]"),
-        ({"generator_lora": {"model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}}, "LoRA: merge it"),
-        ({"generator": {**written(0), "model.blocks.0.self_attn.q.lora_B.weight": torch.zeros(2)}}, "LoRA: merge it"),
+        ({"generator_lora": {"model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}}, "allowed is a pair"),
+        (
+            {"generator": {**written(0), "model.blocks.0.self_attn.q.lora_B.weight": torch.zeros(2)}},
+            "allowed is a pair",
+        ),
         ({"optimizer": 3}, "tensors alone"),
         ([1, 2], "mapping of names"),
         ({"generator": {**written(0), "module." + KEY: torch.zeros(1)}}, "each under one name"),

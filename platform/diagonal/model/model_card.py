@@ -28,6 +28,7 @@ def write_card(
     geometry = config.geometry
     text = Template((_TEMPLATES / CARD).read_text()).substitute(
         name=name,
+        origin=_origin(lineage),
         width=geometry.pixel_width,
         height=geometry.pixel_height,
         fps=geometry.pixel_fps,
@@ -39,6 +40,16 @@ def write_card(
     )
     (folder / CARD).write_text(text)
     (folder / POLICY).write_text((_TEMPLATES / POLICY).read_text())
+
+
+def _origin(lineage: Mapping[str, Mapping[str, Any]]) -> str:
+    """How the weights came to be: trained here, or by others."""
+    imported = lineage.get("student")
+    if imported is None:
+        return "distilled by Diagonal Distillation"
+    return (
+        f"trained by others and imported as it is (`{imported['student']}`, sampled by the recipe {imported['recipe']})"
+    )
 
 
 def author_notes_of(card: str) -> str:

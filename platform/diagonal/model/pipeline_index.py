@@ -41,8 +41,8 @@ def write_pipeline_index(folder: Path, name: str, config: Config) -> None:
 
 def _class_of(part: Path) -> list[str | None]:
     """Library and class of a part, by its own config; none of each where the folder lacks it."""
-    if not part.is_dir():
-        return [None, None]
     file = part / ("scheduler_config.json" if part.name == "scheduler" else CONFIG)
+    if not file.is_file():
+        return [None, None]
     kind = str(read_json(file)["_class_name"])
     return [_OURS.get(kind, "diffusers"), kind]

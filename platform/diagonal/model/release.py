@@ -34,14 +34,14 @@ from diagonal.model.base_model import (
 from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import FastDecoder, StreamingFastDecoder
 from diagonal.model.fp8 import use_fp8_linears
-from diagonal.model.manifest import FORMAT_VERSION, MANIFEST, check_files, check_promoted, read_manifest
+from diagonal.model.manifest import FORMAT_VERSION, MANIFEST, PIPELINE, check_files, check_promoted, read_manifest
 from diagonal.model.model_card import CARD, author_notes_of, write_card
 from diagonal.model.pipeline_index import kept_settings, write_pipeline_index
 from diagonal.model.stored_weights import check_weights
 from diagonal.model.text import TextEncoder, load_tokenizer
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of, laid_out
 from diagonal.storage import Folder
-from diagonal.storage.fetch import fetch
+from diagonal.storage.fetch import NO_PROGRAMS, fetch
 
 SHARED_FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -73,7 +73,7 @@ class Release:
 
         `ReleaseError` when it is not whole, not as its manifest says, or holds files that could run code.
         """
-        folder = fetch(str(uri)) if uri else embedded("release")
+        folder = fetch(str(uri), patterns=(*NO_PROGRAMS, PIPELINE)) if uri else embedded("release")
         manifest = read_manifest(folder)
         check_files(folder, manifest["files"])
         return cls(folder, Config.load(folder / CONFIG), manifest)
