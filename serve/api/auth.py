@@ -23,6 +23,7 @@ from serve.wire import problems
 from serve.wire.problems import Problem
 
 PUBLIC = frozenset({"/", "/health/live", "/health/ready", "/openapi.json"})
+SOCKET = "/v1/realtime/video"
 PUBLIC_FOLDER = "/viewer/"
 SUBPROTOCOL = "realtime"
 _SECRET_PROTOCOLS = ("diagonal-client-secret.", "openai-insecure-api-key.")
@@ -53,6 +54,7 @@ class AuthMiddleware:
         caller = None
         try:
             self._check_origin(scope, headers)
+            _check_upgrade(scope)
             if not _is_public(scope):
                 caller = await self._caller(scope, headers)
                 self._check_room(caller)
@@ -105,6 +107,15 @@ class AuthMiddleware:
         host = headers.get("host", "").lower()
         if not host or _split(origin).netloc.lower() != host:
             raise Problem(403, "foreign_origin", "a page of another origin may not do this")
+
+
+def _check_upgrade(scope: Scope) -> None:
+    """A plain request for the WebSocket lost its upgrade on the way; a browser could show no key with it."""
+    if scope["type"] == "http" and scope["method"] == "GET" and get_route_path(scope) == SOCKET:
+        message = "this is a WebSocket: a proxy in front has to pass on the headers Upgrade and Connection"
+        problem = Problem(426, "upgrade_required", message)
+        problem.headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
+        raise problem
 
 
 def _is_public(scope: Scope) -> bool:

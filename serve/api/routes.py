@@ -17,8 +17,9 @@ from fastapi.staticfiles import StaticFiles
 import diagonal
 from diagonal.metrics import MetricsBackend
 from serve.api.access_log import AccessLogMiddleware
-from serve.api.auth import AuthMiddleware
+from serve.api.auth import SOCKET, AuthMiddleware
 from serve.api.body import read_body
+from serve.api.browsers import LIVE, CorsMiddleware, HeadMiddleware, allowed_methods
 from serve.api.headers import rate_limits, select
 from serve.api.openapi import CREATED, FILE, RECORDING, STREAM, body_of, describe, errors
 from serve.api.realtime import RealtimeLimits, RealtimeSession
@@ -70,12 +71,15 @@ def create_app(
     about: dict[str, Any] = {"title": "Diagonal", "version": diagonal.__version__, "responses": errors()}
     app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.gateway, app.state.names_answers = gateway, names_answers
-    problems.install(app, metrics)
+    problems.install(app, metrics, allowed_methods)
     settings = gateway.settings
     app.add_middleware(
         AuthMiddleware, keyring=gateway, local=settings.auth == "local", origins=settings.allowed_origins
     )
-    app.add_middleware(AccessLogMiddleware, names_answers=names_answers)  # the last one added is the outermost
+    if settings.allowed_origins:
+        app.add_middleware(CorsMiddleware, origins=settings.allowed_origins)
+    app.add_middleware(AccessLogMiddleware, names_answers=names_answers)
+    app.add_middleware(HeadMiddleware, application=app)  # the last one added is the outermost
     _add_videos(app)
     _add_streams(app)
     _add_realtime(app, limits or RealtimeLimits())
@@ -199,19 +203,32 @@ def _add_streams(app: FastAPI) -> None:
             operation_id=f"{method.lower()}_content",
         )(content)
 
-    @app.get(
-        "/v1/videos/{video_id}/stream", response_class=StreamingResponse, responses=errors(404, 410, 422, known=STREAM)
-    )
     async def stream(
-        video_id: str, gateway: Via, caller: By, start_chunk: Annotated[int | None, Query(ge=0, le=MAX_CHUNK)] = None
-    ) -> StreamingResponse:
+        video_id: str,
+        request: Request,
+        gateway: Via,
+        caller: By,
+        start_chunk: Annotated[int | None, Query(ge=0, le=MAX_CHUNK)] = None,
+    ) -> Response:
         """Fragmented MP4 while it is made: initialisation segment, then each chunk. A failed video cuts it off.
 
         It begins with the first chunk, that of an endless stream with the newest, or with `start_chunk`; times in it
         count from the video's beginning.
         """
+        if request.method == "HEAD":  # whoever looks whether it is there is no viewer
+            await gateway.get(video_id, caller)
+            return Response(media_type="video/mp4", headers=LIVE)
         segments = await gateway.stream(video_id, start_chunk, caller)
-        return StreamingResponse(segments, media_type="video/mp4", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(segments, media_type="video/mp4", headers=LIVE)
+
+    for method in ("GET", "HEAD"):
+        app.api_route(
+            "/v1/videos/{video_id}/stream",
+            methods=[method],
+            response_class=StreamingResponse,
+            responses=errors(404, 410, 422, known=STREAM),
+            operation_id=f"{method.lower()}_stream",
+        )(stream)
 
     @app.get("/v1/videos/{video_id}/chain", responses=errors(404, 422))
     async def chain(
@@ -233,7 +250,7 @@ def _add_streams(app: FastAPI) -> None:
 
 
 def _add_realtime(app: FastAPI, limits: RealtimeLimits) -> None:
-    @app.websocket("/v1/realtime/video")
+    @app.websocket(SOCKET)
     async def realtime(socket: WebSocket) -> None:
         await RealtimeSession(socket, socket.app.state.gateway, _caller(socket), limits).run()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from math import ceil
 from typing import Any, cast
@@ -65,15 +65,20 @@ def refused(refusal: Refused) -> Problem:
 
 
 def invalid(error: ValidationError | RequestValidationError) -> Problem:
-    """The first thing that is wrong with a body or a query."""
+    """The first thing that is wrong with a body or a query; unknown fields all at once."""
     first: dict[str, Any] = dict(error.errors()[0])
-    param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path")) or "body"
+    param = _name(first["loc"])
     if first["type"] == "extra_forbidden":
-        return Problem(422, "unknown_field", f"{param}: there is no such field", param=param)
+        unknown = ", ".join(_name(one["loc"]) for one in error.errors() if one["type"] == "extra_forbidden")
+        return Problem(422, "unknown_field", f"{unknown}: there is no such field", param=param)
     if first["type"] == "missing":
         return Problem(422, "missing_field", f"{param} is missing", param=param)
     allowed = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return wrong_value(422, "invalid_value", param, first.get("input"), allowed)
+
+
+def _name(place: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in place if part not in ("body", "query", "path")) or "body"
 
 
 def to_response(problem: Problem, request_id: str = "") -> JSONResponse:
@@ -112,8 +117,8 @@ async def reject(problem: Problem, scope: Scope, receive: Receive, send: Send) -
     await response({**scope, "type": "http"}, receive, as_websocket)
 
 
-def install(app: FastAPI, metrics: MetricsBackend) -> None:
-    """Make every error of `app` such an answer."""
+def install(app: FastAPI, metrics: MetricsBackend, methods: Callable[[FastAPI, Scope], str]) -> None:
+    """Make every error of `app` such an answer; `methods` says what an address may be asked with."""
 
     def respond(request: Request, problem: Problem) -> JSONResponse:
         metrics.inc("diagonal_errors_total", code=problem.code)
@@ -130,6 +135,8 @@ def install(app: FastAPI, metrics: MetricsBackend) -> None:
         phrase = HTTPStatus(error.status_code).phrase
         problem = Problem(error.status_code, phrase.lower().replace(" ", "_"), phrase)
         problem.headers = error.headers or {}
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            problem.headers = {"Allow": methods(app, request.scope)}
         return respond(request, problem)
 
     async def on_silence(request: Request, error: Exception) -> JSONResponse:
