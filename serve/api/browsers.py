@@ -35,6 +35,7 @@ LIVE = {  # for proxies in front: pass each chunk on as it comes, and as it is
     "Cache-Control": "no-store, no-transform",
     "X-Accel-Buffering": "no",
 }
+KEPT = {"Cache-Control": "private, max-age=3600, immutable"}  # a chunk never changes; whoever shows a key may keep it
 _PREFLIGHT_S = 600
 
 

@@ -36,6 +36,10 @@ _KEY = (
 )
 
 STREAM: Responses = {200: {**_MP4, "description": "Fragmented MP4, as it is made"}}
+PART: Responses = {200: {**_MP4, "description": "The bytes"}}
+PLAYLIST: Responses = {
+    200: {"content": {"application/vnd.apple.mpegurl": {"schema": _TEXT}}, "description": "The playlist"}
+}
 FILE: Responses = {
     200: {**_MP4, "description": "The file", "headers": _FILE},
     206: {**_MP4, "description": "The bytes that were asked for", "headers": _FILE | _RANGE},

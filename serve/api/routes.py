@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Header, Query, Request, Response, WebSocket
+from fastapi import Path as InPath
 from fastapi.requests import HTTPConnection
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
@@ -19,10 +20,11 @@ from diagonal.metrics import MetricsBackend
 from serve.api.access_log import AccessLogMiddleware
 from serve.api.auth import SOCKET, AuthMiddleware
 from serve.api.body import read_body
-from serve.api.browsers import LIVE, CorsMiddleware, HeadMiddleware, allowed_methods
+from serve.api.browsers import KEPT, LIVE, CorsMiddleware, HeadMiddleware, allowed_methods
 from serve.api.headers import rate_limits, select
-from serve.api.openapi import CREATED, FILE, RECORDING, STREAM, body_of, describe, errors
+from serve.api.openapi import CREATED, FILE, PART, PLAYLIST, RECORDING, STREAM, body_of, describe, errors
 from serve.api.realtime import RealtimeLimits, RealtimeSession
+from serve.gateway import hls
 from serve.gateway.gateway import Gateway
 from serve.records import Caller, Idempotency
 from serve.wire import problems
@@ -229,6 +231,34 @@ def _add_streams(app: FastAPI) -> None:
             responses=errors(404, 410, 422, known=STREAM),
             operation_id=f"{method.lower()}_stream",
         )(stream)
+
+    @app.get(
+        "/v1/videos/{video_id}/index.m3u8", response_class=Response, responses=errors(400, 404, 422, known=PLAYLIST)
+    )
+    async def playlist(
+        video_id: str,
+        gateway: Via,
+        caller: By,
+        msn: Annotated[int | None, Query(alias="_HLS_msn", ge=0, le=MAX_CHUNK)] = None,
+    ) -> Response:
+        """The HLS playlist: live while the video is made, whole when it is over. `_HLS_msn` waits for that chunk."""
+        text = await gateway.playlist(video_id, msn, caller)
+        over = text.endswith("#EXT-X-ENDLIST\n")
+        return Response(text, media_type=hls.MEDIA_TYPE, headers=KEPT if over else {"Cache-Control": "no-cache"})
+
+    @app.get("/v1/videos/{video_id}/init.mp4", response_class=Response, responses=errors(404, known=PART))
+    async def init_segment(video_id: str, gateway: Via, caller: By) -> Response:
+        """The initialisation segment of the playlist."""
+        return Response(await gateway.hls_part(video_id, -1, caller), media_type="video/mp4", headers=KEPT)
+
+    @app.get(
+        "/v1/videos/{video_id}/chunks/{chunk}.m4s", response_class=Response, responses=errors(404, 410, 422, known=PART)
+    )
+    async def chunk_of_playlist(
+        video_id: str, chunk: Annotated[int, InPath(ge=0, le=MAX_CHUNK)], gateway: Via, caller: By
+    ) -> Response:
+        """One chunk, the bytes that the stream has of it."""
+        return Response(await gateway.hls_part(video_id, chunk, caller), media_type="video/mp4", headers=KEPT)
 
     @app.get("/v1/videos/{video_id}/chain", responses=errors(404, 422))
     async def chain(

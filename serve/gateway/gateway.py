@@ -12,6 +12,7 @@ from typing import NoReturn
 from diagonal.chain import Link
 from diagonal.metrics import MetricsBackend
 from serve.actors import StoreApi
+from serve.gateway import hls
 from serve.gateway.drivers import Drivers
 from serve.gateway.fleet import Fleet
 from serve.gateway.prompt_policy import PromptPolicy
@@ -28,11 +29,12 @@ from serve.records import (
     ModelInfo,
     Provenance,
     Refused,
+    Segment,
     Status,
     Usage,
     VideoRecord,
 )
-from serve.rpc import UNAVAILABLE, call, call_with_retry, detached
+from serve.rpc import CALL_TIMEOUT_S, UNAVAILABLE, call, call_with_retry, detached
 from serve.settings import ServeSettings
 from serve.tokens import CLIENT_SECRET_S, Secret
 from serve.tracing import traces_of
@@ -311,6 +313,46 @@ class Gateway:
             if end is not None and chunk >= end:
                 raise wrong_value(422, "invalid_value", "start_chunk", chunk, f"0 to {max(0, end - 1)}: then it ends")
         return self._segments(self.reader(video), chunk)
+
+    async def playlist(self, video_id: str, wait_for: int | None, caller: Caller) -> str:
+        """The HLS playlist of the caller's video, with chunk `wait_for` once it is there, and at least with the first.
+
+        `Problem` 400 for a chunk too far ahead, 503 where it does not come within three target durations.
+        """
+        video = await self.get(video_id, caller)
+        geometry = (await self._fleet.info_of(video)).geometry
+        target = hls.target_s(geometry.chunk_pixel_frames(1), video.fps)
+        newest = video.chunks_done - 1
+        if wait_for is not None and wait_for > newest + hls.AHEAD and not video.status.over:
+            raise wrong_value(400, "invalid_value", "_HLS_msn", wait_for, f"0 to {newest + hls.AHEAD}")
+        awaited = max(0, wait_for or 0)
+        if awaited > newest and not video.status.over:
+            segment = await self._hls_segment(video, awaited, hls.HOLD_BACK_TARGETS * target)
+            if segment is None or not segment.final:
+                raise Problem(503, "not_there_yet", f"chunk {awaited} is not there yet", retry_after_s=target)
+            video = await self.get(video_id, caller)
+        first = max(0, video.chunks_done - KEPT_CHUNKS // 2) if video.endless else 0
+        frames = await call(self._store.chunk_frames(video.id, first))
+        return hls.playlist(frames, video.fps, target, first, ended=video.status.over, endless=video.endless)
+
+    async def hls_part(self, video_id: str, chunk: int, caller: Caller) -> bytes:
+        """The bytes of a chunk, -1 is the initialisation segment, waiting a moment for it.
+
+        `Problem` 404 where it is not there yet or never will be, 410 where it is no longer kept.
+        """
+        video = await self.get(video_id, caller)
+        segment = await self._hls_segment(video, chunk, 1.0)
+        if segment is not None and segment.gone:
+            raise Problem(410, "chunk_gone", f"chunk {chunk} is no longer kept", param="chunk")
+        if segment is None or segment.data is None:
+            raise Problem(404, "no_such_chunk", f"chunk {chunk} is not there", param="chunk")
+        return segment.data
+
+    async def _hls_segment(self, video: VideoRecord, chunk: int, wait_s: float) -> Segment | None:
+        segment = await call(self._store.segment(video.id, hls.READER, chunk, wait_s), wait_s + CALL_TIMEOUT_S)
+        if segment is not None and segment.orphan:
+            await self._drivers.adopt_if_orphan(video.id)
+        return segment
 
     def reader(self, video: VideoRecord, name: str = "", resumed: bool = False) -> ChunkReader:
         """A way through the video for one connection, or for one that goes on after a break; `leave_later` ends it."""

@@ -93,6 +93,12 @@ class Database:
             rows = connection.execute(_CHUNKS_BETWEEN, mine).mappings().all()
         return [(row["frames"], row["file"] or str(row["chunk"]), _link(row)) for row in rows]
 
+    def chunk_frames(self, video_id: str, start_chunk: int) -> list[int]:
+        """Pixel frames of each chunk that is there, from `start_chunk` on."""
+        mine = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk >= start_chunk)
+        with self._tables.reading() as connection:
+            return list(connection.execute(sql.select(CHUNKS.c.frames).where(mine).order_by(CHUNKS.c.chunk)).scalars())
+
     def links(self, video_id: str, start_chunk: int, limit: int) -> list[Link]:
         """The chain's links of the chunks that are there, from `start_chunk` on, at most `limit`."""
         mine = (CHUNKS.c.video_id == video_id) & (CHUNKS.c.chunk >= start_chunk)

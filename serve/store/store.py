@@ -220,6 +220,10 @@ class Store:
         """What tells where a video came from."""
         return Provenance(self._signer.public_key, self._finalizer.signs, self._settings.watermark)
 
+    async def chunk_frames(self, video_id: str, start_chunk: int) -> list[int]:
+        """Pixel frames of each chunk that is there, from `start_chunk` on."""
+        return await self._run(self._database.chunk_frames, video_id, start_chunk)
+
     async def links(self, video_id: str, start_chunk: int, limit: int) -> list[Link]:
         """The signed chain of a stream's chunks, as far as it is made and kept."""
         return await self._run(self._database.links, video_id, start_chunk, limit)
