@@ -44,6 +44,7 @@ from jobs.ray_metrics import ray_metrics
 from jobs.runs.plan import run_job
 from jobs.runs.prompts import pair_prompts, pair_prompts_folder, prompts_sha256
 from jobs.runs.run import JobFailed, Run, connect, say
+from jobs.workers.cluster_room import pairs_needs, wait_for_room
 
 ERROR = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Exception): .*)$", re.MULTILINE)
 SEEN_WITHIN_S = 60.0  # network file systems show a new file late
@@ -116,6 +117,7 @@ def solve_shards(run: Run, folder: Folder, plan: PairPlan, missing: Sequence[int
     if not missing:
         return
     connect()
+    wait_for_room(pairs_needs(run.config), run.config.train.nodes_wait_s)
     config, gpus = run.config, run.config.train.gpus_per_worker
     dataset = ray.data.from_items([{"shard": number} for number in missing], override_num_blocks=len(missing))
     arguments = {"plan": plan, "prompts": pair_prompts_folder(run)}

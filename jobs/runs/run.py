@@ -35,6 +35,7 @@ PATHS = ("model.path", "pairs.prompts", "distill.prompts", "distill.teacher", "d
 FREE_FIELDS = frozenset(
     {  # where and how often, never what: a run may go on with others
         "train.workers",
+        "train.nodes_wait_s",
         "train.min_workers",
         "train.gpus_per_worker",
         "train.cpus_per_worker",

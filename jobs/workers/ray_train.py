@@ -30,6 +30,7 @@ from diagonal.training.loop import Stopped, TooManyNonFiniteError
 from jobs.ray_cluster import connect
 from jobs.runs.console import Bar, has_bar
 from jobs.runs.run import JobFailed, JobStopped, Run, say
+from jobs.workers.cluster_room import training_needs, wait_for_room
 from jobs.workers.control import Failure, start_controller
 from jobs.workers.data_feed import Feed
 from jobs.workers.worker import Worker
@@ -55,6 +56,7 @@ def fit_stage(run: Run, stage: str, body: Callable[[Worker, Feed], None], feed: 
     not enough, the error itself where no restart would mend it, `JobStopped` after SIGTERM.
     """
     connect()
+    wait_for_room(training_needs(run.config), run.config.train.nodes_wait_s)
     config, control = run.config.train, start_controller()
     settings = {**run.to_settings(), "stage": stage, "control": control, "feed": ray.put(feed), "body": body}
     settings["has_bar"] = has_bar()
