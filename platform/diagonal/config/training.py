@@ -134,9 +134,7 @@ class TrainConfig:
     gpus_per_worker: float = setting(1.0, "GPUs of a worker.", NOT_NEGATIVE, "GPUs")
     cpus_per_worker: float = setting(1.0, "CPU cores of a worker.", POSITIVE, "cores")
     nodes_wait_s: float = setting(
-        20.0,
-        "How long a stage waits for nodes that are not there; on KubeRay without end.",
-        NOT_NEGATIVE,
+        20.0, "How long a stage waits for nodes that are not there; on KubeRay without end.", NOT_NEGATIVE
     )
     pool: str = setting("", "Nodes whose Ray label `pool` is this one train and solve pairs; empty is any.")
     shard_group: int = setting(0, "Workers that share one copy of the weights; 0 is all.", NOT_NEGATIVE, "workers")
