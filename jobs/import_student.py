@@ -24,7 +24,7 @@ def work(argv: Sequence[str]) -> None:
     options = arguments.import_student(argv, __doc__ or "")
     recipe = RECIPES[options.recipe]
     config = Config.from_preset(options.preset, [f"model.path={options.base}", *recipe.settings, *options.settings])
-    for name in (options.base, options.student, *options.lora):
+    for name in filter(None, (options.base, options.student, *options.lora)):
         say(meaning(name))
     student, adapters = local(options.student), [local(name) for name in options.lora]
     lora = {"lora": [lineage_of(name) for name in options.lora]} if adapters else {}

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscret
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.pil_utils import numpy_to_pil
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -115,6 +116,30 @@ class DiagonalPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._forget_engine()
         return super().to(*args, **kwargs)
 
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own: files of diffusers, of peft, and under Wan's own or kohya's names.
+
+        The video that is being made ends, with the other calls on adapters too. `FieldError` for 8-bit layers.
+        """
+        layer = self.transformer.blocks[0].ffn.net[2]
+        full = isinstance(layer, torch.nn.Linear | BaseTunerLayer)
+        require(full, "adapter", type(layer).__name__, "a pipeline whose weights are not 8-bit (serve.linear_dtype)")
+        self._forget_engine()
+        self.transformer.unfuse()
+        super().load_lora_weights(*args, **kwargs)
+
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        self._forget_engine()
+        super().set_adapters(*args, **kwargs)
+
+    def unload_lora_weights(self) -> None:
+        self._forget_engine()
+        super().unload_lora_weights()
+
+    def fuse_lora(self, components: Sequence[str] = ("transformer",), **kwargs: Any) -> None:
+        self._forget_engine()
+        super().fuse_lora(list(components), **kwargs)
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -200,6 +225,7 @@ class DiagonalPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return self._engine
 
     def _forget_engine(self) -> None:
+        """Let go of the engine: what its network is made of is about to change."""
         self._engine, self._current = None, ""
 
     def _chunks(self, engine: Engine, session_id: str, output_type: OutputType) -> Iterator[Any]:

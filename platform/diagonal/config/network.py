@@ -35,6 +35,10 @@ class ModelConfig:
     path: str = setting(
         "", "Folder of the base model in diffusers' layout, local or s3://; empty is the embedded model."
     )
+    adapters: tuple[str, ...] = setting(
+        (),
+        "Files of LoRA that are merged into the student when it is loaded: paths, s3:// URIs, or hf://org/name/file.",
+    )
     text_tokens: int = setting(512, "Length that prompts are cut or padded to.", POSITIVE, "tokens")
     negative_prompt: str = setting(WAN_NEGATIVE_PROMPT, "Prompt of the unguided side of the teacher.")
     compute_dtype: Literal["float32", "bfloat16"] = setting("bfloat16", "Number format of forwards.")

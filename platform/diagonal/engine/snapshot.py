@@ -69,6 +69,8 @@ class Identity:
             "compute_dtype": config.model.compute_dtype,
             "decoder_history_frames": config.serve.decoder_history_frames,
         }
+        if config.model.adapters:
+            decides["adapters"] = list(config.model.adapters)
         usual = ServeConfig()
         for name in ("decoder", "linear_dtype", "cache_dtype"):
             if (value := getattr(config.serve, name)) != getattr(usual, name):

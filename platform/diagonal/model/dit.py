@@ -97,12 +97,28 @@ class CausalBlock(WanTransformerBlock):
         """One product instead of three for self-attention's inputs, one instead of two for the text's; inference only,
         as parameters change their names."""
         for attention, parts in ((self.attn1, ("to_q", "to_k", "to_v")), (self.attn2, ("to_k", "to_v"))):
-            if not fused(attention) and isinstance(attention.to_k, torch.nn.Linear):  # 8-bit layers stay as they are
+            plain = all(isinstance(getattr(attention, part, None), torch.nn.Linear) for part in parts)
+            if not fused(attention) and plain:  # 8-bit layers, and those with an adapter, stay as they are
                 trainable = attention.to_k.weight.requires_grad
                 attention.fuse_projections()
                 for part in parts:
                     delattr(attention, part)
                 attention.requires_grad_(trainable)
+
+    def unfuse(self) -> None:
+        """The separate projections again, over the same weights."""
+        for attention, whole, parts in (
+            (self.attn1, "to_qkv", ("to_q", "to_k", "to_v")),
+            (self.attn2, "to_kv", ("to_k", "to_v")),
+        ):
+            if fused(attention):
+                joined = getattr(attention, whole)
+                pairs = zip(joined.weight.chunk(len(parts)), joined.bias.chunk(len(parts)), strict=True)
+                for part, (weight, bias) in zip(parts, pairs, strict=True):
+                    linear = torch.nn.Linear(joined.in_features, len(weight), device="meta")
+                    linear.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+                    setattr(attention, part, linear.requires_grad_(joined.weight.requires_grad))
+                attention.unfuse_projections()
 
     def _self_attention(
         self, x: Tensor, rotary: Rotary, context: tuple[Tensor, Tensor] | None, mask: BlockCausal | None
@@ -186,6 +202,11 @@ class CausalWan(WanTransformer3DModel):
         """Join projections that read one input; for inference, where nobody asks for parameters by name."""
         for block in self.blocks:
             block.fuse()
+
+    def unfuse(self) -> None:
+        """Undo `fuse`, so that parameters have diffusers' names."""
+        for block in self.blocks:
+            block.unfuse()
 
     @torch.no_grad()
     def project_text(self, text: Tensor) -> TextContext:

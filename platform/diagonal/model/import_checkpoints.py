@@ -145,7 +145,7 @@ def is_lora(name: str) -> bool:
     return "lora" in name.lower() or name.endswith(".alpha")
 
 
-def merge_lora(weights: dict[str, Tensor], pairs: Mapping[str, Tensor], file: Path) -> None:
+def merge_lora(weights: Mapping[str, Tensor], pairs: Mapping[str, Tensor], file: Path) -> None:
     """Add LoRA pairs to the weights that they adapt: weight + alpha/rank * up @ down.
 
     alpha is the file's own, that of adapter_config.json beside it, or the rank. `FieldError` names a half of a pair.
@@ -164,7 +164,7 @@ def merge_lora(weights: dict[str, Tensor], pairs: Mapping[str, Tensor], file: Pa
         require(fits, f"{FIELD}: LoRA of {module}", [*up.shape, *down.shape], f"one of the network's layers, in {file}")
         rank = down.shape[0]
         scale = float(parts["alpha"]) if "alpha" in parts else float(alpha or rank)
-        weights[target] += scale / rank * (up @ down)
+        weights[target].add_(scale / rank * (up @ down))
 
 
 def _split_lora(name: str) -> tuple[str, str]:

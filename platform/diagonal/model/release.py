@@ -18,6 +18,7 @@ from diagonal.config import Config
 from diagonal.errors import FieldError, require
 from diagonal.files import file_hash
 from diagonal.jsonfile import read_json, write_json
+from diagonal.model.adapters import merge_adapter
 from diagonal.model.base_check import NETWORKS, goes_into_a_release
 from diagonal.model.base_model import (
     CONFIG,
@@ -41,7 +42,7 @@ from diagonal.model.stored_weights import check_weights
 from diagonal.model.text import TextEncoder, load_tokenizer
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of, laid_out
 from diagonal.storage import Folder
-from diagonal.storage.fetch import NO_PROGRAMS, fetch
+from diagonal.storage.fetch import NO_PROGRAMS, fetch, fetch_file
 
 SHARED_FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -79,8 +80,12 @@ class Release:
         return cls(folder, Config.load(folder / CONFIG), manifest)
 
     def generator(self, device: torch.device | str = "cpu") -> CausalWan:
-        """The causal generator in the configured compute type, its blocks' linear layers in `serve.linear_dtype`."""
-        network = load_causal(self.folder, self.config, self._dtype).to(device).requires_grad_(False)
+        """The causal generator in the configured compute type, its blocks' linear layers in `serve.linear_dtype`, with
+        `model.adapters` merged into it; `FieldError` for one that does not fit."""
+        network = load_causal(self.folder, self.config, self._dtype)
+        for name in self.config.model.adapters:
+            merge_adapter(network, fetch_file(name))
+        network = network.to(device).requires_grad_(False)
         if self.config.serve.linear_dtype == "fp8":
             network.fuse()  # before they are 8 bits, which are joined no more
             use_fp8_linears(network, network.blocks)
