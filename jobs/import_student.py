@@ -23,13 +23,16 @@ from jobs.runs.run import say
 def work(argv: Sequence[str]) -> None:
     options = arguments.import_student(argv, __doc__ or "")
     recipe = RECIPES[options.recipe]
-    config = Config.from_preset(options.preset, [f"model.path={options.base}", *recipe.settings, *options.settings])
-    for name in filter(None, (options.base, options.student, *options.lora)):
+    fast = ["serve.decoder=fast"] if options.decoder else []
+    own = [f"model.path={options.base}", *recipe.settings, *fast, *options.settings]
+    config = Config.from_preset(options.preset, own)
+    for name in filter(None, (options.base, options.student, *options.lora, options.decoder)):
         say(meaning(name))
     student, adapters = local(options.student), [local(name) for name in options.lora]
     lora = {"lora": [lineage_of(name) for name in options.lora]} if adapters else {}
     names = {"student": lineage_of(options.student), "recipe": options.recipe, **lora}
-    release = import_release(Path(options.out), student, config, recipe, names, adapters)
+    decoder = local(options.decoder) if options.decoder else None
+    release = import_release(Path(options.out), student, config, recipe, names, adapters, decoder)
     schedule, cache = release.config.schedule, release.config.cache
     say(
         f"recipe {options.recipe}: steps {schedule.steps}, shift {schedule.shift:g}, context "

@@ -109,6 +109,7 @@ def import_student(argv: Sequence[str], description: str) -> argparse.Namespace:
     add("--base", required=True, help="the base model: a folder, s3:// URI, or org/name on the hub; '' is the embedded")
     add("--student", required=True, help="its weights: a file, an index of shards, a folder, or hf://org/name/file")
     add("--lora", action="append", default=[], help="a file of LoRA pairs to merge into it, such as LongLive's")
+    add("--decoder", default="", help="TAEHV's taew2_1.pth (or .safetensors) as its fast decoder, which then is served")
     add("--recipe", required=True, choices=sorted(RECIPES), help="how it is sampled")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="one setting in its place")
     add("--preset", default="wan-1.3b", help=f"geometry and the rest: one of {sorted(PRESETS)}")

@@ -29,6 +29,7 @@ from diagonal.model.architecture import constructor_settings
 from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import FastDecoder
 from diagonal.model.release import Release, decoder_for
+from diagonal.model.taehv import TaehvDecoder
 from diagonal.model.text import TextEncoder
 from diagonal.model.vae import Decoder, LinearCodec
 
@@ -75,7 +76,7 @@ class DiagonalPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         transformer: WanTransformer3DModel,
         vae: AutoencoderKLWan | LinearCodec,
         scheduler: FlowMatchEulerDiscreteScheduler | None = None,
-        decoder: FastDecoder | None = None,
+        decoder: FastDecoder | TaehvDecoder | None = None,
         diagonal: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()

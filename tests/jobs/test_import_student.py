@@ -20,6 +20,7 @@ from diagonal.pipeline import DiagonalPipeline
 from jobs.import_student import work
 from tests.engine.driving import PROMPT, engine_of, spec_of, stream
 from tests.model.test_import_checkpoints import wan_name
+from tests.model.test_taehv import published
 from tests.networks import SMALL, small_config, small_text_model, small_tokenizer, small_vae, small_wan
 
 SIZE = ["geometry.latent_height=6", "geometry.latent_width=10"]  # 48 x 80 pixels
@@ -44,10 +45,10 @@ def student(base: Path) -> Path:
     return base.parent / "self_forcing_dmd.pt"
 
 
-def imported(base: Path, student: Path, out: Path, recipe: str, *settings: str) -> Release:
+def imported(base: Path, student: Path, out: Path, recipe: str, *settings: str, decoder: Path | None = None) -> Release:
     given = [word for text in (*SMALL, "model.compute_dtype=float32", *SIZE, *settings) for word in ("--set", text)]
     source = ["--base", str(base), "--student", str(student), "--recipe", recipe]
-    work([*source, "--out", str(out), *given])
+    work([*source, "--out", str(out), *given, *(["--decoder", str(decoder)] if decoder else [])])
     return Release.load(out)
 
 
@@ -103,3 +104,12 @@ def test_what_cannot_be_imported_leaves_nothing_behind(base: Path, student: Path
 def test_an_import_starts_no_ray(base: Path, student: Path, tmp_path: Path) -> None:
     imported(base, student, tmp_path / "r", "longlive")
     assert not ray.is_initialized()
+
+
+def test_a_fast_decoder_of_another_geometry_is_refused_before_the_release(
+    base: Path, student: Path, tmp_path: Path
+) -> None:
+    torch.save(published(), tmp_path / "taew2_1.pth")
+    with pytest.raises(FieldError, match="decoder latent_channels = 16"):
+        imported(base, student, tmp_path / "r", "diagonal", decoder=tmp_path / "taew2_1.pth")
+    assert not (tmp_path / "r").exists()

@@ -21,6 +21,7 @@ from diagonal.model.dit import CausalWan
 from diagonal.model.fast_decoder import FastDecoder
 from diagonal.model.stored_weights import CODECS, refuse_differences, stored_shapes, stored_variant
 from diagonal.model.stored_weights import CONFIG as CONFIG
+from diagonal.model.taehv import TaehvDecoder
 from diagonal.model.text import TextEncoder, load_tokenizer
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of
 from diagonal.storage import Folder
@@ -160,16 +161,17 @@ def load_decoder(folder: Path, config: Config) -> Decoder:
     return decoder_of(load_codec(folder, config))
 
 
-def load_fast_decoder(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> FastDecoder:
+def load_fast_decoder(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> FastDecoder | TaehvDecoder:
     """The fast decoder in `folder/decoder`, checked against the geometry; `FieldError` when there is none."""
     path = folder / FAST_DECODER
     require(
         (path / CONFIG).is_file(),
         "serve.decoder",
         "fast",
-        f"full: {folder} has no {FAST_DECODER}/, which jobs/distill_decoder.py makes",
+        f"full: {folder} has no {FAST_DECODER}/, which jobs/distill_decoder.py or import_student.py --decoder makes",
     )
-    network: FastDecoder = _load_whole(FastDecoder, path, dtype)
+    kind = TaehvDecoder if read_json(path / CONFIG).get("_class_name") == "TaehvDecoder" else FastDecoder
+    network: FastDecoder | TaehvDecoder = _load_whole(kind, path, dtype)
     for field in ("latent_channels", "temporal_stride", "spatial_stride"):
         wanted = getattr(config.geometry, field)
         require(

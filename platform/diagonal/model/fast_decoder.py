@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -138,13 +139,24 @@ class FastDecoder(ModelMixin, ConfigMixin):
         return shuffled.unflatten(0, x.shape[:2]).flatten(1, 2)
 
 
+class StreamingNetwork(Protocol):
+    """What turns latents into pixels with a memory that its caller keeps: `FastDecoder`, `TaehvDecoder`."""
+
+    @property
+    def memories(self) -> int: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def __call__(self, latents: Tensor, memory: Memory, first: bool) -> Tensor: ...
+
+
 class StreamingFastDecoder(Decoder):
-    """Decode by a `FastDecoder`, one latent frame after another: a convolution over more at once may round otherwise,
+    """Decode by such a network, one latent frame after another: a convolution over more at once may round otherwise,
     and then a stream's pixels would depend on how it was cut."""
 
     joins = True
 
-    def __init__(self, network: FastDecoder) -> None:
+    def __init__(self, network: StreamingNetwork) -> None:
         self._network = network
 
     def start(self) -> DecoderState:

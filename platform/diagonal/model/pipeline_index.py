@@ -15,7 +15,11 @@ from diagonal.model.stored_weights import CONFIG
 
 INDEX = "model_index.json"
 KEPT = ("preset", "geometry", "schedule", "cache", "model", "serve")  # of the configuration: what decides frames
-_OURS = {"LinearCodec": "diagonal.model.vae", "FastDecoder": "diagonal.model.fast_decoder"}
+_OURS = {
+    "LinearCodec": "diagonal.model.vae",
+    "FastDecoder": "diagonal.model.fast_decoder",
+    "TaehvDecoder": "diagonal.model.taehv",
+}
 _TOKENIZER = ["transformers", "PreTrainedTokenizerFast"]  # reads tokenizer.json as it is; T5's own class rebuilds it
 
 

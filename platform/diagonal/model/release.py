@@ -39,6 +39,7 @@ from diagonal.model.manifest import FORMAT_VERSION, MANIFEST, PIPELINE, check_fi
 from diagonal.model.model_card import CARD, author_notes_of, write_card
 from diagonal.model.pipeline_index import kept_settings, write_pipeline_index
 from diagonal.model.stored_weights import check_weights
+from diagonal.model.taehv import TaehvDecoder
 from diagonal.model.text import TextEncoder, load_tokenizer
 from diagonal.model.vae import Decoder, LinearCodec, decoder_of, laid_out
 from diagonal.storage import Folder
@@ -123,7 +124,7 @@ class Release:
         found: torch.dtype = getattr(torch, self.config.model.compute_dtype)
         return found
 
-    def _fast_decoder(self) -> FastDecoder:
+    def _fast_decoder(self) -> FastDecoder | TaehvDecoder:
         return load_fast_decoder(self.folder, self.config, self._dtype)
 
     def with_settings(self, settings: Iterable[str]) -> Release:
@@ -131,10 +132,10 @@ class Release:
         return replace(self, config=self.config.with_settings(settings))
 
 
-def decoder_for(network: AutoencoderKLWan | LinearCodec | FastDecoder, config: Config) -> Decoder:
+def decoder_for(network: AutoencoderKLWan | LinearCodec | FastDecoder | TaehvDecoder, config: Config) -> Decoder:
     """The streaming decoder over a network, in `serve.decoder_layout`."""
     placed = laid_out(network, config.serve.decoder_layout)
-    return StreamingFastDecoder(placed) if isinstance(placed, FastDecoder) else decoder_of(placed)
+    return StreamingFastDecoder(placed) if isinstance(placed, FastDecoder | TaehvDecoder) else decoder_of(placed)
 
 
 def write_release(
@@ -158,6 +159,8 @@ def write_release(
         for folder in SHARED_FOLDERS:
             if (base / folder).is_dir():
                 shutil.copytree(base / folder, temporary / folder, ignore=_stray)
+        if (student / FAST_DECODER).is_dir():
+            shutil.copytree(student / FAST_DECODER, temporary / FAST_DECODER)
         shutil.copyfile(student / CONFIG, temporary / CONFIG)
         write_card(temporary, name, Config.load(student / CONFIG), lineage, author_notes)
         write_pipeline_index(temporary, name, Config.load(student / CONFIG))
