@@ -12,10 +12,10 @@ from diagonal.evaluate.environment import commit, processor
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "results" / "faults.md"
 RESULTS = {"failure": "**failed**", "error": "**error**", "skipped": "skipped"}
-HEAD = """# Faults: the last whole run
+HEAD = """# Faults: the last run
 
-Written by `python -m tests.faults.page REPORTS` from what `make test-faults REPORTS=REPORTS` left. Each test ends,
-freezes or damages a part on purpose, on one machine, while the embedded model trains or streams; figures are of that
+Written by `python -m tests.faults.page REPORTS` from what `make test-faults REPORTS=REPORTS` left: the fifty tests, or
+with `CHOICE=ci` the ten that CI runs. Each test ends, freezes or damages a part on purpose, on one machine, while the embedded model trains or streams; figures are of that
 machine.
 """
 
