@@ -22,7 +22,7 @@ LATE_S = 600.0
 _LOOK_EVERY_S, _SAY_EVERY_S, _CONNECT_TIMEOUT_S = 2.0, 20.0, 10
 _BUSY_TIMEOUT_MS = 15_000
 _DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg", "sqlite": "sqlite"}
-_STARTING = ("57P", "08")  # SQLSTATE classes of a server that starts or ends, and of a connection that was lost
+_REFUSED, _STARTING = "FATAL", "the database system is"  # how PostgreSQL begins what no waiting mends, and what it does
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "ceph", "glusterfs", "9p", "afs", "beegfs", "gpfs", "fuse.")
 _LOCAL_FUSE = ("fuse.fuse-overlayfs",)
 
@@ -86,7 +86,7 @@ def _wait_for(engine: sql.Engine, wait_s: float) -> None:
                 return
         except sql.exc.OperationalError as error:
             cause, now_s = _cause(error, engine.url), time.monotonic()
-            if now_s - began_s >= wait_s or not _may_come(error):
+            if now_s - began_s >= wait_s or not _may_come(str(error.orig), engine.dialect.name):
                 engine.dispose()
                 allowed = f"a database that answers: {cause}"
                 raise FieldError("database", _shown(engine.url), allowed) from None
@@ -96,10 +96,9 @@ def _wait_for(engine: sql.Engine, wait_s: float) -> None:
             time.sleep(_LOOK_EVERY_S)
 
 
-def _may_come(error: sql.exc.OperationalError) -> bool:
-    """Whether the database may answer later: SQLite's file is there or not, a server may start."""
-    state = getattr(error.orig, "sqlstate", "sqlite")
-    return state is None or state.startswith(_STARTING)
+def _may_come(message: str, dialect: str) -> bool:
+    """Whether the database may answer later: SQLite's file is there or not; a server may start, and says when it does."""
+    return dialect != "sqlite" and (_REFUSED not in message or _STARTING in message)
 
 
 def _cause(error: sql.exc.OperationalError, url: sql.URL) -> str:

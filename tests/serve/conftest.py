@@ -14,10 +14,17 @@ from typing import Any
 import httpx2
 import pytest
 
+from diagonal.client import client
 from serve.api.realtime import RealtimeLimits
 from serve.settings import ServeSettings
 from tests.serve import postgres
 from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, Until, deadline, http_client, start
+
+
+@pytest.fixture(autouse=True)
+def no_local_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key of a demo that runs in this checkout is not the key of a test's service."""
+    monkeypatch.setattr(client, "LOCAL_KEY_FILE", "no-demo/local_key")
 
 
 @pytest.fixture(scope="session")

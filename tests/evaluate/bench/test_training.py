@@ -83,7 +83,7 @@ from importlib.machinery import PathFinder
 class Bare(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        gone = {"ray", "moto", "boto3", "botocore", "fastapi", "pydantic", "av", "accelerate"}
+        gone = {"ray", "moto", "boto3", "botocore", "fastapi", "pydantic", "av", "accelerate", "peft"}
         return None if name.partition(".")[0] in gone else super().find_spec(name, path, target)
 
 sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-JOBS = "pairs ode_init distill pretrain distill_decoder export evaluate search promote replay".split()
+JOBS = "pairs ode_init distill pretrain distill_decoder export evaluate search promote replay import_student".split()
 HEAVY = "{'torch', 'ray', 'diffusers', 'transformers', 'numpy'}"
 HELP = f"""
 import runpy, sys
