@@ -97,7 +97,7 @@ def _wait_for(engine: sql.Engine, wait_s: float) -> None:
 
 
 def _may_come(message: str, dialect: str) -> bool:
-    """Whether the database may answer later: SQLite's file is there or not; a server may start, and says when it does."""
+    """Whether the database may answer later: SQLite's file is there or not, a server may start and says so."""
     return dialect != "sqlite" and (_REFUSED not in message or _STARTING in message)
 
 

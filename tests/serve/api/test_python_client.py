@@ -208,7 +208,7 @@ class CommandLine:
     def __init__(self, url: str, *arguments: str) -> None:
         command = [sys.executable, "-m", "diagonal.cli", "watch", *arguments, "--url", url]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd="platform")
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd="/")  # no demo is above
 
     def type(self, line: str) -> None:
         assert self.process.stdin is not None
