@@ -212,7 +212,7 @@ def test_an_unknown_key_of_a_file_is_refused_with_the_one_that_is_near() -> None
 
 
 def test_the_papers_model_is_served_by_the_fast_path() -> None:
-    """Without these a GPU makes about a third of the frames a second (docs/results/speed.md)."""
+    """What the GPU's path was built for is on without a word of the user's; its gain is not measured yet."""
     serve = Config.from_preset("wan-1.3b").serve
     assert serve.compile and serve.overlap_decode and serve.attention == "auto"
 

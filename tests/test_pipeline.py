@@ -146,8 +146,9 @@ def test_the_numbers_are_of_the_type_that_was_asked_for(folder: Path) -> None:
 
 
 def test_the_package_imports_without_torch() -> None:
-    code = "import sys, diagonal; assert 'torch' not in sys.modules; assert 'DiagonalPipeline' in diagonal.__all__"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    code = "import sys, diagonal; print('torch' in sys.modules, 'DiagonalPipeline' in diagonal.__all__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 def test_the_example_in_the_docs_runs(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
