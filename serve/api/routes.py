@@ -84,6 +84,7 @@ def create_app(
     app.add_middleware(HeadMiddleware, application=app)  # the last one added is the outermost
     _add_videos(app)
     _add_streams(app)
+    _add_hls(app)
     _add_realtime(app, limits or RealtimeLimits())
     _add_service(app)
     describe(app)
@@ -232,34 +233,6 @@ def _add_streams(app: FastAPI) -> None:
             operation_id=f"{method.lower()}_stream",
         )(stream)
 
-    @app.get(
-        "/v1/videos/{video_id}/index.m3u8", response_class=Response, responses=errors(400, 404, 422, known=PLAYLIST)
-    )
-    async def playlist(
-        video_id: str,
-        gateway: Via,
-        caller: By,
-        msn: Annotated[int | None, Query(alias="_HLS_msn", ge=0, le=MAX_CHUNK)] = None,
-    ) -> Response:
-        """The HLS playlist: live while the video is made, whole when it is over. `_HLS_msn` waits for that chunk."""
-        text = await gateway.playlist(video_id, msn, caller)
-        over = text.endswith("#EXT-X-ENDLIST\n")
-        return Response(text, media_type=hls.MEDIA_TYPE, headers=KEPT if over else {"Cache-Control": "no-cache"})
-
-    @app.get("/v1/videos/{video_id}/init.mp4", response_class=Response, responses=errors(404, known=PART))
-    async def init_segment(video_id: str, gateway: Via, caller: By) -> Response:
-        """The initialisation segment of the playlist."""
-        return Response(await gateway.hls_part(video_id, -1, caller), media_type="video/mp4", headers=KEPT)
-
-    @app.get(
-        "/v1/videos/{video_id}/chunks/{chunk}.m4s", response_class=Response, responses=errors(404, 410, 422, known=PART)
-    )
-    async def chunk_of_playlist(
-        video_id: str, chunk: Annotated[int, InPath(ge=0, le=MAX_CHUNK)], gateway: Via, caller: By
-    ) -> Response:
-        """One chunk, the bytes that the stream has of it."""
-        return Response(await gateway.hls_part(video_id, chunk, caller), media_type="video/mp4", headers=KEPT)
-
     @app.get("/v1/videos/{video_id}/chain", responses=errors(404, 422))
     async def chain(
         video_id: str,
@@ -277,6 +250,35 @@ def _add_streams(app: FastAPI) -> None:
         """The log of a video that was asked for with `extra.record`: `jobs/replay.py` makes it again from there."""
         text = await gateway.recording(video_id, caller)
         return Response(text, media_type="application/json", headers={"Cache-Control": "no-store"})
+
+
+def _add_hls(app: FastAPI) -> None:
+    @app.get(
+        "/v1/videos/{video_id}/index.m3u8", response_class=Response, responses=errors(400, 404, 422, known=PLAYLIST)
+    )
+    async def playlist(
+        video_id: str,
+        gateway: Via,
+        caller: By,
+        msn: Annotated[int | None, Query(alias="_HLS_msn", ge=0, le=MAX_CHUNK)] = None,
+    ) -> Response:
+        """The HLS playlist: live while the video is made, whole when it is over. `_HLS_msn` waits for that chunk."""
+        text, over = await gateway.playlist(video_id, msn, caller)
+        return Response(text, media_type=hls.MEDIA_TYPE, headers=KEPT if over else {"Cache-Control": "no-cache"})
+
+    @app.get("/v1/videos/{video_id}/init.mp4", response_class=Response, responses=errors(404, known=PART))
+    async def init_segment(video_id: str, gateway: Via, caller: By) -> Response:
+        """The initialisation segment of the playlist."""
+        return Response(await gateway.hls_part(video_id, -1, caller), media_type="video/mp4", headers=KEPT)
+
+    @app.get(
+        "/v1/videos/{video_id}/chunks/{chunk}.m4s", response_class=Response, responses=errors(404, 410, 422, known=PART)
+    )
+    async def chunk_of_playlist(
+        video_id: str, chunk: Annotated[int, InPath(ge=0, le=MAX_CHUNK)], gateway: Via, caller: By
+    ) -> Response:
+        """One chunk, the bytes that the stream has of it."""
+        return Response(await gateway.hls_part(video_id, chunk, caller), media_type="video/mp4", headers=KEPT)
 
 
 def _add_realtime(app: FastAPI, limits: RealtimeLimits) -> None:

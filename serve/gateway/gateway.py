@@ -314,26 +314,34 @@ class Gateway:
                 raise wrong_value(422, "invalid_value", "start_chunk", chunk, f"0 to {max(0, end - 1)}: then it ends")
         return self._segments(self.reader(video), chunk)
 
-    async def playlist(self, video_id: str, wait_for: int | None, caller: Caller) -> str:
-        """The HLS playlist of the caller's video, with chunk `wait_for` once it is there, and at least with the first.
+    async def playlist(self, video_id: str, wait_for: int | None, caller: Caller) -> tuple[str, bool]:
+        """The HLS playlist of the caller's video, with chunk `wait_for` once it is there, and at least with the first;
+        and whether it is the last one.
 
         `Problem` 400 for a chunk too far ahead, 503 where it does not come within three target durations.
         """
         video = await self.get(video_id, caller)
-        geometry = (await self._fleet.info_of(video)).geometry
-        target = hls.target_s(geometry.chunk_pixel_frames(1), video.fps)
-        newest = video.chunks_done - 1
-        if wait_for is not None and wait_for > newest + hls.AHEAD and not video.status.over:
-            raise wrong_value(400, "invalid_value", "_HLS_msn", wait_for, f"0 to {newest + hls.AHEAD}")
-        awaited = max(0, wait_for or 0)
-        if awaited > newest and not video.status.over:
-            segment = await self._hls_segment(video, awaited, hls.HOLD_BACK_TARGETS * target)
-            if segment is None or not segment.final:
-                raise Problem(503, "not_there_yet", f"chunk {awaited} is not there yet", retry_after_s=target)
+        target = 0
+        if not video.status.over:
+            longest = (await self._fleet.info_of(video)).geometry.chunk_pixel_frames(1)
+            target = hls.target_s(longest, video.fps)
+            await self._hls_awaited(video, wait_for, hls.HOLD_BACK_TARGETS * target)
             video = await self.get(video_id, caller)
         first = max(0, video.chunks_done - KEPT_CHUNKS // 2) if video.endless else 0
         frames = await call(self._store.chunk_frames(video.id, first))
-        return hls.playlist(frames, video.fps, target, first, ended=video.status.over, endless=video.endless)
+        target = target or hls.target_s(max(frames, default=1), video.fps)  # the release may be gone
+        text = hls.playlist(frames, video.fps, target, first, ended=video.status.over, endless=video.endless)
+        return text, video.status.over
+
+    async def _hls_awaited(self, video: VideoRecord, wait_for: int | None, wait_s: float) -> None:
+        """Wait for that chunk of a video that is made, or for its first one."""
+        newest, awaited = video.chunks_done - 1, wait_for or 0
+        if awaited > newest + hls.AHEAD:
+            raise wrong_value(400, "invalid_value", "_HLS_msn", awaited, f"0 to {newest + hls.AHEAD}")
+        if awaited > newest:
+            segment = await self._hls_segment(video, awaited, wait_s)
+            if segment is None or not segment.final:
+                raise Problem(503, "not_there_yet", f"chunk {awaited} is not there yet", retry_after_s=1.0)
 
     async def hls_part(self, video_id: str, chunk: int, caller: Caller) -> bytes:
         """The bytes of a chunk, -1 is the initialisation segment, waiting a moment for it.
