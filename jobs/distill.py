@@ -14,12 +14,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from diagonal.model.base_model import check_transformer, load_causal, load_teacher
+from diagonal.errors import require
+from diagonal.model.base_model import check_transformer, load_causal, load_codec, load_teacher
 from diagonal.model.dit import CausalWan
 from diagonal.model.import_checkpoints import load_initial_student
 from diagonal.model.text import TextEncoder
 from diagonal.storage import Folder
 from diagonal.storage.fetch import STUDENT_FILES, fetch
+from diagonal.training.checkpoint import Checkpointer
 from diagonal.training.distill import PromptBatch
 from diagonal.training.distributed import is_grouped
 from diagonal.training.loop import Plan, run_loop
@@ -29,7 +31,15 @@ from diagonal.training.state import TrainState
 from jobs.export import export
 from jobs.ode_init import initialise
 from jobs.pretrain import pretrain
-from jobs.runs.artefacts import base_lineage, initial_student, lineage_of, local_copy, write_student
+from jobs.runs.artefacts import (
+    STAGE1_STATE,
+    base_lineage,
+    inherited_state,
+    initial_student,
+    lineage_of,
+    local_copy,
+    write_student,
+)
 from jobs.runs.plan import run_job
 from jobs.runs.prompts import training_prompts
 from jobs.runs.run import Run, say
@@ -87,10 +97,12 @@ def train(worker: Worker, feed: Feed) -> None:
     state, plan = build(worker, text)
     generator = state.networks["generator"]
     assert isinstance(generator, CausalWan) and state.ema is not None
-    rows, hooks = worker.begin(state, feed, generator, text)
+    rows, hooks = worker.begin(state, feed, generator, text, inherited_state(worker.run))
+    first, least = worker.config.distill.stage1_updates, f"at least {state.update}, as what distill.init names had"
+    require(state.stage == 2 or state.update <= first, "distill.stage1_updates", first, least)
     batches = (prompt_batch(columns, text) for columns in rows)
     run_loop(state, plan, batches, hooks)
-    keep_stage1(worker, generator)
+    keep_stage1(worker, state)
     run_loop(state, enter_stage2(worker.config, state, plan, read_reference(worker)), batches, hooks)
     weights = full_tensors(state.ema.shadow)
     if worker.place.rank == 0:
@@ -105,15 +117,21 @@ def build(worker: Worker, text: TextEncoder) -> tuple[TrainState, Plan[PromptBat
     def load(role: str) -> Any:
         if role == "generator":
             return load_initial_student(initial_student(run), run.base, config)
+        if role == "codec":
+            return load_codec(run.base, config).to(worker.device)
         return load_teacher(run.base if role == "critic" else teacher_folder(run), config)
 
     return worker.build_stage(1, load, text.encode([config.model.negative_prompt]))
 
 
-def keep_stage1(worker: Worker, generator: CausalWan) -> None:
-    """Write the generator as stage 1 left it, once: stage 2's regression reference, on a resume too."""
+def keep_stage1(worker: Worker, state: TrainState) -> None:
+    """Write the generator as stage 1 left it, once: stage 2's regression reference, on a resume too. Beside it all else
+    that stage 2 inherits, in float32, so that another run may begin from there."""
     if worker.run.has_student("stage1"):
         return
+    Checkpointer(worker.run.folder / STAGE1_STATE, keep=1).save(state, wait=True)
+    generator = state.networks["generator"]
+    assert isinstance(generator, CausalWan)
     weights = full_state_dict(generator)
     if worker.place.rank == 0:
         lineage = {"parent": lineage_of(worker.run.initial_student), "updates": worker.config.distill.stage1_updates}

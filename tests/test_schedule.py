@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 
@@ -101,6 +102,24 @@ def test_a_malformed_string_is_refused_with_what_is_allowed(steps: str) -> None:
         StepSchedule(steps)
     assert (refused.value.field, refused.value.value) == ("schedule.steps", steps)
     assert "4322222" in refused.value.allowed and "self-forcing" in refused.value.allowed
+
+
+def test_a_sink_context_is_the_first_chunks_alone_and_costs_a_forward_a_stream() -> None:
+    schedule = StepSchedule("4322222", sink_context=0.0)
+    assert schedule.total_forwards(WAN_CHUNKS) == 17 + 1 and schedule.forwards(9) == 2
+    assert [schedule.context_level(chunk) for chunk in (0, 1)] == [0.0, raw_level(100, 5.0)]
+    assert [schedule.context_of(chunk) for chunk in (0, 1)] == [0.0, "reuse"]
+    levels = StepSchedule("432", context=0.3, sink_context=0.1)
+    assert [levels.context_level(chunk) for chunk in range(3)] == [0.1, 0.3, 0.3]
+    assert levels.total_forwards(3) == StepSchedule("432", context=0.3).total_forwards(3)
+    assert StepSchedule("12", sink_context=0.0).forwards(0) == 2, "one step is no context, but its finished chunk is"
+    assert levels.with_steps("4").sink_context == 0.1
+
+
+@pytest.mark.parametrize("level", [-0.1, 1.1, math.nan, True, "reuse"])
+def test_a_sink_context_that_is_no_level_is_refused(level: Any) -> None:
+    with pytest.raises(FieldError, match=r"schedule.sink_context = .*: allowed is null, or a level in \[0, 1\]"):
+        StepSchedule(sink_context=level)
 
 
 @pytest.mark.parametrize("context", ["clean", -0.1, 1.1, math.nan, True])

@@ -17,9 +17,11 @@ from diagonal.model.manifest import MANIFEST
 from diagonal.model.release import Release, write_release
 from diagonal.storage import Folder
 from diagonal.storage.fetch import STUDENT_FILES, fetch, fetch_file
+from diagonal.storage.remote import HUB, location
 from jobs.runs.run import Run
 
 STATEMENT = "statement.md"
+STAGE1_STATE = "stage1-state"  # beside a run's stage1/: all that stage 2 inherits
 
 
 def lineage_of(uri: str) -> str:
@@ -73,6 +75,15 @@ def initial_student(run: Run) -> Path:
         return local_copy(run, "ode_init")
     given = run.initial_student
     return fetch_file(given) if given.endswith(".pt") else fetch(given, patterns=STUDENT_FILES)
+
+
+def inherited_state(run: Run) -> Folder | None:
+    """Where the state lies that the run's first student was left with: beside another run's `stage1/`, or nowhere."""
+    given = location(run.config.distill.init)
+    if not given or given.startswith(HUB) or Folder(given).name != "stage1":
+        return None
+    folder = Folder(given).parent / STAGE1_STATE
+    return folder if folder.children() else None
 
 
 def local_copy(run: Run, name: str, last: str = LINEAGE) -> Path:

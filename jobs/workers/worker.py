@@ -20,6 +20,7 @@ from diagonal.model.base_model import load_text
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.schedule import StepSchedule
+from diagonal.storage import Folder
 from diagonal.training import memory
 from diagonal.training.batch_partition import own_samples
 from diagonal.training.checkpoint import Checkpointer
@@ -106,15 +107,20 @@ class Worker:
         return build_stage(self.config, stage, self.device, load, negative=negative, mesh=self.mesh())
 
     def begin(
-        self, state: TrainState, feed: Feed, network: CausalWan, text: TextEncoder
+        self, state: TrainState, feed: Feed, network: CausalWan, text: TextEncoder, inherited: Folder | None = None
     ) -> tuple[Iterator[dict[str, Any]], Hooks]:
-        """Restore the stage's newest checkpoint into `state`; this rank's data from there on, and the loop's hooks.
+        """Restore the stage's newest checkpoint into `state`, or the one in `inherited` where it has none yet; this
+        rank's data from there on, and the loop's hooks.
 
         Videos of the feed's captions are drawn by `network` every `train.sample_every` updates.
         """
         folder, place = self.run.folder / "train" / self.place.stage, self.place
         self.checkpointer = Checkpointer(folder / "checkpoints", self.config.distill.keep_checkpoints)
         restored = self.checkpointer.restore(state)
+        if restored is None and inherited is not None:
+            Checkpointer(inherited, keep=1).restore(state)
+            if place.rank == 0:
+                say(f"{place.stage}: inherits networks, optimizers and average of {inherited}, update {state.update}")
         reporter = None
         if place.rank == 0:
             reporter = self._reporter(FolderSync(folder), feed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, Literal
 
@@ -49,6 +49,8 @@ class StepSchedule:
 
     `context` says how a finished chunk enters the cache: "reuse" keeps the K/V of its last denoising forward;
     a level re-noises the finished chunk to it and spends one further forward; None takes the list's own default.
+    `sink_context` is the same for a stream's first chunk alone, which every later chunk attends to: 0 keeps that anchor
+    clean for one forward a stream.
     """
 
     steps: str = setting("4322222", "Denoising steps of each chunk; the last digit stands for all later ones.", ALLOWED)
@@ -58,6 +60,11 @@ class StepSchedule:
         "Noise level at which a finished chunk enters the cache; reuse keeps what its last step computed.",
         "null (the schedule's own), 'reuse', or a level in [0, 1]",
     )
+    sink_context: float | None = setting(
+        None,
+        "Noise level at which the first chunk, the attention sink, enters the cache; 0 is a clean anchor.",
+        "null (as schedule.context), or a level in [0, 1]",
+    )
 
     def __post_init__(self) -> None:
         valid = isinstance(self.steps, str) and (self.steps in NAMED_STEPS or bool(STRING.fullmatch(self.steps)))
@@ -65,15 +72,21 @@ class StepSchedule:
         falling = all(a > b for row in self.raw_rows for a, b in zip(row, row[1:], strict=False))
         require(falling, "schedule.steps", self.steps, "a last timestep below the one before it in every row")
         check(self, "schedule")
-        is_level = isinstance(self.context, int | float) and not isinstance(self.context, bool)
         require(
-            self.context in (None, "reuse") or (is_level and 0.0 <= float(self.context) <= 1.0),
+            self.context in (None, "reuse") or _is_level(self.context),
             "schedule.context",
             self.context,
             "'reuse' or a level in [0, 1]",
         )
         require(
-            self.resolved_context != "reuse" or min(len(row) for row in self.rows) > 1,
+            self.sink_context is None or _is_level(self.sink_context),
+            "schedule.sink_context",
+            self.sink_context,
+            "null, or a level in [0, 1]",
+        )
+        reused = self.rows if self.sink_context is None else self.rows[1:] or self.rows
+        require(
+            self.resolved_context != "reuse" or min(len(row) for row in reused) > 1,
             "schedule.context",
             "reuse",
             f"a level: {self.steps!r} has a one-step row, and reuse would cache pure noise",
@@ -101,6 +114,14 @@ class StepSchedule:
         named = NAMED_STEPS.get(self.steps)
         return named[1] if named else "reuse"
 
+    def with_steps(self, steps: str) -> StepSchedule:
+        """Another list of steps under this one's warp and contexts."""
+        return replace(self, steps=steps, context=self.resolved_context)
+
+    def context_of(self, chunk: int) -> Context:
+        """How that chunk enters the cache: "reuse", or a level."""
+        return self.sink_context if chunk == 0 and self.sink_context is not None else self.resolved_context
+
     def levels(self, chunk: int) -> tuple[float, ...]:
         """Strictly falling levels of that chunk's denoising forwards."""
         require(chunk >= 0, "chunk", chunk, "a whole number of at least 0")
@@ -108,13 +129,17 @@ class StepSchedule:
 
     def context_level(self, chunk: int) -> float:
         """Level of the input of the forward that writes that chunk's cached K/V."""
-        context = self.resolved_context
+        context = self.context_of(chunk)
         return self.levels(chunk)[-1] if context == "reuse" else float(context)
 
     def forwards(self, chunk: int) -> int:
         """Network forwards that chunk costs: its steps, and one more where the context is a level."""
-        return len(self.levels(chunk)) + (self.resolved_context != "reuse")
+        return len(self.levels(chunk)) + (self.context_of(chunk) != "reuse")
 
     def total_forwards(self, chunks: int) -> int:
         """Forwards of that many chunks, context passes included (28 + 7 for 'self-forcing' and 7 chunks)."""
         return sum(self.forwards(chunk) for chunk in range(chunks))
+
+
+def _is_level(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0

@@ -37,7 +37,8 @@ def run(
 ) -> DenoisedChunk:
     schedule = StepSchedule(steps, context=context)
     text = text_of() if text is None else text
-    return denoise_chunk(network, schedule, chunk, text, begun(chunk, cache), noise_of(seed, chunk), exit_step)
+    exits = None if exit_step is None else [exit_step]
+    return denoise_chunk(network, schedule, chunk, text, begun(chunk, cache), noise_of(seed, chunk), exits)
 
 
 def kv_of(cache: KVCache) -> Tensor:

@@ -178,7 +178,7 @@ def test_a_clip_costs_exactly_the_schedules_forwards(steps: str, forwards: int) 
     done = rollout(network, CONFIG, text_of(), [3], schedule=StepSchedule(steps))
     assert done.forwards == len(calls) == forwards
     assert done.clean.shape == CONFIG.geometry.clip_shape() and not done.clean.requires_grad
-    exits = draw_exit_steps(StepSchedule(steps), 7, 0)
+    exits = [draw_exit_steps(StepSchedule(steps), range(7), 0)]
     calls.clear()
     assert rollout(network, CONFIG, text_of(), [3], schedule=StepSchedule(steps), exit_steps=exits).forwards == len(
         calls
@@ -224,13 +224,16 @@ def test_training_keeps_every_page_of_a_rollout_and_inference_only_the_window(
 
     monkeypatch.setattr(KVPool, "take", noted)
     pools = keep_pools(monkeypatch)
-    rollout(small_causal(layers=1), CONFIG, text_of(2), [1, 2], exit_steps=[0] * 7 if training else None)
+    rollout(small_causal(layers=1), CONFIG, text_of(2), [1, 2], exit_steps=[[0] * 7] * 2 if training else None)
     assert sorted(taken) == list(range(pools[0].pages)) == list(range(2 * (7 if training else 4)))
 
 
 def test_a_rollout_with_another_number_of_exits_is_refused() -> None:
-    with pytest.raises(FieldError, match=r"exit_steps = \[0, 0\]: allowed is one exit step for each of 7 chunks"):
-        rollout(small_causal(), CONFIG, text_of(), [1], exit_steps=[0, 0])
+    for exits in ([[0] * 8], [[0], [0]], [[]]):
+        with pytest.raises(
+            FieldError, match=r"allowed is for each of 1 samples an exit step for each of the last chunks"
+        ):
+            rollout(small_causal(), CONFIG, text_of(), [1], exit_steps=exits)
 
 
 # Gradients
@@ -254,7 +257,7 @@ def test_a_chunk_depends_on_the_parameters_through_its_own_exit_step_alone(
     monkeypatch.setattr("diagonal.model.cache.cache_dtype", lambda config: torch.float64)
     network, schedule = small_causal(dtype=torch.float64), StepSchedule("4322222", context=context)
     whole = rollout(
-        network, CONFIG, text_of().double(), [4], schedule=schedule, chunks=len(exits), exit_steps=exits
+        network, CONFIG, text_of().double(), [4], schedule=schedule, chunks=len(exits), exit_steps=[exits]
     ).clean
     (cache,) = caches_for(CONFIG, network)
     for chunk, exit_step in enumerate(exits):
@@ -276,7 +279,7 @@ def test_the_exit_steps_gradient_is_that_of_one_forward(float64_stays: None, mon
     """Worked by hand: the input of the exit step, and the context, are constants."""
     monkeypatch.setattr("diagonal.model.cache.cache_dtype", lambda config: torch.float64)
     network, schedule = small_causal(dtype=torch.float64), StepSchedule("32")
-    whole = rollout(network, CONFIG, text_of().double(), [4], schedule=schedule, chunks=2, exit_steps=[2, 1]).clean
+    whole = rollout(network, CONFIG, text_of().double(), [4], schedule=schedule, chunks=2, exit_steps=[[2, 1]]).clean
     (cache,) = caches_for(CONFIG, network)
     run(network, cache, 0, steps="32", seed=4, text=text_of().double())
     batch, noise = begun(1, cache), noise_of(4, 1)
@@ -292,30 +295,35 @@ def test_the_exit_steps_gradient_is_that_of_one_forward(float64_stays: None, mon
 
 def test_the_cache_of_a_training_rollout_never_takes_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     pools = keep_pools(monkeypatch)
-    rollout(small_causal(), CONFIG, text_of(), [1], chunks=3, exit_steps=[3, 2, 1])
+    rollout(small_causal(), CONFIG, text_of(), [1], chunks=3, exit_steps=[[3, 2, 1]])
     assert not pools[0].keys.requires_grad and not pools[0].values.requires_grad and pools[0].keys.abs().sum() > 0
 
 
 def test_without_exits_and_under_no_grad_nothing_takes_gradients() -> None:
     assert not rollout(small_causal(), CONFIG, text_of(), [1], chunks=2).clean.requires_grad
     with torch.no_grad():
-        assert not rollout(small_causal(), CONFIG, text_of(), [1], chunks=2, exit_steps=[0, 0]).clean.requires_grad
-    assert rollout(small_causal(), CONFIG, text_of(), [1], chunks=2, exit_steps=[0, 0]).clean.requires_grad
+        assert not rollout(small_causal(), CONFIG, text_of(), [1], chunks=2, exit_steps=[[0, 0]]).clean.requires_grad
+    assert rollout(small_causal(), CONFIG, text_of(), [1], chunks=2, exit_steps=[[0, 0]]).clean.requires_grad
 
 
 def test_exits_depend_on_their_key_alone_and_every_step_of_a_row_comes_up() -> None:
     schedule = StepSchedule("4322222")
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        assert draw_exit_steps(schedule, 7, 1, "generator", 10) == draw_exit_steps(schedule, 7, 1, "generator", 10)
-    drawn = [draw_exit_steps(schedule, 7, 1, "generator", update) for update in range(600)]
+        assert draw_exit_steps(schedule, range(7), 1, "generator", 10) == draw_exit_steps(
+            schedule, range(7), 1, "generator", 10
+        )
+    drawn = [draw_exit_steps(schedule, range(7), 1, "generator", update) for update in range(600)]
     for chunk in range(7):
         steps = len(schedule.levels(chunk))
         counts = [sum(exits[chunk] == step for exits in drawn) for step in range(steps)]
         assert sum(counts) == 600 and min(counts) > 600 / steps * 0.75
-    assert drawn[:9] != [draw_exit_steps(schedule, 7, 2, "generator", update) for update in range(9)]
+    assert drawn[:9] != [draw_exit_steps(schedule, range(7), 2, "generator", update) for update in range(9)]
     assert len({tuple(exits[2:]) for exits in drawn}) == 2**5, "chunks are drawn one by one"
-    assert draw_exit_steps(schedule, 3, 1, "generator", 10) == draw_exit_steps(schedule, 7, 1, "generator", 10)[:3]
+    assert (
+        draw_exit_steps(schedule, range(3), 1, "generator", 10)
+        == draw_exit_steps(schedule, range(7), 1, "generator", 10)[:3]
+    )
 
 
 def test_noise_of_a_batch_is_each_samples_own() -> None:
@@ -323,3 +331,42 @@ def test_noise_of_a_batch_is_each_samples_own() -> None:
     for step in (0, 2):
         expected = torch.stack([chunk_noise(5, 0, step, SHAPE[1:]), chunk_noise(6, 3, step, SHAPE[1:])])
         assert torch.equal(noise(step), expected)
+
+
+# Exits of several samples, and rollouts that are longer than what is scored
+
+
+def test_samples_of_one_batch_exit_each_at_its_own_step_as_they_would_alone() -> None:
+    exits, seeds, texts = [[3, 0, 1], [1, 2, 1], [3, 1, 0]], [5, 6, 7], text_of(3)
+    network, schedule = small_causal(), StepSchedule("432")
+    together = rollout(network, CONFIG, texts, seeds, schedule=schedule, chunks=3, exit_steps=exits).clean
+    for row in range(3):
+        alone = rollout(
+            network, CONFIG, texts[row : row + 1], seeds[row : row + 1], chunks=3, exit_steps=exits[row : row + 1]
+        ).clean
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=2e-5)
+        mine, expected = gradients(network, together[row : row + 1]), gradients(network, alone)
+        for name, gradient in mine.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_chunks_before_those_that_exit_take_no_gradient_and_are_what_serving_makes() -> None:
+    network, schedule = small_causal(), StepSchedule("432")
+    options: Any = {"schedule": schedule, "chunks": 5}
+    served = rollout(network, CONFIG, text_of(), [4], **options).clean
+    last = [[len(schedule.levels(chunk)) - 1 for chunk in (3, 4)]]
+    trained = rollout(network, CONFIG, text_of(), [4], **options, exit_steps=last).clean
+    torch.testing.assert_close(trained, served, rtol=0, atol=2e-5)
+    for part, moves in ((trained[:, :, :9], False), (trained[:, :, 9:], True)):
+        assert any(gradient.abs().max() > 1e-3 for gradient in gradients(network, part).values()) == moves
+
+
+def test_a_clean_sink_is_cached_clean_and_later_chunks_are_not() -> None:
+    network, schedule = Recorder(), StepSchedule("432", sink_context=0.0)
+    (cache,) = caches_for(CONFIG, small_causal())
+    for chunk, expected in ((0, 0.0), (1, schedule.levels(1)[-1])):
+        done = denoise_chunk(network, schedule, chunk, text_of(), begun(chunk, cache), noise_of(9, chunk))
+        writes = [(float(level[0, 0]), latents) for latents, level, write, _ in network.calls if write]
+        assert done.written_level == pytest.approx(writes[-1][0]) == pytest.approx(expected)
+        assert torch.equal(writes[-1][1], done.written)
+        assert torch.equal(done.written, done.clean) == (chunk == 0)

@@ -91,6 +91,20 @@ def test_a_crashed_stage_goes_on_from_its_checkpoint_to_the_same_weights_and_los
 
 
 @pytest.mark.timeout(300)
+def test_a_run_that_begins_from_another_runs_stage_1_continues_as_that_run_did(small_run: OpenRun) -> None:
+    first = small_run("first")
+    train_here(first)
+    begins = f"distill.init={first.folder}/stage1"
+    second = small_run("second", begins)
+    train_here(second)
+    assert curve(second) == curve(first)[2:]
+    expected, found = (weights(run.folder.path / "stage2") for run in (first, second))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with pytest.raises(FieldError, match=r"distill\.stage1_updates = 1: allowed is at least 2"):
+        train_here(small_run("third", begins, "distill.stage1_updates=1"))
+
+
+@pytest.mark.timeout(300)
 def test_the_job_on_two_workers_writes_stages_pictures_and_a_release_that_loads(small_run: OpenRun) -> None:
     run = small_run("a", "train.workers=2", "distill.batch_size=3", "train.sample_every=2")
     release = Release.load(str(distill.distill(run)))

@@ -46,7 +46,7 @@ def distill_step(config: Config, ranks: int, stage: int = 2) -> DistillStep:
     negative = draw(1, TEXT_TOKENS, TEXT_DIM, seed=99)
     networks = Networks(generator, critic, teacher, negative, reference if stage == 2 else None)
     ema = Ema(generator.named_parameters(), 0.5, 1)
-    return DistillStep(config, stage, networks, learner(generator), learner(critic), ema)
+    return DistillStep(config, stage, networks, learner(generator), learner(critic), ema, 0, 1000)
 
 
 def text_of(samples: range) -> Tensor:

@@ -62,7 +62,7 @@ WAN_VAE = {
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused kernel with gradients too, and exit steps that no tensor decides (fake tensors hold no numbers)."""
     monkeypatch.setattr(attention, "_attend", torch.nn.functional.scaled_dot_product_attention)
-    monkeypatch.setattr(distill, "draw_exit_steps", lambda schedule, chunks, *key: [0] * chunks)
+    monkeypatch.setattr(distill, "draw_exit_steps", lambda schedule, chunks, *key: [0] * len(chunks))
 
 
 def config_of(*settings: str) -> Config:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from diagonal.config import Config
 from diagonal.model.attention import stage0_mask
-from diagonal.training.ode_init import PairBatch, draw_states, ode_loss
+from diagonal.training.ode_init import PairBatch, draw_states, ode_loss, state_weights
 from tests.training.stages import pair_batch, stage_config
 
 
@@ -59,3 +61,18 @@ def test_a_samples_draw_does_not_depend_on_its_batch() -> None:
     latents, levels = draw_states(config, batch)
     alone, own = draw_states(config, batch.part(slice(4, 5)))
     assert torch.equal(latents[4:5], alone) and torch.equal(levels[4:5], own)
+
+
+def test_states_are_drawn_as_often_as_the_schedules_visit_them() -> None:
+    """Rows that end at raw 250 never meet raw 100; a clean sink is met by no step, as context alone."""
+    config = Config.from_preset("tiny", ["schedule.steps=42@250", "distill.stage1_steps=4@250"])
+    clean = config.with_settings(["schedule.sink_context=0.0"])
+    assert config.pairs.kept_raw == (1000, 750, 500, 250, 100, 0)
+    assert state_weights(config)[0].tolist() == [2, 2, 2, 2, 0, 0]
+    assert state_weights(config)[6].tolist() == [2, 1, 1, 2, 0, 0]
+    assert state_weights(clean)[0].tolist() == [2, 2, 2, 2, 0, 2]
+    small = stage_config()
+    weights = torch.tensor([[0.0, 3.0, 1.0]] * small.geometry.clip_chunks)
+    drawn = [draw_states(small, pair_batch(small, update, 0, 1), weights)[1] for update in range(1, 41)]
+    shares = [float((torch.cat(drawn) == level).float().mean()) for level in (1.0, 0.5, 0.0)]
+    assert shares[0] == 0.0 and shares[1] == pytest.approx(0.75, abs=0.03)

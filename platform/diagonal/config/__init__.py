@@ -62,7 +62,7 @@ class Config:
         for name, steps in others.items():
             try:
                 if name.startswith("distill") or steps:
-                    StepSchedule(steps, self.schedule.shift, self.schedule.resolved_context)
+                    self.schedule.with_steps(steps)
             except FieldError as error:
                 raise FieldError(name, steps, error.allowed) from error
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diagonal.errors import require
-from diagonal.setting import NOT_NEGATIVE, POSITIVE, SHARE, check, setting
+from diagonal.setting import FULL_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, Allowed, check, setting
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class OdeInitConfig:
     batch_size: int = setting(64, "Trajectories of an update.", POSITIVE)
     micro_batch_size: int = setting(1, "Trajectories of one forward and backward pass.", POSITIVE)
     lr: float = setting(2e-6, "Learning rate.", POSITIVE)
+    lr_fall: float = setting(0.5, "Share of the updates, the last, over which the rate falls to 0.", FULL_SHARE)
+    states: Literal["schedule", "even"] = setting(
+        "schedule",
+        "Which states of a trajectory a chunk learns at: those that the schedules of stages 1 and 2 visit, as often as "
+        "they do (schedule), or all alike (even).",
+    )
     ema_decay: float = setting(0.99, "Decay of the averaged weights.", SHARE)
     checkpoint_every: int = setting(250, "Updates between two checkpoints.", POSITIVE, "updates")
     sink_positions: Literal["absolute", "window"] = setting(
@@ -65,13 +71,20 @@ class LossConfig:
     regression: float = setting(0.0, "Weight of the regression to trajectories.", NOT_NEGATIVE)
     gamma: float = setting(1.0, "Weight of both motion terms.", NOT_NEGATIVE)
     motion: float = setting(1.0, "Weight of distribution matching of frame differences.", NOT_NEGATIVE)
-    flow_regression: float = setting(1.0, "Weight of the regression of frame differences.", NOT_NEGATIVE)
+    flow_regression: float = setting(
+        0.0, "Weight of the regression of frame differences to stage 1's; the published code's is 1.", NOT_NEGATIVE
+    )
     motion_weights: bool = setting(
         False, "More weight for later frame differences in the motion term, as in the published code."
     )
 
     def __post_init__(self) -> None:
         check(self, "distill.loss")
+
+    @property
+    def follows_reference(self) -> bool:
+        """Whether a term regresses to the reference's rollouts, which cost forwards of their own."""
+        return self.gamma * self.flow_regression > 0 or self.regression > 0
 
 
 @dataclass(frozen=True)
@@ -84,13 +97,30 @@ class DistillConfig:
     batch_size: int = setting(64, "Rollouts of an update.", POSITIVE)
     micro_batch_size: int = setting(1, "Rollouts of one forward and backward pass.", POSITIVE)
     generator_every: int = setting(5, "Updates between two of the generator; the critic has all.", POSITIVE, "updates")
+    critic_warmup_updates: int = setting(
+        0, "First updates, in which the critic learns alone: for a critic that never saw the student.", NOT_NEGATIVE
+    )
     lr: float = setting(2e-6, "Learning rate of the generator.", POSITIVE)
     critic_lr: float = setting(4e-7, "Learning rate of the critic.", POSITIVE)
+    lr_fall: float = setting(
+        0.5, "Share of each stage's updates, the last, over which both rates fall to 0; 0 keeps them.", FULL_SHARE
+    )
     beta1: float = setting(0.0, "AdamW's decay of the first moment.", SHARE)
     beta2: float = setting(0.999, "AdamW's decay of the second moment.", SHARE)
     weight_decay: float = setting(0.01, "AdamW's weight decay.", NOT_NEGATIVE)
     clip_norm: float = setting(10.0, "Gradient norm that gradients are clipped to.", POSITIVE)
     guidance: float = setting(4.0, "Guidance scale of the teacher's score.")
+    score_shift: float = setting(
+        0.0,
+        "Warp of the scores' noise levels; 0 is schedule.shift.",
+        Allowed("0, or a number of at least 1", lambda shift: shift == 0 or shift >= 1.0),
+    )
+    rollout_chunks: int = setting(
+        0,
+        "Most chunks of a rollout; how many is drawn for each update, and a clip of the last is scored. 0: a clip's.",
+        NOT_NEGATIVE,
+        "chunks",
+    )
     level_low: float = setting(0.02, "Lowest noise level of the scores.", "in (0, 1), below distill.level_high")
     level_high: float = setting(0.98, "Highest noise level of the scores.", "in (0, 1)")
     ema_decay: float = setting(0.99, "Decay of the averaged weights.", SHARE)

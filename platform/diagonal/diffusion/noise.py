@@ -23,6 +23,7 @@ class Salt(StrEnum):
     EXIT = "exit"
     FAST_DECODER = "fast decoder"
     FEATURES = "features"
+    LENGTH = "length"
     ODE = "ode"
     ORDER = "order"
     PAIRS = "pairs"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypedDict, Unpack
 
 import torch
@@ -33,7 +33,7 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class DenoisedChunk:
-    """One finished chunk. `clean` is the exit step's prediction (the only one with gradient).
+    """One finished chunk. `clean` holds each sample's exit prediction (the only one with gradient).
 
     `written` is the input of the forward that wrote the cache, and `written_level` its level: what a re-cache needs
     (docs/method.md, context). `finite`, `[b]` on the device, says of each sample whether its clean latents and what
@@ -54,26 +54,27 @@ def denoise_chunk(
     text: Text,
     cache: CacheBatch,
     noise: StepNoise,
-    exit_step: int | None = None,
+    exit_steps: Sequence[int] | None = None,
 ) -> DenoisedChunk:
     """Denoise one chunk of a batch by its row of the schedule and write its K/V as the schedule's context says.
 
     `noise(step)` gives `[b, c, f, h, w]`. Between steps: predict clean, draw fresh noise, re-noise to the next level.
-    With `exit_step` (training) that step alone carries gradient and its prediction is the sample; the steps after it
-    still run, so that the cache is the one that serving sees. All samples must share the row of `chunk`.
-    `FieldError` when `exit_step` is not a step of the row.
+    With `exit_steps`, one a sample (training), that step alone carries the sample's gradient and its prediction is the
+    sample; the steps after it still run, so that the cache is the one that serving sees. All samples must share the
+    row of `chunk`. `FieldError` when an exit is not a step of the row.
     """
-    levels, reuse = schedule.levels(chunk), schedule.resolved_context == "reuse"
+    levels, reuse = schedule.levels(chunk), schedule.context_of(chunk) == "reuse"
     last = len(levels) - 1
-    sampled = last if exit_step is None else exit_step
-    require(0 <= sampled <= last, "exit_step", exit_step, f"a step of chunk {chunk}: 0 to {last}")
-    latents = sample = noise(0)
+    for exit_step in exit_steps or ():
+        require(0 <= exit_step <= last, "exit_step", exit_step, f"a step of chunk {chunk}: 0 to {last}")
+    latents = noise(0)
+    samples: list[Tensor] = [latents[:0]] * len(latents)
     for step, level in enumerate(levels):
-        with _gradient(exit_step == step):
-            velocity = network(latents, _levels(latents, level), text, cache=cache, write=reuse and step == last)
-            clean = to_clean(latents, velocity, level)
-        if step == sampled:
-            sample = clean
+        exiting = [number for number, exit_step in enumerate(exit_steps or ()) if exit_step == step]
+        velocity = _velocity(network, latents, level, text, cache, reuse and step == last, exiting)
+        clean = to_clean(latents, velocity, level)
+        for number in exiting if exit_steps is not None else range(len(latents)):
+            samples[number] = clean[number]
         written, clean = latents, clean.detach()
         if step < last:
             latents = blend(clean, noise(step + 1), levels[step + 1])
@@ -83,11 +84,26 @@ def denoise_chunk(
         with torch.no_grad():
             velocity = network(written, _levels(written, context_level), text, cache=cache, write=True)
     finite = torch.isfinite(torch.stack((clean, velocity.detach()), dim=1)).flatten(1).all(1)
+    sample = clean if exit_steps is None else torch.stack(samples)
     return DenoisedChunk(sample, written, schedule.context_level(chunk), schedule.forwards(chunk), finite)
 
 
-def _gradient(wanted: bool) -> AbstractContextManager[object]:
-    return nullcontext() if wanted else torch.no_grad()
+def _velocity(
+    network: Network, latents: Tensor, level: float, text: Text, cache: CacheBatch, write: bool, exiting: Sequence[int]
+) -> Tensor:
+    """One step's velocity of a batch, with gradient for the `exiting` samples alone: of a mixed batch they run apart,
+    so that nothing is kept for the backward pass of the others."""
+    levels, others = _levels(latents, level), [n for n in range(len(latents)) if n not in exiting]
+    if not exiting or not others:
+        with torch.set_grad_enabled(bool(exiting) and torch.is_grad_enabled()):
+            return network(latents, levels, text, cache=cache, write=write)
+    assert isinstance(text, Tensor), "exits are of training, which hands over embeddings"
+    parts = []
+    for some in (exiting, others):
+        with torch.set_grad_enabled(some is exiting and torch.is_grad_enabled()):
+            parts.append(network(latents[some], levels[some], text[some], cache=cache.part(some), write=write))
+    order = torch.tensor([*exiting, *others], device=latents.device).argsort()
+    return torch.cat(parts)[order]
 
 
 def _levels(latents: Tensor, level: float) -> Tensor:
@@ -115,7 +131,8 @@ class RollOptions(TypedDict, total=False):
 
     schedule: StepSchedule | None
     chunks: int | None
-    exit_steps: Sequence[int] | None
+    exit_steps: Sequence[Sequence[int]] | None
+    noise_steps: Callable[[int, int], int] | None
     prompt_changes: Mapping[int, Tensor] | None
 
 
@@ -136,22 +153,25 @@ def roll(
     *,
     schedule: StepSchedule | None = None,
     chunks: int | None = None,
-    exit_steps: Sequence[int] | None = None,
+    exit_steps: Sequence[Sequence[int]] | None = None,
+    noise_steps: Callable[[int, int], int] | None = None,
     prompt_changes: Mapping[int, Tensor] | None = None,
 ) -> Iterator[DenoisedChunk]:
     """Chunk after chunk of a batch, so that a stream of any length needs no more memory than its window.
 
-    `text` is `[b, l, n]`, one seed a sample. `exit_steps` gives the exit step of each chunk (training; see
-    `draw_exit_steps`); no page is then recycled. `prompt_changes` gives by chunk the text from that chunk on: the kept
-    chunks are then re-cached under it.
+    `text` is `[b, l, n]`, one seed a sample. `exit_steps` gives each sample's exit steps of the last chunks, as many as
+    it names (training; see `draw_exit_steps`): chunks before them run without gradient, and no page is recycled.
+    `noise_steps(chunk, step)` gives the step whose noise is used instead of that step's own. `prompt_changes` gives by
+    chunk the text from that chunk on: the kept chunks are then re-cached under it.
     """
     schedule, prompt_changes = schedule or config.schedule, prompt_changes or {}
     chunks = chunks or config.geometry.clip_chunks
+    exits = list(zip(*exit_steps, strict=True)) if exit_steps is not None else []
     require(
-        exit_steps is None or len(exit_steps) == chunks,
+        exit_steps is None or (len(exit_steps) == len(seeds) and 0 < len(exits) <= chunks),
         "exit_steps",
         exit_steps,
-        f"one exit step for each of {chunks} chunks",
+        f"for each of {len(seeds)} samples an exit step for each of the last chunks, {chunks} at most",
     )
     window = config.cache.window_frames // config.geometry.chunk_frames
     pool = new_pool(config, network, len(seeds) * (chunks if exit_steps is not None else min(chunks, window)))
@@ -165,9 +185,10 @@ def roll(
                 recache(network, cache, past, text[sample : sample + 1])
         for cache in caches:
             cache.begin(chunk)
-        noise = chunk_noise_of(config.geometry, seeds, [chunk] * len(seeds), device)
-        exit_step = None if exit_steps is None else exit_steps[chunk]
-        done = denoise_chunk(network, schedule, chunk, text, CacheBatch(caches), noise, exit_step)
+        drawn = chunk_noise_of(config.geometry, seeds, [chunk] * len(seeds), device)
+        noise = drawn if noise_steps is None else partial(_renumbered, drawn, partial(noise_steps, chunk))
+        own = exits[chunk - chunks] if chunk >= chunks - len(exits) else None
+        done = denoise_chunk(network, schedule, chunk, text, CacheBatch(caches), noise, own)
         if prompt_changes:
             kept.append((chunk, done))
             if len(kept) >= window:
@@ -175,10 +196,15 @@ def roll(
         yield done
 
 
-def draw_exit_steps(schedule: StepSchedule, chunks: int, *key: int | str) -> list[int]:
-    """Exit step of each chunk, uniform in [0, s_k), from the key (run seed, update) alone: equal on all ranks."""
+def _renumbered(noise: StepNoise, number: Callable[[int], int], step: int) -> Tensor:
+    return noise(number(step))
+
+
+def draw_exit_steps(schedule: StepSchedule, chunks: Sequence[int], *key: int | str) -> list[int]:
+    """One sample's exit step of each of those chunks, uniform in [0, s_k), from the key (run seed, role, sample)
+    alone: however a batch is cut over ranks."""
     exit_steps = []
-    for chunk in range(chunks):
+    for chunk in chunks:
         draw = generator(*key, Salt.EXIT, chunk)
         exit_steps.append(int(torch.randint(len(schedule.levels(chunk)), (1,), generator=draw)))
     return exit_steps

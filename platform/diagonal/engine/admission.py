@@ -27,7 +27,7 @@ class Admission:
 
     def schedule_of(self, steps: str | None) -> StepSchedule:
         own = self._config.schedule
-        return own if steps is None else StepSchedule(steps, own.shift, own.context)
+        return own if steps is None else replace(own, steps=steps)
 
     def total_chunks(self, spec: SessionSpec) -> int | None:
         return None if spec.pixel_frames is None else self._config.geometry.chunks_for(spec.pixel_frames)

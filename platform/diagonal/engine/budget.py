@@ -146,7 +146,7 @@ def demand_of(progress: Progress, geometry: ChunkGeometry, window_chunks: int, m
 
     chunk = max(range(first, last + 1), key=lambda c: (rate(c), c))
     kind = ChunkKind.of(progress.schedule, chunk, window_chunks)
-    key = (progress.schedule.levels(chunk), progress.schedule.resolved_context, kind.context_chunks)
+    key = (progress.schedule.levels(chunk), progress.schedule.context_of(chunk), kind.context_chunks)
     recaches = max(progress.recaches, model.recaches_per_chunk)
     return Demand(key, kind, geometry.chunk_media_s(chunk), recaches, window_chunks - 1, progress.remaining_s)
 

@@ -376,4 +376,5 @@ def _batch_key(session: Session) -> Hashable:
     context = session.context_chunks
     if session.rebuild.reanchor_reason:
         context = min(context, session.cache.sink_chunks + 1)
-    return session.schedule.levels(session.progress.making), session.schedule.resolved_context, context
+    chunk = session.progress.making
+    return session.schedule.levels(chunk), session.schedule.context_of(chunk), context

@@ -208,6 +208,7 @@ class CacheBatch:
     """
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
+        self._caches = caches
         lengths = {len(cache.pages) for cache in caches}
         require(len(lengths) == 1 and 0 not in lengths, "caches", sorted(lengths), "caches of one equal, begun length")
         self._pool = caches[0].pool
@@ -219,6 +220,7 @@ class CacheBatch:
         self._rotated: dict[int, tuple[Tensor, Tensor]] = {}
         self._how: tuple[Rotary, torch.dtype]
         self._static: StaticContext | None = None
+        self._whole: tuple[CacheBatch, Sequence[int]] | None = None
 
     def context(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (before rotary) and values `[b, context_tokens, heads, head_dim]` of that layer, copied out."""
@@ -228,6 +230,10 @@ class CacheBatch:
     def rotated(self, layer: int, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The same in that type, keys after rotary by the window's table: copied out once for all forwards of a chunk,
         during which nothing in the context changes."""
+        if self._whole is not None:
+            whole, numbers = self._whole
+            keys, values = whole.rotated(layer, rotary, dtype)
+            return keys[numbers], values[numbers]
         if layer not in self._rotated:
             self._how = rotary, dtype
             if self._static is None:
@@ -246,10 +252,17 @@ class CacheBatch:
         exponents = None if pool.exponents is None else pool.exponents[:, layer]
         return pool.keys[layer], pool.values[layer], exponents, self._context, (cosine[:, :tokens], sine[:, :tokens])
 
+    def part(self, numbers: Sequence[int]) -> CacheBatch:
+        """Some of its sessions, which share what is turned already."""
+        part = CacheBatch([self._caches[number] for number in numbers])
+        part._whole = self, numbers
+        return part
+
     def clone(self, static: StaticContext) -> CacheBatch:
         """The same pages, in tables of its own, which `copy_` changes; its turned context lies in `static`."""
         copy = CacheBatch.__new__(CacheBatch)
         copy._pool, copy.context_chunks, copy._static = self._pool, self.context_chunks, static
+        copy._caches, copy._whole = self._caches, None
         copy._context, copy._current, copy._rotated = self._context.clone(), self._current.clone(), {}
         return copy
 

@@ -39,11 +39,14 @@ def chunk_flops(layout: TransformerLayout, config: Config, chunk: int) -> int:
     return forward_flops(layout, geometry.chunk_tokens, keys, config.model.text_tokens, geometry.chunk_frames)
 
 
-def rollout_flops(layout: TransformerLayout, config: Config, schedule: StepSchedule | None = None) -> int:
-    """All forwards of one clip under a schedule (the configured one), context passes included."""
+def rollout_flops(
+    layout: TransformerLayout, config: Config, schedule: StepSchedule | None = None, chunks: int | None = None
+) -> int:
+    """All forwards of `chunks` (a clip's) under a schedule (the configured one), context passes included."""
     schedule = schedule or config.schedule
     return sum(
-        schedule.forwards(chunk) * chunk_flops(layout, config, chunk) for chunk in range(config.geometry.clip_chunks)
+        schedule.forwards(chunk) * chunk_flops(layout, config, chunk)
+        for chunk in range(chunks or config.geometry.clip_chunks)
     )
 
 
@@ -75,16 +78,22 @@ def update_flops(config: Config, layout: TransformerLayout, teacher: Transformer
     """
     if stage == 0:
         return UpdateFlops(3 * _regression_flops(config, layout), 0, 1)
-    uniform = StepSchedule(config.distill.stage1_steps, config.schedule.shift, config.schedule.resolved_context)
-    rolled = rollout_flops(layout, config, uniform if stage == 1 else config.schedule)
+    uniform = config.schedule.with_steps(config.distill.stage1_steps)
+    rolled = _mean_rollout_flops(layout, config, uniform if stage == 1 else config.schedule)
     exits = sum(chunk_flops(layout, config, chunk) for chunk in range(config.geometry.clip_chunks))
-    loss = config.distill.loss
-    follows = stage == 2 and (loss.flow_regression > 0 or loss.regression > 0)
-    reference = rollout_flops(layout, config, uniform) if follows else 0
+    follows = stage == 2 and config.distill.loss.follows_reference
+    reference = _mean_rollout_flops(layout, config, uniform) if follows else 0
     guided = 2 if config.distill.guidance != 1.0 else 1
     scores = clip_flops(layout, config) + guided * clip_flops(teacher, config)
     critic = rolled + 3 * clip_flops(layout, config)
     return UpdateFlops(rolled + 2 * exits + scores + reference, critic, config.distill.generator_every)
+
+
+def _mean_rollout_flops(layout: TransformerLayout, config: Config, schedule: StepSchedule) -> int:
+    """Of training's rollouts, whose lengths are drawn evenly from a clip's to `distill.rollout_chunks`."""
+    clip = config.geometry.clip_chunks
+    lengths = range(clip, max(clip, config.distill.rollout_chunks) + 1)
+    return sum(rollout_flops(layout, config, schedule, chunks) for chunks in lengths) // len(lengths)
 
 
 def _regression_flops(config: Config, layout: TransformerLayout) -> int:

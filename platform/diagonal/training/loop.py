@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -113,10 +114,10 @@ class Learner:
     clip_norm: float
 
     def learn(
-        self, parts: Sequence[tuple[Part, float]], loss: Callable[[Part], tuple[Tensor, Terms]]
+        self, parts: Sequence[tuple[Part, float]], loss: Callable[[Part], tuple[Tensor, Terms]], rate: float = 1.0
     ) -> tuple[Figures, bool]:
-        """One optimizer update on micro-batches and their weights; the means of the loss's terms, and whether the
-        update was applied.
+        """One optimizer update on micro-batches and their weights, at that share of the optimizer's learning rate; the
+        means of the loss's terms, and whether the update was applied.
 
         The parameters stay gathered meanwhile, gradients are reduced once, and all ranks skip together when the norm
         or a loss is not finite on any: weights and moments then stay as they were.
@@ -128,9 +129,31 @@ class Learner:
         values = torch.stack([*terms.values(), norm])
         applied = not any_rank(~torch.isfinite(values).all())
         if applied:
-            self.optimizer.step()
+            with _at_rate(self.optimizer, rate):
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return dict(zip([*terms, "gradient_norm"], values.tolist(), strict=True)), applied
+
+
+@contextmanager
+def _at_rate(optimizer: torch.optim.Optimizer, rate: float) -> Iterator[None]:
+    """The optimizer's learning rates times `rate`, for a while: what is kept of it never depends on the update."""
+    full = [group["lr"] for group in optimizer.param_groups]
+    for group, lr in zip(optimizer.param_groups, full, strict=True):
+        group["lr"] = lr * rate
+    try:
+        yield
+    finally:
+        for group, lr in zip(optimizer.param_groups, full, strict=True):
+            group["lr"] = lr
+
+
+def falling_rate(update: int, first: int, last: int, fall: float) -> float:
+    """Share of the full learning rate in `update`, of a stage of updates `first + 1` to `last`: 1, then falling
+    linearly over the last `fall` of them, to one step above 0. A function of the update alone, so that a resumed run
+    goes the same way."""
+    falling = fall * (last - first)
+    return min(1.0, (last - update + 1) / falling) if falling > 0 else 1.0
 
 
 def backward(parts: Sequence[tuple[Part, float]], loss: Callable[[Part], tuple[Tensor, Terms]]) -> Terms:

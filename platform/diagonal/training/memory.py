@@ -170,8 +170,9 @@ class _Place:
 
     def _distillation_phases(self) -> dict[str, Lines]:
         geometry, chunk = self.config.geometry, self.batch * self.config.geometry.chunk_tokens
-        context = [self._context_chunks(index) for index in range(geometry.clip_chunks)]
-        pool = ("K/V pages", geometry.clip_chunks * self.page_bytes)
+        chunks = max(geometry.clip_chunks, self.config.distill.rollout_chunks)
+        context = [self._context_chunks(index) for index in range(chunks - geometry.clip_chunks, chunks)]
+        pool = ("K/V pages", chunks * self.page_bytes)
         accumulated = [self._gradients()] if self.several else []
         kept = [
             ("block inputs kept for backward", sum(self._kept(chunk, c * chunk) + self._head(chunk) for c in context)),

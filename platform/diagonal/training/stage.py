@@ -16,12 +16,12 @@ from diagonal.model.dit import CausalWan
 from diagonal.training.distill import DistillStep, Networks, PromptBatch
 from diagonal.training.ema import Ema
 from diagonal.training.loop import Learner, Plan
-from diagonal.training.ode_init import OdeInitStep, PairBatch
+from diagonal.training.ode_init import OdeInitStep, PairBatch, state_weights
 from diagonal.training.parallel import ParallelPlan, parallelize
 from diagonal.training.state import TrainState
 
 CLIP_NORM = 10.0  # of stage 0
-Load = Callable[[str], Any]  # a network of one of the roles generator, critic, teacher, reference
+Load = Callable[[str], Any]  # a network of one of the roles generator, critic, teacher, reference; or the codec
 
 
 def build_stage(
@@ -50,7 +50,8 @@ def build_stage(
     critic, teacher = network("critic", trainable=True), network("teacher", trainable=False)
     assert negative is not None
     state = _distill_state(config, stage, generator, critic)
-    networks = Networks(generator, critic, teacher, negative)
+    longer = config.distill.rollout_chunks > config.geometry.clip_chunks
+    networks = Networks(generator, critic, teacher, negative, codec=load("codec") if longer else None)
     plan = _distill_plan(config, 1, state, networks)
     return state, plan if stage == 1 else enter_stage2(config, state, plan, network("reference", trainable=False))
 
@@ -66,7 +67,8 @@ def _ode_init(config: Config, student: Any) -> tuple[TrainState, Plan[PairBatch]
     options = config.ode_init
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.01)
     ema = Ema(student.named_parameters(), options.ema_decay, start_update=1)
-    step = OdeInitStep(config, Learner(student, optimizer, CLIP_NORM), ema, stage0_mask(config))
+    states = state_weights(config) if options.states == "schedule" else None
+    step = OdeInitStep(config, Learner(student, optimizer, CLIP_NORM), ema, stage0_mask(config), states)
     plan = Plan(options.updates, options.checkpoint_every, options.batch_size, config.distill.max_nonfinite, step)
     state = TrainState(0, {"generator": student}, {"generator": optimizer}, ema)
     return state, replace(plan, sample_tokens=_sample_tokens(config))
@@ -90,8 +92,9 @@ def _distill_plan(config: Config, stage: int, state: TrainState, networks: Netwo
     generator, critic = (
         Learner(state.networks[name], state.optimizers[name], options.clip_norm) for name in ("generator", "critic")
     )
-    last = options.stage1_updates + (options.stage2_updates if stage == 2 else 0)
-    step = DistillStep(config, stage, networks, generator, critic, state.ema)
+    first = options.stage1_updates if stage == 2 else 0
+    last = first + options.stage2_updates if stage == 2 else options.stage1_updates
+    step = DistillStep(config, stage, networks, generator, critic, state.ema, first, last)
     plan = Plan(last, options.checkpoint_every, options.batch_size, options.max_nonfinite, step)
     return replace(plan, sample_tokens=_sample_tokens(config))
 

@@ -84,7 +84,7 @@ def test_a_plan_tells_shapes_parameters_costs_storage_and_memory(wan: Path) -> N
     assert "2 prompts" in text
     assert "1024 trajectories in 256 shards, 0 there; 40 steps, 80 forwards and 22.6 PFLOP each" in text
     assert "in all: " in text and "pairs (1024) 25.8 GB" in text
-    assert "stage2: 1000 updates of 64 samples, 17 forwards a rollout; 110 PFLOP an update" in text
+    assert "stage2: 1000 updates of 64 samples, 17 forwards a rollout; 101 PFLOP an update" in text
     assert "if 8 GPUs reach 40% of 790 TFLOP/s each: an assumption" in text
     assert "memory of stage 2: " in text
     assert not (wan.parent / "runs").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -119,8 +119,17 @@ def _how(plan: Plan, variant: Variant, seed: int) -> list[object]:
 
 
 def _deciding(config: Config) -> dict[str, Any]:
-    tree = config.to_dict()
-    return {name: tree[name] for name in ("preset", "seed", "geometry", "schedule", "cache", "model", "distill")}
+    """What differs from the default configuration, so that a later setting renames no row that was made without it."""
+    names = ("preset", "seed", "geometry", "schedule", "cache", "model", "distill")
+    return dict(_changed({name: config.to_dict()[name] for name in names}, Config().to_dict()))
+
+
+def _changed(tree: Mapping[str, Any], default: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield name, dict(_changed(value, default[name]))
+        elif value != default[name]:
+            yield name, value
 
 
 def read_row(plan: Plan, experiment: Experiment, variant: Variant, seed: int) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from diagonal.config import Config
 from diagonal.data.prompts import samples
 from diagonal.evaluate.quality.sources import own_world
 from diagonal.jsonfile import read_json
-from diagonal.model.base_model import LINEAGE, load_causal, load_teacher, load_text, save_student
+from diagonal.model.base_model import LINEAGE, load_causal, load_codec, load_teacher, load_text, save_student
 from diagonal.model.dit import CausalWan
 from diagonal.model.text import TextEncoder
 from diagonal.training.batch_partition import own_samples
@@ -51,6 +51,8 @@ def _train(config: Config, base: Path, init: Path, say: Callable[[str], None]) -
     options, text = config.distill, load_text(base, config)
 
     def load(role: str) -> Any:
+        if role == "codec":
+            return load_codec(base, config)
         return load_causal(init, config) if role == "generator" else load_teacher(base, config)
 
     negative = text.encode([config.model.negative_prompt])
