@@ -229,7 +229,8 @@ def test_training_keeps_every_page_of_a_rollout_and_inference_only_the_window(
 
 
 def test_a_rollout_with_another_number_of_exits_is_refused() -> None:
-    for exits in ([[0] * 8], [[0], [0]], [[]]):
+    wrong: list[list[list[int]]] = [[[0] * 8], [[0], [0]], [[]]]
+    for exits in wrong:
         with pytest.raises(
             FieldError, match=r"allowed is for each of 1 samples an exit step for each of the last chunks"
         ):
