@@ -50,7 +50,8 @@ class StepSchedule:
     `context` says how a finished chunk enters the cache: "reuse" keeps the K/V of its last denoising forward;
     a level re-noises the finished chunk to it and spends one further forward; None takes the list's own default.
     `sink_context` is the same for a stream's first chunk alone, which every later chunk attends to: 0 keeps that anchor
-    clean for one forward a stream.
+    clean for one forward a stream. `clean_newest` writes the newest latent frame of every finished chunk clean, which
+    the next chunk follows: a forward of that frame alone, unless the chunk is cached clean as a whole.
     """
 
     steps: str = setting("4322222", "Denoising steps of each chunk; the last digit stands for all later ones.", ALLOWED)
@@ -64,6 +65,9 @@ class StepSchedule:
         None,
         "Noise level at which the first chunk, the attention sink, enters the cache; 0 is a clean anchor.",
         "null (as schedule.context), or a level in [0, 1]",
+    )
+    clean_newest: bool = setting(
+        False, "Cache the newest latent frame of each finished chunk clean, by a forward of that frame alone."
     )
 
     def __post_init__(self) -> None:
@@ -132,8 +136,12 @@ class StepSchedule:
         context = self.context_of(chunk)
         return self.levels(chunk)[-1] if context == "reuse" else float(context)
 
+    def refreshes_newest(self, chunk: int) -> bool:
+        """Whether that chunk costs a forward of its newest latent frame beside its own."""
+        return self.clean_newest and self.context_level(chunk) > 0.0
+
     def forwards(self, chunk: int) -> int:
-        """Network forwards that chunk costs: its steps, and one more where the context is a level."""
+        """Forwards of the whole chunk that it costs: its steps, and one more where the context is a level."""
         return len(self.levels(chunk)) + (self.context_of(chunk) != "reuse")
 
     def total_forwards(self, chunks: int) -> int:

@@ -33,9 +33,10 @@ def run(
     context: Any = None,
     seed: int = 0,
     exit_step: int | None = None,
+    clean_newest: bool = False,
     text: Tensor | None = None,
 ) -> DenoisedChunk:
-    schedule = StepSchedule(steps, context=context)
+    schedule = StepSchedule(steps, context=context, clean_newest=clean_newest)
     text = text_of() if text is None else text
     exits = None if exit_step is None else [exit_step]
     return denoise_chunk(network, schedule, chunk, text, begun(chunk, cache), noise_of(seed, chunk), exits)

@@ -14,18 +14,24 @@ from tests.diffusion.chunks import CONFIG, kv_of, run, text_of
 from tests.networks import caches_for, small_causal, small_config
 
 
-def generated(chunks: int, *, context: Any = None, window: int = 12) -> tuple[CausalWan, KVCache, list[KeptChunk]]:
+def generated(
+    chunks: int, *, context: Any = None, window: int = 12, clean_newest: bool = False
+) -> tuple[CausalWan, KVCache, list[KeptChunk]]:
     """A stream of so many chunks, and the inputs of the forwards that wrote what its cache still holds."""
     network, config = small_causal(layers=3), small_config(f"cache.window_frames={window}")
     (cache,) = caches_for(config, network)
-    done = [run(network, cache, chunk, context=context) for chunk in range(chunks)]
-    return network, cache, [KeptChunk(c, done[c].written[0], done[c].written_level) for c in cache.chunks]
+    done = [run(network, cache, chunk, context=context, clean_newest=clean_newest) for chunk in range(chunks)]
+    kept = [KeptChunk(c, done[c].written[0], done[c].written_level, done[c].refreshed) for c in cache.chunks]
+    return network, cache, kept
 
 
+@pytest.mark.parametrize("clean_newest", [False, True])
 @pytest.mark.parametrize("context", [None, 0.0, 0.25])
 @pytest.mark.parametrize("chunks", [1, 3, 4])
-def test_before_the_first_eviction_a_recache_reproduces_the_cache_bit_for_bit(chunks: int, context: Any) -> None:
-    network, cache, kept = generated(chunks, context=context)
+def test_before_the_first_eviction_a_recache_reproduces_the_cache_bit_for_bit(
+    chunks: int, context: Any, clean_newest: bool
+) -> None:
+    network, cache, kept = generated(chunks, context=context, clean_newest=clean_newest)
     before = kv_of(cache)
     cache.pool.keys.fill_(9.0)
     cache.pool.values.fill_(9.0)

@@ -371,3 +371,31 @@ def test_a_clean_sink_is_cached_clean_and_later_chunks_are_not() -> None:
         assert done.written_level == pytest.approx(writes[-1][0]) == pytest.approx(expected)
         assert torch.equal(writes[-1][1], done.written)
         assert torch.equal(done.written, done.clean) == (chunk == 0)
+
+
+def test_a_clean_newest_frame_is_written_by_itself_over_its_chunks_first_frames() -> None:
+    """As a forward by hand over the frames before it, whose K/V stay those of the last step."""
+    network = small_causal(layers=3)
+    plain, clean = caches_for(CONFIG, network, 2)
+    for chunk in (0, 1):
+        before, after = (run(network, c, chunk, clean_newest=c is clean) for c in (plain, clean))
+        assert (after.forwards, before.forwards) == (before.forwards + 1, before.forwards)
+        assert after.refreshed and torch.equal(after.written[:, :, 3:], after.clean[:, :, -1:])
+        frame = CONFIG.geometry.frame_tokens
+        kept, found = kv_of(plain)[:, :, chunk], kv_of(clean)[:, :, chunk]
+        if chunk == 0:
+            assert torch.equal(found[:, :, : 2 * frame], kept[:, :, : 2 * frame])
+            assert (found[:, :, 2 * frame :] - kept[:, :, 2 * frame :]).abs().amax((0, 2, 3, 4)).min() > 1e-3
+    page, frames = clean.pages[-1], slice(2 * CONFIG.geometry.frame_tokens, None)
+    written = clean.pool.keys[0, page, frames].clone()
+    keys: list[Tensor] = []
+    handle = network.blocks[0].attn1.norm_k.register_forward_hook(lambda *found: keys.append(found[2]))
+    network(after.clean[:, :, -1:], torch.zeros(1, 1), text_of())
+    handle.remove()
+    torch.testing.assert_close(written.flatten(1), keys[0][0], rtol=0, atol=1e-5)
+
+
+def test_a_chunk_that_is_cached_clean_as_a_whole_needs_no_clean_newest_frame() -> None:
+    schedule = StepSchedule("432", sink_context=0.0, clean_newest=True)
+    assert [schedule.refreshes_newest(chunk) for chunk in range(3)] == [False, True, True]
+    assert not StepSchedule("self-forcing", clean_newest=True).refreshes_newest(4)

@@ -15,6 +15,7 @@ from diagonal.engine.session import ChunkResult, Session, SessionSpec
 from diagonal.model.vae import Decoder, DecoderState
 from tests.networks import SmallRelease, small_release
 
+CLEANER = ("schedule.sink_context=0.0", "schedule.clean_newest=true")  # than what reuse leaves in the cache
 PROMPT = "a red circle moves left"
 OTHER = "a blue square moves right"
 

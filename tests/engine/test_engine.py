@@ -11,7 +11,19 @@ from diagonal.engine.session import ChunkResult, PromptChange
 from diagonal.engine.specs import Timeline
 from diagonal.errors import FieldError
 from diagonal.model.vae import decoder_of
-from tests.engine.driving import OTHER, PROMPT, Clock, engine_of, equal, meanwhile, pull, runner, spec_of, stream
+from tests.engine.driving import (
+    CLEANER,
+    OTHER,
+    PROMPT,
+    Clock,
+    engine_of,
+    equal,
+    meanwhile,
+    pull,
+    runner,
+    spec_of,
+    stream,
+)
 from tests.networks import SmallRelease, small_release, small_vae
 from tests.recorded_metrics import RecordedMetrics
 
@@ -47,6 +59,14 @@ def test_a_stream_is_the_rollout_of_its_seed_decoded(codec: str) -> None:
     clean = rollout(release.network, release.config, release.encoder.encode([PROMPT]), [3]).clean
     assert torch.equal(torch.cat([result.pixels for result in results]), release.codec.decode_clip(clean)[0])
     assert sum(result.forwards for result in results) == 17
+
+
+def test_a_stream_with_a_cleaner_context_is_its_rollout_too() -> None:
+    release = small_release(*CLEANER)
+    alone = stream(engine_of(release=release), spec_of())
+    clean = rollout(release.network, release.config, release.encoder.encode([PROMPT]), [3]).clean
+    assert torch.equal(torch.cat([result.pixels for result in alone]), release.codec.decode_clip(clean)[0])
+    assert sum(result.forwards for result in alone) == 17 + 1 + 6
 
 
 def test_a_chunk_made_again_on_a_fresh_engine_is_bit_equal() -> None:

@@ -9,25 +9,28 @@ from diagonal.engine.engine import CapacityError, Engine
 from diagonal.engine.session import PromptChange
 from diagonal.engine.snapshot import Snapshot
 from diagonal.errors import FieldError
-from tests.engine.driving import OTHER, BreakingDecoder, engine_of, equal, pull, spec_of, stream
+from tests.engine.driving import CLEANER, OTHER, BreakingDecoder, engine_of, equal, pull, spec_of, stream
 from tests.networks import small_release
 
 
-def moved(engine: Engine, session_id: str = "s") -> tuple[Engine, int]:
+def moved(engine: Engine, *settings: str) -> tuple[Engine, int]:
     """A fresh engine that went on with the session, and the size of what was handed over."""
-    data = engine.snapshot(session_id).to_bytes()
-    engine.close(session_id)
+    data = engine.snapshot("s").to_bytes()
+    engine.close("s")
     engine.step()
-    elsewhere = engine_of()
+    elsewhere = engine_of(*settings)
     elsewhere.restore(Snapshot.from_bytes(data))
     return elsewhere, len(data)
 
 
+@pytest.mark.parametrize("settings", [(), CLEANER], ids=["reuse", "cleaner"])
 @pytest.mark.parametrize("chunks", [1, 2, 3])
-def test_before_the_first_eviction_a_session_goes_on_elsewhere_with_the_same_pixels(chunks: int) -> None:
-    plain, engine = stream(engine_of(), spec_of()), engine_of()
+def test_before_the_first_eviction_a_session_goes_on_elsewhere_with_the_same_pixels(
+    chunks: int, settings: tuple[str, ...]
+) -> None:
+    plain, engine = stream(engine_of(*settings), spec_of()), engine_of(*settings)
     stream(engine, spec_of(), chunks)
-    elsewhere, _ = moved(engine)
+    elsewhere, _ = moved(engine, *settings)
     assert equal([pull(elsewhere) for _ in range(7 - chunks)], plain[chunks:])
     assert elsewhere.stats().active_sessions == 1
 

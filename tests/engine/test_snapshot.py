@@ -17,7 +17,7 @@ from diagonal.engine.session import PromptChange
 from diagonal.engine.snapshot import Identity, Snapshot, SnapshotError, increment_bytes, latents_bytes, merged
 from diagonal.engine.specs import MAX_EVENTS, MAX_PENDING
 from diagonal.errors import FieldError
-from tests.engine.driving import OTHER, Clock, engine_of, equal, meanwhile, pull, spec_of, stream
+from tests.engine.driving import CLEANER, OTHER, Clock, engine_of, equal, meanwhile, pull, spec_of, stream
 from tests.networks import begun, caches_for, draw, small_causal, small_config, small_release
 
 
@@ -107,8 +107,9 @@ def test_the_same_event_waits_only_once() -> None:
 # Size
 
 
-def test_latents_have_the_size_of_the_formula_and_little_is_beside_them() -> None:
-    engine = engine_of()
+@pytest.mark.parametrize("settings", [(), CLEANER], ids=["reuse", "cleaner"])
+def test_latents_have_the_size_of_the_formula_and_little_is_beside_them(settings: tuple[str, ...]) -> None:
+    engine = engine_of(*settings)
     results = stream(engine, spec_of(frames=None), 12)
     snapshot = results[-1].snapshot
     assert snapshot is not None and snapshot.tensor_bytes == latents_bytes(engine.config)
@@ -178,8 +179,9 @@ def test_a_log_and_a_queue_of_changes_are_bounded() -> None:
 # Increments
 
 
-def test_increments_behind_a_whole_snapshot_give_the_newest_one() -> None:
-    engine = engine_of()
+@pytest.mark.parametrize("settings", [(), CLEANER], ids=["reuse", "cleaner"])
+def test_increments_behind_a_whole_snapshot_give_the_newest_one(settings: tuple[str, ...]) -> None:
+    engine = engine_of(*settings)
     parts, since = [], -1
     for result in stream(engine, spec_of(frames=None, record=True), 11):
         assert result.snapshot is not None

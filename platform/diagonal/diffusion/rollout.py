@@ -36,7 +36,8 @@ class DenoisedChunk:
     """One finished chunk. `clean` holds each sample's exit prediction (the only one with gradient).
 
     `written` is the input of the forward that wrote the cache, and `written_level` its level: what a re-cache needs
-    (docs/method.md, context). `finite`, `[b]` on the device, says of each sample whether its clean latents and what
+    (docs/method.md, context). Where `refreshed`, it ends with one frame more: the newest, clean, which was then written
+    by itself. `finite`, `[b]` on the device, says of each sample whether its clean latents and what
     that forward gave are finite: K/V that are not would show there, as each token attends to itself.
     """
 
@@ -45,6 +46,7 @@ class DenoisedChunk:
     written_level: float
     forwards: int
     finite: Tensor
+    refreshed: bool = False
 
 
 def denoise_chunk(
@@ -83,9 +85,21 @@ def denoise_chunk(
         written = blend(clean, noise(last + 1), context_level)
         with torch.no_grad():
             velocity = network(written, _levels(written, context_level), text, cache=cache, write=True)
-    finite = torch.isfinite(torch.stack((clean, velocity.detach()), dim=1)).flatten(1).all(1)
+    outcomes, refreshed = [clean, velocity.detach()], schedule.refreshes_newest(chunk)
+    if refreshed:
+        newest = clean[:, :, -1:]
+        outcomes.append(_write_newest(network, newest, text, cache.tail(1, clean.shape[2])))
+        written = torch.cat((written, newest), dim=2)
+    finite = torch.stack([torch.isfinite(outcome).flatten(1).all(1) for outcome in outcomes]).all(0)
     sample = clean if exit_steps is None else torch.stack(samples)
-    return DenoisedChunk(sample, written, schedule.context_level(chunk), schedule.forwards(chunk), finite)
+    forwards = schedule.forwards(chunk) + refreshed
+    return DenoisedChunk(sample, written, schedule.context_level(chunk), forwards, finite, refreshed)
+
+
+@torch.no_grad()
+def _write_newest(network: Network, newest: Tensor, text: Text, tail: CacheBatch) -> Tensor:
+    """Cache a chunk's newest latent frame `[b, c, 1, h, w]` clean; it attends to the frames before it as cached."""
+    return network(newest, _levels(newest, 0.0), text, cache=tail, write=True)
 
 
 def _velocity(
@@ -181,7 +195,7 @@ def roll(
         if chunk in prompt_changes:
             text = prompt_changes[chunk]
             for sample, cache in enumerate(caches):
-                past = [KeptChunk(at, done.written[sample], done.written_level) for at, done in kept]
+                past = [KeptChunk(at, done.written[sample], done.written_level, done.refreshed) for at, done in kept]
                 recache(network, cache, past, text[sample : sample + 1])
         for cache in caches:
             cache.begin(chunk)
@@ -212,11 +226,18 @@ def draw_exit_steps(schedule: StepSchedule, chunks: Sequence[int], *key: int | s
 
 @dataclass(frozen=True)
 class KeptChunk:
-    """What a session keeps of a chunk in its window: the input `[c, f, h, w]` of the forward that wrote its K/V."""
+    """What a session keeps of a chunk in its window: the input `[c, f, h, w]` of the forward that wrote its K/V, and
+    where `refreshed` behind it the newest frame that was written by itself."""
 
     chunk: int
     written: Tensor
     level: float
+    refreshed: bool = False
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the chunk itself."""
+        return self.written.shape[1] - self.refreshed
 
 
 @torch.no_grad()
@@ -229,6 +250,9 @@ def recache(network: Network, cache: KVCache, kept: Sequence[KeptChunk], text: T
     cache.close()
     for item in kept:
         cache.begin(item.chunk)
-        written = item.written.unsqueeze(0).to(cache.pool.keys.device)
-        network(written, _levels(written, item.level), text, cache=CacheBatch([cache]), write=True)
+        written, batch = item.written.unsqueeze(0).to(cache.pool.keys.device), CacheBatch([cache])
+        whole = written[:, :, : item.frames]
+        network(whole, _levels(whole, item.level), text, cache=batch, write=True)
+        if item.refreshed:
+            _write_newest(network, written[:, :, item.frames :], text, batch.tail(1, item.frames))
     return len(kept)

@@ -171,7 +171,7 @@ def emit(
     try:
         with stage("decode_failed"):
             whole = [
-                torch.isfinite(torch.stack((end, start))).all() & known
+                torch.isfinite(end).all() & torch.isfinite(start).all() & known
                 for end, start, known in zip(clean, written, finite, strict=True)
             ]
             sound = torch.stack(whole).unsqueeze(1).to(torch.uint8)
@@ -184,7 +184,8 @@ def emit(
         parts = zip(pixels, clean, written, finite, strict=True)
         return [emit([shown], [end], [start], dtype, [known])[0] for shown, end, start, known in parts]
     refused = SessionError("not_finite", "the generated latents, their cache or their pixels are not finite")
-    return [_unpacked(row, pixels[0].shape, clean[0].shape, dtype) if row[-1] else refused for row in packed]
+    shapes = pixels[0].shape, clean[0].shape, written[0].shape
+    return [_unpacked(row, *shapes, dtype) if row[-1] else refused for row in packed]
 
 
 def _on_host(packed: Tensor) -> Tensor:
@@ -197,7 +198,8 @@ def _on_host(packed: Tensor) -> Tensor:
     return host
 
 
-def _unpacked(row: Tensor, shown: torch.Size, latents: torch.Size, dtype: torch.dtype) -> Emitted:
+def _unpacked(row: Tensor, shown: torch.Size, clean: torch.Size, written: torch.Size, dtype: torch.dtype) -> Emitted:
     """The parts of one session's row, latents in memory of their own: a snapshot holds no neighbour's."""
-    pixels, clean, written = row[:-1].split([shown.numel(), *[latents.numel() * dtype.itemsize] * 2])
-    return Emitted(pixels.view(shown), *(part.clone().view(dtype).view(latents) for part in (clean, written)))
+    pixels, *latents = row[:-1].split([shown.numel(), *(shape.numel() * dtype.itemsize for shape in (clean, written))])
+    parts = zip(latents, (clean, written), strict=True)
+    return Emitted(pixels.view(shown), *(part.clone().view(dtype).view(shape) for part, shape in parts))

@@ -133,7 +133,7 @@ class Snapshot:
         needs the snapshot as it was after that chunk."""
         tensors = {f"kept.{item.chunk}": item.written for item in self.kept if item.chunk > since_chunk}
         if self.history is not None and since_chunk < self.next_chunk - 1:
-            newer = (self.next_chunk - 1 - since_chunk) * self.kept[-1].written.shape[1]
+            newer = (self.next_chunk - 1 - since_chunk) * self.kept[-1].frames
             tensors["history"] = self.history[:, -newer:]
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
         return safetensors.torch.save(plain, metadata={_HEADER: json.dumps(self._header(since_chunk))})
@@ -151,7 +151,7 @@ class Snapshot:
             "ahead_s": self.ahead_s,
             "timeline": asdict(self.timeline),
             "pending": [asdict(change) for change in self.pending],
-            "kept": [[item.chunk, item.level] for item in self.kept],
+            "kept": [[item.chunk, item.level, item.refreshed] for item in self.kept],
             "history_frames": 0 if self.history is None else self.history.shape[1],
             "reanchored": self.reanchored,
             "drift": dict(self.drift),
@@ -196,8 +196,8 @@ def _base_of(header: Mapping[str, Any], base: Snapshot | None) -> Snapshot | Non
 def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Snapshot | None) -> Snapshot:
     before = {} if base is None else {item.chunk: item.written for item in base.kept}
     kept = tuple(
-        KeptChunk(chunk, tensors[f"kept.{chunk}"] if f"kept.{chunk}" in tensors else before[chunk], level)
-        for chunk, level in header["kept"]
+        KeptChunk(chunk, tensors[f"kept.{chunk}"] if f"kept.{chunk}" in tensors else before[chunk], level, *refreshed)
+        for chunk, level, *refreshed in header["kept"]
     )
     timeline, events = header["timeline"], header["events"]
     return Snapshot(
@@ -236,10 +236,13 @@ def check_latents(snapshot: Snapshot, geometry: ChunkGeometry, window_chunks: in
     begun = snapshot.next_chunk > 0
     if not rising or (begun and (not chunks or chunks[-1] != snapshot.next_chunk - 1)) or begun == (not chunks):
         raise SnapshotError(f"snapshot.kept = {chunks}: allowed are rising chunks that end before the next one")
-    wanted = tuple(geometry.chunk_shape()[1:])
-    wrong = [tuple(item.written.shape) for item in snapshot.kept if tuple(item.written.shape) != wanted]
-    if wrong:
-        raise SnapshotError(f"snapshot.kept: shape {wrong[0]}, allowed is {wanted}")
+    for item in snapshot.kept:
+        found, wanted = (
+            tuple(item.written.shape),
+            tuple(geometry.frames_shape(geometry.chunk_frames + item.refreshed)[1:]),
+        )
+        if found != wanted:
+            raise SnapshotError(f"snapshot.kept: shape {found}, allowed is {wanted}")
     if begun and (snapshot.history is None or _without_frames(snapshot.history) != (channels, height, width)):
         raise SnapshotError(f"snapshot.history: allowed is [{channels}, frames, {height}, {width}]")
     if snapshot.media.pixel_frames != geometry.pixel_start(snapshot.next_chunk):
@@ -259,12 +262,13 @@ def frame_bytes(config: Config) -> int:
 def latents_bytes(config: Config) -> int:
     """Most bytes of latents in a snapshot: the window's inputs but for the chunk in progress, and the history."""
     kept_frames = config.cache.window_frames - config.geometry.chunk_frames
+    kept_frames += sum(map(config.schedule.refreshes_newest, range(kept_frames // config.geometry.chunk_frames)))
     return (kept_frames + config.serve.decoder_history_frames) * frame_bytes(config)
 
 
 def increment_bytes(config: Config) -> int:
     """Bytes of latents that one more chunk adds: its input and its clean latents."""
-    return 2 * config.geometry.chunk_frames * frame_bytes(config)
+    return (2 * config.geometry.chunk_frames + config.schedule.clean_newest) * frame_bytes(config)
 
 
 def _hash(value: object) -> str:

@@ -272,7 +272,7 @@ class Stepper:
         """Move a session on by its chunk."""
         denoised, chunk, geometry = batch.denoised, session.progress.next_chunk, self._geometry
         assert denoised is not None
-        kept = KeptChunk(chunk, shown.written, denoised.written_level)
+        kept = KeptChunk(chunk, shown.written, denoised.written_level, denoised.refreshed)
         session.latents.add(kept, shown.clean, session.cache, session.history_frames)
         for name, ratio in session.drift.observe(shown.pixels.numpy()).items():
             self._metrics.observe("diagonal_stream_drift_ratio", ratio, measure=name)
@@ -367,7 +367,8 @@ class Stepper:
             if isinstance(shown, SessionError):
                 raise shown
             session = sessions[number]
-            kept = KeptChunk(session.progress.next_chunk, shown.written, denoised.written_level)
+            chunk = session.progress.next_chunk
+            kept = KeptChunk(chunk, shown.written, denoised.written_level, denoised.refreshed)
             session.latents.add(kept, shown.clean, session.cache, session.history_frames)
             session.progress.next_chunk += 1
 

@@ -80,12 +80,13 @@ class KVPool:
         return _read(self.keys[layer], self.values[layer], exponents, pages)
 
     def write(self, layer: int, pages: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store keys and values `[pages, page_tokens, heads, head_dim]`, detached."""
+        """Store keys and values `[pages, tokens, heads, head_dim]`, detached, as the last tokens of those pages."""
+        first = self.keys.shape[2] - key.shape[1]
         for side, (memory, new) in enumerate(((self.keys, key.detach()), (self.values, value.detach()))):
             if self.exponents is None:
-                memory[layer, pages] = new.to(memory.dtype)
+                memory[layer, pages, first:] = new.to(memory.dtype)
             else:
-                memory[layer, pages], self.exponents[side, layer, pages] = quantise(new)
+                memory[layer, pages, first:], self.exponents[side, layer, pages, first:] = quantise(new)
 
     def take(self) -> int:
         """Hand out a free page; `PoolExhaustedError` when there is none."""
@@ -221,6 +222,18 @@ class CacheBatch:
         self._how: tuple[Rotary, torch.dtype]
         self._static: StaticContext | None = None
         self._whole: tuple[CacheBatch, Sequence[int]] | None = None
+        self._tail_of: CacheBatch | None = None
+        self._lead = 0
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that the ones in progress attend to, beside themselves."""
+        return self.context_chunks * self._pool.keys.shape[2] + self._lead
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether it is the end of chunks whose first frames are cached already."""
+        return self._tail_of is not None
 
     def context(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (before rotary) and values `[b, context_tokens, heads, head_dim]` of that layer, copied out."""
@@ -230,6 +243,8 @@ class CacheBatch:
     def rotated(self, layer: int, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The same in that type, keys after rotary by the window's table: copied out once for all forwards of a chunk,
         during which nothing in the context changes."""
+        if self._tail_of is not None:
+            return self._behind_lead(layer, rotary, dtype)
         if self._whole is not None:
             whole, numbers = self._whole
             keys, values = whole.rotated(layer, rotary, dtype)
@@ -252,6 +267,25 @@ class CacheBatch:
         exponents = None if pool.exponents is None else pool.exponents[:, layer]
         return pool.keys[layer], pool.values[layer], exponents, self._context, (cosine[:, :tokens], sine[:, :tokens])
 
+    def tail(self, frames: int, of: int) -> CacheBatch:
+        """The same pages with the current chunk's first frames as context: what is then written are its last `frames`
+        of `of`."""
+        tail, page_tokens = CacheBatch(self._caches), self._pool.keys.shape[2]
+        tail._tail_of, tail._lead = self, page_tokens - page_tokens * frames // of
+        return tail
+
+    def _behind_lead(self, layer: int, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A tail's context: its chunks', and the first frames of the current one, which was written just now."""
+        assert self._tail_of is not None
+        keys, values = (part[:, : self._lead] for part in self._pool.read(layer, self._current))
+        before = self.context_tokens - self._lead
+        here = (rotary[0][:, before : self.context_tokens], rotary[1][:, before : self.context_tokens])
+        keys, values = rotate(keys.to(dtype), here), values.to(dtype)
+        if not before:
+            return keys, values
+        context = self._tail_of.rotated(layer, rotary, dtype)
+        return torch.cat((context[0], keys), dim=1), torch.cat((context[1], values), dim=1)
+
     def part(self, numbers: Sequence[int]) -> CacheBatch:
         """Some of its sessions, which share what is turned already."""
         part = CacheBatch([self._caches[number] for number in numbers])
@@ -262,7 +296,7 @@ class CacheBatch:
         """The same pages, in tables of its own, which `copy_` changes; its turned context lies in `static`."""
         copy = CacheBatch.__new__(CacheBatch)
         copy._pool, copy.context_chunks, copy._static = self._pool, self.context_chunks, static
-        copy._caches, copy._whole = self._caches, None
+        copy._caches, copy._whole, copy._tail_of, copy._lead = self._caches, None, None, 0
         copy._context, copy._current, copy._rotated = self._context.clone(), self._current.clone(), {}
         return copy
 

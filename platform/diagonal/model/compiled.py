@@ -72,9 +72,9 @@ class StaticGenerator:
         cache: CacheBatch | None = None,
         write: bool = False,
     ) -> Tensor:
-        """As `CausalWan.forward`; of one chunk with a cache, from a graph where there are graphs."""
+        """As `CausalWan.forward`; of one whole chunk with a cache, from a graph where there are graphs."""
         with self._under_kernel():
-            if cache is None or not self._graphs:
+            if cache is None or cache.is_tail or not self._graphs:
                 found: Tensor = self.network(latents, level, text, cache=cache, write=write)
                 return found
             text = self.project_text(text) if isinstance(text, Tensor) else text

@@ -228,7 +228,8 @@ class CausalWan(WanTransformer3DModel):
     ) -> Tensor:
         """Velocity `[b, c, f, h, w]` in float32 of latents at noise `level` `[b, f]` in [0, 1], given text `[b, l, n]`.
 
-        With `cache`, latents are one chunk that also attends to the cached context, and `write` stores its K/V.
+        With `cache`, latents are one chunk (or its `tail`) that also attends to the cached context, and `write` stores
+        its K/V.
         Without, latents are a whole clip, in which each chunk sees what `mask` says (None: everything sees everything).
         """
         frames, heads = latents.shape[2], self.config.num_attention_heads
@@ -236,11 +237,11 @@ class CausalWan(WanTransformer3DModel):
         hidden = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         time, modulation = self._time(level)
         texts = self._texts(text, hidden)
-        seen_frames = frames * (1 + (cache.context_chunks if cache else 0))
+        seen_frames = frames + (cache.context_tokens if cache else 0) // (height * width)
         rotary = self._rotary(seen_frames, height, width)
         here = (rotary[0][:, -hidden.shape[1] :], rotary[1][:, -hidden.shape[1] :])
         for layer, block in enumerate(self.blocks):
-            context = cache.rotated(layer, rotary, hidden.dtype) if cache and cache.context_chunks else None
+            context = cache.rotated(layer, rotary, hidden.dtype) if cache and cache.context_tokens else None
             hidden, key, value = block(hidden.contiguous(), texts[layer], modulation, here, context, mask)
             if cache and write:
                 cache.write(layer, _heads(key, heads), _heads(value, heads))

@@ -31,12 +31,14 @@ def forward_flops(
     return int(layout.layers * (products + attention) + ends + text + time)
 
 
-def chunk_flops(layout: TransformerLayout, config: Config, chunk: int) -> int:
-    """One forward of that chunk of a stream (from 0): its keys are the cached window's and its own."""
+def chunk_flops(layout: TransformerLayout, config: Config, chunk: int, frames: int | None = None) -> int:
+    """One forward of that chunk of a stream (from 0), or of so many frames of it: its keys are the cached window's and
+    its own."""
     geometry = config.geometry
+    frames = frames or geometry.chunk_frames
     window = min((chunk + 1) * geometry.chunk_frames, config.cache.window_frames)
     keys = window * geometry.frame_tokens
-    return forward_flops(layout, geometry.chunk_tokens, keys, config.model.text_tokens, geometry.chunk_frames)
+    return forward_flops(layout, frames * geometry.frame_tokens, keys, config.model.text_tokens, frames)
 
 
 def rollout_flops(
@@ -46,6 +48,7 @@ def rollout_flops(
     schedule = schedule or config.schedule
     return sum(
         schedule.forwards(chunk) * chunk_flops(layout, config, chunk)
+        + schedule.refreshes_newest(chunk) * chunk_flops(layout, config, chunk, frames=1)
         for chunk in range(chunks or config.geometry.clip_chunks)
     )
 

@@ -100,7 +100,8 @@ class Stream:
                 raise shown
         synchronize(device)
         seconds = self._clock() - started_s
-        kept = KeptChunk(self.session.progress.next_chunk, done.written[0].cpu(), done.written_level)
+        chunk = self.session.progress.next_chunk
+        kept = KeptChunk(chunk, done.written[0].cpu(), done.written_level, done.refreshed)
         self.session.latents.add(kept, done.clean[0].cpu(), self.session.cache, self.session.history_frames)
         self.session.progress.next_chunk += 1
         return seconds
