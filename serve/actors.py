@@ -10,6 +10,7 @@ from serve.records import (
     Caller,
     DriveDecision,
     EncodedChunk,
+    Guest,
     Idempotency,
     Interaction,
     ModelInfo,
@@ -18,10 +19,12 @@ from serve.records import (
     Provenance,
     PutChunks,
     Refused,
+    Role,
     Segment,
     Status,
     Usage,
     VideoRecord,
+    Viewer,
 )
 from serve.tokens import Secret
 
@@ -94,6 +97,14 @@ class StoreApi(Protocol):
     async def create_client_secret(self, key_id: str, seconds: float) -> tuple[str, float]: ...
 
     async def redeem(self, shown: Secret) -> Caller | None: ...
+
+    async def add_viewer(self, video_id: str, role: Role, name: str, seconds: float) -> tuple[str, Viewer] | None: ...
+
+    async def viewers(self, video_id: str) -> list[Viewer]: ...
+
+    async def revoke_viewer(self, video_id: str, viewer_id: str) -> bool: ...
+
+    async def guest(self, shown: Secret) -> Guest | None: ...
 
     async def ready(self) -> bool: ...
 

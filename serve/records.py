@@ -80,6 +80,7 @@ class Interaction:
     chunk: int | None = None
     pixel_frame: int | None = None
     kind: InteractionKind = InteractionKind.PROMPT
+    made_by: str = ""  # the name of the viewer who asked, '' is the video's owner
 
     def says_the_same(self, other: Interaction) -> bool:
         """Whether `other` is this one sent again."""
@@ -98,6 +99,34 @@ class Caller:
 
 
 LOCAL_CALLER = Caller(LOCAL, LOCAL)
+
+
+class Role(StrEnum):
+    """What the holder of a viewer's token may do with the one video that it is of."""
+
+    WATCH = "watch"
+    STEER = "steer"
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """Somebody whom a video's owner gave a token of that video; `name` is what its owner calls him."""
+
+    id: str
+    video_id: str
+    role: Role
+    name: str
+    created_at: float
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class Guest:
+    """Who asks with a viewer's token, which lasts `left_s` seconds more, and the video's owner."""
+
+    viewer: Viewer
+    owner: Caller
+    left_s: float
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ def request_id_of(given: str | None) -> str:
 
 
 def _log(scope: Scope, request_id: str, status: int, duration_s: float) -> None:
-    """One line; the route's pattern, not the address, and the key's public id."""
-    route, caller = scope.get("route"), scope["state"].get("caller")
+    """One line; the route's pattern, not the address, and the public id of the key or of the viewer's token."""
+    route, caller, guest = scope.get("route"), scope["state"].get("caller"), scope["state"].get("guest")
     if get_route_path(scope) in _QUIET:
         return
     line = {
@@ -63,5 +63,6 @@ def _log(scope: Scope, request_id: str, status: int, duration_s: float) -> None:
         "status": status,
         "duration_s": round(duration_s, 4),
         "key": caller.key_id if caller else None,
+        "viewer": guest.viewer.id if guest else None,
     }
     _LOG.info("request %s", json.dumps(line))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
 
+from serve.gateway.gateway import Gateway
 from serve.records import WINDOW_S, Caller, Usage
 from serve.wire.problems import Problem
 
@@ -45,6 +48,18 @@ def select(request: Request, etag: str, size: int) -> Selection:
         raise problem
     about = {"Content-Range": f"bytes {start}-{stop - 1}/{size}", "Content-Length": str(stop - start)}
     return Selection(206, start, stop, headers | about)
+
+
+async def file_answer(request: Request, gateway: Gateway, video_id: str, caller: Caller) -> Response:
+    """The caller's finished file as the request asks for it: whole, a range of it, or its headers alone."""
+    size = await gateway.content_size(video_id, caller)
+    chosen = select(request, f'"{video_id}-{size:x}"', size)
+    about = {"Content-Disposition": f'inline; filename="{video_id}.mp4"'} if chosen.status != 304 else {}
+    options: dict[str, Any] = {"status_code": chosen.status, "headers": chosen.headers | about}
+    if request.method == "HEAD" or chosen.status == 304:
+        return Response(**options, media_type="video/mp4")
+    parts = gateway.content(video_id, chosen.start, chosen.stop)
+    return StreamingResponse(parts, **options, media_type="video/mp4")
 
 
 def rate_limits(caller: Caller, usage: Usage | None) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serve.api.auth import PUBLIC
+from serve.api.auth import PUBLIC, SHARED_FOLDER
 from serve.wire.problems import MEDIA_TYPE
 from serve.wire.schemas import ProblemAnswer, request_schemas
 
@@ -72,7 +72,7 @@ def describe(app: FastAPI) -> None:
         parts["securitySchemes"] = {_BEARER: {"type": "http", "scheme": "bearer", "description": _KEY}}
         for path, operations in api["paths"].items():
             for operation in operations.values():
-                _complete(operation, path in PUBLIC)
+                _complete(operation, path in PUBLIC or path.startswith(SHARED_FOLDER))
         return api
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -9,9 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Header, Query, Request, Response, WebSocket
+from fastapi import FastAPI, Header, Query, Request, Response, WebSocket
 from fastapi import Path as InPath
-from fastapi.requests import HTTPConnection
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
@@ -21,15 +20,18 @@ from serve.api.access_log import AccessLogMiddleware
 from serve.api.auth import SOCKET, AuthMiddleware
 from serve.api.body import read_body
 from serve.api.browsers import KEPT, LIVE, CorsMiddleware, HeadMiddleware, allowed_methods
-from serve.api.headers import rate_limits, select
+from serve.api.dependencies import By, Via, caller_of
+from serve.api.headers import file_answer, rate_limits
 from serve.api.openapi import CREATED, FILE, PART, PLAYLIST, RECORDING, STREAM, body_of, describe, errors
 from serve.api.realtime import RealtimeLimits, RealtimeSession
+from serve.api.sharing import add_sharing
 from serve.gateway import hls
 from serve.gateway.gateway import Gateway
-from serve.records import Caller, Idempotency
+from serve.records import Idempotency
 from serve.wire import problems
 from serve.wire.problems import Problem
 from serve.wire.schemas import (
+    MAX_CHUNK,
     MAX_LINKS,
     ChainAnswer,
     ClientSecret,
@@ -48,7 +50,6 @@ from serve.wire.schemas import (
 )
 
 VIEWER = Path(__file__).parents[1] / "viewer"
-MAX_CHUNK = 2**31 - 1
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _PAGE_POLICY = "default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 _PAGE_HEADERS = {
@@ -85,28 +86,12 @@ def create_app(
     _add_videos(app)
     _add_streams(app)
     _add_hls(app)
+    add_sharing(app)
     _add_realtime(app, limits or RealtimeLimits())
     _add_service(app)
     describe(app)
     app.mount("/viewer", StaticFiles(directory=VIEWER), name="viewer")
     return app
-
-
-def _gateway(request: Request) -> Gateway:
-    gateway: Gateway = request.app.state.gateway
-    return gateway
-
-
-def _caller(connection: HTTPConnection) -> Caller:
-    """Whom `AuthMiddleware` let in. A request that it did not ask for a key is refused here."""
-    caller: Caller | None = getattr(connection.state, "caller", None)
-    if caller is None:
-        raise Problem(401, "missing_api_key", "give an API key as `Authorization: Bearer ...`")
-    return caller
-
-
-Via = Annotated[Gateway, Depends(_gateway)]
-By = Annotated[Caller, Depends(_caller)]
 
 
 def _add_videos(app: FastAPI) -> None:
@@ -188,14 +173,7 @@ def _add_streams(app: FastAPI) -> None:
         if_none_match: Annotated[str | None, Header()] = None,
     ) -> Response:
         """The finished file, or the one range of its bytes that is asked for."""
-        size = await gateway.content_size(video_id, caller)
-        chosen = select(request, f'"{video_id}-{size:x}"', size)
-        about = {"Content-Disposition": f'inline; filename="{video_id}.mp4"'} if chosen.status != 304 else {}
-        options: dict[str, Any] = {"status_code": chosen.status, "headers": chosen.headers | about}
-        if request.method == "HEAD" or chosen.status == 304:
-            return Response(**options, media_type="video/mp4")
-        parts = gateway.content(video_id, chosen.start, chosen.stop)
-        return StreamingResponse(parts, **options, media_type="video/mp4")
+        return await file_answer(request, gateway, video_id, caller)
 
     for method in ("GET", "HEAD"):
         app.api_route(
@@ -284,7 +262,7 @@ def _add_hls(app: FastAPI) -> None:
 def _add_realtime(app: FastAPI, limits: RealtimeLimits) -> None:
     @app.websocket(SOCKET)
     async def realtime(socket: WebSocket) -> None:
-        await RealtimeSession(socket, socket.app.state.gateway, _caller(socket), limits).run()
+        await RealtimeSession(socket, socket.app.state.gateway, caller_of(socket), limits).run()
 
     @app.post(
         "/v1/realtime/client_secrets",
@@ -321,6 +299,11 @@ def _add_service(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(VIEWER / "index.html", headers=_PAGE_HEADERS)
+
+    @app.get("/watch/{token}", include_in_schema=False)
+    async def watch_page(token: str) -> FileResponse:
+        """The same page for every link: it asks for the video itself."""
+        return FileResponse(VIEWER / "watch.html", headers=_PAGE_HEADERS)
 
 
 def _idempotency(key: str | None, asked: VideoRequest) -> Idempotency | None:

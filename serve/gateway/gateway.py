@@ -23,23 +23,26 @@ from serve.policies.load_shedding import RecentRefusals
 from serve.records import (
     KEPT_CHUNKS,
     Caller,
+    Guest,
     Idempotency,
     Interaction,
     InteractionKind,
     ModelInfo,
     Provenance,
     Refused,
+    Role,
     Segment,
     Status,
     Usage,
     VideoRecord,
+    Viewer,
 )
 from serve.rpc import CALL_TIMEOUT_S, UNAVAILABLE, call, call_with_retry, detached
 from serve.settings import ServeSettings
 from serve.tokens import CLIENT_SECRET_S, Secret
 from serve.tracing import traces_of
 from serve.wire.problems import Problem, not_found, refused, wrong_value
-from serve.wire.schemas import InteractionRequest, VideoRequest
+from serve.wire.schemas import MAX_VIEWERS, InteractionRequest, VideoRequest, ViewerRequest
 
 _READY_TIMEOUT_S = 5.0
 _LOOK_EVERY_S = 0.2
@@ -244,10 +247,45 @@ class Gateway:
         if not video.status.over:
             await self._session(video).close("cancelled")
 
-    async def interact(self, video_id: str, request: InteractionRequest, caller: Caller) -> str:
-        """Change the prompt, pause or go on at the next chunk; returns the event's id. The same one is a retry."""
+    async def share(self, video_id: str, asked: ViewerRequest, caller: Caller) -> tuple[str, Viewer]:
+        """A token of the caller's video for somebody without a key, and its viewer."""
+        await self.get(video_id, caller)
+        made = await call(self._store.add_viewer(video_id, Role(asked.role), asked.name, asked.expires_in_s))
+        if made is None:
+            raise Problem(409, "too_many_viewers", f"a video has at most {MAX_VIEWERS} viewers: revoke one first")
+        return made
+
+    async def viewers(self, video_id: str, caller: Caller) -> list[Viewer]:
+        """Who has a token of the caller's video."""
+        await self.get(video_id, caller)
+        return await call(self._store.viewers(video_id))
+
+    async def revoke_viewer(self, video_id: str, viewer_id: str, caller: Caller) -> None:
+        """End the token of a viewer of the caller's video."""
+        await self.get(video_id, caller)
+        if not await call(self._store.revoke_viewer(video_id, viewer_id)):
+            raise Problem(404, "viewer_not_found", f"the video has no viewer {viewer_id!r}", param="viewer_id")
+
+    async def guest(self, shown: Secret) -> Guest | None:
+        """Whose token of a viewer this is."""
+        return await call(self._store.guest(shown))
+
+    async def steer(self, guest: Guest, request: InteractionRequest) -> str:
+        """Change the prompt in a viewer's name; `Problem` 403 where he may not. Returns the event's id."""
+        if guest.viewer.role is not Role.STEER:
+            raise Problem(403, "watch_only", "this link is for watching: the video's owner gives links that steer")
+        if request.interaction.event.action is not None:
+            message = "a viewer changes the prompt alone: pausing is its owner's"
+            raise Problem(403, "prompt_only", message, param="interaction.event.action")
+        return await self.interact(guest.viewer.video_id, request, guest.owner, guest.viewer.name)
+
+    async def interact(self, video_id: str, request: InteractionRequest, caller: Caller, made_by: str = "") -> str:
+        """Change the prompt, pause or go on at the next chunk; returns the event's id. The same one is a retry.
+
+        `made_by` names the viewer in whose name it is done, '' is the owner himself.
+        """
         video = await self.get(video_id, caller)
-        change = asked_change(request, await self._fleet.info_of(video))
+        change = replace(asked_change(request, await self._fleet.info_of(video)), made_by=made_by)
         by_event = {one.event_id: one for one in video.interactions}
         noted: Interaction | bool | None = by_event.get(change.event_id)
         if noted is None:

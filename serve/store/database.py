@@ -10,7 +10,7 @@ import sqlalchemy as sql
 
 from diagonal.chain import Link
 from serve.records import ChunkEvents, Interaction, InteractionKind, KeptChunk, Pacing, Status, VideoRecord
-from serve.store.tables import CHUNKS, IDEMPOTENCY, INTERACTIONS, KEYS, USAGE, VIDEOS, Tables
+from serve.store.tables import CHUNKS, IDEMPOTENCY, INTERACTIONS, KEYS, USAGE, VIDEOS, VIEWERS, Tables
 
 _RUNNING = (Status.QUEUED.value, Status.IN_PROGRESS.value)
 _FIRST_MINUTE_S = 60
@@ -224,7 +224,7 @@ class Database:
             if row is None:
                 return None
             connection.execute(VIDEOS.delete().where(mine))
-            for table in (CHUNKS, INTERACTIONS, IDEMPOTENCY):
+            for table in (CHUNKS, INTERACTIONS, IDEMPOTENCY, VIEWERS):
                 connection.execute(table.delete().where(table.c.video_id == video_id))
             return read_video(row)
 
@@ -303,7 +303,7 @@ def _link(row: sql.RowMapping) -> Link:
 
 
 def _interaction(row: sql.RowMapping) -> Interaction:
-    names = ("event_id", "prompt", "transition_chunks", "chunk", "pixel_frame")
+    names = ("event_id", "prompt", "transition_chunks", "chunk", "pixel_frame", "made_by")
     return Interaction(**{name: row[name] for name in names}, kind=InteractionKind(row["kind"]))
 
 

@@ -31,15 +31,18 @@ from serve.records import (
     LOCAL_CALLER,
     Caller,
     DriveDecision,
+    Guest,
     Idempotency,
     Interaction,
     Provenance,
     PutChunks,
     Refused,
+    Role,
     Segment,
     Status,
     Usage,
     VideoRecord,
+    Viewer,
 )
 from serve.settings import ServeSettings
 from serve.store.chunks import ChunkSigner, ChunkStore
@@ -51,6 +54,7 @@ from serve.store.media_files import INIT, RECORDING, MediaFiles, read_part
 from serve.store.presence import Presence
 from serve.store.quotas import Quotas
 from serve.store.tables import Tables
+from serve.store.viewers import Viewers
 from serve.tokens import Secret
 
 P = ParamSpec("P")
@@ -81,7 +85,7 @@ class Store:
         self._settings = settings
         self._tables = Tables(settings.database_url, wait_s=LATE_S)
         self._database, self._quotas = Database(self._tables), Quotas(self._tables)
-        self._credentials = Credentials(self._tables)
+        self._credentials, self._viewers = Credentials(self._tables), Viewers(self._tables)
         self._local = local_key(settings.local_key) if settings.auth == "local" else None
         durable = Folder(settings.files, _STORAGE_PATIENCE_S) if settings.files else None
         self._files = MediaFiles(root / "videos", durable)
@@ -331,9 +335,34 @@ class Store:
     async def redeem(self, shown: Secret) -> Caller | None:
         """Use a client secret up: who made it."""
         key_id = await self._run(self._credentials.redeem, shown, self._now())
+        return None if key_id is None else await self._caller_of(key_id)
+
+    async def _caller_of(self, key_id: str) -> Caller | None:
+        """The caller of a key that counts still."""
         if key_id == LOCAL:
             return LOCAL_CALLER if self._local is not None else None
-        return None if key_id is None else await self._run(self._credentials.caller_of, key_id)
+        return await self._run(self._credentials.caller_of, key_id)
+
+    # Viewers
+
+    async def add_viewer(self, video_id: str, role: Role, name: str, seconds: float) -> tuple[str, Viewer] | None:
+        """A new viewer's token, told this once, and the viewer; None where a video has as many as it may."""
+        return await self._run(self._viewers.add, video_id, role, name, self._now(), seconds)
+
+    async def viewers(self, video_id: str) -> list[Viewer]:
+        """Whom a video's owner gave a token that counts still, the oldest first."""
+        return await self._run(self._viewers.of, video_id, self._now())
+
+    async def revoke_viewer(self, video_id: str, viewer_id: str) -> bool:
+        """End a viewer's token; False where the video has no such viewer."""
+        return await self._run(self._viewers.revoke, video_id, viewer_id)
+
+    async def guest(self, shown: Secret) -> Guest | None:
+        """Whose token this is; None where it does not count (any more), or the owner's key does not."""
+        now = self._now()
+        found = await self._run(self._viewers.find, shown, now)
+        owner = None if found is None else await self._caller_of(found[1])
+        return None if found is None or owner is None else Guest(found[0], owner, found[0].expires_at - now)
 
     # Upkeep
 
@@ -365,6 +394,7 @@ class Store:
             await self._remove_files(video_id)
         await self._run(self._quotas.prune, self._now())
         await self._run(self._credentials.prune, self._now())
+        await self._run(self._viewers.prune, self._now())
 
     async def _sweep_for_ever(self, every_s: float) -> None:
         while True:

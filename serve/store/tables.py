@@ -77,6 +77,7 @@ INTERACTIONS = Table(
     Column("chunk", Integer),
     Column("pixel_frame", Integer),
     Column("kind", String(16), nullable=False, server_default="prompt"),
+    Column("made_by", String(64), nullable=False, server_default=""),
     sql.UniqueConstraint("video_id", "event_id"),
 )
 KEYS = Table(
@@ -97,6 +98,17 @@ CLIENT_SECRETS = Table(
     Column("id", String(32), primary_key=True),
     Column("hash", String(64), nullable=False),
     Column("key_id", String(32), nullable=False),
+    Column("expires_at", Float, nullable=False, index=True),
+)
+VIEWERS = Table(
+    "viewers",
+    TABLES,
+    Column("id", String(32), primary_key=True),
+    Column("hash", String(64), nullable=False),
+    Column("video_id", String(64), nullable=False, index=True),
+    Column("role", String(16), nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False, index=True),
 )
 USAGE = Table(

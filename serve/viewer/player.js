@@ -3,9 +3,13 @@
 const START_CHUNKS = 2; // the first chunk is short: playing at once would stall before the second
 const START_S = 0.9;
 const KEEP_PLAYED_S = 20; // a browser's buffer is bounded; what was played longer ago is dropped
+const GAP_S = 0.1; // media that begins later than this behind what is played is jumped to
 const LEAST_PLAYED_S = 2; // and when it is full all the same, what was played longer ago than this
 
 const Source = window.MediaSource ?? window.ManagedMediaSource; // phones of one maker have the second one alone
+
+/** Whether this browser plays such pieces as they arrive. */
+export const canPlay = (mime) => Boolean(Source?.isTypeSupported(mime));
 
 /** `append` pieces to `video`, each a chunk; `onError` gets the reason when it cannot play them. */
 export class Player {
@@ -22,7 +26,7 @@ export class Player {
     this._queue = [];
     this._listeners = new AbortController();
     const on = (name, react) => video.addEventListener(name, react, { signal: this._listeners.signal });
-    on("waiting", () => this._stall());
+    on("waiting", () => { this._skipGap(); this._stall(); });
     on("playing", () => this._flow());
     on("timeupdate", () => this._flow());
   }
@@ -43,7 +47,7 @@ export class Player {
   }
 
   async open(mime) {
-    if (!Source?.isTypeSupported(mime)) throw new Error(`this browser cannot play ${mime} while it arrives`);
+    if (!canPlay(mime)) throw new Error(`this browser cannot play ${mime} while it arrives`);
     this._source = new Source();
     this._address = URL.createObjectURL(this._source);
     this.video.disableRemotePlayback = true; // a managed source opens only then
@@ -107,6 +111,7 @@ export class Player {
 
   _next() {
     if (!this._buffer || this._buffer.updating || this._source.readyState !== "open") return;
+    this._skipGap();
     this._startWhenReady();
     if (this._queue.length) this._take();
     else if (this._ended) this._source.endOfStream();
@@ -128,6 +133,13 @@ export class Player {
     if (!buffered.length || currentTime - buffered.start(0) <= overS) return false;
     this._buffer.remove(buffered.start(0), currentTime - keepS);
     return true;
+  }
+
+  /** Goes on where media is: whoever comes into a stream late, or paused for long, has none where he stands. */
+  _skipGap() {
+    const { buffered, currentTime } = this.video;
+    const range = [...Array(buffered.length).keys()].find((at) => buffered.end(at) > currentTime + GAP_S);
+    if (range !== undefined && buffered.start(range) > currentTime + GAP_S) this.video.currentTime = buffered.start(range);
   }
 
   _startWhenReady() {

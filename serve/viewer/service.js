@@ -43,6 +43,13 @@ export async function connect() {
   return new WebSocket(address, protocols);
 }
 
+/** A link of a video for somebody without a key, with its QR code. */
+export async function share(videoId, role) {
+  const body = JSON.stringify({ role, qr_for: new URL("./", location.href).href });
+  const made = await (await ask(`v1/videos/${videoId}/viewers`, { method: "POST", body })).json();
+  return { link: new URL(made.watch_path, location.href).href, qr: made.qr };
+}
+
 /** The finished file, as soon as it is there. */
 export async function finishedFile(videoId) {
   const giveUpAt = performance.now() + FILE_WITHIN_MS;

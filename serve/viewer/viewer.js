@@ -1,7 +1,7 @@
 // The page: starts a stream, shows it, changes its prompt, and says how long each took.
 import { Player } from "./player.js";
 import { Recording, save } from "./recording.js";
-import { connect, finishedFile, key, models } from "./service.js";
+import { connect, finishedFile, key, models, share } from "./service.js";
 import { Session } from "./session.js";
 
 const EXAMPLES = [
@@ -118,6 +118,7 @@ function showControls() {
   get("start").disabled = model === null || (busy && !run.id);
   get("stop").disabled = !busy;
   get("pause").disabled = !run?.id;
+  get("share").disabled = !run?.id;
   get("pause").textContent = run?.paused ? "Resume" : "Pause";
   get("pause").setAttribute("aria-pressed", String(Boolean(run?.paused)));
   get("prompt-label").textContent = busy ? "What shall it show next?" : "What shall it show?";
@@ -255,6 +256,33 @@ function note(row, state, atS = undefined) {
   if (atS !== undefined) row.querySelector(".at").textContent = atS === null ? "next" : `${atS.toFixed(2)} s`;
 }
 
+/** Makes a link that watches, or one that steers, too. */
+async function shareVideo() {
+  if (!run?.id) return;
+  get("share-link").value = "";
+  get("share-qr").replaceChildren();
+  showError(null, "share-error");
+  if (!get("share-dialog").open) get("share-dialog").showModal();
+  try {
+    const { link, qr } = await share(run.id, get("share-role").value);
+    get("share-link").value = link;
+    get("share-qr").replaceChildren(new DOMParser().parseFromString(qr, "image/svg+xml").documentElement);
+  } catch (error) {
+    showError(error, "share-error");
+  }
+}
+
+async function copyLink() {
+  get("share-link").select();
+  try {
+    await navigator.clipboard.writeText(get("share-link").value);
+    get("share-copy").textContent = "Copied";
+  } catch {
+    get("share-copy").textContent = "Press Ctrl-C"; // the link is selected
+  }
+  setTimeout(() => { get("share-copy").textContent = "Copy"; }, 2000);
+}
+
 function submit() {
   const prompt = get("prompt").value.trim();
   if (get("start").disabled || !get("form").reportValidity()) return;
@@ -339,8 +367,11 @@ get("endless").addEventListener("change", showControls);
 get("pause").addEventListener("click", togglePause);
 get("stop").addEventListener("click", stop);
 get("save").addEventListener("click", saveVideo);
+get("share").addEventListener("click", shareVideo);
+get("share-role").addEventListener("change", shareVideo);
+get("share-copy").addEventListener("click", copyLink);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") stop();
+  if (event.key === "Escape" && !get("share-dialog").open) stop();
   if (event.altKey && event.code === "KeyP") { event.preventDefault(); togglePause(); }
 });
 video.addEventListener("ended", finish);

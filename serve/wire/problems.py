@@ -52,6 +52,11 @@ def not_found(video_id: str) -> Problem:
     return Problem(404, "video_not_found", f"there is no video {video_id!r}", param="video_id")
 
 
+def link_not_found() -> Problem:
+    """Of a viewer's link; whether it never was, has expired or was revoked is nobody's to know."""
+    return Problem(404, "link_not_found", "this link leads nowhere: there is none, or it is over")
+
+
 def unavailable() -> Problem:
     message = "a part of the service does not answer; try again"
     return Problem(503, "unavailable", message, retry_after_s=_UNAVAILABLE_RETRY_S)
@@ -91,7 +96,9 @@ def to_response(problem: Problem, request_id: str = "") -> JSONResponse:
         "request_id": request_id,
         "error": error_member(problem),
     }
-    headers = {} if problem.retry_after_s is None else {"Retry-After": str(ceil(problem.retry_after_s))}
+    headers = {"Cache-Control": "no-store"}  # a chunk that is not there yet may be there in a moment
+    if problem.retry_after_s is not None:
+        headers["Retry-After"] = str(ceil(problem.retry_after_s))
     if problem.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body, problem.status, headers=headers | dict(problem.headers), media_type=MEDIA_TYPE)

@@ -11,7 +11,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.json_schema import models_json_schema
 
 from diagonal.chain import ALGORITHM, Link
-from serve.records import Caller, Interaction, ModelInfo, Provenance, Status, VideoRecord
+from serve.records import Caller, Guest, Interaction, ModelInfo, Provenance, Status, VideoRecord, Viewer
 from serve.tokens import CLIENT_SECRET_S
 from serve.wire.problems import invalid
 
@@ -21,6 +21,9 @@ MAX_BODY_BYTES = 64 * 1024
 MAX_MESSAGE_BYTES = 128 * 1024
 MAX_PENDING = 64
 MAX_LINKS = 10_000  # in one answer
+MAX_CHUNK = 2**31 - 1
+MAX_VIEWERS = 100
+MAX_SHARED_S, SHARED_S = 7 * 24 * 3600, 24 * 3600
 EXTRA_NAMES = AliasChoices("extra", "extra_params", "extra_body")
 EventId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
 
@@ -106,6 +109,28 @@ class ClientSecretRequest(WireRequest):
     expires_after: ExpiresAfter = Field(default_factory=ExpiresAfter)
 
 
+class ViewerRequest(WireRequest):
+    """Body of `POST /v1/videos/{id}/viewers`; all of it may be left out.
+
+    `watch` shows the video; `steer` lets its holder change the prompt, too, and `name` is told with his changes.
+    """
+
+    role: Literal["watch", "steer"] = "watch"
+    name: str = Field(
+        "",
+        max_length=64,
+        pattern=r"^[^\x00-\x1f\x7f-\x9f]*$",
+        description="What the owner calls the viewer; without one his id is his name",
+    )
+    expires_in_s: int = Field(SHARED_S, ge=1, le=MAX_SHARED_S)
+    qr_for: str | None = Field(
+        None,
+        max_length=512,
+        pattern=r"^https?://[\x21-\x7e]+$",
+        description="This service's address as viewers reach it: the answer then holds a QR code of the watch page",
+    )
+
+
 class ClientSecret(BaseModel):
     """`value` is shown once on a WebSocket upgrade, as the subprotocol `diagonal-client-secret.<value>`."""
 
@@ -121,7 +146,7 @@ class VideoError(BaseModel):
 class InteractionAnswer(BaseModel):
     """A prompt change; `chunk` and `pixel_frame` say from where on it shows, once it is applied.
 
-    It is dropped when the video ended before its chunk.
+    It is dropped when the video ended before its chunk. `made_by` names the viewer who asked for it; null: the owner.
     """
 
     event_id: str
@@ -130,6 +155,7 @@ class InteractionAnswer(BaseModel):
     status: Literal["queued", "applied", "dropped"]
     chunk: int | None
     pixel_frame: int | None
+    made_by: str | None
 
 
 class VideoAnswer(BaseModel):
@@ -207,6 +233,78 @@ class VideoDeleted(BaseModel):
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
+
+
+class ViewerAnswer(BaseModel):
+    """Somebody who has a token of one video."""
+
+    id: str
+    object: Literal["video.viewer"] = "video.viewer"
+    video_id: str
+    role: Literal["watch", "steer"]
+    name: str
+    created_at: int
+    expires_at: int
+
+    @classmethod
+    def of(cls, viewer: Viewer, **more: str | None) -> Self:
+        times = {"created_at": int(viewer.created_at), "expires_at": int(viewer.expires_at)}
+        about = {"id": viewer.id, "video_id": viewer.video_id, "role": viewer.role.value, "name": viewer.name}
+        return cls.model_validate(about | times | more)
+
+
+class ViewerToken(ViewerAnswer):
+    """A new viewer. The token is told this once; addresses are below that of the service.
+
+    Whoever has one of the addresses is the viewer: they are as secret as the token.
+    """
+
+    token: str
+    watch_path: str = Field(description="A page that plays the video")
+    playlist_path: str = Field(description="For any HLS player")
+    qr: str | None = Field(description="SVG, where `qr_for` asked for it")
+
+
+class ViewerList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ViewerAnswer]
+
+
+class ViewerRevoked(BaseModel):
+    id: str
+    object: Literal["video.viewer.deleted"] = "video.viewer.deleted"
+    deleted: Literal[True] = True
+
+
+class SharedVideo(BaseModel):
+    """A video as its viewers see it: neither its prompt nor whose it is."""
+
+    object: Literal["video.shared"] = "video.shared"
+    role: Literal["watch", "steer"]
+    name: str
+    expires_at: int
+    status: Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+    size: str
+    fps: int
+    mime: str
+    endless: bool
+    paused: bool
+    chunks_done: int
+
+    @classmethod
+    def of(cls, video: VideoRecord, guest: Guest) -> SharedVideo:
+        return cls(
+            role=guest.viewer.role.value,
+            name=guest.viewer.name,
+            expires_at=int(guest.viewer.expires_at),
+            status=video.status.value,
+            size=video.size,
+            fps=video.fps,
+            mime=video.mime,
+            endless=video.endless,
+            paused=video.paused,
+            chunks_done=video.chunks_done,
+        )
 
 
 class InteractionQueued(BaseModel):
@@ -364,6 +462,7 @@ def _interaction(change: Interaction, over: bool) -> InteractionAnswer:
         status=waits if change.chunk is None else "applied",
         chunk=change.chunk,
         pixel_frame=change.pixel_frame,
+        made_by=change.made_by or None,
     )
 
 
@@ -374,6 +473,7 @@ def request_schemas() -> dict[str, Any]:
         (VideoRequest, "validation"),
         (InteractionRequest, "validation"),
         (ClientSecretRequest, "validation"),
+        (ViewerRequest, "validation"),
     ]
     _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
     return dict(schemas["$defs"])

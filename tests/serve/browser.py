@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --mute-audio --window-size=1200,800 --remote-debugging-port=0"
 )
+
+
+Open = Callable[[str], "Browser"]
+"""The fixture `open_page`: opens an address in a browser of its own."""
 
 
 class Browser:

@@ -18,6 +18,7 @@ from diagonal.client import client
 from serve.api.realtime import RealtimeLimits
 from serve.settings import ServeSettings
 from tests.serve import postgres
+from tests.serve.browser import Browser, Open
 from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, Until, deadline, http_client, start
 
 
@@ -113,6 +114,22 @@ def other_http(service: Service) -> Iterator[httpx2.Client]:
     """A client of the other gateway."""
     with http_client(service.urls[1]) as client:
         yield client
+
+
+@pytest.fixture
+def open_page(chromium: str, tmp_path: Path) -> Iterator[Open]:
+    """Opens the page at an address in a browser of its own."""
+    opened: list[Browser] = []
+
+    def go(url: str) -> Browser:
+        browser = Browser(chromium, tmp_path / f"profile{len(opened)}")
+        browser.start(url)
+        opened.append(browser)
+        return browser
+
+    yield go
+    for browser in opened:
+        browser.stop()
 
 
 @pytest.fixture

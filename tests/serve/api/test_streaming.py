@@ -80,7 +80,7 @@ def test_a_prompt_change_shows_from_the_next_chunk_on(http: httpx2.Client, engin
     answer = http.post(f"/v1/videos/{video}/interactions", json=body)
     assert (answer.status_code, answer.json()["type"]) == (202, "session.interaction.queued")
     change = {"event_id": "e1", "kind": "prompt", "transition_chunks": 0}
-    change |= {"status": "queued", "chunk": None, "pixel_frame": None}
+    change |= {"status": "queued", "chunk": None, "pixel_frame": None, "made_by": None}
     assert status(http, video)["interactions"] == [change]
     engine.allow(100)
     seen = shades(http.get(f"/v1/videos/{video}/stream").content)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
 import pytest
 
 from serve.settings import ServeSettings
-from tests.serve.browser import Browser
+from tests.serve.browser import Browser, Open
 from tests.serve.harness import Cluster, FakeEngine, Keyed, Service, SideBySide, Until, http_client, shade
 from tests.serve.sockets import LOCAL_TOKEN
 from tests.serve.wire import wire
 
-Open = Callable[[str], Browser]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 FIRST, SECOND = "a red circle", "a blue square"
 PIXEL = """(() => {
@@ -32,22 +31,6 @@ WATCH_STATE = """(() => {
   window.told = [];
   new MutationObserver(() => window.told.push(state.textContent)).observe(state, { childList: true, subtree: true });
 })()"""
-
-
-@pytest.fixture
-def open_page(chromium: str, tmp_path: Path) -> Iterator[Open]:
-    """Opens the page at an address in a browser of its own."""
-    opened: list[Browser] = []
-
-    def go(url: str) -> Browser:
-        browser = Browser(chromium, tmp_path / f"profile{len(opened)}")
-        browser.start(url)
-        opened.append(browser)
-        return browser
-
-    yield go
-    for browser in opened:
-        browser.stop()
 
 
 def test_a_link_with_the_local_key_opens_the_page_and_leaves_the_address(

@@ -27,6 +27,7 @@ from serve.records import (
     KeptChunk,
     Pacing,
     Refused,
+    Role,
     Status,
     VideoRecord,
 )
@@ -36,6 +37,7 @@ from serve.store.database import Database, chunk_events
 from serve.store.migrations import VERSION_TABLE, configuration, upgrade
 from serve.store.quotas import Quotas
 from serve.store.tables import TABLES, Tables
+from serve.store.viewers import MAX_VIEWERS, Viewers
 from serve.tokens import parse_secret
 
 VIDEO = VideoRecord(
@@ -177,12 +179,15 @@ def test_only_so_many_interactions_may_wait(database: Database) -> None:
 
 
 def test_all_of_a_removed_video_is_gone_and_only_its_owner_removes_it(database: Database, tables: Tables) -> None:
-    database.add_interaction("video_1", Interaction("e1", "x"), 64)
+    database.add_interaction("video_1", Interaction("e1", "x", made_by="Ann"), 64)
+    found = database.get("video_1")
+    assert found is not None and found.interactions[0].made_by == "Ann"
+    assert Viewers(tables).add("video_1", Role.WATCH, "Ann", 1.0, 60.0) is not None
     add(database, 0, FIRST)
     assert database.remove("video_1", "somebody") is None and database.get("video_1") is not None
     assert database.remove("video_1", "local") is not None
     with tables.reading() as connection:
-        for name in ("videos", "chunks", "interactions"):
+        for name in ("videos", "chunks", "interactions", "viewers"):
             assert connection.execute(sql.text(f"SELECT count(*) FROM {name}")).scalar() == 0
 
 
@@ -241,11 +246,12 @@ def test_the_steps_make_exactly_the_tables_of_the_program(database_url: str, ver
     engine.dispose()
 
 
-def test_the_newest_step_is_taken_back_without_a_loss(database_url: str, database: Database, tables: Tables) -> None:
+def test_the_newest_steps_are_undone_without_a_loss(database_url: str, database: Database, tables: Tables) -> None:
     assert database.get("video_1") is not None
     with tables.writing() as connection:
         command.downgrade(configuration(connection), "0004")
         assert connection.execute(sql.text("SELECT version FROM schema")).scalar() == 4
+        assert "viewers" not in sql.inspect(connection).get_table_names()
     again = Tables(database_url)
     assert Database(again).get("video_1") is not None
     again.close()
@@ -422,6 +428,42 @@ def test_a_client_secret_counts_once_and_not_for_long(tables: Tables, database_u
     assert credentials.redeem(late, 100.0) is None
 
 
-@pytest.mark.parametrize("text", ["", "dk", "dk_1", "ek_1_2", "dk_1_é", "dk_1_" + "x" * 500])
+def test_a_viewers_token_is_kept_as_a_hash_and_counts_for_its_time_and_video(
+    tables: Tables, database: Database
+) -> None:
+    viewers = Viewers(tables)
+    assert viewers.add("video_2", Role.WATCH, "", 1.0, 60.0) is None
+    made = viewers.add("video_1", Role.STEER, "Ann", 1.0, 60.0)
+    assert made is not None
+    text, viewer = made
+    shown = parse_secret("vt", text)
+    assert shown is not None and shown.id == viewer.id and viewers.find(shown, 60.9) == (viewer, "local")
+    assert viewers.find(shown, 61.0) is None and viewers.find(replace(shown, hash="0" * 64), 2.0) is None
+    with tables.reading() as connection:
+        assert text.split("_", 2)[2] not in str(connection.execute(sql.text("SELECT * FROM viewers")).all())
+    assert viewers.of("video_1", 2.0) == [viewer] and viewers.of("video_1", 61.0) == []
+    assert not viewers.revoke("video_2", viewer.id) and viewers.revoke("video_1", viewer.id)
+    assert viewers.find(shown, 2.0) is None and viewers.of("video_1", 2.0) == []
+
+
+def test_of_many_who_share_at_once_no_more_than_the_most_get_a_token(tables: Tables, database: Database) -> None:
+    viewers = Viewers(tables)
+    for _ in range(MAX_VIEWERS - 2):
+        assert viewers.add("video_1", Role.WATCH, "", 1.0, 60.0) is not None
+    made: list[object] = []
+    threads = [
+        threading.Thread(target=lambda: made.append(viewers.add("video_1", Role.WATCH, "", 1.0, 60.0)))
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(made) == 6 and made.count(None) == 4
+    viewers.prune(61.0)
+    assert viewers.add("video_1", Role.WATCH, "", 61.0, 60.0) is not None
+
+
+@pytest.mark.parametrize("text", ["", "dk", "dk_1", "ek_1_2", "dk_1_é", "dk_\0_x", "dk_1_" + "x" * 500])
 def test_what_is_no_key_is_not_looked_up(text: str) -> None:
     assert parse_secret("dk", text) is None
