@@ -14,9 +14,12 @@ from diagonal import cli
 from diagonal.client import DiagonalClient, DiagonalError
 from diagonal.client.client import Video
 
-VERBS = "generate watch stream steer pause resume verify models list show delete up down status env serve keys config"
+VERBS = (
+    "generate watch stream steer pause resume share verify models list show delete up down status env serve keys config"
+)
 ANSWER = {"id": "video_1", "status": "completed", "progress": 100, "num_frames": 81, "frames_done": 81}
 ANSWER |= {"fps": 16, "size": "256x256", "mime": "video/mp4", "error": None}
+VIEWER = {"id": "v1", "role": "steer", "name": "Ann", "expires_at": 0}
 MODEL = {"id": "tiny", "fps": 16, "sizes": ["256x256", "32x32"]}
 
 
@@ -39,6 +42,17 @@ class Client:
 
     def models(self) -> dict[str, object]:
         return {"data": [MODEL]}
+
+    def share(self, video_id: str, **asked: object) -> dict[str, object]:
+        assert asked == {"role": "steer", "name": "Ann", "expires_in_s": 60}
+        urls = {"watch_url": "http://x/watch/vt_1", "playlist_url": "http://x/v1/shared/vt_1/index.m3u8"}
+        return VIEWER | urls
+
+    def viewers(self, video_id: str) -> list[dict[str, object]]:  # type: ignore[valid-type]
+        return [VIEWER]
+
+    def revoke(self, video_id: str, viewer_id: str) -> None:
+        assert (video_id, viewer_id) == ("video_1", "v1")
 
     def delete(self, video_id: str) -> None:
         assert video_id == "video_1"
@@ -112,6 +126,15 @@ def test_scripts_read_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_video_is_deleted(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("delete", "video_1") == cli.DONE and capsys.readouterr().err == "deleted\n"
+
+
+def test_a_video_is_shared_and_its_links_are_shown_and_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("share", "video_1", "--role", "steer", "--name", "Ann", "--expires-in-s", "60") == cli.DONE
+    told = capsys.readouterr()
+    assert told.out == "http://x/watch/vt_1\n" and "http://x/v1/shared/vt_1/index.m3u8" in told.err
+    assert run("share", "video_1", "--list") == cli.DONE
+    assert capsys.readouterr().out.startswith("v1  steer  19")
+    assert run("share", "video_1", "--revoke", "v1") == cli.DONE and capsys.readouterr().err == "revoked\n"
 
 
 @pytest.mark.parametrize("words", [("stream", "x"), ("watch", "x"), ("stream", "x", "--out", "-")])

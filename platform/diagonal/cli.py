@@ -90,6 +90,17 @@ def _add_client_verbs(verbs: Any) -> None:
     _transition_option(steer)
     _client_verb(verbs, "pause", "stop a video after its current chunk; its place is freed", of_video=True)
     _client_verb(verbs, "resume", "continue a paused video", of_video=True)
+    link = _json_option(
+        _client_verb(verbs, "share", "make a link of a video for somebody without a key", of_video=True)
+    )
+    link.add_argument(
+        "--role", choices=("watch", "steer"), default="watch", help="steer: who has it may change the prompt"
+    )
+    link.add_argument("--name", default="", help="whose link it is: told with the changes that he makes")
+    link.add_argument("--expires-in-s", type=int, metavar="N", help="it ends after so long (default: a day)")
+    instead = link.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="show the links that there are instead")
+    instead.add_argument("--revoke", metavar="ID", help="end one of them instead")
     check = _client_verb(verbs, "verify", "check a recorded stream against its signed chain")
     check.add_argument("file", help="a recorded stream (`stream --out`, `watch --out`)")
     check.add_argument("--chain", required=True, metavar="FILE|URL|ID", help="its chain, or the video's id")

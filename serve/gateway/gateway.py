@@ -363,23 +363,28 @@ class Gateway:
         if not video.status.over:
             longest = (await self._fleet.info_of(video)).geometry.chunk_pixel_frames(1)
             target = hls.target_s(longest, video.fps)
-            await self._hls_awaited(video, wait_for, hls.HOLD_BACK_TARGETS * target)
-            video = await self.get(video_id, caller)
+            video = await self._hls_awaited(video, wait_for or 0, hls.HOLD_BACK_TARGETS * target)
         first = max(0, video.chunks_done - KEPT_CHUNKS // 2) if video.endless else 0
         frames = await call(self._store.chunk_frames(video.id, first))
         target = target or hls.target_s(max(frames, default=1), video.fps)  # the release may be gone
         text = hls.playlist(frames, video.fps, target, first, ended=video.status.over, endless=video.endless)
         return text, video.status.over
 
-    async def _hls_awaited(self, video: VideoRecord, wait_for: int | None, wait_s: float) -> None:
-        """Wait for that chunk of a video that is made, or for its first one."""
-        newest, awaited = video.chunks_done - 1, wait_for or 0
-        if awaited > newest + hls.AHEAD:
-            raise wrong_value(400, "invalid_value", "_HLS_msn", awaited, f"0 to {newest + hls.AHEAD}")
-        if awaited > newest:
-            segment = await self._hls_segment(video, awaited, wait_s)
-            if segment is None or not segment.final:
-                raise Problem(503, "not_there_yet", f"chunk {awaited} is not there yet", retry_after_s=1.0)
+    async def _hls_awaited(self, video: VideoRecord, chunk: int, wait_s: float) -> VideoRecord:
+        """The video with that chunk, or when it is over."""
+        most = video.chunks_done - 1 + hls.AHEAD
+        if chunk > most:
+            raise wrong_value(400, "invalid_value", "_HLS_msn", chunk, f"0 to {most}")
+        if chunk < video.chunks_done:
+            return video
+        later = await call(self._store.awaited(video.id, hls.READER, chunk, wait_s), wait_s + CALL_TIMEOUT_S)
+        if later is None:
+            raise not_found(video.id)
+        if later.orphan:
+            await self._drivers.adopt_if_orphan(video.id)
+        if chunk >= later.chunks_done and not later.status.over:
+            raise Problem(503, "not_there_yet", f"chunk {chunk} is not there yet", retry_after_s=1.0)
+        return later
 
     async def hls_part(self, video_id: str, chunk: int, caller: Caller) -> bytes:
         """The bytes of a chunk, -1 is the initialisation segment, waiting a moment for it.

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from hmac import compare_digest
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -59,6 +60,7 @@ from serve.tokens import Secret
 
 P = ParamSpec("P")
 T = TypeVar("T")
+W = TypeVar("W", Segment, VideoRecord)
 _LOG = logging.getLogger("ray.serve")
 _STORAGE_PATIENCE_S = 30.0
 _FILE_WAIT_S = 5.0
@@ -252,18 +254,38 @@ class Store:
 
         Of a video that nobody paces, the chunks behind it that are there come along.
         """
+        look = partial(self._find, video_id, chunk, reader)
+        return await self._look_until(look, lambda found: found.final, video_id, reader, wait_s)
+
+    async def awaited(self, video_id: str, reader: str, chunk: int, wait_s: float) -> VideoRecord | None:
+        """The video, as soon as that chunk is there or it is over, at the latest after a while; None: no such video.
+
+        Whoever waits so reads the video, as with `segment`, but gets no bytes.
+        """
+
+        def there(video: VideoRecord) -> bool:
+            return video.status.over or video.chunks_done > chunk
+
+        look = partial(self._database.get, video_id)
+        video = await self._look_until(look, there, video_id, reader, wait_s)
+        return None if video is None else replace(video, orphan=self._is_orphan(video))
+
+    async def _look_until(
+        self, look: Callable[[], W | None], done: Callable[[W], bool], video_id: str, reader: str, wait_s: float
+    ) -> W | None:
+        """What `look` finds, as soon as it is `done` or the time is up; it looks again when there is news."""
         deadline = time.monotonic() + wait_s
         while True:
             presence = self._presences[video_id]
             presence.saw_reader(reader)
             news = presence.news  # taken before looking, so that no chunk can slip in between
-            found = await self._run(self._find, video_id, chunk, reader)
+            found = await self._run(look)
             if found is None:
                 self._presences.pop(video_id, None)
                 return None
             presence.over = found.status.over
             left_s = deadline - time.monotonic()
-            if found.final or left_s <= 0:
+            if done(found) or left_s <= 0:
                 return found
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left_s, _LOOK_AGAIN_S)):

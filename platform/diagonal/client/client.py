@@ -5,6 +5,7 @@ What a full or restarting server refuses is asked again after the time it names;
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import os
 import secrets
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import httpx2
 
@@ -242,6 +243,32 @@ class DiagonalClient:
     def resume(self, video_id: str) -> str:
         """Go on after `pause`; returns the event's id."""
         return self._interact(video_id, {"action": "resume"})
+
+    def share(
+        self,
+        video_id: str,
+        *,
+        role: Literal["watch", "steer"] = "watch",
+        name: str = "",
+        expires_in_s: int | None = None,
+    ) -> dict[str, Any]:
+        """A link of the video for somebody without a key, for `expires_in_s` seconds (the server's default is a day).
+
+        `watch_url` is a page, `playlist_url` is for any HLS player: both are as secret as the `token` in them, which
+        is told this once. With the role `steer` whoever has it changes the prompt, too, in the name of `name`.
+        """
+        lasts = {} if expires_in_s is None else {"expires_in_s": expires_in_s}
+        answer = self._call("POST", f"/v1/videos/{video_id}/viewers", json={"role": role, "name": name} | lasts)
+        urls = {f"{kind}_url": self.url + answer[f"{kind}_path"] for kind in ("watch", "playlist")}
+        return answer | urls
+
+    def viewers(self, video_id: str) -> builtins.list[dict[str, Any]]:
+        """Whose links of the video count still."""
+        return list(self._call("GET", f"/v1/videos/{video_id}/viewers")["data"])
+
+    def revoke(self, video_id: str, viewer_id: str) -> None:
+        """End a viewer's link."""
+        self._call("DELETE", f"/v1/videos/{video_id}/viewers/{viewer_id}")
 
     def delete(self, video_id: str) -> None:
         """Cancel the video if it is not over, and remove it."""

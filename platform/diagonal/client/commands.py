@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,19 @@ def delete(client: DiagonalClient, options: argparse.Namespace) -> None:
     _say("deleted")
 
 
+def share(client: DiagonalClient, options: argparse.Namespace) -> None:
+    """Print a new link of a video; or the links that there are; or end one."""
+    if options.revoke:
+        client.revoke(options.video, options.revoke)
+        return _say("revoked")
+    if options.list:
+        viewers = client.viewers(options.video)
+        return _print(viewers, map(_viewer_row, viewers), options)
+    made = client.share(options.video, role=options.role, name=options.name, expires_in_s=options.expires_in_s)
+    _print(made, [made["watch_url"]], options)
+    _say(f"{made['role']} link {made['id']}, good until {_clock(made)}; for an HLS player: {made['playlist_url']}")
+
+
 def models(client: DiagonalClient, options: argparse.Namespace) -> None:
     """One line a model."""
     answer = client.models()
@@ -171,6 +184,15 @@ def verify(client: DiagonalClient, options: argparse.Namespace) -> None:
 def _row(video: Video) -> str:
     frames = f"{video.frames_done}/{video.frames or 'endless'} frames"
     return f"{video.id}  {video.status:12}  {frames:20}  {video.size:10}  {video.error or ''}".rstrip()
+
+
+def _viewer_row(viewer: Mapping[str, Any]) -> str:
+    return f"{viewer['id']}  {viewer['role']:5}  {_clock(viewer)}  {viewer['name']}"
+
+
+def _clock(viewer: Mapping[str, Any]) -> str:
+    """When a link ends, here."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(viewer["expires_at"]))
 
 
 def _print(answer: Any, rows: Iterable[str], options: argparse.Namespace) -> None:

@@ -63,6 +63,35 @@ def test_a_live_playlist_grows_and_a_reload_waits_for_its_chunk(http: httpx2.Cli
     assert (early.status_code, early.json()["error"]["code"]) == (404, "no_such_chunk")
 
 
+def test_a_finished_videos_playlist_and_chunks_need_no_replica(
+    service: Service, http: httpx2.Client, other_http: httpx2.Client, until: Until
+) -> None:
+    video = start(http)
+    until(lambda: status(http, video)["status"] == "completed", "completed")
+    service.run(service.kill_replica("replica-1"))
+    text = other_http.get(f"/v1/videos/{video}/index.m3u8").raise_for_status().text
+    assert "#EXT-X-ENDLIST" in text and len(entries(text)) == 7
+    assert {other_http.get(f"/v1/videos/{video}/chunks/{chunk}.m4s").status_code for chunk in range(7)} == {200}
+
+
+def test_who_waits_for_a_playlist_reads_no_chunks(service: Service, http: httpx2.Client, engine: FakeEngine) -> None:
+    engine.allow(1)
+    video, files = start(http), service.store._files
+    http.get(f"/v1/videos/{video}/index.m3u8").raise_for_status()
+    read, was = list[str](), files.read
+
+    def noted(video_id: str, name: str) -> bytes:
+        read.append(name)
+        return bytes(was(video_id, name))
+
+    files.read = noted
+    threading.Timer(0.3, engine.allow, (1,)).start()
+    assert len(entries(http.get(f"/v1/videos/{video}/index.m3u8?_HLS_msn=1").text)) == 2
+    assert read == []
+    http.get(f"/v1/videos/{video}/chunks/1.m4s").raise_for_status()
+    assert [name.partition("-")[0] for name in read] == ["1"]
+
+
 def test_who_plays_by_hls_keeps_a_realtime_video_going(http: httpx2.Client, until: Until) -> None:
     """Its playlist and chunks are its only reader; without them it would be cancelled."""
     video, seen = start(http, pacing="realtime"), 0

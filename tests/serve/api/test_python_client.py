@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import httpx2
 import pytest
 
 from diagonal.client import (
@@ -49,6 +50,19 @@ def test_a_live_session_gives_every_chunk_once(client: DiagonalClient) -> None:
         chunks = list(live)
     assert [chunk.index for chunk in chunks] == list(range(7)) and live.state.frames == 81
     assert frames_of(b"".join(chunk.data for chunk in chunks)) == 81
+
+
+def test_a_video_is_shared_with_somebody_without_a_key(client: DiagonalClient, service: Service, until: Until) -> None:
+    video = client.create("a red circle", frames=9)
+    client.wait(video.id)
+    made = client.share(video.id, name="Ann", expires_in_s=60)
+    assert made["watch_url"] == f"{service.urls[0]}/watch/{made['token']}"
+    assert "#EXT-X-ENDLIST" in httpx2.get(made["playlist_url"]).text
+    assert [(one["id"], one["name"]) for one in client.viewers(video.id)] == [(made["id"], "Ann")]
+    client.revoke(video.id, made["id"])
+    assert client.viewers(video.id) == [] and httpx2.get(made["playlist_url"]).status_code == 404
+    with pytest.raises(RefusedError, match="viewer"):
+        client.revoke(video.id, made["id"])
 
 
 @pytest.mark.slow
