@@ -57,6 +57,7 @@ def evaluate(options: argparse.Namespace, command: str) -> dict[str, Any]:
         seeds,
         parts,
         world=world,
+        geometry=release.config.geometry,
         reference=reference,
         say=say,
         seen=partial(_keep_sheet, options.out),

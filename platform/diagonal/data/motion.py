@@ -23,7 +23,7 @@ def read_box(places: Track, times: Times, config: WorldConfig, speeds: Speeds) -
     """Direction and speed of an object that bounces: by its first leg, and by the pace between its turns."""
     smoothed = moving_mean(places)
     axis = int(np.ptp(smoothed, axis=0).argmax())
-    speed = nearest_speed(_pace(places[:, axis], times), speeds)
+    speed = nearest_speed(pace(places[:, axis], times), speeds)
     if speed is None:
         return None, None
     sign = _first_swing(smoothed[:, axis], LEG_PX * config.scale)
@@ -31,8 +31,9 @@ def read_box(places: Track, times: Times, config: WorldConfig, speeds: Speeds) -
     return next((name for name, known in DIRECTIONS.items() if known == heading), None), speed
 
 
-def _pace(track: Track, times: Times) -> float:
-    """Upper quartile of the speed over a few frames: most of a leg shows it, windows across a turn show less."""
+def pace(track: Track, times: Times) -> float:
+    """Upper quartile of the speed over a few frames, in pixels a frame: most of a leg shows it, windows across a turn
+    show less."""
     span = min(STRIDE_FRAMES, len(track) - 1)
     return float(np.quantile(np.abs(track[span:] - track[:-span]) / (times[span:] - times[:-span]), 0.75))
 

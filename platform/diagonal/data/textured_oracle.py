@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diagonal.data.motion import STRIDE_FRAMES, Times, read_box, smoothness
+from diagonal.data.motion import STRIDE_FRAMES, Times, pace, read_box, smoothness
 from diagonal.data.textured import (
     ATTRIBUTES,
     CHANGES,
@@ -61,6 +61,7 @@ class TexturedReading:
 
     `smoothness` and `steadiness` are those of the first object's motion (see `data/oracle.py`). `saturation` is 1 where
     both objects are as colourful as the palette; `ground` is 1 where the ground has as much contrast as the world's.
+    `pace_px` is the first object's speed in pixels a frame, `shape_errors` how far off it each shape's template is.
     """
 
     colour: str | None
@@ -77,11 +78,17 @@ class TexturedReading:
     saturation: float
     ground: float
     first_pixel_frame: int = 0
+    pace_px: float = 0.0
+    shape_errors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class TexturedScores:
-    """Agreement of a reading with a scene: 0 or 1 for the attributes, the measures as they were read."""
+    """Agreement of a reading with a scene: 0 or 1 for the attributes, the measures as they were read.
+
+    Behind the hits, what they hide: `pace` is the speed seen over the caption's, `margin` how much nearer the caption's
+    shape is than the nearest other, as a share of both, from -1 to 1.
+    """
 
     colour: float
     shape: float
@@ -96,6 +103,8 @@ class TexturedScores:
     steadiness: float
     saturation: float
     ground: float
+    pace: float
+    margin: float
 
 
 def read_clip(pixels: Pixels, config: WorldConfig, first_pixel_frame: int = 0) -> TexturedReading:
@@ -133,7 +142,7 @@ def tells_change(pixel_frames: int, config: WorldConfig) -> bool:
     return pixel_frames - 1 >= LEAST_PERIOD_SHARE * config.fps * PERIOD_S
 
 
-def score(reading: TexturedReading, scene: TexturedScene) -> TexturedScores:
+def score(reading: TexturedReading, scene: TexturedScene, config: WorldConfig) -> TexturedScores:
     """Compare a reading with what its caption promised.
 
     A piece that starts after a clip's first frame may lie on any leg of a track: there the axis counts.
@@ -145,7 +154,17 @@ def score(reading: TexturedReading, scene: TexturedScene) -> TexturedScores:
         if later and seen:
             agree[name] = float(np.abs(DIRECTIONS[seen]).tolist() == np.abs(DIRECTIONS[promised]).tolist())
     measures = {name: getattr(reading, name) for name in ("smoothness", "steadiness", "saturation", "ground")}
-    return TexturedScores(**agree, **measures)
+    pace = reading.pace_px / _pixels(SPEEDS_PX[scene.speed], config)
+    return TexturedScores(**agree, **measures, pace=pace, margin=_margin(reading, scene))
+
+
+def _margin(reading: TexturedReading, scene: TexturedScene) -> float:
+    errors = dict(zip(SHAPES, reading.shape_errors, strict=False))
+    if not errors:
+        return 0.0
+    right = errors.pop(scene.shape)
+    other = min(errors.values())
+    return (other - right) / max(other + right, 1e-9)
 
 
 def _smooth(images: Floats) -> Floats:
@@ -324,7 +343,14 @@ def _summarise(
         saturation=float(np.mean(saturation)),
         ground=_ground(colours, background),
         first_pixel_frame=first_pixel_frame,
+        pace_px=_pace(places, times),
+        shape_errors=tuple(float(error) for error in first.shape_error.sum(0)),
     )
+
+
+def _pace(places: NDArray[np.float64], times: Times) -> float:
+    """Of the axis along which the object goes."""
+    return pace(places[:, int(np.ptp(places, axis=0).argmax())], times) if len(times) > 1 else 0.0
 
 
 def _pixels(speed_px: float, config: WorldConfig) -> float:

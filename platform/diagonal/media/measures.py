@@ -54,8 +54,13 @@ def brightness(pixels: Pixels) -> float:
 
 def motion_amplitude(pixels: Pixels) -> float:
     """Mean absolute change of a pixel's luma between neighbouring frames; 0 is a still."""
-    luma = _luma(pixels)
-    return float(np.abs(np.diff(luma, axis=0)).mean()) if len(luma) > 1 else 0.0
+    return float(frame_steps(pixels).mean()) if len(pixels) > 1 else 0.0
+
+
+def frame_steps(pixels: Pixels) -> Floats:
+    """Mean absolute change of a pixel's luma from each frame to the next, `[f-1]`."""
+    steps: Floats = np.abs(np.diff(_luma(pixels), axis=0)).mean(axis=(1, 2))
+    return steps
 
 
 def flicker(pixels: Pixels) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from diagonal.config import Config
 from diagonal.errors import FieldError
 from diagonal.evaluate.quality import comparison
-from diagonal.evaluate.quality.comparison import Source, run_panel
+from diagonal.evaluate.quality.comparison import Source, chunk_motion, run_panel
 from diagonal.evaluate.quality.sources import Make, clip_seeds, draw_captions, own_world
 from diagonal.evaluate.quality.worlds import world_for
 from diagonal.storage import Folder
@@ -78,3 +79,16 @@ def test_a_world_is_read_by_names_and_a_model_of_real_video_has_none() -> None:
     assert world_for(Config.from_preset("wan-1.3b")) is None
     with pytest.raises(FieldError, match="preset = 'wan-1.3b'"):
         own_world(Config.from_preset("wan-1.3b"))
+
+
+def test_motion_at_the_borders_of_chunks_is_told_from_motion_inside_them() -> None:
+    """A picture that brightens by one level a frame, and by three where a chunk begins."""
+    geometry = Config.from_preset("tiny-textured").geometry
+    steps = np.ones(geometry.clip_pixel_frames - 1)
+    clean = np.concatenate(([0.0], np.cumsum(steps)))
+    steps[[geometry.pixel_start(chunk) - 1 for chunk in range(1, 7)]] = 3.0
+    seamed = np.concatenate(([0.0], np.cumsum(steps)))
+    for levels, seam in ((clean, 1.0), (seamed, 3.0)):
+        pixels = np.broadcast_to(levels[:, None, None, None], (len(levels), 8, 8, 3)).astype(np.uint8)
+        found = chunk_motion(pixels, geometry)
+        assert found == pytest.approx({"seam": seam, "motion_inside": 1 / 255}, rel=1e-4)

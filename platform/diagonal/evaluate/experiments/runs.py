@@ -241,7 +241,14 @@ def _clips(plan: Plan, variant: Variant, seed: int, clips: int, say: Callable[[s
             save_png(contact_sheet(pixels[:SHEET_ROWS]), sheet)
 
     found = run_panel(
-        [source], captions, seeds, Folder(str(plan.folder / PARTS)), world=plan.world, seen=seen, say=say
+        [source],
+        captions,
+        seeds,
+        Folder(str(plan.folder / PARTS)),
+        world=plan.world,
+        geometry=plan.config.geometry,
+        seen=seen,
+        say=say,
     )[variant.name]
     return {"forwards": forwards, "fps": round(found.fps, 2), "values": found.values, "sheet": sheet.name, **more}
 

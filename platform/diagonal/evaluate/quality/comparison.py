@@ -23,12 +23,14 @@ from diagonal.evaluate.quality.serving_options import psnr_db
 from diagonal.evaluate.quality.sources import CLIPS_PER_BATCH, Make
 from diagonal.evaluate.quality.worlds import World
 from diagonal.files import file_hash
-from diagonal.media.measures import measure
+from diagonal.geometry import ChunkGeometry
+from diagonal.media.measures import frame_steps, measure
 from diagonal.storage import Folder
 
-FORMAT = 1  # of a part; another one makes all parts anew
+FORMAT = 2  # of a part; another one makes all parts anew
 EQUAL_DB = 100.0  # the PSNR of clips that are equal to the last bit
 PICTURE = "picture_"
+SMALLEST_STEP = 1e-4  # of luma: a picture that moves less stands still
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def run_panel(
     parts: Folder,
     *,
     world: World | None = None,
+    geometry: ChunkGeometry | None = None,
     reference: str = "",
     seen: Seen | None = None,
     say: Callable[[str], None] = print,
@@ -105,7 +108,8 @@ def run_panel(
         for source in absent:
             compared = source.name != reference
             pixels, seconds = _made(source, some, own) if compared or wanted is None else wanted
-            part = {**read_clips(pixels, some, world, wanted[0] if wanted and compared else None), "seconds": seconds}
+            part = read_clips(pixels, some, world, wanted[0] if wanted and compared else None, geometry)
+            part["seconds"] = seconds
             parts.write_json(names[source.name], part)
             if seen is not None:
                 seen(source.name, first, pixels)
@@ -141,16 +145,37 @@ def identity(folder: Path, config: Config, *more: object) -> str:
 
 
 def read_clips(
-    pixels: Tensor, captions: Sequence[str], world: World | None, wanted: Tensor | None = None
+    pixels: Tensor,
+    captions: Sequence[str],
+    world: World | None,
+    wanted: Tensor | None = None,
+    geometry: ChunkGeometry | None = None,
 ) -> dict[str, Any]:
-    """Every figure of clips `[b, f, h, w, 3]` uint8: the oracle's, those of the pictures alone, PSNR to `wanted`."""
-    rows = [figures(clip.numpy(), caption, world) for clip, caption in zip(pixels, captions, strict=True)]
+    """Every figure of clips `[b, f, h, w, 3]` uint8: the oracle's, those of the pictures alone, PSNR to `wanted`; with
+    a geometry also what chunks did to motion."""
+    rows = [
+        {**figures(clip.numpy(), caption, world), **(chunk_motion(clip.numpy(), geometry) if geometry else {})}
+        for clip, caption in zip(pixels, captions, strict=True)
+    ]
     values = {name: [round(row[name], 6) for row in rows] for name in rows[0]}
     if wanted is not None:
         pairs = zip(pixels, wanted, strict=True)
         values["psnr_db"] = [round(min(psnr_db(ours, theirs), EQUAL_DB), 4) for ours, theirs in pairs]
     features = torch.round(clip_features(pixels), decimals=6).tolist()
     return {"values": values, "features": features, "pixel_frames": pixels.shape[0] * pixels.shape[1]}
+
+
+def chunk_motion(pixels: Any, geometry: ChunkGeometry) -> dict[str, float]:
+    """Of a whole clip `[f, h, w, 3]`: `seam`, the mean change of luma from latent frame to latent frame where a chunk
+    begins over that within chunks (1 where nobody could tell where chunks begin); and `motion_inside`, the mean change
+    between pixel frames with those steps left out."""
+    steps = frame_steps(pixels)
+    borders = [geometry.pixel_start(chunk) - 1 for chunk in range(1, geometry.clip_chunks)]
+    latent = range(geometry.temporal_stride, len(steps), geometry.temporal_stride)
+    inside = [step for step in latent if step not in borders]
+    rest = np.delete(steps, borders)
+    seam = steps[borders].mean() / max(steps[inside].mean(), SMALLEST_STEP)
+    return {"seam": float(seam), "motion_inside": float(rest.mean())}
 
 
 def figures(pixels: Any, caption: str, world: World | None, first_pixel_frame: int = 0) -> dict[str, float]:

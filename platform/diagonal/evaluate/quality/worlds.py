@@ -14,6 +14,9 @@ from diagonal.data.textured import TexturedScene
 from diagonal.data.world import ATTRIBUTES, Pixels, Scene, WorldConfig, all_scenes, held_out_scenes, render, world_of
 from diagonal.errors import FieldError, require
 
+# What each embedded codec leaves of the palette's colourfulness: measured on clips of the world itself (docs/log.md).
+SHAPES_CHROMA, TEXTURED_CHROMA = 0.987, 0.929
+
 
 class World(Protocol):
     """What evaluation asks of a world. Scores are in [0, 1] and higher is better; those in `rates` are 0 or 1 a clip.
@@ -54,8 +57,8 @@ class World(Protocol):
 
 @dataclass(frozen=True)
 class ShapesWorld:
-    """The embedded moving-shapes world. `saturation` is how near the object is to the palette's colourfulness, which
-    itself is shown as `chroma` (1 is the palette's, more is oversaturated)."""
+    """The embedded moving-shapes world. `saturation` is how near the object is to the colourfulness that the codec
+    leaves of the palette's; `chroma` shows it (1 is the palette's, more is oversaturated)."""
 
     config: WorldConfig
     rates: tuple[str, ...] = tuple(ATTRIBUTES)
@@ -84,18 +87,19 @@ class ShapesWorld:
         require(pixels.shape[1:] == (side, side, 3), "pixels.shape", pixels.shape, f"[f, {side}, {side}, 3]")
         frames = replace(read_frames(pixels, self.config), first_pixel_frame=first_pixel_frame)
         found = asdict(score(summarise(frames), Scene.parse(caption)))
-        return {**found, "chroma": found["saturation"], "saturation": max(0.0, 1.0 - abs(1.0 - found["saturation"]))}
+        return {**found, "chroma": found["saturation"], "saturation": _nearness(found["saturation"], SHAPES_CHROMA)}
 
 
 @dataclass(frozen=True)
 class TexturedWorld:
-    """The textured world. `saturation` and `ground` are how near colourfulness and the ground's contrast are to the
-    world's own, which themselves are shown as `chroma` and `contrast` (1 is the world's, more is too much)."""
+    """The textured world. `saturation` is how near colourfulness is to what the codec leaves of the world's, `ground`
+    how near the ground's contrast is to the world's; `chroma` and `contrast` show both (1 is the world's, more is too
+    much). `pace` and `margin` are what hits in speed and shape hide (`TexturedScores`)."""
 
     config: WorldConfig
     rates: tuple[str, ...] = tuple(textured.ATTRIBUTES)
     scores: tuple[str, ...] = (*textured.ATTRIBUTES, "smoothness", "steadiness", "saturation", "ground")
-    shown: tuple[str, ...] = ("chroma", "contrast")
+    shown: tuple[str, ...] = ("chroma", "contrast", "pace", "margin")
 
     def captions(self, held_out: bool = False) -> Sequence[str]:
         kinds = (True,) if held_out else (False, True)
@@ -123,11 +127,16 @@ class TexturedWorld:
         side = self.config.size_px
         require(pixels.shape[1:] == (side, side, 3), "pixels.shape", pixels.shape, f"[f, {side}, {side}, 3]")
         reading = textured_oracle.read_clip(pixels, self.config, first_pixel_frame)
-        found = asdict(textured_oracle.score(reading, TexturedScene.parse(caption)))
-        near = {name: max(0.0, 1.0 - abs(1.0 - found[name])) for name in ("saturation", "ground")}
+        found = asdict(textured_oracle.score(reading, TexturedScene.parse(caption), self.config))
+        own = {"saturation": TEXTURED_CHROMA, "ground": 1.0}
+        near = {name: _nearness(found[name], level) for name, level in own.items()}
         if not textured_oracle.tells_change(len(pixels), self.config):
             del found["change"]
         return {**found, "chroma": found["saturation"], "contrast": found["ground"], **near}
+
+
+def _nearness(found: float, wanted: float) -> float:
+    return max(0.0, 1.0 - abs(1.0 - found / wanted))
 
 
 def world_for(config: Config) -> World | None:
