@@ -14,8 +14,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import argparse
 import json
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from torch import Tensor
 from diagonal.data.prompt_files import read_prompts
 from diagonal.errors import require
 from diagonal.evaluate.environment import system_description, write_report
+from diagonal.evaluate.intervals import interval
 from diagonal.evaluate.pictures import contact_sheet, save_curves, save_png
 from diagonal.evaluate.quality import gate, report, vbench, videos
-from diagonal.evaluate.quality.comparison import Source, identity, run_panel
+from diagonal.evaluate.quality.comparison import PICTURE, Clips, Source, identity, run_panel
 from diagonal.evaluate.quality.sources import Student, Teacher, clip_seeds, codec_maker, draw_captions
-from diagonal.evaluate.quality.streams import drift_part, kept_batches, stream_seeds, turn_part
+from diagonal.evaluate.quality.streams import clip_part, drift_part, kept_batches, stream_seeds, turn_part
 from diagonal.evaluate.quality.worlds import World, world_for
 from diagonal.model.base_model import base_folder
 from diagonal.model.release import Release
@@ -38,7 +39,7 @@ from jobs.runs import arguments
 from jobs.runs.artefacts import promote
 from jobs.runs.run import say
 
-ROWS_ON_SHEET, SHEET_SIDE_PX = 6, 128
+ROWS_ON_SHEET, SHEET_SIDE_PX, TEACHER_PIECES = 6, 128, 96
 OURS, TEACHER, SELF_FORCING = "ours", "teacher", "self-forcing"
 
 
@@ -76,7 +77,10 @@ def evaluate(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "setting": f"Schedule {schedule.steps}, context {schedule.resolved_context}, window {cache.window_frames}, "
         f"sink {cache.sink_frames} latent frames, decoder {release.config.serve.decoder}, {options.device}, eager.",
         "differences": {name: report.score_differences(found[OURS], found[name], world) for name in baselines},
-        "motion_ratio": report.motion_ratio(found[OURS], found[TEACHER]) if reference else None,
+        "judged": world is not None,
+        "seam": interval(found[OURS].values[report.SEAM_RATIO]).to_dict(),
+        "motion_ratio": report.ratio(found[OURS], found[TEACHER], report.MOTION) if reference else None,
+        "picture_ratios": _picture_ratios(found) if reference else None,
         "frechet_floor": report.frechet_floor(found[TEACHER]) if reference else None,
         "drift": _drift(options, ours, release, world, known, parts),
         "turns": _turns(options, ours, release, world, known, parts),
@@ -109,6 +113,9 @@ def sources_of(options: argparse.Namespace, release: Release, ours: Student, wor
     found.append(Source(OURS, identity(release.folder, config), ours.forwards, lambda: ours))
     plain = StepSchedule(SELF_FORCING, config.schedule.shift)
     other = Release.load(options.baseline) if options.baseline else release
+    trained = other.config.schedule.steps
+    allowed = f"a release that was trained with schedule.steps={SELF_FORCING}"
+    require(not options.gate or trained == SELF_FORCING, "--baseline", f"{options.baseline} ({trained})", allowed)
     forwards = plain.total_forwards(config.geometry.clip_chunks)
     key = identity(other.folder, other.config, SELF_FORCING)
     found.append(Source(SELF_FORCING, key, forwards, lambda: Student.of(other, plain, options.device)))
@@ -129,9 +136,30 @@ def _drift(
     captions, seeds = draw_captions(options.streams, options.seed, known), stream_seeds(options.streams, options.seed)
     key = ["streams", options.seconds, identity(release.folder, release.config)]
     found = kept_batches(partial(drift_part, ours, world, seconds=options.seconds), captions, seeds, parts, key, say)
-    drift = report.drift_report(found, options.seconds, world)
+    drift = report.drift_report(found, options.seconds, world, _teacher_pieces(options, release, world, known, parts))
     save_curves(Path(f"{options.out}-drift.png"), drift["times_s"], {OURS: drift["curves"]})
     return drift
+
+
+def _teacher_pieces(
+    options: argparse.Namespace, release: Release, world: World | None, known: Sequence[str], parts: Folder
+) -> list[dict[str, Any]]:
+    """Figures of the pieces of the teacher's clips, beside which drift is told."""
+    if options.no_teacher:
+        return []
+    config, base = release.config, base_folder(release.config)
+    teacher = Teacher(base, config, config.pairs.solver_steps, options.device)
+    count = min(options.clips, TEACHER_PIECES)
+    captions, seeds = draw_captions(count, options.seed, known), clip_seeds(count, options.seed)
+    loaded = lru_cache(1)(teacher.load)  # not at all where every part is kept
+    make = partial(clip_part, lambda captions, seeds: loaded()(captions, seeds), config.geometry, world)
+    key = ["teacher's pieces", identity(base, config, config.pairs.solver_steps, config.pairs.guidance)]
+    return kept_batches(make, captions, seeds, parts, key, say)
+
+
+def _picture_ratios(found: Mapping[str, Clips]) -> dict[str, Any]:
+    names = (name for name in found[OURS].values if name.startswith(PICTURE))
+    return {name: report.ratio(found[OURS], found[TEACHER], name) for name in names}
 
 
 def _turns(

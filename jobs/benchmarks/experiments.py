@@ -1,10 +1,11 @@
-"""The experiments of docs/results/quality.md: run some, one seed after another; time one's variants side by side; or
-write the page of what was run.
+"""The experiments of docs/results/quality.md: run some, one seed after another; time one's variants side by side;
+collect what was run into the page's JSON; write the page of that.
 
     python jobs/benchmarks/experiments.py list
     python jobs/benchmarks/experiments.py run table1 --seeds 0 1 2
     python jobs/benchmarks/experiments.py run all --clips 24 --updates 10 --streams 2 --seconds 8 --folder runs/trial
     python jobs/benchmarks/experiments.py speed table1
+    python jobs/benchmarks/experiments.py collect --seeds 0 1 2
     python jobs/benchmarks/experiments.py page
 """
 
@@ -12,14 +13,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from diagonal.config import Config
 from diagonal.errors import require
-from diagonal.evaluate.environment import system_description, write_report
-from diagonal.evaluate.experiments.page import collect, page
+from diagonal.evaluate.environment import system_description
+from diagonal.evaluate.experiments.page import collect, page, save_pictures
 from diagonal.evaluate.experiments.runs import Plan, run_row, run_speed
 from diagonal.evaluate.experiments.table import Experiment, experiment, experiments
+from diagonal.files import write_text
+from diagonal.jsonfile import read_json, write_json
 from diagonal.model.base_model import base_folder, embedded
 from diagonal.storage.fetch import fetch
 from jobs.runs.run import main, say
@@ -27,11 +32,11 @@ from jobs.runs.run import main, say
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("list", "run", "speed", "page"))
+    parser.add_argument("what", choices=("list", "run", "speed", "collect", "page"))
     parser.add_argument("keys", nargs="*", help="with run and speed: experiments by key, or all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds; clips are the same for all")
     parser.add_argument("--only", default="", help="with run: only variants whose name holds this")
-    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--preset", default="tiny-textured")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--init", default="", help="the shared initialised student (default: the embedded one)")
     parser.add_argument(
@@ -47,7 +52,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--folder", default="runs/quality", help="rows, parts, students and contact sheets")
-    parser.add_argument("--out", default="docs/results/quality", help="with page: writes OUT.json and OUT.md")
+    parser.add_argument(
+        "--out", default="docs/results/quality", help="collect writes OUT.json, page OUT.md and OUT-*.png of it"
+    )
     found = parser.parse_args(argv)
     require(all(seed >= 0 for seed in found.seeds), "--seeds", found.seeds, "whole numbers of at least 0")
     needs = found.what in ("run", "speed")
@@ -110,10 +117,19 @@ def budget_arguments(options: argparse.Namespace) -> str:
     ]
     parts += [] if options.stage1_updates is None else [f"--stage1-updates {options.stage1_updates}"]
     parts += ["--held-out"] if options.held_out else []
-    parts += [f"--preset {options.preset}"] if options.preset != "tiny" else []
+    parts += [f"--preset {options.preset}"] if options.preset != "tiny-textured" else []
     parts += [f"--set {setting}" for setting in options.settings]
     parts += [f"--init {options.init}"] if options.init else []
     return " ".join(parts)
+
+
+def collected(options: argparse.Namespace) -> dict[str, Any]:
+    """What was run, with the commands that make it again."""
+    plan = plan_of(options)
+    found = collect(plan, replace(plan, held_out=True), options.seeds, "python jobs/benchmarks/experiments.py")
+    for entry in found["experiments"]:
+        entry["command"] = f"{entry['command']} {budget_arguments(options)}"
+    return found
 
 
 def work(argv: Sequence[str]) -> None:
@@ -125,11 +141,13 @@ def work(argv: Sequence[str]) -> None:
     elif options.what in ("run", "speed"):
         (run if options.what == "run" else speed)(options, " ".join(["python jobs/benchmarks/experiments.py", *argv]))
     else:
-        found = collect(plan_of(options), options.seeds, "python jobs/benchmarks/experiments.py")
-        for entry in found["experiments"]:
-            entry["command"] = f"{entry['command']} {budget_arguments(options)}"
-        write_report(options.out, found, page(found, shift))
-        say(f"report {options.out}.md")
+        out = Path(options.out)
+        if options.what == "collect":
+            write_json(out.with_suffix(".json"), collected(options))
+        found = read_json(out.with_suffix(".json"))
+        save_pictures(found, out.parent, out.name)
+        write_text(out.with_suffix(".md"), page(found, out.name))
+        say(f"page {out}.md")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,8 @@ def evaluate(argv: Sequence[str], description: str) -> argparse.Namespace:
         require(low <= value <= 1_000_000, f"--{name}", value, f"a whole number from {low} to 1000000")
     require(6.0 <= found.seconds <= 3600.0, "--seconds", found.seconds, "seconds from 6 to 3600")
     require(bool(found.release) or not found.gate, "--gate", True, "with --release: the embedded one is not changed")
+    needs = found.gate and not found.baseline
+    require(not needs, "--baseline", "", "with --gate: a release that was trained with schedule.steps=self-forcing")
     require(bool(found.videos) or not found.vbench, "--vbench", True, "with --videos")
     return found
 

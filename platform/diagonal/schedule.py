@@ -148,6 +148,11 @@ class StepSchedule:
         """Forwards of that many chunks, context passes included (28 + 7 for 'self-forcing' and 7 chunks)."""
         return sum(self.forwards(chunk) for chunk in range(chunks))
 
+    def total_cost(self, chunks: int, chunk_frames: int) -> float:
+        """The same with forwards of a newest frame alone, each as its share of a chunk."""
+        newest = sum(map(self.refreshes_newest, range(chunks)))
+        return round(self.total_forwards(chunks) + newest / chunk_frames, 2)
+
 
 def _is_level(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0

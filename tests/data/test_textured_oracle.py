@@ -26,7 +26,7 @@ def clips() -> Clips:
 
 
 def means(scenes: list[TexturedScene], drawn: Pixels) -> dict[str, float]:
-    found = [asdict(score(read_clip(clip, SIZE), scene)) for clip, scene in zip(drawn, scenes, strict=True)]
+    found = [asdict(score(read_clip(clip, SIZE), scene, SIZE)) for clip, scene in zip(drawn, scenes, strict=True)]
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 
@@ -74,7 +74,7 @@ def test_a_still_clip_has_neither_direction_nor_speed_nor_change(clips: Clips) -
 def test_a_clip_without_colour_shows_nothing(clips: Clips) -> None:
     scenes, drawn = clips
     for clip in (np.repeat(drawn[0].mean(-1, keepdims=True).astype(np.uint8), 3, -1), drawn[0][:0]):
-        assert set(asdict(score(read_clip(clip, SIZE), scenes[0])).values()) == {0.0}
+        assert set(asdict(score(read_clip(clip, SIZE), scenes[0], SIZE)).values()) == {0.0}
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_a_later_window_of_a_stream_is_read_by_itself(clips: Clips) -> None:
     scene = clips[0][0]
     stream = textured.render(scene, 9, WorldConfig(size_px=48, edge="bounce", pixel_frames=162))
     second = read_clip(stream[81:], SIZE, 81)
-    assert [getattr(score(second, scene), name) for name in ATTRIBUTES] == [1.0] * len(ATTRIBUTES)
+    assert [getattr(score(second, scene, SIZE), name) for name in ATTRIBUTES] == [1.0] * len(ATTRIBUTES)
 
 
 def test_pixels_of_another_size_or_type_are_refused() -> None:

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from diagonal.errors import FieldError
-from diagonal.evaluate.intervals import difference, difference_over_seeds, interval, over_seeds
+from diagonal.evaluate.intervals import ONE_SIDED, difference, difference_over_seeds, interval, over_seeds
 
 
 def test_a_rate_of_1_of_few_clips_says_little_and_of_many_says_much() -> None:
     few, many = interval([1.0] * 4, rate=True), interval([1.0] * 2000, rate=True)
     assert few.mean == many.mean == few.high == 1.0
-    assert few.low == pytest.approx(4 / (4 + 1.96**2), abs=1e-6)  # Wilson's in closed form where every value is a hit
+    assert few.low == pytest.approx(
+        4 / (4 + 1.959964**2), abs=1e-6
+    )  # Wilson's in closed form where every value is a hit
     assert many.low > 0.998
 
 
@@ -76,3 +78,13 @@ def test_eleven_seeds_are_widened_by_students_t_of_ten_degrees_of_freedom() -> N
     seeds = [[float(seed)] * 4 for seed in range(11)]
     half = 2.228139 * float(np.std(range(11), ddof=1)) / 11**0.5
     assert over_seeds(seeds).half_width == pytest.approx(half, rel=1e-6)
+
+
+def test_an_end_at_level_90_is_a_one_sided_bound_of_95() -> None:
+    values = [float(v) for v in np.random.default_rng(3).normal(size=400)]
+    two, one = interval(values), interval(values, level=ONE_SIDED)
+    assert two.low < one.low < one.mean < one.high < two.high
+    assert one.half_width / two.half_width == pytest.approx(1.645 / 1.96, rel=0.08)
+    seeds = [[v + shift for v in values] for shift in (0.0, 0.1, 0.2)]
+    zeros = [[0.0] * len(values)]
+    assert difference_over_seeds(seeds, zeros).low < difference_over_seeds(seeds, zeros, level=ONE_SIDED).low

@@ -57,14 +57,55 @@ def save_points(path: Path, points: Mapping[str, tuple[float, float]], best: Seq
     _save(path, ["quality over cost"], draw)
 
 
-def _save(path: Path, names: Sequence[str], draw: Callable[[Any, str], None]) -> None:
-    """Panels of a figure, written whole or not at all."""
+def save_forest(path: Path, series: Mapping[str, Mapping[str, Any]], marks: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line a score: each source's difference to the teacher in points with its interval, and where chance and
+    ceiling lie. `series` is by source, then score, with `mean`, `low`, `high`; `marks` by score, as levels."""
+
+    def draw(axes: Any, _: str) -> None:
+        scores = list(marks)
+        for number, (source, found) in enumerate(series.items()):
+            places = [at + 0.22 * (number - (len(series) - 1) / 2) for at in range(len(scores))]
+            means = [100 * found[score]["mean"] for score in scores]
+            ends = [[100 * abs(found[s][end] - found[s]["mean"]) for s in scores] for end in ("low", "high")]
+            axes.errorbar(means, places, xerr=ends, fmt="o", markersize=3, linewidth=1, label=source)
+        for at, score in enumerate(scores):
+            for name, sign in (("chance", "|"), ("ceiling", ">")):
+                level = marks[score][name]
+                if level is not None:
+                    axes.plot([100 * (level - marks[score]["teacher"])], [at], sign, color="grey", markersize=8)
+        axes.axvline(0.0, color="black", linewidth=0.8)
+        axes.axvspan(-2.0, 0.0, color="C2", alpha=0.15)
+        axes.set_xlim(-40, 40)
+        axes.set_yticks(range(len(scores)), [score.replace("_", " ") for score in scores], fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel("points over the teacher; | chance, > ceiling; shaded: 2 points below", fontsize=7)
+        axes.legend(fontsize=6)
+
+    _save(path, ["scores"], draw, 5.2)
+
+
+def save_quarters(path: Path, quarters: Mapping[str, Sequence[float]]) -> None:
+    """One line a score over the quarters of a stream."""
+
+    def draw(axes: Any, _: str) -> None:
+        for number, (score, levels) in enumerate(quarters.items()):
+            style = ("-", "--", ":")[number // 10 % 3]
+            axes.plot(range(1, len(levels) + 1), levels, style, linewidth=1.0, label=score.replace("_", " "))
+        axes.set_xticks(range(1, 5))
+        axes.set_xlabel("quarter of the stream", fontsize=8)
+        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    _save(path, ["scores by quarter"], draw, 3.6)
+
+
+def _save(path: Path, names: Sequence[str], draw: Callable[[Any, str], None], height: float = 2.8) -> None:
+    """Panels of a figure, so many inches high, written whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, len(names)) or 1
     rows = -(-len(names) // columns) or 1
-    figure = Figure(figsize=(4.5 * columns + (2 if columns == 1 else 0), 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(4.5 * columns + (2 if columns == 1 else 0), height * rows), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for index, name in enumerate(names, 1):
         axes = figure.add_subplot(rows, columns, index)

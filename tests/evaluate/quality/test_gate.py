@@ -17,37 +17,47 @@ def found(mean: float, low: float | None = None) -> dict[str, Any]:
 GOOD: dict[str, Any] = {
     "clips": 2000,
     "seed": 1,
+    "judged": True,
     "differences": {
-        name: {"colour": found(0.0, -0.01), "smoothness": found(-0.005, -0.019)} for name in ("teacher", "self-forcing")
+        "teacher": {"mean": found(0.0, -0.019), "saturation": found(-0.009)},
+        "self-forcing": {"mean": found(-0.005, -0.019)},
     },
+    "seam": found(1.05),
     "motion_ratio": found(0.96),
     "drift": {
         "streams": 16,
         "seconds": 180.0,
-        "scores": ["colour"],
-        "slopes": {"180": {"colour": found(-0.019), "picture_motion": found(0.5)}},
+        "scores": ["colour", "direction"],
+        "teacher": True,
+        "change": {"colour": found(-0.049), "direction": found(0.0), "picture_motion": found(-0.5)},
+        "quarters": {"direction": [found(0.1), found(0.8)]},
     },
-    "turns": {"streams": 16, "obeyed": [found(0.5), found(0.9), found(1.0)]},
+    "turns": {"streams": 16, "obedience": found(-0.049)},
 }
 BREACHES: list[tuple[tuple[str, ...], object, str]] = [
     (("clips",), 99, "clips = 99"),
-    (("differences", "teacher"), {}, "not compared with teacher"),
-    (("differences", "self-forcing", "colour"), found(0.0, -0.02), "colour against self-forcing"),
-    (("differences", "teacher", "smoothness", "low"), None, "smoothness against teacher"),
-    (("motion_ratio",), None, "motion not compared"),
-    (("motion_ratio",), found(1.06), "motion = 1.060"),
-    (("drift",), None, "drift not measured"),
-    (("drift", "seconds"), 45.0, "drift not measured"),
-    (("drift", "slopes", "180", "colour"), found(0.02), "colour drifts by"),
-    (("turns",), None, "prompt changes not measured"),
-    (("turns", "streams"), 7, "prompt changes not measured"),
-    (("turns", "obeyed"), [found(1.0), found(0.89)], "obeyed at 0.890"),
+    (("differences", "teacher", "mean"), None, "not compared with teacher"),
+    (("differences", "self-forcing"), {}, "not compared with self-forcing"),
+    (("differences", "self-forcing", "mean"), found(0.0, -0.02), "mean of scores against self-forcing: +0.00 points"),
+    (("differences", "teacher", "mean", "low"), None, "mean of scores against teacher"),
+    (("differences", "teacher", "saturation"), found(0.011), "saturation against teacher: +1.10 points"),
+    (("seam",), None, "seams between chunks were not measured"),
+    (("seam",), found(1.06), "seam ratio = 1.060"),
+    (("motion_ratio",), None, "motion inside chunks was not compared"),
+    (("motion_ratio",), found(1.06), "motion inside chunks = 1.060"),
+    (("drift",), None, "drift was not measured"),
+    (("drift", "seconds"), 45.0, "drift was not measured"),
+    (("drift", "change", "colour"), found(-0.05), "the score that falls most is colour: -5.00 points"),
+    (("drift", "quarters", "direction"), [found(0.9), found(0.79)], "direction in the last quarter of 180 s = 0.790"),
+    (("turns",), None, "prompt changes were not measured"),
+    (("turns", "streams"), 7, "prompt changes were not measured"),
+    (("turns", "obedience"), found(-0.05), "over those of an unchanged stream's own: -5.00 points"),
 ]
 
 
 def test_a_release_that_holds_every_limit_is_promoted() -> None:
     judged = verdict(GOOD)
-    assert judged.promoted and "2000 clips" in judged.reasons[0]
+    assert judged.promoted and "clips = 2000" in judged.reasons[0] and len(judged.reasons) == 9
 
 
 @pytest.mark.parametrize(("place", "value", "reason"), BREACHES)
@@ -59,3 +69,15 @@ def test_each_missed_limit_alone_refuses_and_is_named(place: tuple[str, ...], va
     node[place[-1]] = value
     judged = verdict(report)
     assert not judged.promoted and len(judged.reasons) == 1 and reason in judged.reasons[0]
+
+
+def test_a_model_that_no_oracle_judges_is_held_to_its_pictures_seams_and_drift() -> None:
+    drift = {"streams": 8, "seconds": 180.0, "scores": [], "teacher": True, "change": {}, "quarters": {}}
+    plain = {key: GOOD[key] for key in ("clips", "seed", "seam", "motion_ratio")}
+    real = {**plain, "judged": False, "differences": {}, "drift": drift, "picture_ratios": {"sharpness": found(1.09)}}
+    assert verdict(real).promoted
+    assert (
+        "sharpness = 1.110 of the teacher's"
+        in verdict({**real, "picture_ratios": {"sharpness": found(1.11)}}).reasons[0]
+    )
+    assert "not compared with the teacher's" in verdict({**real, "picture_ratios": None}).reasons[0]

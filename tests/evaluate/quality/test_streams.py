@@ -14,7 +14,7 @@ from diagonal.errors import FieldError
 from diagonal.evaluate.quality import streams
 from diagonal.evaluate.quality.report import drift_report, turns_report
 from diagonal.evaluate.quality.sources import Student, draw_captions, own_world
-from diagonal.evaluate.quality.streams import chunks_for, clip_part, drift_part, kept_batches, slopes, stream, turn_part
+from diagonal.evaluate.quality.streams import chunks_for, clip_part, drift_part, kept_batches, stream, turn_part
 from diagonal.model.release import Release
 from diagonal.storage import Folder
 
@@ -67,13 +67,6 @@ def test_before_the_first_eviction_a_recache_changes_nothing_but_a_prompt(studen
         assert torch.equal(plain[chunk], turned[chunk]) == (chunk < 2)
 
 
-def test_slopes_are_of_a_hundred_and_eighty_seconds_and_of_the_windows_asked_for() -> None:
-    times = [1.0, 3.0, 5.0, 100.0]
-    assert slopes(times, [[0.1, 0.3, 0.5, 0.0]], 5.0) == pytest.approx([18.0])
-    assert slopes(times, [[0.1, 0.3, 0.5, 0.0]], 2.0) == []
-    assert slopes(times, [[0.7] * 4, [1.0] * 4], 180.0) == [0.0, 0.0]
-
-
 @pytest.mark.slow
 def test_drift_is_told_by_window_with_the_worlds_scores_and_the_pictures_own(student: Student) -> None:
     world, seconds = own_world(student.config), 6.0
@@ -81,11 +74,21 @@ def test_drift_is_told_by_window_with_the_worlds_scores_and_the_pictures_own(stu
     part = drift_part(student, world, captions, [1, 2], seconds)
     assert len(part["times_s"]) == chunks_for(student, seconds) // streams.WINDOW_CHUNKS >= 2
     report = drift_report([part, part], seconds, world)
-    assert report["streams"] == 4 and set(report["slopes"]) == {"5"}
+    assert report["streams"] == 4 and not report["teacher"]
     assert report["curves"]["colour"]["mean"] == [1.0] * len(part["times_s"])
-    assert {*world.scores, "picture_sharpness"} <= set(report["slopes"]["5"])
+    assert {*world.scores, "picture_sharpness"} - {"change"} <= set(report["change"])
     with pytest.raises(FieldError, match="long enough for a window of 9 chunks"):
         drift_part(student, world, captions[:1], [1], 1.0, window_chunks=9)
+
+
+def test_drift_is_the_last_quarter_over_the_first_piece_and_over_the_teachers_own() -> None:
+    falling = [1.0, 0.9, 0.8, 0.8, 0.8, 0.8, 0.5, 0.7]
+    ours = {"times_s": [1.0] * 8, "values": {"colour": [falling] * 3, "own": [[1.0] * 8] * 3}}
+    teachers = {"times_s": [1.0] * 3, "values": {"colour": [[1.0, 0.9, 0.8]] * 2}}
+    plain, beside = drift_report([ours], 180.0, None), drift_report([ours], 180.0, None, [teachers])
+    assert [one["mean"] for one in plain["quarters"]["colour"]] == pytest.approx([0.95, 0.8, 0.8, 0.6])
+    assert plain["first"]["colour"]["mean"] == 1.0 and plain["change"]["colour"]["mean"] == pytest.approx(-0.4)
+    assert beside["change"]["colour"]["mean"] == pytest.approx(-0.2) and set(beside["change"]) == {"colour"}
 
 
 @pytest.mark.slow

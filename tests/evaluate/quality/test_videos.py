@@ -10,7 +10,7 @@ import pytest
 
 from diagonal.errors import FieldError
 from diagonal.evaluate.quality import vbench
-from diagonal.evaluate.quality.videos import markdown, measure_all, measure_video, windows
+from diagonal.evaluate.quality.videos import markdown, measure_all, measure_video, slopes, windows
 from diagonal.media.encode import write_mp4
 
 FPS = 8
@@ -101,3 +101,10 @@ def test_what_is_no_video_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
     with pytest.raises(FieldError, match=r"video = .*broken.mp4"):
         measure_all(str(tmp_path))
+
+
+def test_slopes_are_of_a_hundred_and_eighty_seconds_and_of_the_windows_asked_for() -> None:
+    times = [1.0, 3.0, 5.0, 100.0]
+    assert slopes(times, [[0.1, 0.3, 0.5, 0.0]], 5.0) == pytest.approx([18.0])
+    assert slopes(times, [[0.1, 0.3, 0.5, 0.0]], 2.0) == []
+    assert slopes(times, [[0.7] * 4, [1.0] * 4], 180.0) == [0.0, 0.0]

@@ -1,39 +1,54 @@
-"""docs/results/quality.md: every experiment as a table from its rows; what was not run yet is said."""
+"""docs/results/quality.md: what holds, three pictures and one table; all else that was measured is in its JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from diagonal.evaluate.experiments.runs import Plan, read_row, read_speed
-from diagonal.evaluate.experiments.table import FIXED, OURS, Experiment, Variant, experiments
-from diagonal.evaluate.intervals import difference_over_seeds, over_seeds
-from diagonal.evaluate.quality.comparison import PICTURE
-from diagonal.evaluate.quality.gate import Verdict, verdict
-from diagonal.evaluate.quality.report import SEAM, TURNS, shown, table
+from diagonal.evaluate.experiments.table import (
+    CODEC,
+    FIXED,
+    INITIAL,
+    OURS,
+    SELF_FORCING,
+    STAGE1,
+    TEACHER,
+    Experiment,
+    Variant,
+    experiments,
+)
+from diagonal.evaluate.intervals import ONE_SIDED, difference_over_seeds, interval, over_seeds
+from diagonal.evaluate.pictures import save_forest, save_points, save_quarters
+from diagonal.evaluate.quality.gate import LATE, MEAN, POINTS, Finding, findings
+from diagonal.evaluate.quality.report import MOTION, SEAM_RATIO, shown, table
 from diagonal.evaluate.quality.worlds import World
 from diagonal.model.base_model import lineage_name
 
 NOT_RUN = "not yet run"
-COMPARED = ("teacher", "self-forcing")
-MOTION = PICTURE + "motion"
+COMPARED = (TEACHER, SELF_FORCING, STAGE1, INITIAL)  # with which every other variant is
 Rows = Sequence[Mapping[str, Any]]
+Found = Mapping[str, Any]
 
 
-def collect(plan: Plan, seeds: Sequence[int], command: str) -> dict[str, Any]:
-    """What `page` is made of, as JSON: of each variant the means with intervals over seeds, its rows' circumstances."""
-    found = []
+def collect(plan: Plan, held_out: Plan, seeds: Sequence[int], command: str) -> dict[str, Any]:
+    """All that the page is made of, as JSON: of each variant the means with intervals over its trainings, and what its
+    rows were made with. `held_out` is the same plan over captions that no training clip shows."""
+    entries = []
     for one in experiments(plan.config.schedule.shift):
         rows = {variant.name: _rows(plan, one, variant, seeds) for variant in one.variants}
-        entry = {
-            "key": one.key,
-            "command": f"{command} run {one.key}",
-            "speed": read_speed(plan, one, seeds[0]) if one.measure == "clips" else None,
-            "differences": _differences(one, rows, plan.world),
-            "variants": [_variant(variant, rows[variant.name], plan.world) for variant in one.variants],
-        }
-        found.append(entry)
+        unseen = {variant.name: _rows(held_out, one, variant, seeds) for variant in one.variants}
+        entries.append(
+            {
+                "key": one.key,
+                "command": f"{command} run {one.key}",
+                "speed": read_speed(plan, one, seeds[0]) if one.measure == "clips" else None,
+                "differences": _differences(one, rows, plan.world),
+                "variants": [_variant(v, rows[v.name], unseen[v.name], plan.world) for v in one.variants],
+            }
+        )
+    world, table1 = plan.world, plan.captions
     budget = {
         "init": lineage_name(plan.init),
         "updates": plan.updates,
@@ -42,27 +57,39 @@ def collect(plan: Plan, seeds: Sequence[int], command: str) -> dict[str, Any]:
         "fewer_clips": min(plan.clips, plan.fewer_clips),
         "streams": plan.streams,
         "seconds": plan.seconds,
+        "captions": len(table1),
     }
-    return {"experiments": found, "budget": budget, "preset": plan.config.preset}
+    told = {"scores": list(world.scores), "chance": dict(world.chance), "schedule": _schedule(plan)}
+    return {"experiments": entries, "budget": budget, "preset": plan.config.preset, **told}
+
+
+def _schedule(plan: Plan) -> dict[str, Any]:
+    schedule, cache = plan.config.schedule, plan.config.cache
+    return {
+        "steps": schedule.steps,
+        "context": schedule.resolved_context,
+        "sink_context": schedule.sink_context,
+        "clean_newest": schedule.clean_newest,
+        "window_frames": cache.window_frames,
+    }
 
 
 def _rows(plan: Plan, one: Experiment, variant: Variant, seeds: Sequence[int]) -> Rows:
-    """Those that were run; the teacher and the codec, which are trained by no seed, have one."""
+    """Those that were run; what no seed trains has one."""
     own = seeds[:1] if variant.is_fixed else seeds
     return [row for seed in own if (row := read_row(plan, one, variant, seed))]
 
 
-def _variant(variant: Variant, rows: Rows, world: World) -> dict[str, Any]:
-    """One variant over its seeds: figures of clips, or curves and slopes of streams, or chunks behind a change."""
+def _variant(variant: Variant, rows: Rows, unseen: Rows, world: World) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": variant.name, "kind": variant.kind, "seeds": [row["seed"] for row in rows]}
     if not rows:
         return entry
     kept = ("date", "machine", "load", "torch", "setting", "forwards", "training_cpu_s", "fps")
     entry["rows"] = [{name: row[name] for name in kept if name in row} for row in rows]
-    if "values" in rows[0]:
-        entry["figures"] = {
-            name: over_seeds(_values(rows, name), name in world.rates).to_dict() for name in rows[0]["values"]
-        }
+    for name, some in (("figures", rows), ("held_out", unseen)):
+        if some and "values" in some[0]:
+            figures = [MEAN, *some[0]["values"]]
+            entry[name] = {one: over_seeds(_values(some, one, world), one in world.rates).to_dict() for one in figures}
     for name in ("drift", "turns"):
         if name in rows[0]:
             entry[name] = [row[name] for row in rows]
@@ -70,25 +97,34 @@ def _variant(variant: Variant, rows: Rows, world: World) -> dict[str, Any]:
 
 
 def _differences(one: Experiment, rows: Mapping[str, Rows], world: World) -> dict[str, Any]:
-    """In every score and in motion: each variant minus teacher and minus self-forcing, paired by clip and by seed."""
+    """Each variant minus those that all are compared with, in every score and their mean, paired by clip and by seed;
+    the mean's ends are one-sided bounds."""
     found: dict[str, Any] = {}
-    for against in (v for v in one.variants if v.name.startswith(COMPARED) and _has_clips(rows[v.name])):
-        for variant in (v for v in one.variants if v is not against and not v.is_fixed):
-            ours, theirs = rows[variant.name], rows[against.name]
-            if not against.is_fixed:
+    clips = {variant.name: rows[variant.name] for variant in one.variants if _has_clips(rows[variant.name])}
+    for against in (v for v in COMPARED if v.name in clips):
+        for variant in (v for v in one.variants if v.name in clips and v is not against and v is not CODEC):
+            ours, theirs = clips[variant.name], clips[against.name]
+            if not against.is_fixed and not variant.is_fixed:
                 ours, theirs = _shared(ours, theirs)
-            if _has_clips(ours):
+            if ours and theirs and not (variant.is_fixed and not against.is_fixed):
                 found[f"{variant.name} - {against.name}"] = {
                     figure: difference_over_seeds(
-                        _values(ours, figure), _values(theirs, figure), figure in world.rates
+                        _values(ours, figure, world),
+                        _values(theirs, figure, world),
+                        figure in world.rates,
+                        **({"level": ONE_SIDED} if figure == MEAN else {}),
                     ).to_dict()
-                    for figure in (*world.scores, MOTION)
+                    for figure in (MEAN, *world.scores)
                 }
     return found
 
 
-def _values(rows: Rows, figure: str) -> list[list[float]]:
-    return [row["values"][figure] for row in rows]
+def _values(rows: Rows, figure: str, world: World) -> list[list[float]]:
+    """By row and clip."""
+    if figure != MEAN:
+        return [row["values"][figure] for row in rows]
+    clips = [zip(*(row["values"][name] for name in world.scores), strict=True) for row in rows]
+    return [[sum(scores) / len(scores) for scores in some] for some in clips]
 
 
 def _has_clips(rows: Rows) -> bool:
@@ -101,203 +137,206 @@ def _shared(ours: Rows, theirs: Rows) -> tuple[Rows, Rows]:
     return ([row for row in ours if row["seed"] in seeds], [row for row in theirs if row["seed"] in seeds])
 
 
-def page(found: Mapping[str, Any], shift: float) -> str:
-    """The page of what `collect` found."""
-    known, budget = {one.key: one for one in experiments(shift)}, found["budget"]
-    lines = [
-        "# Quality: the paper's claims on the embedded world",
+def page(found: Found, name: str) -> str:
+    """The page of what `collect` found; its pictures are called after `name`."""
+    parts = (_head(found), _conclusions(found), _pictures(found, name), _table(found), _tail(found))
+    return "\n".join(line for part in parts for line in part) + "\n"
+
+
+def _head(found: Found) -> list[str]:
+    budget, schedule = found["budget"], found["schedule"]
+    how = [f"steps {schedule['steps']}", f"context {schedule['context']}"]
+    if schedule["sink_context"] is not None:
+        how.append(f"first chunk cached at level {schedule['sink_context']:g}")
+    if schedule["clean_newest"]:
+        how.append("newest frame of each chunk cached clean")
+    trainings = len(_of(found, "table1", OURS.name)["seeds"])
+    return [
+        "# Quality: does the recipe hold on the embedded world?",
         "",
-        f"Generated from quality.json by `python jobs/benchmarks/experiments.py page`; preset {found['preset']}. A "
-        f"trained student had {budget['updates']} updates, {budget['stage1_updates']} of them stage 1, from "
-        f"{budget['init']}. {budget['clips']} clips a row of Table 1, "
-        f"{budget['fewer_clips']} of others, {budget['streams']} streams of "
-        f"{budget['seconds']:g} s, the same captions and noise for all. Brackets are 95 % intervals over clips, with "
-        "Student's t over training seeds added in squares where there are two or more. "
-        "Scores are in [0, 1], higher is better; `chroma` and what begins with `picture` are shown and not judged. "
-        "Forwards are network calls a clip, the teacher's with both branches of its guidance. Commands run in the "
-        "repository's root, with `PYTHONPATH=platform:.`.",
+        f"The preset `{found['preset']}`: {', '.join(how)}, window {schedule['window_frames']} latent frames. Each "
+        f"training is stages 1 and 2 in one run of {budget['updates']} updates, {budget['stage1_updates']} of them "
+        f"stage 1, from one student of stage 0 ({budget['init']}) that all trainings share. There are {trainings} "
+        f"trainings of ours, each judged on {budget['clips']} clips; captions and noise are the same for all. Self "
+        "Forcing has a stage 1 and a context of its own.",
+        "",
+        "The oracle's scores are in [0, 1]; points are hundredths. Brackets are 95 % intervals over clips, with "
+        "Student's t over trainings added in squares; those of the mean of scores are one-sided bounds of 95 %.",
         "",
     ]
-    lines += _verdict_lines(found)
-    for entry in found["experiments"]:
-        lines += _section(known[entry["key"]], entry)
-    return "\n".join(lines) + "\n"
 
 
-def judged(found: Mapping[str, Any]) -> Verdict:
-    """What the gate says of the recipe: by Table 1 against teacher and self-forcing, Fig. 7 and Fig. 9."""
-    entries = {entry["key"]: entry for entry in found["experiments"]}
-    variants = {key: {one["name"]: one for one in entry["variants"]} for key, entry in entries.items()}
-    ours, table1 = OURS.name, entries["table1"]
-    differences = {
-        against: {
-            figure: some
-            for figure, some in table1["differences"].get(f"{ours} - {name}", {}).items()
-            if figure != MOTION
-        }
-        for against in COMPARED
-        for name in variants["table1"]
-        if name.startswith(against)
-    }
-    motion = [
-        one["figures"][MOTION]["mean"]
-        for name, one in variants["table1"].items()
-        if (name == ours or name.startswith("teacher")) and one["seeds"]
-    ]  # the teacher's first
+def _of(found: Found, key: str, name: str) -> dict[str, Any]:
+    entry = next(entry for entry in found["experiments"] if entry["key"] == key)
+    return dict(next(variant for variant in entry["variants"] if variant["name"] == name))
+
+
+def _differences_of(found: Found, ours: str, against: Variant) -> dict[str, Any]:
+    entry = next(entry for entry in found["experiments"] if entry["key"] == "table1")
+    return dict(entry["differences"].get(f"{ours} - {against.name}", {}))
+
+
+def judged(found: Found) -> list[Finding]:
+    """The end points: what the gate would ask of a release, of all trainings, and what stage 2 brings."""
+    ours, teacher = _of(found, "table1", OURS.name), _of(found, "table1", TEACHER.name)
+    drifts, turns = _of(found, "fig7", OURS.name).get("drift", []), _of(found, "fig9", OURS.name).get("turns", [])
+    figures, theirs = ours.get("figures"), teacher.get("figures")
     report = {
-        "clips": found["budget"]["clips"],
-        "seed": 0,
-        "differences": differences,
-        "motion_ratio": {"mean": motion[1] / motion[0]} if len(motion) == 2 else None,
-        "drift": next(iter(variants["fig7"][ours].get("drift", [])), None),
-        "turns": next(iter(variants["fig9"][ours].get("turns", [])), None),
+        "clips": found["budget"]["clips"] * len(ours["seeds"]),
+        "judged": True,
+        "differences": {
+            "teacher": _differences_of(found, OURS.name, TEACHER),
+            "self-forcing": _differences_of(found, OURS.name, SELF_FORCING),
+        },
+        "seam": figures[SEAM_RATIO] if figures else None,
+        "motion_ratio": {"mean": figures[MOTION]["mean"] / theirs[MOTION]["mean"]} if figures and theirs else None,
+        "drift": _mean_drift(drifts, found["scores"], _of(found, "pieces", TEACHER.name).get("drift", [])),
+        "turns": turns[0] if turns else None,
     }
-    return verdict(report)
+    return [*findings(report), *(_helps(found, against) for against in (STAGE1, INITIAL))]
 
 
-def _verdict_lines(found: Mapping[str, Any]) -> list[str]:
-    """What holds and what does not, as the gate of a release would say it."""
-    result = judged(found)
-    said = "Every target holds:" if result.promoted else "Targets that do not hold, or are not measured yet:"
-    return ["## Does the recipe hold what it should?", "", said, "", *(f"- {reason}" for reason in result.reasons), ""]
+def _helps(found: Found, against: Variant) -> Finding:
+    difference = _differences_of(found, OURS.name, against).get(MEAN)
+    what = f"mean of scores over {against.name}"
+    if not difference:
+        return Finding(False, f"{what}: not measured")
+    low, high = (POINTS * difference[end] for end in ("low", "high"))
+    mean = POINTS * difference["mean"]
+    return Finding(low > 0, f"{what}: {mean:+.2f} points [{low:+.2f}, {high:+.2f}], allowed is a lower bound above 0")
 
 
-def _section(one: Experiment, entry: Mapping[str, Any]) -> list[str]:
-    kinds = f" {one.kinds[0].upper()}{one.kinds[1:]}." if one.kinds else ""
+def _mean_drift(drifts: Rows, scores: Sequence[str], teacher: Rows) -> dict[str, Any] | None:
+    """Of all trainings' streams: means of their means; intervals over trainings."""
+    if not drifts:
+        return None
+    own = {name: _teacher_change(teacher[0], name) if teacher else 0.0 for name in scores}
+    change = {
+        name: interval([drift["change"][name]["mean"] - own[name] for drift in drifts]).to_dict()
+        for name in scores
+        if name in drifts[0]["change"]
+    }
+    quarters = {
+        name: [
+            {"mean": sum(drift["quarters"][name][n]["mean"] for drift in drifts) / len(drifts)}
+            for n in range(len(drifts[0]["quarters"][name]))
+        ]
+        for name in change
+    }
+    streams = sum(drift["streams"] for drift in drifts)
+    common = {"seconds": drifts[0]["seconds"], "scores": list(change), "teacher": bool(teacher)}
+    return {"streams": streams, "change": change, "quarters": quarters, **common}
+
+
+def _teacher_change(drift: Found, name: str) -> float:
+    """Of the teacher's clips: the last piece minus the first."""
+    curve = drift["curves"].get(name)
+    return float(curve["mean"][-1] - curve["mean"][0]) if curve else 0.0
+
+
+def _conclusions(found: Found) -> list[str]:
+    lines = []
+    for holds, head in ((True, "What holds"), (False, "What does not hold, or was not measured")):
+        said = [f"- {one.text}" for one in judged(found) if one.holds == holds]
+        lines += [f"## {head}", "", *(said or ["Nothing."]), ""]
+    return lines
+
+
+def save_pictures(found: Found, folder: Path, name: str) -> None:
+    """`NAME-scores.png`, `NAME-cost.png` and, where streams were run, `NAME-streams.png`."""
+    ours, teacher = _differences_of(found, OURS.name, TEACHER), _of(found, "table1", TEACHER.name).get("figures")
+    ceiling = _of(found, "table1", CODEC.name).get("figures")
+    if not ours or not teacher or not ceiling:
+        return
+    series = {v.name: _differences_of(found, v.name, TEACHER) for v in (OURS, SELF_FORCING, STAGE1)}
+    known = {"ceiling": ceiling, "teacher": teacher}
+    marks = {
+        score: {"chance": found["chance"].get(score), **{name: levels[score]["mean"] for name, levels in known.items()}}
+        for score in found["scores"]
+    }
+    save_forest(folder / f"{name}-scores.png", {key: some for key, some in series.items() if some}, marks)
+    points = {row["name"]: (row["cost"], row["figures"][MEAN]["mean"]) for row in _measured(found)}
+    best = [n for n, (cost, mean) in points.items() if not any(c <= cost and m > mean for c, m in points.values())]
+    save_points(folder / f"{name}-cost.png", points, best, "forwards of a chunk's size, a clip")
+    drift = _mean_drift(_of(found, "fig7", OURS.name).get("drift", []), found["scores"], [])
+    if drift:
+        levels = {score: [quarter["mean"] for quarter in drift["quarters"][score]] for score in drift["scores"]}
+        save_quarters(folder / f"{name}-streams.png", levels)
+
+
+def _measured(found: Found) -> list[dict[str, Any]]:
+    """Variants of Table 1 and beside it that have clips, with what they cost."""
+    rows: dict[str, dict[str, Any]] = {}
+    for key in ("table1", "others"):
+        entry = next(entry for entry in found["experiments"] if entry["key"] == key)
+        for variant in entry["variants"]:
+            if "figures" in variant and variant["name"] not in rows and variant["kind"] != "codec":
+                rows[variant["name"]] = {**variant, "cost": variant["rows"][0]["forwards"], "speed": entry["speed"]}
+    return list(rows.values())
+
+
+def _pictures(found: Found, name: str) -> list[str]:
     lines = [
-        f"## {one.paper}: {one.question}",
+        f"![Each score against the teacher's, with chance and ceiling]({name}-scores.png)",
         "",
-        f"`{entry['command']}`.{kinds} Wanted: {one.seeds} seed{'s' if one.seeds > 1 else ''}.",
+        f"![Mean of scores over forwards]({name}-cost.png)",
         "",
     ]
-    clip_table = partial(_clip_table, speed=entry.get("speed"))
-    tables: dict[str, Callable[..., list[str]]] = {
-        "clips": clip_table,
-        "streams": _slope_table,
-        "chunks": _chunk_table,
-        "pieces": _piece_table,
-        "turns": _turn_table,
-    }
-    draw = tables[one.measure]
-    lines += draw(entry["variants"])
-    if entry["differences"]:
-        names = list(next(iter(entry["differences"].values())))
-        rows = [
-            [name, *(shown(some[figure], 2, 100.0, "+") for figure in names)]
-            for name, some in entry["differences"].items()
-        ]
-        lines += [
-            "Differences in points (hundredths), paired by clip and by seed:",
-            "",
-            *table(["", *(_title(name) for name in names)], rows),
-        ]
-    return [*lines, *([one.note, ""] if one.note else []), *_circumstances(entry["variants"])]
+    if _of(found, "fig7", OURS.name).get("drift"):
+        lines += [f"![Scores by quarter of {found['budget']['seconds']:g} s]({name}-streams.png)", ""]
+        lines += [f"Chance shows {' and '.join(LATE)} of a late piece in half of all streams.", ""]
+    return lines
 
 
-def _title(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _clip_table(variants: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) -> list[str]:
-    """Scores; fps are those measured side by side, where they were, and else each row's own."""
-    names = list(dict.fromkeys(name for variant in variants for name in variant.get("figures", {})))
+def _table(found: Found) -> list[str]:
+    """Seven columns: the rest is in the JSON."""
+    teacher = _of(found, "table1", TEACHER.name).get("figures", {}).get(MOTION)
     rows = []
-    for variant in variants:
-        if not variant["seeds"]:
-            rows.append([variant["name"], NOT_RUN, *[""] * (len(names) + 2)])
-            continue
-        first = variant["rows"][0]
-        own = [row["fps"] for row in variant["rows"]] if speed is None else [speed["fps"][variant["name"]]]
-        fps = " / ".join(f"{one:.0f}" for one in own)
-        seeds = "" if variant["kind"] in FIXED else _list(variant["seeds"])
+    for row in _measured(found):
+        seen, unseen = row["figures"], row.get("held_out")
+        against = _differences_of(found, row["name"], TEACHER).get(MEAN)
+        fps = (row["speed"] or {}).get("fps", {}).get(row["name"])
         rows.append(
-            [variant["name"], seeds, str(first["forwards"]), fps, *(shown(variant["figures"][name]) for name in names)]
+            [
+                row["name"],
+                "" if row["kind"] in FIXED else str(len(row["seeds"])),
+                f"{row['cost']:g}" + (f" ({fps:.0f} fps)" if fps else ""),
+                shown(seen[MEAN]),
+                shown(unseen[MEAN]) if unseen else NOT_RUN,
+                shown(against, 2, POINTS, "+") if against else "",
+                f"{seen[SEAM_RATIO]['mean']:.3f}",
+                f"{seen[MOTION]['mean'] / teacher['mean']:.3f}" if teacher else "",
+            ]
         )
-    said = (
-        []
-        if speed is None
-        else [f"fps in turns in one process: {speed['date']}, load {speed['load']}, `{speed['command']}`.", ""]
-    )
-    return [*table(["", "seeds", "forwards", "fps", *map(_title, names)], rows), *said]
-
-
-def _slope_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Slopes times 180 s in hundredths, one line a variant, duration and seed."""
-    found = [
-        (variant, seed, drift)
-        for variant in variants
-        for seed, drift in zip(variant["seeds"], variant.get("drift", []), strict=True)
+    heads = [
+        "",
+        "trainings",
+        "forwards",
+        "mean of scores",
+        "held-out captions",
+        "points over teacher",
+        "seam",
+        "motion",
     ]
-    names = list(found[0][2]["curves"]) if found else []
-    rows = [
-        [variant["name"], str(seed), f"{until} s", *(shown(some[name], 2, 100.0, "+") for name in names)]
-        for variant, seed, drift in found
-        for until, some in drift["slopes"].items()
+    return [
+        "## Every recipe",
+        "",
+        *table(heads, rows),
+        "Forwards are of a whole chunk's size, a clip; that of a frame alone counts a third; the teacher's count both "
+        "branches of its guidance. Seam: change of luma where a chunk begins over that inside chunks. Motion: change "
+        "between frames inside chunks over the teacher's.",
+        "",
     ]
-    rows += [[variant["name"], NOT_RUN, "", *[""] * len(names)] for variant in variants if not variant["seeds"]]
-    return table(["slope x 180 s, hundredths", "seed", "over the first", *map(_title, names)], rows)
 
 
-def _chunk_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = [(variant, drift) for variant in variants for drift in variant.get("drift", [])[:1]]
-    chunks = len(found[0][1]["times_s"]) if found else 0
-    rows = [
-        [variant["name"], _title(name), *(f"{mean:.3f}" for mean in drift["curves"][name]["mean"])]
-        for variant, drift in found
-        for name in ("colour", "shape", PICTURE + "sharpness", PICTURE + "saturation")
-        if name in drift["curves"]
-    ]
-    rows += [[variant["name"], NOT_RUN, *[""] * chunks] for variant in variants if not variant["seeds"]]
-    return table(["", "figure", *(f"chunk {n}" for n in range(1, chunks + 1))], rows)
-
-
-def _piece_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Scores of each piece of a clip, one line a variant and seed."""
-    found = [
-        (variant, seed, drift)
-        for variant in variants
-        for seed, drift in zip(variant["seeds"], variant.get("drift", []), strict=True)
-    ]
-    names = [name for name in found[0][2]["curves"] if name in found[0][2]["scores"]] if found else []
-    rows = [
-        [
-            variant["name"],
-            "" if variant["kind"] in FIXED else str(seed),
-            *(" ".join(f"{mean:.2f}" for mean in drift["curves"][name]["mean"]) for name in names),
-        ]
-        for variant, seed, drift in found
-    ]
-    rows += [[variant["name"], NOT_RUN, *[""] * len(names)] for variant in variants if not variant["seeds"]]
-    return table(["in pieces of a clip", "seed", *map(_title, names)], rows)
-
-
-def _turn_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = [(variant, turns) for variant in variants for turns in variant.get("turns", [])[:1]]
-    chunks = len(found[0][1]["obeyed"]) if found else 0
-    rows = [
-        [variant["name"], label, *(shown(one, 1 if "db" in name else 3) for one in turns[name])]
-        for variant, turns in found
-        for name, label in TURNS.items()
-    ]
-    rows += [
-        [variant["name"], label, shown(turns[name]), *[""] * (chunks - 1)]
-        for variant, turns in found
-        for name, label in SEAM.items()
-    ]
-    rows += [[variant["name"], NOT_RUN, *[""] * chunks] for variant in variants if not variant["seeds"]]
-    return table(["", "behind the change", *(f"chunk {n}" for n in range(1, chunks + 1))], rows)
-
-
-def _circumstances(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = [row for variant in variants for row in variant.get("rows", [])]
+def _tail(found: Found) -> list[str]:
+    rows = [row for entry in found["experiments"] for v in entry["variants"] for row in v.get("rows", [])]
     if not rows:
-        return []
-    dates = _list(dict.fromkeys(row["date"][:10] for row in rows))
-    machines = _list(dict.fromkeys(row["machine"] for row in rows))
+        return ["Nothing was run yet."]
+    dates = ", ".join(dict.fromkeys(row["date"][:10] for row in rows))
+    machines = ", ".join(dict.fromkeys(row["machine"] for row in rows))
     spent = [row["training_cpu_s"] for row in rows if "training_cpu_s" in row]
     cost = f"; a training took {min(spent) / 60:.1f} to {max(spent) / 60:.1f} CPU-minutes" if spent else ""
-    return [f"{dates}, {machines}, torch {rows[0]['torch']}{cost}.", ""]
-
-
-def _list(values: Any) -> str:
-    return ", ".join(str(value) for value in values)
+    commands = [f"- `{e['command']}`" for e in found["experiments"] if any(v["seeds"] for v in e["variants"])]
+    made = f"{dates}, {machines}, torch {rows[0]['torch']}{cost}. In the repository's root:"
+    return ["## How", "", made, "", *commands, ""]

@@ -110,7 +110,10 @@ def row_name(plan: Plan, experiment: Experiment, variant: Variant, seed: int) ->
 
 
 def _how(plan: Plan, variant: Variant, seed: int) -> list[object]:
-    """What decides a variant's clips beside their captions and noise; the teacher and the codec know no seed."""
+    """What decides a variant's clips beside their captions and noise; what is not trained knows no seed."""
+    if variant.kind == "initial":
+        sampled = _deciding(variant_config(plan.config, variant, 0, plan.stages))
+        return [variant.kind, plan.weights, {name: part for name, part in sampled.items() if name != "distill"}]
     if variant.is_fixed:
         tree = plan.config.to_dict()
         return [variant.kind, plan.base_weights, tree["geometry"], tree["pairs"]["guidance"], TEACHER_STEPS]
@@ -206,7 +209,7 @@ def read_speed(plan: Plan, experiment: Experiment, seed: int) -> dict[str, Any] 
 
 def setting(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
     """What a row is sampled and was trained with, in short."""
-    if variant.is_fixed:
+    if variant.kind in ("teacher", "codec"):
         return {}
     config, trained = (make(plan.config, variant, seed, plan.stages) for make in (variant_config, training_config))
     return {
@@ -219,14 +222,17 @@ def setting(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
 
 
 def student_of(plan: Plan, variant: Variant, seed: int, say: Callable[[str], None]) -> tuple[Student, dict[str, Any]]:
-    """A variant's student, trained now unless it is there, with what its training took."""
-    trained = training_config(plan.config, variant, seed, plan.stages)
-    folder = plan.folder / STUDENTS / digest([plan.weights, _deciding(trained)])
-    lineage = trained_student(trained, plan.base, plan.init, folder, say)
+    """A variant's student, trained now unless it is there or is stage 0's, with what its training took."""
     config = variant_config(plan.config, variant, seed, plan.stages)
+    folder, more = plan.init, dict[str, Any]()
+    if variant.kind != "initial":
+        trained = training_config(plan.config, variant, seed, plan.stages)
+        folder = plan.folder / STUDENTS / digest([plan.weights, _deciding(trained)])
+        lineage = trained_student(trained, plan.base, plan.init, folder, say)
+        more = {"training_cpu_s": lineage["cpu_s"], "student": folder.name}
     parts = (load_causal(folder, config).requires_grad_(False), load_text(plan.base, config))
     student = Student(*parts, load_decoder(plan.base, config), config, config.schedule)
-    return student, {"training_cpu_s": lineage["cpu_s"], "student": folder.name}
+    return student, more
 
 
 def _clips(plan: Plan, variant: Variant, seed: int, clips: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -253,7 +259,7 @@ def _clips(plan: Plan, variant: Variant, seed: int, clips: int, say: Callable[[s
     return {"forwards": forwards, "fps": round(found.fps, 2), "values": found.values, "sheet": sheet.name, **more}
 
 
-def _maker(plan: Plan, variant: Variant, seed: int, say: Callable[[str], None]) -> tuple[Make, int, dict[str, Any]]:
+def _maker(plan: Plan, variant: Variant, seed: int, say: Callable[[str], None]) -> tuple[Make, float, dict[str, Any]]:
     if variant.kind == "teacher":
         teacher = Teacher(plan.base, plan.config, TEACHER_STEPS)
         return teacher.load(), teacher.forwards, {}

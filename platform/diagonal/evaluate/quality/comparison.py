@@ -40,7 +40,7 @@ class Source:
 
     name: str
     identity: str
-    forwards: int
+    forwards: float
     load: Callable[[], Make]
 
     @cached_property

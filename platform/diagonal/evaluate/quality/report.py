@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from diagonal.evaluate.intervals import Interval, difference, interval
-from diagonal.evaluate.quality.comparison import PICTURE, Clips, Source
+from diagonal.evaluate.intervals import ONE_SIDED, Interval, difference, interval
+from diagonal.evaluate.quality.comparison import Clips, Source
 from diagonal.evaluate.quality.features import frechet
+from diagonal.evaluate.quality.gate import MEAN
 from diagonal.evaluate.quality.sources import summary
-from diagonal.evaluate.quality.streams import DURATIONS_S, REFERENCE_S, slopes
 from diagonal.evaluate.quality.worlds import World
 
 RESAMPLES = 50
-MOTION = PICTURE + "motion"
+SEAM_RATIO, MOTION = "seam", "motion_inside"
 Report = Mapping[str, Any]
 
 
@@ -54,41 +54,75 @@ def frechet_floor(clips: Clips) -> float:
 
 
 def score_differences(ours: Clips, theirs: Clips, world: World | None) -> dict[str, Any]:
-    """Every score's mean difference with its interval, paired by clip."""
-    names = world.scores if world else ()
-    rates = world.rates if world else ()
-    return {name: difference(ours.values[name], theirs.values[name], name in rates).to_dict() for name in names}
+    """Every score's mean difference with its interval, paired by clip; of the scores' mean with one-sided ends."""
+    if world is None:
+        return {}
+    rates = world.rates
+    table = {name: difference(ours.values[name], theirs.values[name], name in rates) for name in world.scores}
+    a, b = (mean_of_scores(clips.values, world) for clips in (ours, theirs))
+    return {name: found.to_dict() for name, found in {MEAN: difference(a, b, level=ONE_SIDED), **table}.items()}
 
 
-def motion_ratio(ours: Clips, theirs: Clips) -> dict[str, Any]:
-    """Ratio of the mean motion amplitudes, its interval by the clips' deviations from it."""
-    a, b = np.asarray(ours.values[MOTION]), np.asarray(theirs.values[MOTION])
+def mean_of_scores(values: Mapping[str, Sequence[float]], world: World) -> list[float]:
+    """Of each clip."""
+    return [sum(some) / len(some) for some in zip(*(values[name] for name in world.scores), strict=True)]
+
+
+def ratio(ours: Clips, theirs: Clips, figure: str) -> dict[str, Any]:
+    """Ratio of a figure's means, its interval by the clips' deviations from it."""
+    a, b = np.asarray(ours.values[figure]), np.asarray(theirs.values[figure])
     scale = max(float(b.mean()), 1e-9)
-    ratio = float(a.mean()) / scale
-    spread = interval(list((a - ratio * b) / scale))
-    return Interval(ratio, ratio + spread.low, ratio + spread.high, len(a)).to_dict()
+    found = float(a.mean()) / scale
+    spread = interval(list((a - found * b) / scale))
+    return Interval(found, found + spread.low, found + spread.high, len(a)).to_dict()
 
 
-def drift_report(parts: Sequence[Mapping[str, Any]], seconds: float, world: World | None) -> dict[str, Any]:
-    """Every figure over time, mean and interval over streams, and its slope (times 180 s) of each duration that was
-    run. Slopes of short streams are extrapolated, and as uncertain as their intervals say."""
-    times = parts[0]["times_s"]
-    values = {name: [row for part in parts for row in part["values"][name]] for name in parts[0]["values"]}
-    curves, found = {}, {}
+def drift_report(
+    parts: Sequence[Mapping[str, Any]], seconds: float, world: World | None, teacher: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Every figure over time, and by quarters of the streams; intervals over streams.
+
+    `change` is the last quarter minus the first piece, by stream, and where pieces of the teacher's clips are given
+    minus what the teacher's last piece has over its first: a later piece is harder to read in any clip.
+    """
+    times, values = parts[0]["times_s"], _joined(parts)
+    curves = {}
     for name, rows in values.items():
         by_time = [interval(column) for column in zip(*rows, strict=True)]
         curves[name] = {key: [one.to_dict()[key] for one in by_time] for key in ("mean", "low", "high")}
-    for until_s in (duration for duration in DURATIONS_S if duration <= seconds):
-        table = {name: slopes(times, rows, until_s) for name, rows in values.items()}
-        found[f"{until_s:g}"] = {name: interval(some).to_dict() for name, some in table.items() if some}
+    theirs = {name: _change(rows) for name, rows in _joined(teacher).items()} if teacher else {}
+    change = {
+        name: interval([one - float(np.mean(theirs.get(name, 0.0))) for one in _change(rows)]).to_dict()
+        for name, rows in values.items()
+        if not teacher or name in theirs
+    }
     return {
         "streams": len(next(iter(values.values()))),
         "seconds": seconds,
         "times_s": times,
         "curves": curves,
-        "slopes": found,
+        "first": {name: interval([row[0] for row in rows]).to_dict() for name, rows in values.items()},
+        "quarters": {name: [interval(some).to_dict() for some in _quarters(rows)] for name, rows in values.items()},
+        "change": change,
+        "teacher": bool(teacher),
         "scores": list(world.scores if world else ()),
     }
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
+    """By figure and stream the values over time."""
+    return {name: [row for part in parts for row in part["values"][name]] for name in parts[0]["values"]}
+
+
+def _quarters(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    """By quarter of the time the mean of each stream."""
+    split = (np.array_split(row, min(4, len(row))) for row in rows)
+    return [[float(np.mean(part)) for part in some] for some in zip(*split, strict=True)]
+
+
+def _change(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Of each stream the last quarter's mean minus the first piece; of three pieces the last one is that quarter."""
+    return [float(np.mean(np.array_split(row, 4)[-1] if len(row) >= 4 else row[-1:])) - row[0] for row in rows]
 
 
 # Of streams whose prompt changes: what is told by chunk, and how it is called.
@@ -104,6 +138,7 @@ TURNS = {
 SEAM = {
     "settled": "new prompt's attributes shown from the second chunk on, read as one piece",
     "settled_unturned": "own prompt's without a change, read alike",
+    "obedience": "the former minus the latter, by stream",
     "step_ratio": "change of the picture across the seam, over the usual one between frames",
 }
 
@@ -112,6 +147,8 @@ def turns_report(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By chunk behind the change: obeyed, forgotten, and the seams of re-cache and recovery; and once for all of it:
     what is shown from the second chunk on, and the step at the seam."""
     joined = {name: [row for part in parts for row in part[name]] for name in parts[0]}
+    pairs = zip(joined["settled"], joined["settled_unturned"], strict=True)
+    joined["obedience"] = [new - own for new, own in pairs]
     by_chunk = {name: [interval(column).to_dict() for column in zip(*joined[name], strict=True)] for name in TURNS}
     return {"streams": len(joined["obeyed"]), **{name: interval(joined[name]).to_dict() for name in SEAM}, **by_chunk}
 
@@ -170,7 +207,7 @@ def _clip_lines(report: Report) -> list[str]:
     rows = [
         [
             row["name"],
-            str(row["forwards"]),
+            f"{row['forwards']:g}",
             f"{row['fps']:.1f}",
             *(shown(row["figures"][name]) if name in row["figures"] else "" for name in names),
             shown(row["frechet"], 4) if "frechet" in row else "",
@@ -192,12 +229,13 @@ def _difference_lines(report: Report) -> list[str]:
         for against, some in found.items()
         if some
     ]
-    ratio = report.get("motion_ratio")
+    motion, seam = report.get("motion_ratio"), report.get("seam")
     return [
         "## In points (hundredths), paired by clip",
         "",
         *table(["", *names], rows),
-        *([f"Motion amplitude over the teacher's: {shown(ratio)}.", ""] if ratio else []),
+        *([f"Motion inside chunks over the teacher's: {shown(motion)}.", ""] if motion else []),
+        *([f"Seam ratio: {shown(seam)} (1 is no seam).", ""] if seam else []),
     ]
 
 
@@ -205,13 +243,13 @@ def _drift_lines(report: Report) -> list[str]:
     drift = report.get("drift")
     if not drift:
         return ["## Drift", "", "Not measured in this run.", ""]
-    names = list(next(iter(drift["slopes"].values()), {}))
-    rows = [
-        [f"first {until} s", *(shown(some[name], 2, 100.0, "+") for name in names)]
-        for until, some in drift["slopes"].items()
-    ]
+    names, against = list(drift["change"]), " over the teacher's own" if drift["teacher"] else ""
+    count = len(drift["quarters"][names[0]])
+    rows = [["first piece", *(shown(drift["first"][name]) for name in names)]]
+    rows += [[f"quarter {n + 1}", *(shown(drift["quarters"][name][n]) for name in names)] for n in range(count)]
+    rows.append([f"change in points{against}", *(shown(drift["change"][name], 2, 100.0, "+") for name in names)])
     return [
-        f"## Drift: slope of each figure x {REFERENCE_S:g} s, in hundredths, {drift['streams']} streams",
+        f"## Drift in {drift['seconds']:g} s, {drift['streams']} streams",
         "",
         *table(["", *(name.replace("_", " ") for name in names)], rows),
     ]

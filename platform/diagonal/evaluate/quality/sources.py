@@ -47,9 +47,10 @@ class Student:
         return cls(*parts, release.config, schedule or release.config.schedule)
 
     @property
-    def forwards(self) -> int:
-        """Network calls of a clip."""
-        return self.schedule.total_forwards(self.config.geometry.clip_chunks)
+    def forwards(self) -> float:
+        """Forwards of a clip, in those of a whole chunk."""
+        geometry = self.config.geometry
+        return self.schedule.total_cost(geometry.clip_chunks, geometry.chunk_frames)
 
     def __call__(self, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Clips `[b, f, h, w, 3]` uint8 through the serving path's own loop."""
@@ -69,7 +70,7 @@ class Teacher:
     device: str = "cpu"
 
     @property
-    def forwards(self) -> int:
+    def forwards(self) -> float:
         """Network calls of a clip; both branches of the guidance count."""
         return self.steps * (1 if self.config.pairs.guidance == 1.0 else 2)
 

@@ -20,8 +20,6 @@ from diagonal.evaluate.quality.worlds import World
 from diagonal.geometry import ChunkGeometry
 from diagonal.storage import Folder
 
-DURATIONS_S = (5.0, 45.0, 180.0)
-REFERENCE_S = 180.0  # slopes are told for so long a stream
 PIECES = 2  # how pieces are judged; another one makes all parts of streams anew
 WINDOW_CHUNKS = 3
 STREAMS_PER_BATCH = 8
@@ -150,16 +148,6 @@ def _add_figures(values: Table, piece: Tensor, captions: Sequence[str], world: W
     for number, (clip, caption) in enumerate(zip(piece, captions, strict=True)):
         for name, value in figures(clip.numpy(), caption, world, start).items():
             values.setdefault(name, [[] for _ in captions])[number].append(round(value, 6))
-
-
-def slopes(times_s: Sequence[float], rows: Sequence[Sequence[float]], until_s: float) -> list[float]:
-    """Least-squares slope of each stream's figure over its first `until_s` seconds, times 180 s; none where fewer than
-    two windows lie in them."""
-    count = sum(time <= until_s for time in times_s)
-    if count < 2:
-        return []
-    times = np.asarray(times_s[:count])
-    return [round(float(np.polyfit(times, np.asarray(row[:count]), 1)[0]) * REFERENCE_S, 9) + 0.0 for row in rows]
 
 
 def turn_part(student: Student, world: World, captions: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:

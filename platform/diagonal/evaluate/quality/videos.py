@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 from diagonal.errors import FieldError, require
 from diagonal.evaluate.intervals import interval
 from diagonal.evaluate.quality.report import shown, table
-from diagonal.evaluate.quality.streams import REFERENCE_S, slopes
 from diagonal.media.measures import Pixels, measure
 from diagonal.storage import Folder
 
+REFERENCE_S = 180.0  # slopes are told for so long a video
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 WINDOW_S = 2.0
 
@@ -40,6 +40,16 @@ def windows(path: Path, window_s: float = WINDOW_S) -> Iterator[tuple[float, Pix
                 yield (start + len(images) / 2) / rate, np.stack(images)
     except av.error.FFmpegError as error:
         raise FieldError("video", str(path), f"a file that can be decoded ({error})") from error
+
+
+def slopes(times_s: Sequence[float], rows: Sequence[Sequence[float]], until_s: float) -> list[float]:
+    """Least-squares slope of each video's figure over its first `until_s` seconds, times 180 s; none where fewer than
+    two windows lie in them."""
+    count = sum(time <= until_s for time in times_s)
+    if count < 2:
+        return []
+    times = np.asarray(times_s[:count])
+    return [round(float(np.polyfit(times, np.asarray(row[:count]), 1)[0]) * REFERENCE_S, 9) + 0.0 for row in rows]
 
 
 def measure_video(path: Path) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class World(Protocol):
     @property
     def shown(self) -> tuple[str, ...]: ...
 
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """What guessing reaches in each rate of a whole clip."""
+        ...
+
     def captions(self, held_out: bool = False) -> Sequence[str]:
         """All captions, or those that no training clip shows."""
         ...
@@ -64,6 +69,10 @@ class ShapesWorld:
     rates: tuple[str, ...] = tuple(ATTRIBUTES)
     scores: tuple[str, ...] = (*ATTRIBUTES, "smoothness", "steadiness", "saturation")
     shown: tuple[str, ...] = ("chroma",)
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        return {name: 1 / len(values) for name, values in ATTRIBUTES.items()}
 
     def captions(self, held_out: bool = False) -> Sequence[str]:
         return [scene.caption for scene in (held_out_scenes() if held_out else all_scenes())]
@@ -100,6 +109,10 @@ class TexturedWorld:
     rates: tuple[str, ...] = tuple(textured.ATTRIBUTES)
     scores: tuple[str, ...] = (*textured.ATTRIBUTES, "smoothness", "steadiness", "saturation", "ground")
     shown: tuple[str, ...] = ("chroma", "contrast", "pace", "margin")
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        return {name: 1 / len(values) for name, values in textured.ATTRIBUTES.items()}
 
     def captions(self, held_out: bool = False) -> Sequence[str]:
         kinds = (True,) if held_out else (False, True)
