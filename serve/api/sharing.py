@@ -33,7 +33,7 @@ from serve.wire.schemas import (
 )
 
 KEPT_S = 300  # what never changes: a cache shows it so long after its token was revoked
-RELOADED_S = 1  # a live playlist, which is as old as that at most
+RELOADED_S = 1  # a live playlist; as long again for whoever asks while a cache fetches the next one
 AWAITED_S = 6  # a live playlist that was waited for: whoever asks for the same chunk later may have it
 
 
@@ -138,8 +138,8 @@ async def _part(gateway: Via, guest: Guest, chunk: int) -> Response:
 
 def _kept(guest: Guest, seconds: int) -> dict[str, str]:
     """So long may a cache keep an answer, and no longer than the token lasts; for `KEPT_S` what never changes."""
-    fixed = ", immutable" if seconds == KEPT_S else ""
-    return {"Cache-Control": f"public, max-age={min(seconds, int(guest.left_s))}{fixed}"}
+    more = {KEPT_S: ", immutable", RELOADED_S: f", stale-while-revalidate={RELOADED_S}"}.get(seconds, "")
+    return {"Cache-Control": f"public, max-age={min(seconds, int(guest.left_s))}{more}"}
 
 
 def _qr(link: str) -> str:

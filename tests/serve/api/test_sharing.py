@@ -94,8 +94,9 @@ def test_a_live_playlist_is_kept_for_a_moment_and_an_error_never(
     at = f"/v1/shared/{shared(owner, video)['token']}"
     plain, awaited = stranger.get(f"{at}/index.m3u8"), stranger.get(f"{at}/index.m3u8?_HLS_msn=0")
     assert len(entries(plain.text)) == 1
-    found = [answer.headers["cache-control"] for answer in (plain, awaited, stranger.get(f"{at}/chunks/0.m4s"))]
-    assert found == ["public, max-age=1", "public, max-age=6", "public, max-age=300, immutable"]
+    assert plain.headers["cache-control"] == "public, max-age=1, stale-while-revalidate=1"
+    assert awaited.headers["cache-control"] == "public, max-age=6"
+    assert stranger.get(f"{at}/chunks/0.m4s").headers["cache-control"] == "public, max-age=300, immutable"
     for missing in (stranger.get(f"{at}/chunks/5.m4s"), stranger.get(f"{at}/index.m3u8?_HLS_msn=40")):
         assert missing.status_code in (400, 404) and missing.headers["cache-control"] == "no-store"
 
