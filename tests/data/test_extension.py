@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from diagonal.config import PromptsConfig
-from diagonal.data import extension
 from diagonal.data.extension import Extender
 from diagonal.data.prompts import prompt_id
 from diagonal.errors import FieldError
@@ -22,7 +21,7 @@ PROMPTS = [(prompt_id(text), text) for text in ("a cat", "a dog", "a red bird", 
 
 @pytest.fixture(autouse=True)
 def quick_and_keyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("TEST_MODEL_KEY", KEY)
 
 
@@ -30,6 +29,11 @@ def extender(server: ChatServer | str, cache: Path, max_failed: int = 0, **other
     url = server if isinstance(server, str) else server.url
     settings = {"extend_concurrency": 2, "extend_timeout_s": 5.0, "extend_api_key_env": "TEST_MODEL_KEY", **others}
     return Extender(PromptsConfig(extend_url=url, extend_model="m", **settings), 7, Folder(str(cache)), max_failed)
+
+
+def said(text: str | None, **more: Any) -> tuple[int, Any]:
+    """An answer of the endpoint with that text."""
+    return 200, {"choices": [{"message": {"content": text}, **more}]}
 
 
 def failing(**answers: tuple[int, Any]) -> Answer:
@@ -48,6 +52,7 @@ def test_every_prompt_is_rewritten_in_one_form_and_in_order(tmp_path: Path) -> N
         "instruction": PromptsConfig().extend_instruction,
         "extended": 5,
         "failed": 0,
+        "reasons": {},
     }
     assert set(server.asked.values()) == {1} and server.most_at_once <= 2
 
@@ -66,7 +71,7 @@ def test_the_request_is_a_deterministic_chat_completion_with_its_key_in_a_header
             {"role": "user", "content": "a cat"},
         ],
     }
-    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert {name.lower(): value for name, value in headers.items()}["authorization"] == f"Bearer {KEY}"
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and KEY in file.read_text()]
 
 
@@ -74,7 +79,7 @@ def test_an_endpoint_without_a_key_is_asked_without_one(tmp_path: Path, monkeypa
     monkeypatch.delenv("TEST_MODEL_KEY")
     with chat_server() as server:
         extender(server, tmp_path).extend(PROMPTS[:1])
-    assert "Authorization" not in server.headers[0]
+    assert "authorization" not in {name.lower() for name in server.headers[0]}
 
 
 def test_what_was_answered_is_never_asked_again(tmp_path: Path) -> None:
@@ -116,6 +121,10 @@ def test_a_failure_that_passes_is_tried_again(status: int, tmp_path: Path) -> No
         ((0, None), "RemoteProtocolError"),
         ((200, {"choices": [{"message": {"content": " \n"}}]}), "the answer is empty"),
         ((200, {"choices": [{"message": {"content": None}}]}), "the answer is empty"),
+        (said("a dog, at", finish_reason="length"), "the answer is cut off"),
+        (said(None, finish_reason="content_filter"), "the model refused"),
+        ((200, {"choices": [{"message": {"content": "", "refusal": "no"}}]}), "the model refused"),
+        (said("<think>a dog wants"), "the answer holds thoughts that do not end"),
     ],
 )
 def test_a_prompt_without_an_answer_is_kept_as_it_is_and_counted(
@@ -125,6 +134,9 @@ def test_a_prompt_without_an_answer_is_kept_as_it_is_and_counted(
         found = extender(server, tmp_path, max_failed=1)
         assert found.extend(PROMPTS)[:3] == ["a cat, at dawn", None, "a red bird, at dawn"]
         assert (found.summary()["extended"], found.summary()["failed"]) == (4, 1)
+        assert list(found.summary()["reasons"].values()) == [1] and next(iter(found.summary()["reasons"])).startswith(
+            reason
+        )
         again = extender(server, tmp_path, max_failed=1)
         assert again.extend(PROMPTS)[1] is None and again.summary()["failed"] == 1
         assert set(server.asked.values()) <= {1, 5}
@@ -161,3 +173,19 @@ def test_an_endpoint_that_is_not_there_ends_the_run(tmp_path: Path) -> None:
         url = server.url
     with pytest.raises(FieldError, match="prompts without an answer"):
         extender(url, tmp_path).extend(PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["think", "Thinking", "reasoning"])
+def test_a_reasoning_models_thoughts_are_no_part_of_a_prompt(name: str, tmp_path: Path) -> None:
+    thought = f"<{name}>The user wants\na cat.</{name}>\n\nA cat at dawn"
+    with chat_server(lambda prompt, asked: said(thought)) as server:
+        assert extender(server, tmp_path).extend(PROMPTS[:1]) == ["A cat at dawn"]
+
+
+@pytest.mark.parametrize("parameter", ["temperature", "seed"])
+def test_a_parameter_that_the_model_refuses_is_told_as_such_and_ends_the_run(parameter: str, tmp_path: Path) -> None:
+    refusal = {"error": {"message": f"Unsupported value: '{parameter}'", "param": parameter, "type": "invalid_request"}}
+    with chat_server(lambda prompt, asked: (400, refusal)) as server:
+        with pytest.raises(FieldError, match=f"extend_model = 'm'.*refuses the parameter '{parameter}'.*Unsupported"):
+            extender(server, tmp_path, max_failed=5, extend_concurrency=1).extend(PROMPTS)
+    assert len(server.bodies) <= 2

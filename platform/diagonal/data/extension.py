@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
+import re
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-import httpx2
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from diagonal.config import PromptsConfig
 from diagonal.errors import FieldError, require
 from diagonal.model.text import clean_prompt
 from diagonal.storage import Folder
 
+if TYPE_CHECKING:  # a second to import, for those who extend alone
+    from openai import APIStatusError, OpenAI
+    from openai.types.chat import ChatCompletion
+
 TRIES = 5
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 TRY_AGAIN = frozenset({408, 409, 425, 429})
 OF_THIS_PROMPT = frozenset({400, 413, 422})
 FAILED_SHOWN = 5
 PENDING = "pending"
+THOUGHTS = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
+OPEN_THOUGHT = re.compile(r"</?(think|thinking|reasoning)>", re.IGNORECASE)
 
 
 class NoAnswerError(RuntimeError):
@@ -39,17 +44,16 @@ class Extender:
 
     def __init__(self, config: PromptsConfig, seed: int, cache: Folder, max_failed: int) -> None:
         self._config, self._seed, self._cache, self._max_failed = config, seed, cache, max_failed
-        self._url = f"{config.extend_url.rstrip('/')}/chat/completions"
-        plain = httpx2.URL(self._url)
+        plain = urlsplit(config.extend_url)
         require(
-            plain.scheme in ("http", "https") and not plain.userinfo,
+            plain.scheme in ("http", "https") and "@" not in plain.netloc,
             "prompts.extend_url",
-            plain.host or self._url,
+            plain.hostname or config.extend_url,
             "an http:// or https:// address without a key in it",
         )
-        key = os.environ.get(config.extend_api_key_env, "")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._key = os.environ.get(config.extend_api_key_env, "")
         self._failed: list[str] = []
+        self._reasons: Counter[str] = Counter()
         self._extended = 0
         self._stop = threading.Event()
 
@@ -63,12 +67,13 @@ class Extender:
             self._cache.write_json(name, answers)
             (self._cache / PENDING).delete()
         found = [answers[identity]["prompt"] for identity, _ in prompts]
+        self._reasons.update(str(answers[i]["reason"]) for i, _ in prompts if answers[i]["prompt"] is None)
         self._extended += sum(text is not None for text in found)
         self._note([i for (i, _), text in zip(prompts, found, strict=True) if text is None])
         return found
 
     def summary(self) -> dict[str, Any]:
-        """What was asked, and how often it failed."""
+        """What was asked, how often it failed, and why."""
         return {
             "url": self._config.extend_url,
             "model": self._config.extend_model,
@@ -76,6 +81,7 @@ class Extender:
             "instruction": self._config.extend_instruction,
             "extended": self._extended,
             "failed": len(self._failed),
+            "reasons": dict(self._reasons.most_common()),
         }
 
     def _asked(self, prompts: Sequence[tuple[str, str]]) -> dict[str, dict[str, str | None]]:
@@ -85,10 +91,7 @@ class Extender:
         left = [(i, prompt) for i, prompt in prompts if i not in answers]
         failed: list[str] = []
         self._stop.clear()
-        with (
-            httpx2.Client(timeout=self._config.extend_timeout_s, headers=self._headers) as client,
-            ThreadPoolExecutor(self._config.extend_concurrency) as pool,
-        ):
+        with self._client() as client, ThreadPoolExecutor(self._config.extend_concurrency) as pool:
             try:
                 for i, answer in pool.map(lambda item: self._one(client, *item), left):
                     answers[i] = answer
@@ -100,7 +103,18 @@ class Extender:
                 pool.shutdown(wait=False, cancel_futures=True)
         return {i: answers[i] for i, _ in prompts}
 
-    def _one(self, client: httpx2.Client, identity: str, prompt: str) -> tuple[str, dict[str, str | None]]:
+    def _client(self) -> OpenAI:
+        """The endpoint's, which tries again by itself what may pass, after as long as the endpoint asks for."""
+        import openai
+
+        return openai.OpenAI(
+            base_url=self._config.extend_url,
+            api_key=self._key or "none",
+            timeout=self._config.extend_timeout_s,
+            max_retries=TRIES - 1,
+        )
+
+    def _one(self, client: OpenAI, identity: str, prompt: str) -> tuple[str, dict[str, str | None]]:
         try:
             answer: dict[str, str | None] = {"prompt": self._answer(client, prompt)}
         except NoAnswerError as error:
@@ -108,43 +122,47 @@ class Extender:
         (self._cache / PENDING).write_json(f"{identity}.json", answer)
         return identity, answer
 
-    def _answer(self, client: httpx2.Client, prompt: str) -> str:
-        body = {
-            "model": self._config.extend_model,
-            "temperature": 0,
-            "seed": self._seed,
-            "messages": [
-                {"role": "system", "content": self._config.extend_instruction},
-                {"role": "user", "content": prompt},
-            ],
-        }
-        wait_s, reason = FIRST_WAIT_S, "stopped"
-        for left in reversed(range(TRIES)):
-            if self._stop.is_set():
-                break
-            try:
-                response = client.post(self._url, json=body)
-            except httpx2.TransportError as error:
-                reason, asked_wait_s = type(error).__name__, 0.0
-            else:
-                reason, asked_wait_s = f"status {response.status_code}", _retry_after_s(response)
-                if response.is_success:
-                    return _text_of(response)
-                if response.status_code in OF_THIS_PROMPT:
-                    break
-                self._require_willing(response.status_code)
-            if left:
-                self._stop.wait(max(asked_wait_s, wait_s * secrets.SystemRandom().uniform(0.5, 1.0)))
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-        raise NoAnswerError(reason)
+    def _answer(self, client: OpenAI, prompt: str) -> str:
+        import openai
 
-    def _require_willing(self, status: int) -> None:
+        if self._stop.is_set():
+            raise NoAnswerError("stopped")
+        try:
+            answer = client.chat.completions.create(
+                model=self._config.extend_model,
+                temperature=0,
+                seed=self._seed,
+                messages=[
+                    {"role": "system", "content": self._config.extend_instruction},
+                    {"role": "user", "content": prompt},
+                ],
+                extra_headers={} if self._key else {"Authorization": openai.Omit()},
+            )
+        except openai.APIStatusError as error:
+            self._require_willing(error)
+            raise NoAnswerError(f"status {error.status_code}") from error
+        except openai.APIConnectionError as error:
+            raise NoAnswerError(type(error.__cause__ or error).__name__) from error
+        except (openai.OpenAIError, ValueError) as error:
+            raise NoAnswerError("the answer is not a chat completion") from error
+        return _text_of(answer)
+
+    def _require_willing(self, error: APIStatusError) -> None:
         """Raise where asking again, or for another prompt, would be answered no better."""
+        status, url = error.status_code, self._config.extend_url
+        parameter = _refused_parameter(error)
+        require(
+            not parameter,
+            "prompts.extend_model",
+            self._config.extend_model,
+            f"a model that takes temperature 0 and a seed: it refuses the parameter {parameter!r} ({error.message})",
+        )
         allowed = (
             f"an endpoint that knows prompts.extend_model = {self._config.extend_model!r} and takes the key in "
             f"{self._config.extend_api_key_env} (it answered with status {status})"
         )
-        require(status >= 500 or status in TRY_AGAIN, "prompts.extend_url", self._config.extend_url, allowed)
+        willing = status >= 500 or status in TRY_AGAIN | OF_THIS_PROMPT
+        require(willing, "prompts.extend_url", url, allowed)
 
     def _note(self, failed: Sequence[str]) -> None:
         self._failed += failed
@@ -160,16 +178,27 @@ class Extender:
             )
 
 
-def _retry_after_s(response: httpx2.Response) -> float:
-    text = response.headers.get("Retry-After", "")
-    return min(float(text), LONGEST_WAIT_S) if text.isdigit() else 0.0
+def _refused_parameter(error: APIStatusError) -> str:
+    """The parameter of the request that an answer with status 400 names, which another prompt would not mend."""
+    body = error.body if isinstance(error.body, dict) else {}
+    named = str(body.get("param") or "")
+    return named if error.status_code in OF_THIS_PROMPT and named in ("temperature", "seed", "model") else ""
 
 
-def _text_of(response: httpx2.Response) -> str:
+def _text_of(answer: ChatCompletion) -> str:
+    """The longer prompt, without a reasoning model's thoughts; an answer cut off or refused is none."""
     try:
-        text = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+        choice = answer.choices[0]
+        text, refusal = choice.message.content, choice.message.refusal
+    except (AttributeError, IndexError, TypeError) as error:
         raise NoAnswerError("the answer is not a chat completion") from error
-    if not isinstance(text, str) or not clean_prompt(text):
+    if refusal or choice.finish_reason == "content_filter":
+        raise NoAnswerError("the model refused")
+    if choice.finish_reason == "length":
+        raise NoAnswerError("the answer is cut off")
+    text = THOUGHTS.sub("", text) if isinstance(text, str) else ""
+    if OPEN_THOUGHT.search(text):
+        raise NoAnswerError("the answer holds thoughts that do not end")
+    if not clean_prompt(text):
         raise NoAnswerError("the answer is empty")
     return clean_prompt(text)
