@@ -24,6 +24,7 @@ from jobs.runs.arguments import run_options
 from jobs.runs.console import duration
 from jobs.runs.layouts import Layouts, StoredBase, check_stored_weights, read_layouts
 from jobs.runs.run import Run, opened, say
+from jobs.runs.trackers import check_trackers
 from jobs.runs.update_log import UPDATES, Record, read_journal
 
 STAGES = ("pairs", "ode_init", "stage1", "stage2", "release")
@@ -58,6 +59,7 @@ def plan(run: Run, last: str = "release", *, count_prompts: bool = False) -> lis
     layouts = read_layouts(run)
     base = check_stored_weights(run)
     _check_batches(run)
+    check_trackers(run.config.train.trackers)
     wanted = _wanted(run, last)
     lines = [f"run {run.name} in {run.folder}", *_names(run.config), *_shape_lines(run.config, layouts)]
     if base and base.stray_files:

@@ -49,6 +49,7 @@ FREE_FIELDS = frozenset(
         "train.stall_timeout_s",
         "train.sample_every",
         "train.sample_clips",
+        "train.trackers",
         "ode_init.checkpoint_every",
         "ode_init.micro_batch_size",
         "distill.checkpoint_every",

@@ -1,4 +1,4 @@
-"""What is seen of a stage while it runs: metrics, lines in the log, the journal, TensorBoard, samples and curves."""
+"""What is seen of a stage while it runs: metrics, lines in the log, the journal, trackers, samples and curves."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from tensorboardX import SummaryWriter
 
 from diagonal.training.checkpoint import Checkpointer, Restored
 from diagonal.training.distributed import Group
 from jobs.runs.console import Interval, Pace, Position
 from jobs.runs.run import say
+from jobs.runs.trackers import Tracker
 from jobs.runs.update_log import FolderSync, Journal
 from jobs.workers.samples import save_curves, sheet_pixels
 from jobs.workers.stage_metrics import OWN, StageMetrics
@@ -58,7 +58,7 @@ class RankConsensus:
 
 
 class Reporter:
-    """Rank 0's reports of a stage: metrics, the log, the journal, TensorBoard, curves and samples."""
+    """Rank 0's reports of a stage: metrics, the log, the journal, trackers, curves and samples."""
 
     def __init__(
         self,
@@ -69,13 +69,14 @@ class Reporter:
         batch_size: int,
         checkpoint_every: int,
         show: Callable[[Position], None] | None = None,
+        track: Callable[[int], list[Tracker]] = lambda update: [],
     ) -> None:
-        """`show` is given each position in place of a line now and then."""
+        """`show` is given each position in place of a line now and then; `track` opens the trackers of a start."""
         self._place, self._sync, self._last, self._batch_size = place, sync, last, batch_size
         self.metrics, self._checkpoint_every = metrics, checkpoint_every
         self._journal = Journal(sync)
         self._printing, self._pace, self._show = Interval(PROGRESS_EVERY_S), Pace(), show
-        self._board: SummaryWriter | None = None
+        self._track, self._trackers = track, list[Tracker]()
 
     @property
     def folder(self) -> Path:
@@ -88,7 +89,7 @@ class Reporter:
         restarted = bool(self._journal.known.starts)
         self.metrics.started(update, self._place.world_size, restarted, len(refused))
         self._journal.start(update, time=time.time(), world_size=self._place.world_size, refused=refused)
-        self._board = SummaryWriter(str(self._sync.local / "tensorboard"), purge_step=update + 1)
+        self._trackers = self._track(update)
         for reason in refused:
             say(f"{self._place.stage}: WARNING: REFUSED {reason}")
         if restored or restarted:
@@ -102,9 +103,9 @@ class Reporter:
         first = (update - 1) * self._batch_size
         entry = {**figures, "stage": stage, "samples": [first, update * self._batch_size - 1]}
         self._journal.write(update, entry)
-        assert self._board is not None
-        for name, value in figures.items():
-            self._board.add_scalar(f"{self._place.stage}/{name}", value, update)
+        named = {f"{self._place.stage}/{name}": value for name, value in figures.items()}
+        for tracker in self._trackers:
+            tracker.log(update, named)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if name not in OWN)
         position = Position(update, self._last, rate, shown)
         if self._show is not None:
@@ -116,19 +117,18 @@ class Reporter:
         """Draw the curves and send everything; `sheet` is the path of a new contact sheet."""
         entries = self._journal.record().updates
         save_curves(entries, self._sync.local / "losses.png", f"{self._place.stage}, update {update}")
-        assert self._board is not None
-        if sheet is not None:
-            self._board.add_image(f"{self._place.stage}/samples", sheet_pixels(sheet), update, dataformats="HWC")
+        for tracker in self._trackers if sheet is not None else ():
+            tracker.picture(update, f"{self._place.stage}/samples", sheet_pixels(sheet))
         self.send()
 
     def send(self) -> None:
-        assert self._board is not None
-        self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
         self._sync.send()
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
         self._journal.close()
         self._sync.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +35,7 @@ from jobs.ray_metrics import ray_metrics
 from jobs.runs.layouts import read_layouts
 from jobs.runs.plan import estimate
 from jobs.runs.run import Run, say
+from jobs.runs.trackers import trackers
 from jobs.runs.update_log import FolderSync
 from jobs.workers.control import StopRequests
 from jobs.workers.data_feed import Feed
@@ -151,7 +153,9 @@ class Worker:
         metrics = StageMetrics(self._metrics(), self.place.stage, feed.updates, effort)
         every = (self.config.ode_init if first else self.config.distill).checkpoint_every
         show = self.control.show.remote if self.has_bar else None
-        return Reporter(self.place, sync, metrics, feed.updates, feed.batch_size, every, show)
+        name, settings = f"{self.run.name}/{self.place.stage}", self.config.to_dict()
+        track = partial(trackers, self.config.train.trackers, name, settings, sync.local)
+        return Reporter(self.place, sync, metrics, feed.updates, feed.batch_size, every, show, track)
 
     def _metrics(self) -> MetricsBackend:
         return ray_metrics()

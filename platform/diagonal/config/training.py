@@ -8,6 +8,8 @@ from typing import Literal
 from diagonal.errors import require
 from diagonal.setting import FULL_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, Allowed, check, setting
 
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}  # and the package of each
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -182,6 +184,11 @@ class TrainConfig:
     stall_timeout_s: float = setting(1800.0, "Time without progress after which a worker is replaced.", POSITIVE)
     sample_every: int = setting(100, "Updates between two sets of sample videos; 0 is never.", NOT_NEGATIVE, "updates")
     sample_clips: int = setting(2, "Videos of a set.", NOT_NEGATIVE, "clips")
+    trackers: tuple[str, ...] = setting(
+        ("tensorboard",),
+        "Where figures and pictures go beside the run's folder.",
+        Allowed(f"a list of {', '.join(TRACKERS)}", lambda names: set(names) <= set(TRACKERS)),
+    )
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "train.workers", self.workers, "a whole number of at least 1")
