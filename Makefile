@@ -1,6 +1,6 @@
 # The commands that a developer learns; .ci/run calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo cluster-smoke observe dashboards pictures stop test test-fast test-faults check lint format lock lock-check clean
+.PHONY: help env env-dev demo cluster-smoke observe dashboards pictures stop test test-fast test-faults test-clients check lint format lock lock-check clean
 
 VENV ?= .venv
 # The first interpreter that starts and has a supported version (a version manager's shim may exist and still refuse).
@@ -92,17 +92,21 @@ define in_parts
 	done; [ $$status = 0 ]
 endef
 
-test: CHOICE ?= not faults
+test: CHOICE ?= not faults and not clients
 test: env-dev ## run the tests, but not those below: side by side, then those that start Ray or a browser
 	$(call in_parts,--ignore=tests/faults -m "$(CHOICE)")
 
 test-fast: PART = together
 test-fast: env-dev ## before a commit: the tests without Ray, without a browser and not slow (under 2 minutes)
-	$(call in_parts,--ignore=tests/faults -m "not slow")
+	$(call in_parts,--ignore=tests/faults -m "not slow and not clients")
 
 test-faults: CHOICE ?= faults
 test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, storage, networks (half an hour; CHOICE=ci: ten)
 	$(call in_parts,-m $(CHOICE) tests/faults)
+
+test-clients: CHOICE ?= clients
+test-clients: env-dev ## players and SDKs of others against the service: needs npm and Chromium (a minute)
+	$(call in_parts,--ignore=tests/faults -m "$(CHOICE)")
 
 bench: env ## measure speed of the embedded model on this CPU (about 3 minutes): docs/results/speed.md
 	PYTHONPATH=platform $(VENV)/bin/python -m diagonal.evaluate.bench --preset tiny --no-compile --threads 1 \
