@@ -3,6 +3,7 @@
 python jobs/evaluate.py --clips 288                                    the embedded release
 python jobs/evaluate.py --release s3://models/r1 --clips 2000 --streams 16 --turns 64 --gate
 python jobs/evaluate.py --videos FOLDER --vbench                       model-free figures of files
+python jobs/evaluate.py --release r1 --vbench-suite DIR                VBench's suite; its results once it ran over DIR
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from diagonal.errors import require
 from diagonal.evaluate.environment import system_description, write_report
 from diagonal.evaluate.intervals import interval
 from diagonal.evaluate.pictures import contact_sheet, save_curves, save_png
-from diagonal.evaluate.quality import gate, report, vbench, videos
+from diagonal.evaluate.quality import gate, report, vbench, vbench_suite, videos
 from diagonal.evaluate.quality.comparison import PICTURE, Clips, Source, identity, run_panel
 from diagonal.evaluate.quality.sources import Student, Teacher, clip_seeds, codec_maker, draw_captions
 from diagonal.evaluate.quality.streams import clip_part, drift_part, kept_batches, stream_seeds, turn_part
@@ -63,6 +64,9 @@ def evaluate(options: argparse.Namespace, command: str) -> dict[str, Any]:
         say=say,
         seen=partial(_keep_sheet, options.out),
     )
+    if options.vbench_suite:
+        prompts, suite = vbench_suite.suite_prompts(options.vbench_info), Path(options.vbench_suite)
+        vbench_suite.write_suite(ours, prompts, suite, options.vbench_samples, options.seed, say)
     baselines = [name for name in (TEACHER, SELF_FORCING) if name in found]
     schedule, cache = release.config.schedule, release.config.cache
     return {
@@ -82,6 +86,7 @@ def evaluate(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "motion_ratio": report.ratio(found[OURS], found[TEACHER], report.MOTION) if reference else None,
         "picture_ratios": _picture_ratios(found) if reference else None,
         "frechet_floor": report.frechet_floor(found[TEACHER]) if reference else None,
+        **_vbench(options),
         "drift": _drift(options, ours, release, world, known, parts),
         "turns": _turns(options, ours, release, world, known, parts),
     }
@@ -157,6 +162,12 @@ def _teacher_pieces(
     return kept_batches(make, captions, seeds, parts, key, say)
 
 
+def _vbench(options: argparse.Namespace) -> dict[str, Any]:
+    """What VBench itself found of the suite, and of the baseline's."""
+    given = {"vbench": options.vbench_suite, "vbench_baseline": options.vbench_baseline}
+    return {name: vbench_suite.read_results(Path(folder)) for name, folder in given.items() if folder}
+
+
 def _picture_ratios(found: Mapping[str, Clips]) -> dict[str, Any]:
     names = (name for name in found[OURS].values if name.startswith(PICTURE))
     return {name: report.ratio(found[OURS], found[TEACHER], name) for name in names}
@@ -202,5 +213,5 @@ def work(argv: Sequence[str]) -> None:
         ours = next(row for row in found["rows"] if row["name"] == OURS)
         promote(options.release, judged.reasons, judged.promoted, ours["figures"])
         say(f"release {options.release} is {'' if judged.promoted else 'not '}promoted: {'; '.join(judged.reasons)}")
-    write_report(options.out, found, report.markdown(found))
+    write_report(options.out, found, report.markdown(found) + vbench_suite.markdown(found))
     say(f"report {options.out}.md")

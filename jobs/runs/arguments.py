@@ -62,9 +62,17 @@ def evaluate(argv: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument("--gate", action="store_true", help="write promoted or not into the release, with reasons")
     parser.add_argument("--videos", default="", help="a video, or a folder of them, to be measured instead")
     parser.add_argument("--vbench", action="store_true", help="with --videos: VBench's dimensions too")
+    parser.add_argument(
+        "--vbench-suite", default="", metavar="DIR", help="write VBench's standard suite; read its results"
+    )
+    parser.add_argument(
+        "--vbench-info", default="", metavar="FILE", help="VBench's list of prompts (default: its package's)"
+    )
+    parser.add_argument("--vbench-samples", type=int, default=5, help="videos of each prompt of the suite")
+    parser.add_argument("--vbench-baseline", default="", metavar="DIR", help="the suite of what the gate compares with")
     parser.add_argument("--out", default="docs/results/tiny", help="writes OUT.json, OUT.md and OUT-*.png")
     found = parser.parse_args(argv)
-    for name, low in (("clips", 2), ("streams", 0), ("turns", 0), ("seed", 0)):
+    for name, low in (("clips", 2), ("streams", 0), ("turns", 0), ("seed", 0), ("vbench_samples", 1)):
         value = getattr(found, name)
         require(low <= value <= 1_000_000, f"--{name}", value, f"a whole number from {low} to 1000000")
     require(6.0 <= found.seconds <= 3600.0, "--seconds", found.seconds, "seconds from 6 to 3600")

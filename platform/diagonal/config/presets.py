@@ -17,28 +17,27 @@ _TINY = """
     serve.pixel_scale=8
 """
 # The textured world at 48x48: nine tokens a latent frame, and channels for what its textures need. Its codec is the
-# linear one itself: a network in its place would only learn the same latents.
+# linear one itself: a network in its place would only learn the same latents. docs/log.md has the figures behind these:
 # - pairs.guidance: at 1.5 the teacher draws fewer shapes, and paler.
-# - ode_init.updates: after 2000 .51 of a clip's last pieces show their speed, after 7000 .66 (docs/log.md).
-# - schedule.steps: chunks whose last step begins at raw 250 show .77 of shapes right, at the paper's 100
-#   .65 (docs/log.md).
-# - distill: so few updates need a faster average and a critic that keeps up. Without the motion loss students move 1.13
-#   times as much as their teacher, with the paper's gamma of 1 .90 times, with this one as much (docs/log.md).
+# - pairs.kept_raw, ode_init.states: what this recipe and Self Forcing visit, so that both begin from one student.
+# - schedule: rows that end at raw 250 instead of the paper's 100, a clean sink, and a clean newest frame of each chunk:
+#   18 forwards a clip to Self Forcing's 35.
+# - distill: so few updates need a critic that keeps up and an average that remembers some thirty of the generator's.
 _TEXTURED = """
     geometry.latent_channels=24 geometry.latent_height=6 geometry.latent_width=6 model.text_tokens=16
     pretrain.world=textured pretrain.clips=8192 pretrain.updates=14000 pretrain.codec_updates=0
     pretrain.motion_channels=8 pretrain.text_updates=400 pretrain.score_every=1000
-    pairs.count=2048 pairs.guidance=3
-    ode_init.updates=7000 ode_init.sink_positions=window
-    schedule.steps=4322222@250 distill.stage1_steps=4@250
-    distill.guidance=3 distill.lr=4e-4 distill.critic_lr=1e-3 distill.ema_decay=0.85
-    distill.stage1_updates=300 distill.stage2_updates=300 distill.loss.gamma=0.25
+    pairs.count=4096 pairs.guidance=3 pairs.kept_raw=[1000,750,500,250,0]
+    ode_init.updates=4000 ode_init.sink_positions=window ode_init.states=even ode_init.ema_decay=0.999
+    schedule.steps=3222222@250 schedule.sink_context=0.0 schedule.clean_newest=true distill.stage1_steps=4@250
+    distill.guidance=3 distill.lr=4e-4 distill.critic_lr=1e-3 distill.ema_decay=0.95
+    distill.critic_warmup_updates=20 distill.stage1_updates=200 distill.stage2_updates=200 distill.loss.gamma=0.25
     serve.pixel_scale=6
 """
 _SETTINGS = {
     "tiny": _TINY,
     "tiny-textured": _TINY + _TEXTURED,
-    "wan-1.3b": "ode_init.sink_positions=window train.workers=8 "
+    "wan-1.3b": "ode_init.sink_positions=window distill.critic_warmup_updates=20 train.workers=8 "
     "serve.compile=true serve.overlap_decode=true serve.attention=auto",
 }
 PRESETS = {name: Config().with_settings([f"preset={name}", *text.split()]) for name, text in _SETTINGS.items()}

@@ -74,10 +74,21 @@ def test_each_missed_limit_alone_refuses_and_is_named(place: tuple[str, ...], va
 def test_a_model_that_no_oracle_judges_is_held_to_its_pictures_seams_and_drift() -> None:
     drift = {"streams": 8, "seconds": 180.0, "scores": [], "teacher": True, "change": {}, "quarters": {}}
     plain = {key: GOOD[key] for key in ("clips", "seed", "seam", "motion_ratio")}
-    real = {**plain, "judged": False, "differences": {}, "drift": drift, "picture_ratios": {"sharpness": found(1.09)}}
+    suite = {"total": 80.0, "quality": 82.0, "semantic": 70.0}
+    beside = {"vbench": suite, "vbench_baseline": {**suite, "total": 81.9}}
+    real = {
+        **plain,
+        "judged": False,
+        "differences": {},
+        "drift": drift,
+        "picture_ratios": {"sharpness": found(1.09)},
+        **beside,
+    }
     assert verdict(real).promoted
     assert (
         "sharpness = 1.110 of the teacher's"
         in verdict({**real, "picture_ratios": {"sharpness": found(1.11)}}).reasons[0]
     )
     assert "not compared with the teacher's" in verdict({**real, "picture_ratios": None}).reasons[0]
+    assert "VBench total: -2.00 points" in verdict({**real, "vbench_baseline": {**suite, "total": 82.0}}).reasons[0]
+    assert "VBench total was not compared" in verdict({**real, "vbench_baseline": None}).reasons[0]

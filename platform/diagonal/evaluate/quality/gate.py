@@ -14,7 +14,7 @@ LATE = ("direction", "speed")  # late in a stream chance shows half of both
 
 @dataclass(frozen=True)
 class Limits:
-    """What a release must hold. Points are hundredths of a score.
+    """What a release must hold. Points are hundredths of a score, of VBench percent of its range.
 
     The mean of scores is not worse than the teacher's and Self Forcing's by `mean_points`, with one-sided 95 %
     confidence. `picture_share` is what the pictures of a model without an oracle may differ by from the teacher's.
@@ -28,6 +28,7 @@ class Limits:
     drift_points: float = 5.0
     late: float = 0.8
     obedience_points: float = 5.0
+    vbench_points: float = 2.0
     fewest_clips: int = 100
     fewest_streams: int = 8
 
@@ -64,6 +65,7 @@ def findings(report: Mapping[str, Any], limits: Limits = Limits()) -> Iterator[F
         yield from _saturation(report, limits)
     else:
         yield from _pictures(report, limits)
+        yield from _vbench(report, limits)
     yield from _chunks(report, limits)
     yield from _drift(report, limits)
     if report["judged"]:
@@ -102,6 +104,18 @@ def _pictures(report: Mapping[str, Any], limits: Limits) -> Iterator[Finding]:
         holds = abs(ratio["mean"] - 1.0) <= limits.picture_share
         allowed = f"{1 - limits.picture_share:g} to {1 + limits.picture_share:g}"
         yield Finding(holds, f"{name} = {ratio['mean']:.3f} of the teacher's, allowed is {allowed}")
+
+
+def _vbench(report: Mapping[str, Any], limits: Limits) -> Iterator[Finding]:
+    """Total, quality and semantic against a baseline's, which is the teacher's or another student's of its own."""
+    ours, theirs = report.get("vbench"), report.get("vbench_baseline")
+    for name in ("total", "quality", "semantic"):
+        mine, other = (found.get(name) if found else None for found in (ours, theirs))
+        if mine is None or other is None:
+            yield Finding(False, f"VBench {name} was not compared with a baseline's")
+            continue
+        allowed = f"allowed is above -{limits.vbench_points:g}"
+        yield Finding(mine - other > -limits.vbench_points, f"VBench {name}: {mine - other:+.2f} points, {allowed}")
 
 
 def _chunks(report: Mapping[str, Any], limits: Limits) -> Iterator[Finding]:
