@@ -101,7 +101,7 @@ test-fast: env-dev ## before a commit: the tests without Ray, without a browser 
 	$(call in_parts,--ignore=tests/faults -m "not slow and not clients")
 
 test-faults: CHOICE ?= faults
-test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, storage, networks (half an hour; CHOICE=ci: ten)
+test-faults: env-dev ## end workers, nodes, replicas, gateways; break files, storage, networks (half an hour; CHOICE=ci: seven)
 	$(call in_parts,-m $(CHOICE) tests/faults)
 
 test-clients: CHOICE ?= clients

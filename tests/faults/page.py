@@ -15,7 +15,7 @@ RESULTS = {"failure": "**failed**", "error": "**error**", "skipped": "skipped"}
 HEAD = """# Faults: the last run
 
 Written by `python -m tests.faults.page REPORTS` from what `make test-faults REPORTS=REPORTS` left: the fifty tests, or
-with `CHOICE=ci` the ten that CI runs. Each test ends, freezes or damages a part on purpose, on one machine, while the
+with `CHOICE=ci` the seven that CI runs. Each test ends, freezes or damages a part on purpose, on one machine, while the
 embedded model trains or streams; figures are of that machine.
 """
 

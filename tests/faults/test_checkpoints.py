@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from diagonal.training.checkpoint_manifest import check_file, folder_name
 from jobs.runs.update_log import Record
@@ -66,7 +65,6 @@ def test_workers_killed_at_every_write_of_a_checkpoint_leave_the_one_before_it(
     assert difference(job.record(), unbroken) == ""
 
 
-@pytest.mark.ci
 def test_a_full_disk_ends_the_run_with_its_cause_and_keeps_the_old_checkpoint(
     cluster: Nodes, nodes: list[Any], start: Launcher
 ) -> None:

@@ -141,7 +141,6 @@ def test_gateways_are_stopped_under_their_viewers(live: LiveService, ffprobe: st
     assert len(live.parts("Gateway")) == 1
 
 
-@pytest.mark.ci
 def test_the_whole_service_is_replaced_under_its_viewers(live: LiveService, ffprobe: str) -> None:
     before = {pid for part in ("Store", "Gateway", "Replica") for pid in live.parts(part).values()}
     watchers = watching(live, 40)

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from jobs.runs.update_log import Record
 from tests.faults.conftest import StoppedRun
 from tests.faults.job import Launcher, difference, sample_numbers
@@ -15,7 +13,6 @@ from tests.faults.job import Launcher, difference, sample_numbers
 SOON_S = 90.0  # a busy machine's; the page of the last run says how long it took
 
 
-@pytest.mark.ci
 def test_sigterm_ends_a_run_soon_with_a_checkpoint_and_says_how_to_resume(
     stopped: StoppedRun, record_property: Callable[[str, object], None]
 ) -> None:
