@@ -20,7 +20,7 @@ from typing import Any
 from diagonal.config import Config
 from diagonal.errors import require
 from diagonal.evaluate.environment import system_description
-from diagonal.evaluate.experiments.page import collect, page, save_pictures
+from diagonal.evaluate.experiments.page import claim, collect, page, save_pictures
 from diagonal.evaluate.experiments.runs import Plan, run_row, run_speed
 from diagonal.evaluate.experiments.table import Experiment, experiment, experiments
 from diagonal.files import write_text
@@ -28,6 +28,8 @@ from diagonal.jsonfile import read_json, write_json
 from diagonal.model.base_model import base_folder, embedded
 from diagonal.storage.fetch import fetch
 from jobs.runs.run import main, say
+
+CLAIM = ("<!-- the quality page's claim -->", "<!-- end of it -->")
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -55,6 +57,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", default="docs/results/quality", help="collect writes OUT.json, page OUT.md and OUT-*.png of it"
     )
+    parser.add_argument("--readme", default="", help="with page: a file whose sentence between its marks is the page's")
     found = parser.parse_args(argv)
     require(all(seed >= 0 for seed in found.seeds), "--seeds", found.seeds, "whole numbers of at least 0")
     needs = found.what in ("run", "speed")
@@ -123,6 +126,14 @@ def budget_arguments(options: argparse.Namespace) -> str:
     return " ".join(parts)
 
 
+def with_claim(text: str, sentence: str) -> str:
+    """A text with that sentence between the two marks of `CLAIM`."""
+    before, _, rest = text.partition(CLAIM[0])
+    _, found, after = rest.partition(CLAIM[1])
+    require(bool(found), "--readme", CLAIM, "a file that holds both marks")
+    return f"{before}{CLAIM[0]}\n{sentence}\n{CLAIM[1]}{after}"
+
+
 def collected(options: argparse.Namespace) -> dict[str, Any]:
     """What was run, with the commands that make it again."""
     plan = plan_of(options)
@@ -148,6 +159,9 @@ def work(argv: Sequence[str]) -> None:
         save_pictures(found, out.parent, out.name)
         write_text(out.with_suffix(".md"), page(found, out.name))
         say(f"page {out}.md")
+        if options.readme:
+            readme = Path(options.readme)
+            write_text(readme, with_claim(readme.read_text(), claim(found)))
 
 
 if __name__ == "__main__":

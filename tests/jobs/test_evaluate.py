@@ -198,7 +198,14 @@ def test_the_page_of_experiments_is_written_from_its_json_alone(
     budget = "--updates 360 --clips 2000 --fewer-clips 500 --streams 16 --seconds 180 --seeds 0 1 --preset tiny"
     assert commands[0] == f"python jobs/benchmarks/experiments.py run table1 {budget}"
     (tmp_path / "quality.md").unlink()
-    experiments.work(["page", *out])
+    (readme := tmp_path / "README.md").write_text(
+        "# A\n<!-- the quality page's claim -->\nold\n<!-- end of it -->\nb\n"
+    )
+    experiments.work(["page", "--readme", str(readme), *out])
+    assert (
+        "-->\nQuality on the embedded world was not measured yet.\n<!--" in readme.read_text()
+        and "old" not in readme.read_text()
+    )
     assert (tmp_path / "quality.md").read_bytes() == text
     experiments.work(["list"])
     assert "fig9" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 from diagonal.config import Config
 from diagonal.errors import FieldError
 from diagonal.evaluate.experiments import runs
-from diagonal.evaluate.experiments.page import collect, judged, page, save_pictures
+from diagonal.evaluate.experiments.page import claim, collect, judged, page, save_pictures
 from diagonal.evaluate.experiments.runs import ROWS, Plan, read_row, read_speed, row_name, run_row, run_speed
 from diagonal.evaluate.experiments.table import (
     INITIAL,
@@ -145,6 +145,8 @@ def test_differences_are_paired_by_clip_and_what_no_seed_trains_counts_for_every
     assert any(text.startswith("seam ratio = 1.200") and not said[text] for text in said)
     assert any(text.startswith("mean of scores over student of stage 0: +32.00") and said[text] for text in said)
     assert any(text.startswith("mean of scores over stage 1 alone: +2.00") and said[text] for text in said)
+    sentence = "3 trainings of the recipe, at 18 forwards a clip, have a mean of"
+    assert sentence in claim(whole) and "+2.0 points [" in claim(whole) and "against Self Forcing at 18" in claim(whole)
     text = page(whole, "quality")
     assert "| ours | 3 | 18 | 0.520" in text and "not yet run | +2.00 [" in text and "| 1.200 | 1.040 |" in text
     keep(plan, Variant("codec alone (ceiling)", "codec"), 0, 1.0)

@@ -242,6 +242,26 @@ def _conclusions(found: Found) -> list[str]:
     return lines
 
 
+def claim(found: Found) -> str:
+    """The one sentence that may be said elsewhere: the primary end point, with its bounds."""
+    ours = _of(found, "table1", OURS.name)
+    if "figures" not in ours:
+        return "Quality on the embedded world was not measured yet."
+    said = []
+    for against in (TEACHER, SELF_FORCING):
+        difference, row = _differences_of(found, OURS.name, against).get(MEAN), _of(found, "table1", against.name)
+        if difference:
+            mean, low, high = (POINTS * difference[name] for name in ("mean", "low", "high"))
+            forwards = row["rows"][0]["forwards"]
+            name = "the teacher" if against is TEACHER else "Self Forcing"
+            said.append(f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}] against {name} at {forwards:g}")
+    row, mean = ours["rows"][0], ours["figures"][MEAN]["mean"]
+    return (
+        f"On the embedded textured world, {len(ours['seeds'])} trainings of the recipe, at {row['forwards']:g} forwards a "
+        f"clip, have a mean of {len(found['scores'])} scores of {mean:.3f}: {', and '.join(said)} (one-sided 95 % bounds)."
+    )
+
+
 def save_pictures(found: Found, folder: Path, name: str) -> None:
     """`NAME-scores.png`, `NAME-cost.png` and, where streams were run, `NAME-streams.png`."""
     ours, teacher = _differences_of(found, OURS.name, TEACHER), _of(found, "table1", TEACHER.name).get("figures")
