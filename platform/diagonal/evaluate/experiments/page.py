@@ -257,8 +257,9 @@ def claim(found: Found) -> str:
             said.append(f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}] against {name} at {forwards:g}")
     row, mean = ours["rows"][0], ours["figures"][MEAN]["mean"]
     return (
-        f"On the embedded textured world, {len(ours['seeds'])} trainings of the recipe, at {row['forwards']:g} forwards a "
-        f"clip, have a mean of {len(found['scores'])} scores of {mean:.3f}: {', and '.join(said)} (one-sided 95 % bounds)."
+        f"On the embedded textured world, {len(ours['seeds'])} trainings of the recipe, at {row['forwards']:g} "
+        f"forwards a clip, have a mean of {len(found['scores'])} scores of {mean:.3f}: {', and '.join(said)} "
+        "(one-sided 95 % bounds)."
     )
 
 
