@@ -31,7 +31,7 @@ _TEXTURED = """
     ode_init.updates=4000 ode_init.sink_positions=window ode_init.states=even ode_init.ema_decay=0.999
     schedule.steps=3222222@250 schedule.sink_context=0.0 schedule.clean_newest=true distill.stage1_steps=4@250
     distill.guidance=3 distill.lr=4e-4 distill.critic_lr=1e-3 distill.ema_decay=0.95
-    distill.critic_warmup_updates=20 distill.stage1_updates=200 distill.stage2_updates=200 distill.loss.gamma=0.25
+    distill.critic_warmup_updates=20 distill.stage1_updates=300 distill.stage2_updates=300 distill.loss.gamma=0.25
     serve.pixel_scale=6
 """
 _SETTINGS = {
