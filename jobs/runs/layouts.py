@@ -18,6 +18,7 @@ from diagonal.errors import FieldError, require
 from diagonal.model.architecture import TransformerLayout
 from diagonal.model.base_check import check_base, check_kind, stray_files
 from diagonal.model.base_model import base_uri, check_transformer
+from diagonal.model.import_checkpoints import check_student_file
 from diagonal.model.stored_weights import check_weights
 from diagonal.storage import Folder
 from diagonal.storage.remote import location
@@ -116,14 +117,20 @@ def _defaults(kind: type) -> dict[str, Any]:
 def _network(config: Config, field: str, folder: Folder, base: Folder) -> Mapping[str, Any]:
     """The layout of the network in `folder`, checked as the job will, beside the base model's text encoder."""
     require(folder.has("transformer/config.json"), field, str(folder), "a folder that holds transformer/config.json")
-    with tempfile.TemporaryDirectory(prefix="diagonal-plan-") as name:
-        for source, part in ((folder, "transformer"), (base, "text_encoder")):
-            source.get(f"{part}/config.json", Path(name) / part / "config.json")
-        with _named(field):
-            check_transformer(Path(name), config)
+    with _configurations((folder, "transformer"), (base, "text_encoder")) as local, _named(field):
+        check_transformer(local, config)
     layout: Mapping[str, Any] = {**_defaults(WanTransformer3DModel), **folder.read_json("transformer/config.json")}
     TransformerLayout.of(layout)
     return layout
+
+
+@contextmanager
+def _configurations(*parts: tuple[Folder, str]) -> Iterator[Path]:
+    """A local folder with the config.json of each part."""
+    with tempfile.TemporaryDirectory(prefix="diagonal-plan-") as name:
+        for source, part in parts:
+            source.get(f"{part}/config.json", Path(name) / part / "config.json")
+        yield Path(name)
 
 
 def _check_init(run: Run, base: Folder) -> None:
@@ -131,5 +138,8 @@ def _check_init(run: Run, base: Folder) -> None:
     if given.endswith(".pt"):
         file = Folder(given)
         require(file.parent.has(file.name), "distill.init", given, "a .pt file that exists")
+        if file.is_local:  # another is opened when it was fetched
+            with _configurations((base, "transformer"), (base, "text_encoder")) as folder:
+                check_student_file(file.path, folder, run.config)
     elif given:
         _network(run.config, "distill.init", Folder(given), base)

@@ -65,16 +65,9 @@ def load_initial_student(
     if (file / "transformer").is_dir():
         return load_causal(file, config)
     check_transformer(layout_folder, config)
-    held = read_student_file(file)
-    layout = constructor_settings(CausalWan, read_json(layout_folder / "transformer" / CONFIG))
-    with torch.device("meta"):  # neither memory nor random numbers for weights that are given
-        network = CausalWan(**layout)
-    own = network.state_dict()
-    weights = _weights_of(held, config.distill.init_weights, set(own), file)
-    pairs = {name: weights.pop(name) for name in list(weights) if is_lora(name)} or _lora_container(held)
+    network, weights, pairs = _opened(file, layout_folder, config)
     if pairs and not weights:
         weights = dict(load_causal(layout_folder, config).state_dict())
-    _check_names(file, own, weights)
     copies = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
     merge_lora(copies, pairs, file)
     for adapter in adapters:
@@ -83,6 +76,26 @@ def load_initial_student(
     shape: Any = network.config
     network.rope = WanRotaryPosEmbed(shape.attention_head_dim, tuple(shape.patch_size), shape.rope_max_seq_len)
     return network.eval()
+
+
+def check_student_file(path: Path, layout_folder: Path, config: Config) -> None:
+    """`FieldError` where `load_initial_student` would refuse a file for its names or shapes; no weights are copied."""
+    check_transformer(layout_folder, config)
+    _opened(path, layout_folder, config)
+
+
+def _opened(file: Path, layout_folder: Path, config: Config) -> tuple[CausalWan, dict[str, Tensor], dict[str, Tensor]]:
+    """A network without memory, the file's tensors for it, checked, and its LoRA pairs; of pairs alone no tensors."""
+    held = read_student_file(file)
+    layout = constructor_settings(CausalWan, read_json(layout_folder / "transformer" / CONFIG))
+    with torch.device("meta"):  # neither memory nor random numbers for weights that are given
+        network = CausalWan(**layout)
+    own = network.state_dict()
+    weights = _weights_of(held, config.distill.init_weights, set(own), file)
+    pairs = {name: weights.pop(name) for name in list(weights) if is_lora(name)} or _lora_container(held)
+    if weights or not pairs:
+        _check_names(file, own, weights)
+    return network, weights, pairs
 
 
 def _weights_of(held: Mapping[str, Any], chosen: str, own: set[str], file: Path) -> dict[str, Tensor]:

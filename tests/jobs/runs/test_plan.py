@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from diagonal.config import Config
 from diagonal.errors import FieldError
-from diagonal.model.base_model import embedded
+from diagonal.model.base_model import embedded, load_causal
 from diagonal.storage import Folder
 from jobs.runs.arguments import run_options
 from jobs.runs.plan import plan, run_job
@@ -142,6 +143,19 @@ def test_a_plan_refuses_a_gpu_that_is_too_small(wan: Path, monkeypatch: pytest.M
 def test_what_a_job_would_stumble_over_is_refused_before_it_starts(wan: Path, setting: str, said: str) -> None:
     with pytest.raises(FieldError, match=said):
         plan(wan_run(wan, setting), count_prompts=True)
+
+
+def test_a_students_file_is_opened_before_it_is_counted_on(small_run: OpenRun, tmp_path: Path) -> None:
+    weights = dict(load_causal(embedded("ode_init"), Config.from_preset("tiny")).state_dict())
+    name = next(iter(weights))
+    torch.save({"generator": weights}, tmp_path / "whole.pt")
+    torch.save({"generator": {key: value for key, value in weights.items() if key != name}}, tmp_path / "less.pt")
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    plan(small_run("a", f"distill.init={tmp_path / 'whole.pt'}"))
+    with pytest.raises(FieldError, match=name.replace(".", r"\.")):
+        plan(small_run("b", f"distill.init={tmp_path / 'less.pt'}"))
+    with pytest.raises(FieldError, match="this is a Git LFS pointer"):
+        plan(small_run("c", f"distill.init={tmp_path / 'pointer.pt'}"))
 
 
 @pytest.mark.slow
