@@ -156,7 +156,8 @@ class VideoRecord:
     `record`: a log is kept, from which its owner may make it again.
     `owner` is the key that made it, `account` pays for it; `resume_hash` is that of the only resume token that counts.
     `traceparent` names the span that its session's spans lie below; only who made or holds it knows, no store does.
-    `prompt_tokens` is what its replica counted; only the answer to who made it has it.
+    `prompt_tokens` is what its replica counted, `ignored` what its request said in vain; only the answer to who made
+    it has them.
     `age_s` is told with every answer: how long ago it was asked for, by a clock that never jumps. So is `orphan`:
     nobody drives it, so whoever asks should.
     """
@@ -192,6 +193,7 @@ class VideoRecord:
     orphan: bool = False
     traceparent: str = ""
     prompt_tokens: int | None = None
+    ignored: tuple[str, ...] = ()
     interactions: tuple[Interaction, ...] = ()
 
     @property

@@ -46,7 +46,20 @@ async def _form(scope: Scope, data: bytes) -> dict[str, object]:
         raise Problem(400, "invalid_form", "the body is not the form that its Content-Type says") from error
     if len(fields) != len(fields.multi_items()):
         raise Problem(422, "repeated_field", "a field is given more than once")
-    return {name: value if isinstance(value, str) else ["a file"] for name, value in fields.items()}
+    found: dict[str, object] = {}
+    for name, value in fields.items():
+        outer, bracket, inner = name.partition("[")  # OpenAI's SDKs write nested objects as extra[pacing]
+        plain = value if isinstance(value, str) else ["a file"]
+        if not bracket:
+            found[name] = plain
+            continue
+        nested = found.setdefault(outer, {})
+        if not isinstance(nested, dict) or not inner.endswith("]") or "[" in inner:
+            raise Problem(
+                422, "invalid_value", f"{name} is no field of a form: allowed is such as extra[pacing]", param=name
+            )
+        nested[inner[:-1]] = plain
+    return found
 
 
 async def _bounded(request: Request) -> bytes:

@@ -79,7 +79,7 @@ class RealtimeSession:
         self._window_s: float | None = None
         self._token = ""
         self._sent, self._next_chunk = 0, 0
-        self._stopped = False
+        self._stopped, self._stop_asked_s = False, 0.0
 
     async def run(self) -> None:
         """Until the stream is over, the viewer leaves, or something is wrong."""
@@ -104,7 +104,7 @@ class RealtimeSession:
                 start = messages.parse_start(await self._receive())
         except TimeoutError:
             raise Problem(408, "start_timeout", "session.start did not come in time") from None
-        self._window_s = start.streaming_buffer_seconds
+        self._window_s = start.window_s
         self._token, secret = new_secret(RESUME)
         if start.resume_token is None:
             span = self._socket.headers.get("traceparent", "")
@@ -160,7 +160,8 @@ class RealtimeSession:
             await self._last_word(messages.draining(video, self._resume_token(self._next_chunk)), RESTART, "draining")
         elif ending.close_code == DONE:
             await self._tell_dropped(video)
-            await self._last_word(messages.done(video, self._sent, self._stopped), DONE)
+            latency_s = time.monotonic() - self._stop_asked_s if self._stop_asked_s else None
+            await self._last_word(messages.done(video, self._sent, self._stopped, latency_s), DONE)
         return self._gateway.settings.resume_window_s if ending.may_return else 0.0
 
     async def _ending(self, video: VideoRecord, errors: list[Exception]) -> tuple[Ending, Problem | None]:
@@ -246,12 +247,16 @@ class RealtimeSession:
         control = messages.parse_control(text)
         self._touch()
         if isinstance(control, messages.SessionStop):
-            self._stopped = True
+            self._stopped, self._stop_asked_s = True, time.monotonic()
         elif isinstance(control, messages.SessionPing):
             await self._send({"type": "session.pong"})
         elif isinstance(control, messages.SessionPlayback):
             if self._window_s is None:
-                raise Problem(400, "no_credits", "session.start did not ask for it by streaming_buffer_seconds")
+                raise Problem(
+                    400,
+                    "no_credits",
+                    "session.start did not ask for it by streaming_buffer_seconds or streaming_pacing",
+                )
             await reader.tell_position(control.position_seconds, self._window_s)
         elif isinstance(control, InteractionRequest):
             event_id = await self._gateway.interact(video.id, control, self._caller)

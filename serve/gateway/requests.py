@@ -60,6 +60,7 @@ def new_video(request: VideoRequest, info: ModelInfo, created_at: float, video_i
         created_at=created_at,
         release_sha256=info.release_sha256,
         record=request.extra.record,
+        ignored=request.ignored,
     )
 
 

@@ -7,6 +7,7 @@ the stream; `streaming_buffer_seconds` opts in to credits, told by `session.play
 
 from __future__ import annotations
 
+import time
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -18,6 +19,15 @@ from serve.wire.schemas import EXTRA_NAMES, InteractionRequest, VideoExtra, Vide
 MAX_WINDOW_S = 30.0
 
 
+class StreamingPacing(WireRequest):
+    """vLLM-Omni's pacing by what the viewer has played; limits of bytes and idleness are this service's own."""
+
+    model_config = ConfigDict(extra="ignore")
+    enabled: bool = True
+    mode: Literal["client_playhead"] = "client_playhead"
+    max_lead_ms: float = Field(2000, gt=0, le=1000 * MAX_WINDOW_S)
+
+
 class SessionStart(VideoRequest):
     """Begins a stream, or goes on with one: then `resume_token` stands alone, the newest one that was received."""
 
@@ -25,8 +35,17 @@ class SessionStart(VideoRequest):
     prompt: str = ""
     format: Literal["m4s"] = "m4s"
     streaming_buffer_seconds: float | None = Field(None, gt=0, le=MAX_WINDOW_S)
+    streaming_pacing: StreamingPacing | None = Field(None, description="The newer way to say streaming_buffer_seconds")
     resume_token: str | None = Field(None, max_length=160)
     extra: VideoExtra = Field(default_factory=lambda: VideoExtra(pacing="realtime"), validation_alias=EXTRA_NAMES)
+
+    @property
+    def window_s(self) -> float | None:
+        """How far chunks may be sent ahead of the viewer; None: he tells no position, and gets them as they come."""
+        pacing = self.streaming_pacing
+        if pacing is None:
+            return self.streaming_buffer_seconds
+        return pacing.max_lead_ms / 1000 if pacing.enabled else None
 
 
 class SessionPlayback(WireRequest):
@@ -91,6 +110,8 @@ def started(video: VideoRecord, chunk: int, window_s: float | None, resume_token
     if window_s is not None:
         config["streaming_buffer_seconds"] = window_s
     about = {"type": "video.start", "request_id": video.id, "format": "m4s", "mime": video.mime, "config": config}
+    if video.ignored:
+        about["ignored"] = list(video.ignored)
     return about | {"next_chunk": chunk, "resume_token": resume_token}
 
 
@@ -115,8 +136,10 @@ def chunk_metadata(
     }
 
 
-def done(video: VideoRecord, chunks: int, stopped: bool) -> dict[str, Any]:
-    return {"type": "session.done", "request_id": video.id, "chunks": chunks, "stopped": stopped}
+def done(video: VideoRecord, chunks: int, stopped: bool, stop_latency_s: float | None = None) -> dict[str, Any]:
+    """The stream is over; `stop_latency_s` is told where its viewer stopped it: from his word to this one."""
+    about = {"type": "session.done", "request_id": video.id, "chunks": chunks, "stopped": stopped}
+    return about if stop_latency_s is None else {**about, "stop_latency_s": round(stop_latency_s, 4)}
 
 
 def draining(video: VideoRecord, resume_token: str) -> dict[str, Any]:
@@ -125,7 +148,8 @@ def draining(video: VideoRecord, resume_token: str) -> dict[str, Any]:
 
 
 def queued(video: VideoRecord, event_id: str) -> dict[str, Any]:
-    return {"type": "session.interaction.queued", "request_id": video.id, "event_id": event_id}
+    about = {"type": "session.interaction.queued", "request_id": video.id, "event_id": event_id}
+    return {**about, "received_at": round(time.time(), 3)}
 
 
 def failed(problem: Problem, request_id: str | None = None, event_id: str | None = None) -> dict[str, Any]:

@@ -95,7 +95,7 @@ WRONG = [
     ({"prompt": "x", "seed": 2**32}, 422, "invalid_value", "seed"),
     ({"prompt": "x", "seed": 1.5}, 422, "invalid_value", "seed"),
     ({"prompt": "x", "model": "sora-2"}, 404, "model_not_found", "model"),
-    ({"prompt": "x", "guidance_scale": 5}, 422, "unknown_field", "guidance_scale"),
+    ({"prompt": "x", "guidance": 5}, 422, "unknown_field", "guidance"),
     ({"prompt": "x", "extra": {"pacing": "fast"}}, 422, "invalid_value", "extra.pacing"),
     ({"prompt": "x", "extra": {"speed": 1}}, 422, "unknown_field", "extra.speed"),
 ]
@@ -146,7 +146,7 @@ def test_a_body_that_cannot_be_read_is_a_problem(
 
 def test_a_form_with_a_file_or_a_wrong_number_is_refused(idle_http: httpx2.Client) -> None:
     picture = idle_http.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": b"png"})
-    assert (picture.status_code, picture.json()["error"]["code"]) == (422, "unknown_field")
+    assert (picture.status_code, picture.json()["error"]["code"]) == (422, "unsupported_field")
     number = idle_http.post("/v1/videos", data={"prompt": "x", "num_frames": "many"})
     assert (number.status_code, number.json()["error"]["param"]) == (422, "num_frames")
 
