@@ -9,8 +9,9 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.types import Message, Scope
 
+from serve.wire.dialects import read_json
 from serve.wire.problems import Problem, wrong_value
-from serve.wire.schemas import MAX_BODY_BYTES, read_json
+from serve.wire.schemas import MAX_BODY_BYTES
 
 _TIMEOUT_S = 10.0
 

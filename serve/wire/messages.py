@@ -13,8 +13,9 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from serve.records import Segment, VideoRecord
+from serve.wire.dialects import EXTRA_NAMES, read_json
 from serve.wire.problems import Problem
-from serve.wire.schemas import EXTRA_NAMES, InteractionRequest, VideoExtra, VideoRequest, WireRequest, parse, read_json
+from serve.wire.schemas import InteractionRequest, VideoExtra, VideoRequest, WireRequest, parse
 
 MAX_WINDOW_S = 30.0
 

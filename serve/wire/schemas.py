@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,7 +20,8 @@ from pydantic.json_schema import models_json_schema
 from diagonal.chain import ALGORITHM, Link
 from serve.records import Caller, Guest, Interaction, ModelInfo, Provenance, Status, VideoRecord, Viewer
 from serve.tokens import CLIENT_SECRET_S
-from serve.wire.problems import Problem, invalid
+from serve.wire.dialects import EXTRA_NAMES, in_our_words, object_of
+from serve.wire.problems import invalid
 
 MAX_SEED = 2**32 - 1
 MAX_TRANSITION_CHUNKS = 64
@@ -33,18 +32,6 @@ MAX_LINKS = 10_000  # in one answer
 MAX_CHUNK = 2**31 - 1
 MAX_VIEWERS = 100
 MAX_SHARED_S, SHARED_S = 7 * 24 * 3600, 24 * 3600
-EXTRA_NAMES = AliasChoices("extra", "extra_params", "extra_body")
-# What other services of this shape take and this one has no use for: ignored, and named in the answer.
-IGNORED = frozenset(
-    "num_inference_steps guidance_scale guidance_scale_2 true_cfg_scale negative_prompt flow_shift boundary_ratio "
-    "quality user metadata output_compression response_format".split()
-)
-# What would change the video and cannot: refused with the reason, unless it says nothing.
-UNABLE = {
-    "input_reference": "this service makes videos from text alone",
-    "image_reference": "this service makes videos from text alone",
-    "lora": "adapters are merged into a release (model.adapters), and not chosen for each video",
-}
 EventId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
 
 
@@ -99,48 +86,15 @@ class VideoRequest(WireRequest):
         """`pacing`, `endless` and `record` stand where people put them; known fields of other services are ignored."""
         if not isinstance(data, dict):
             return handler(data)
-        for name, why in UNABLE.items():
-            if data.get(name):
-                raise Unable(name, why)
-        ignored = [name for name in data if name in IGNORED or name in UNABLE]
-        plain = {name: value for name, value in data.items() if name not in ignored}
-        extra = next((name for name in ("extra", "extra_params", "extra_body") if name in plain), "extra")
-        inner = _object_of(plain.get(extra, {}))
-        if isinstance(inner, dict):
-            top = {name: plain.pop(name) for name in VideoExtra.model_fields if name in plain}
-            if extra != "extra":  # what other services put there is theirs; in ours a wrong name is an error
-                ignored += [f"{extra}.{name}" for name in inner if name not in VideoExtra.model_fields]
-                inner = {name: value for name, value in inner.items() if name in VideoExtra.model_fields}
-            if top or inner:
-                plain[extra] = top | inner
-            elif extra != "extra":
-                plain.pop(extra, None)
+        plain, ignored = in_our_words(data, VideoExtra.model_fields)
         made = handler(plain)
-        made._ignored = tuple(ignored)
+        made._ignored = ignored
         return made
 
     @field_validator("extra", mode="before")
     @classmethod
     def _from_form(cls, value: Any) -> Any:
-        return _object_of(value)
-
-
-class Unable(Exception):  # noqa: N818  # told as a Problem by `parse`
-    """A field asks for what this service cannot do."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(why)
-        self.name, self.why = name, why
-
-
-def _object_of(value: Any) -> Any:
-    """A value that a form, which holds text alone, may have as JSON."""
-    if isinstance(value, str):
-        try:
-            return read_json(value)
-        except (ValueError, RecursionError) as error:
-            raise ValueError("not a JSON object") from error
-    return value
+        return object_of(value)
 
 
 class EventBody(WireRequest):
@@ -502,21 +456,10 @@ class Health(BaseModel):
     status: Literal["live", "ready"]
 
 
-def read_json(text: str | bytes) -> object:
-    """What a JSON text says; `ValueError` or `RecursionError` when it is none, or holds half of a surrogate pair."""
-    value = json.loads(text)
-    json.dumps(value, ensure_ascii=False).encode()  # half of a pair is no character: it can be neither kept nor told
-    return value
-
-
 def parse(kind: type[WireRequest], data: object, *, text: bool) -> Any:
     """A request of that kind; `Problem` 422 names what is wrong. From a form (`text`) every value is a string."""
     try:
         return kind.model_validate(data, strict=not text)
-    except Unable as error:
-        raise Problem(
-            422, "unsupported_field", f"{error.name} is not supported: {error.why}", param=error.name
-        ) from None
     except ValidationError as error:
         raise invalid(error) from None
 
