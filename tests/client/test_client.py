@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -316,3 +317,61 @@ def test_the_client_imports_neither_torch_nor_ray() -> None:
     code = "import sys, diagonal.client.commands; print(sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="platform")
     assert done.stdout.strip() == "[]", done.stderr
+
+
+class CutFile:
+    """A server of one file, whose first answers end after so many bytes; keeps the ranges that it was asked for."""
+
+    data = bytes(range(256)) * 40
+
+    def __init__(self, cuts: int, tag: str = '"v1"') -> None:
+        self.cuts, self.tag, self.ranges = cuts, tag, list[str | None]()
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        asked = request.headers.get("range")
+        self.ranges.append(asked)
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        if asked and request.headers.get("if-range") != self.tag:
+            start, asked = 0, None
+        rest, self.cuts = self.data[start:], self.cuts - 1
+        status = 206 if asked else 200
+        return httpx2.Response(status, headers={"etag": self.tag}, stream=_Cut(rest, self.cuts >= 0))
+
+
+class _Cut(httpx2.SyncByteStream):
+    def __init__(self, data: bytes, ends_early: bool) -> None:
+        self._data, self._ends_early = data, ends_early
+
+    def __iter__(self) -> Iterator[bytes]:
+        if self._ends_early:
+            yield self._data[:3000]
+            raise httpx2.RemoteProtocolError("peer closed connection")
+        yield self._data
+
+
+def test_a_file_whose_download_breaks_continues_behind_what_came(tmp_path: Path) -> None:
+    server = CutFile(2)
+    with DiagonalClient("http://server", transport=httpx2.MockTransport(server)) as client:
+        assert client.save("video_1", tmp_path / "x.mp4").read_bytes() == CutFile.data
+    assert server.ranges == [None, "bytes=3000-", "bytes=6000-"]
+
+
+def test_a_file_that_changed_meanwhile_is_never_a_mixture(tmp_path: Path) -> None:
+    server = CutFile(1)
+
+    def changes(request: httpx2.Request) -> httpx2.Response:
+        answer = server(request)
+        server.tag = '"v2"'
+        return answer
+
+    with DiagonalClient("http://server", transport=httpx2.MockTransport(changes)) as client:
+        with pytest.raises(DiagonalError, match="the file changed while it was read"):
+            client.save("video_1", tmp_path / "x.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_connection_names_the_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with DiagonalClient(address, max_retries=0) as client, pytest.raises(DiagonalError, match=f"at {address}/"):
+        client.models()

@@ -20,13 +20,14 @@ import httpx2
 
 from diagonal.cli import API_KEY_VARIABLE, DEFAULT_URL, URL_VARIABLE
 from diagonal.client.connection import environment_error, is_this_machine
-from diagonal.client.errors import DiagonalError, NoAnswerError, VideoFailedError, error_for
+from diagonal.client.errors import BrokenStreamError, DiagonalError, NoAnswerError, VideoFailedError, error_for
 from diagonal.client.files import write_whole
 from diagonal.client.protocol import Pacing, Wish, start_fields
 from diagonal.client.realtime import Realtime
 from diagonal.mp4 import PartReader, split
 
 LOCAL_KEY_FILE = ".diagonal/serve/local_key"
+_PARTIAL = 206
 _TRY_AGAIN = (429, 502, 503, 504)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
@@ -179,11 +180,38 @@ class DiagonalClient:
 
     def content(self, video_id: str) -> bytes:
         """The finished file."""
-        return self._send("GET", f"/v1/videos/{video_id}/content").content
+        return b"".join(self._file(video_id))
 
     def save(self, video_id: str, path: str | os.PathLike[str]) -> Path:
         """Write the finished file, whole or not at all."""
-        return write_whole(path, iter([self.content(video_id)]))
+        return write_whole(path, self._file(video_id))
+
+    def _file(self, video_id: str) -> Iterator[bytes]:
+        """The finished file in parts; where a connection breaks, the next one continues behind what came."""
+        done, tag, attempt = 0, "", 0
+        while True:
+            headers = {"Range": f"bytes={done}-", "If-Range": tag} if done else {}
+            try:
+                with self._http.stream("GET", f"/v1/videos/{video_id}/content", headers=headers) as response:
+                    if response.is_error:
+                        response.read()
+                    _raise_for(response)
+                    if done and response.status_code != _PARTIAL:
+                        raise BrokenStreamError("the file changed while it was read", code="changed")
+                    tag = response.headers.get("etag", "")
+                    for part in response.iter_bytes():
+                        done, attempt = done + len(part), 0
+                        yield part
+                return
+            except httpx2.HTTPError as error:
+                failure: DiagonalError = _no_answer(error, self.url)
+            except DiagonalError as error:
+                failure = error
+            wait_s = _wait_s(failure, attempt)
+            if attempt == self._max_retries or wait_s is None or (done and not tag):
+                raise failure
+            attempt += 1
+            time.sleep(wait_s)
 
     def stream(self, video_id: str, start_chunk: int = 0) -> Iterator[bytes]:
         """The parts of a video's MP4 as they are made: its initialisation segment, then each chunk, whole.
@@ -200,7 +228,7 @@ class DiagonalClient:
                     begun, chunk, attempt = True, chunk + is_chunk, 0 if is_chunk else attempt
                 return
             except httpx2.HTTPError as error:
-                failure: DiagonalError = _no_answer(error)
+                failure: DiagonalError = _no_answer(error, self.url)
             except DiagonalError as error:
                 failure = error
             wait_s = _wait_s(failure, attempt)
@@ -309,7 +337,7 @@ class DiagonalClient:
                 _raise_for(response)
                 return response
             except httpx2.HTTPError as error:
-                failure = _no_answer(error)
+                failure = _no_answer(error, self.url)
             except DiagonalError as error:
                 failure = error
             wait_s = _wait_s(failure, attempt)
@@ -323,8 +351,9 @@ def _failed(video: Video) -> DiagonalError:
     return VideoFailedError(video.error or f"the video is {video.status}", status=200, code=video.status)
 
 
-def _no_answer(error: httpx2.HTTPError) -> DiagonalError:
-    return NoAnswerError(f"no whole answer from the server: {error or type(error).__name__}", code="no_answer")
+def _no_answer(error: httpx2.HTTPError, address: str) -> DiagonalError:
+    reason = error or type(error).__name__
+    return NoAnswerError(f"no whole answer from the server at {address}: {reason}", code="no_answer")
 
 
 def _wait_s(failure: DiagonalError, attempt: int) -> float | None:
