@@ -30,9 +30,9 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     """The application; `arguments` are the fields of `ServeSettings`, wrong ones raise `FieldError`."""
     settings = ServeSettings.from_arguments(arguments)
     front = _in_pool(settings.gateway_pool)
-    store = _deployment(Store, "Store", _CALLS, num_cpus=settings.store_cpus, **front)
+    store = _deployment(Store, "Store", _CALLS, settings, num_cpus=settings.store_cpus, **front)
     store = store.options(max_surge_percent=100)  # for seconds two share the database: nobody waits for the next one
-    gateway = _deployment(GatewayDeployment, "Gateway", _STREAMS, num_cpus=settings.gateway_cpus, **front)
+    gateway = _deployment(GatewayDeployment, "Gateway", _STREAMS, settings, num_cpus=settings.gateway_cpus, **front)
     # Of gateways the next ones are there before the old ones drain: viewers go on through them at once.
     gateway = gateway.options(
         **_gateways(settings), max_surge_percent=100, graceful_shutdown_timeout_s=settings.drain_s
@@ -48,7 +48,7 @@ def build_release(arguments: dict[str, Any]) -> serve.Application:
     """
     settings = ServeSettings.from_arguments(arguments)
     require(bool(settings.model), "model", settings.model, "the name by which callers ask for the release")
-    entry = _deployment(Entry, "Entry", 1, num_cpus=0.0)
+    entry = _deployment(Entry, "Entry", 1, settings, num_cpus=0.0)
     return entry.bind(_replica(settings.model, settings))
 
 
@@ -63,7 +63,7 @@ def _replica(name: str, settings: ServeSettings) -> Any:
     """The replicas of one release, as many and as large as its settings say."""
     title = f"Replica-{name}" if name else "Replica"
     resources = {"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus}
-    replica = _deployment(Replica, title, _CALLS, **resources, **_in_pool(settings.replica_pool))
+    replica = _deployment(Replica, title, _CALLS, settings, **resources, **_in_pool(settings.replica_pool))
     return replica.options(
         **_replicas(settings),
         max_surge_percent=settings.surge_percent,
@@ -96,7 +96,7 @@ def _gateways(settings: ServeSettings) -> dict[str, Any]:
     return {"autoscaling_config": scaling}
 
 
-def _deployment(kind: type, name: str, calls: int, **resources: Any) -> Any:
+def _deployment(kind: type, name: str, calls: int, settings: ServeSettings, **resources: Any) -> Any:
     """One part; calls between parts are many and short, so that Serve's threads and lines for each would cost most.
 
     Only a replica's own code, which loads and warms up a model, runs apart from the loop that Serve answers on.
@@ -110,6 +110,7 @@ def _deployment(kind: type, name: str, calls: int, **resources: Any) -> Any:
     environment = application | {"env_vars": application.get("env_vars", {}) | on_one_loop}
     options = resources | {"runtime_env": environment}
     drain = {"graceful_shutdown_timeout_s": _DRAIN_S, "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S}
-    quiet = {"enable_access_log": False}  # the gateway writes a line for each request itself
+    encoding = "JSON" if settings.log_format == "json" else "TEXT"
+    logs = {"enable_access_log": False, "encoding": encoding}  # the gateway writes a line for each request itself
     limits = drain | {"max_ongoing_requests": calls}
-    return decorate(kind, name=name, ray_actor_options=options, logging_config=quiet, **limits)
+    return decorate(kind, name=name, ray_actor_options=options, logging_config=logs, **limits)

@@ -17,7 +17,7 @@ from diagonal.errors import FieldError, require
 from diagonal.media.encode import CODECS
 from diagonal.setting import NOT_NEGATIVE, SHARE, Allowed, check, setting
 
-AUTH_MODES = ("local", "keys")
+AUTH_MODES, LOG_FORMATS = ("local", "keys"), ("text", "json")
 SPREAD_SPECTRUM, DENY_LIST = "spread-spectrum", "deny-list:"
 _PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -181,6 +181,11 @@ class ServeSettings:
         "Of 100 replicas, how many more may run while an upgrade replaces them; with 0, old ones end first.",
         Allowed("a whole number from 0 to 100", lambda percent: 0 <= percent <= 100),
         "percent",
+    )
+    log_format: str = setting(
+        "text",
+        "How logs are written: lines of text, or one JSON object a line, of every part of the service.",
+        Allowed(f"one of {list(LOG_FORMATS)}", LOG_FORMATS.__contains__),
     )
     traces: str = setting(
         "",

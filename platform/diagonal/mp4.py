@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from diagonal.errors import FieldError, require
 
+FREE = b"\x00\x00\x00\x08free"  # an empty box, which players pass over
 _HEADER_BYTES = 8
 _BASE_DURATION, _DURATION = 0x8, 0x100  # flags of tfhd and trun that say which of their fields are there
 _TRUN_FIELDS = (0x100, 0x200, 0x400, 0x800)  # of each sample: duration, size, flags, composition offset
@@ -75,7 +76,8 @@ def split(data: bytes) -> tuple[bytes, bytes]:
 
 
 class PartReader:
-    """Cuts a stream of bytes into its parts: the initialisation segment, then each `moof` + `mdat`, whole."""
+    """Cuts a stream of bytes into its parts: the initialisation segment, then each `moof` + `mdat`, whole. What keeps a
+    connection busy between them (`FREE`) is left out."""
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -83,14 +85,20 @@ class PartReader:
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The parts that are whole with these bytes; an initialisation segment once its `moov` is there."""
         self._data += data
+        self._drop_free()
         while (size := self._whole_bytes()) > 0:
             yield bytes(self._data[:size])
             del self._data[:size]
+            self._drop_free()
 
     @property
     def rest_bytes(self) -> int:
         """Bytes of a part that is not whole yet."""
         return len(self._data)
+
+    def _drop_free(self) -> None:
+        while self._data.startswith(FREE):
+            del self._data[: len(FREE)]
 
     def _whole_bytes(self) -> int:
         """Size of the first part; 0 while it is not all there."""

@@ -442,11 +442,13 @@ class Gateway:
         await asyncio.gather(*self._upkeep, *self._leaving, return_exceptions=True)
 
     async def _segments(self, reader: ChunkReader, chunk: int) -> AsyncIterator[bytes]:
+        returning_s = self.settings.resume_window_s  # nobody can tell a viewer who left from one who was cut off
         try:
             async for data in reader.segments(chunk):
                 yield data
+            returning_s = 0.0
         finally:
-            self.leave_later(reader)
+            self.leave_later(reader, returning_s)
 
     async def _apply(self, video: VideoRecord, change: Interaction) -> None:
         """Tell the replica. One that is gone is replaced by the session's driver, which tells the next one."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from diagonal.metrics import MetricsBackend
+from diagonal.mp4 import FREE
 from serve.actors import StoreApi
 from serve.records import Segment, Status, VideoRecord
 from serve.rpc import CALL_TIMEOUT_S, UNAVAILABLE, call, call_with_retry
 
 _SEGMENT_WAIT_S = 5.0
+_KEEPALIVE_S = 15.0  # proxies cut what is silent for a minute
 
 
 class BrokenStreamError(Exception):
@@ -41,12 +44,24 @@ class ChunkReader:
         self._ready: dict[int, Segment] = {}  # that came along with the one before
 
     async def segments(self, chunk: int) -> AsyncIterator[bytes]:
-        """The stream from `chunk` on; `BrokenStreamError` when the video fails."""
+        """The stream from `chunk` on; `BrokenStreamError` when the video fails.
+
+        While nothing is made, as in a pause, empty boxes tell proxies that the connection lives.
+        """
         init = await self.read(-1)
         if init is None or init.data is None:
             return
         yield init.data
-        while (segment := await self.read(chunk)) is not None:
+        while True:
+            reading = asyncio.ensure_future(self.read(chunk))
+            try:
+                while not (await asyncio.wait({reading}, timeout=_KEEPALIVE_S))[0]:
+                    yield FREE
+                segment = await reading
+            finally:
+                reading.cancel()
+            if segment is None:
+                return
             if segment.data is None:
                 if segment.gone or segment.status is Status.FAILED:
                     raise BrokenStreamError(self._video.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -13,6 +14,7 @@ from diagonal.config.describe import page, rows_of
 from diagonal.errors import FieldError
 from diagonal.metrics import NullBackend
 from diagonal.model.release import Release
+from serve.app import build
 from serve.replica import loading
 from serve.settings import ServeSettings
 
@@ -89,3 +91,11 @@ def test_options_are_settings_of_the_releases_own_configuration(monkeypatch: pyt
     loaded = loading.load_engine(settings, NullBackend())
     assert loaded.count_tokens is not None and loaded.count_tokens("a &amp; red circle") == 5  # with the end mark
     assert loaded.config == taken[0].config == Release.load().config.with_settings(["serve.cache_dtype=fp8"])
+
+
+@pytest.mark.parametrize(("settings", "encoding"), [({}, "TEXT"), ({"log_format": "json"}, "JSON")])
+def test_every_part_writes_its_logs_in_the_format_that_is_asked_for(settings: dict[str, str], encoding: str) -> None:
+    gateway: Any = build({"release": "", **settings})._bound_deployment
+    _, store, replicas = gateway.init_args
+    parts = [gateway, store._bound_deployment, *(one._bound_deployment for one in replicas.values())]
+    assert len(parts) == 3 and {part._deployment_config.logging_config["encoding"] for part in parts} == {encoding}

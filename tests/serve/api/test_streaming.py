@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from ray.exceptions import RayActorError
 
-from diagonal.mp4 import boxes
+from diagonal.mp4 import FREE, PartReader, boxes
 from tests.serve.harness import FakeEngine, Service, Until, fragments, http_client, shade, shades, start, status
 
 
@@ -229,14 +229,47 @@ def test_a_viewer_with_something_to_play_leaves_the_engine_to_who_has_nothing(
 def test_nobody_watching_a_realtime_video_means_no_more_of_it(
     make_service: Callable[..., Service], engine: FakeEngine, until: Until
 ) -> None:
-    service = make_service(reader_start_timeout_s=60.0)
+    service = make_service(reader_start_timeout_s=60.0, resume_window_s=1.0)
     with http_client(service.urls[0]) as http:
         video = start(http, frames=900, pacing="realtime")
         with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
             next(answer.iter_raw())
         made = len(engine.made)
         until(lambda: not engine.sessions, "the place is free", seconds=25)
-        assert status(http, video)["status"] == "cancelled" and len(engine.made) - made <= 3
+        until(lambda: status(http, video)["status"] == "cancelled", "over, as nobody came back")
+        assert len(engine.made) - made <= 3
+
+
+def test_a_reader_who_was_cut_off_comes_back_within_the_window_and_goes_on(
+    make_service: Callable[..., Service], engine: FakeEngine
+) -> None:
+    service = make_service(resume_window_s=30.0)
+    with http_client(service.urls[0]) as http:
+        video = start(http, frames=81, pacing="realtime")
+        with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
+            parts = PartReader()
+            first = next(part for data in answer.iter_raw() for part in parts.feed(data))
+        time.sleep(2.0)
+        assert status(http, video)["status"] == "in_progress"
+        whole = http.get(f"/v1/videos/{video}/stream").content
+        assert whole.startswith(first) and len(shades(whole)) == 81
+
+
+def test_a_paused_stream_says_now_and_then_that_it_lives(
+    http: httpx2.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.gateway.reader._KEEPALIVE_S", 0.2)
+    engine.allow(1)
+    video = start(http, frames=21)
+    with http.stream("GET", f"/v1/videos/{video}/stream") as answer:
+        arrived, raw = b"", answer.iter_raw()
+        while arrived.count(FREE) < 3:
+            arrived += next(raw)
+        engine.allow(100)
+        arrived += b"".join(raw)
+    parts = [part for part in PartReader().feed(arrived)]
+    assert len(parts) == 3 and FREE not in b"".join(parts), "what is signed is what was made"
+    assert len(shades(arrived)) == 21, "players pass over the empty boxes"
 
 
 @pytest.mark.slow
