@@ -18,7 +18,7 @@ from diagonal.media.encode import CODECS
 from diagonal.setting import NOT_NEGATIVE, SHARE, Allowed, check, setting
 
 AUTH_MODES, LOG_FORMATS = ("local", "keys"), ("text", "json")
-SPREAD_SPECTRUM, DENY_LIST = "spread-spectrum", "deny-list:"
+SPREAD_SPECTRUM, DENY_LIST, MODERATION = "spread-spectrum", "deny-list:", "moderation:"
 _PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -53,7 +53,7 @@ def _is_watermark(name: str) -> bool:
 
 
 def _is_policy(name: str) -> bool:
-    return is_plug_in(name) or (name.startswith(DENY_LIST) and name != DENY_LIST)
+    return is_plug_in(name) or any(name.startswith(kind) and name != kind for kind in (DENY_LIST, MODERATION))
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,10 @@ class ServeSettings:
     prompt_policy: str = setting(
         "",
         "What is asked about every prompt; empty lets all pass.",
-        Allowed(f"'', {DENY_LIST}/path or module:callable", lambda name: not name or _is_policy(name)),
+        Allowed(
+            f"'', {DENY_LIST}/path, {MODERATION}http://host/v1#model or module:callable",
+            lambda name: not name or _is_policy(name),
+        ),
     )
     prompt_policy_timeout_s: float = setting(
         2.0, "A policy that has not answered within this has refused.", POSITIVE_SECONDS

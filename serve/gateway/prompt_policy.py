@@ -1,4 +1,4 @@
-"""Which prompts are let through: the operator's deny list, or a callable of his own; by default all are.
+"""Which prompts are let through: by the operator's deny list, a model, or a callable of his own; by default all are.
 
 A policy that fails or takes too long has refused. Prompts are told to the policy alone, never to a log or a metric.
 """
@@ -18,7 +18,8 @@ import regex
 
 from diagonal.errors import FieldError, require
 from diagonal.metrics import MetricsBackend
-from serve.settings import DENY_LIST, ServeSettings, load_plug_in
+from serve.gateway.moderation import Moderation
+from serve.settings import DENY_LIST, MODERATION, ServeSettings, load_plug_in
 from serve.wire.problems import Problem
 
 Judge = Callable[[str, str], Any]
@@ -45,6 +46,8 @@ class PromptPolicy:
         judge: Judge | None = None
         if name.startswith(DENY_LIST):
             judge = DenyList.read(name.removeprefix(DENY_LIST), timeout_s)
+        elif name.startswith(MODERATION):
+            judge = Moderation(name.removeprefix(MODERATION), timeout_s)
         elif name:
             judge = load_plug_in(_FIELD, name)
         return cls(judge, timeout_s, metrics)
