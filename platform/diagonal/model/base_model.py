@@ -35,7 +35,7 @@ BASE_FILES = tuple(f"{part}/{kind}" for part in PARTS for kind in NO_PROGRAMS)
 
 
 def embedded(name: str, model: str = "tiny") -> Path:
-    """A folder of an embedded model: `base`, `ode_init`, `release`; of `textured` also `stage1`."""
+    """A folder of an embedded model: `base`, `ode_init`, `release`."""
     return Path(diagonal.__file__).parent / "assets" / model / name
 
 

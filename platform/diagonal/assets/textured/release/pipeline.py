@@ -1,0 +1,1 @@
+from diagonal.pipeline import DiagonalPipeline as DiagonalPipeline
