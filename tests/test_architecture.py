@@ -139,7 +139,8 @@ class Source:
 @functools.cache
 def sources() -> list[Source]:
     paths = (path for top in ("platform", "jobs", "serve", "infra", "tests") for path in (ROOT / top).rglob("*.py"))
-    return [Source(path.relative_to(ROOT).as_posix(), path.read_text()) for path in sorted(paths)]
+    ours = (path for path in paths if "assets" not in path.parts)  # a release's own program is in the package already
+    return [Source(path.relative_to(ROOT).as_posix(), path.read_text()) for path in sorted(ours)]
 
 
 def dotted(node: ast.AST) -> str:

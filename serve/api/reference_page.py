@@ -53,6 +53,7 @@ def page(api: Mapping[str, Any]) -> str:
     lines.append(_SOCKET)
     for kind in (SessionStart, InteractionRequest, SessionPlayback, SessionPing, SessionStop):
         lines += _message(kind)
+        schemas = {**kind.model_json_schema().get("$defs", {}), **schemas}
     lines.append("## Bodies\n")
     for name in sorted(schemas):
         if "properties" in schemas[name] and name not in ("HTTPValidationError", "ValidationError"):

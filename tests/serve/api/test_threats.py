@@ -364,12 +364,13 @@ def test_9_names_are_looked_up_never_opened(http: httpx2.Client, key: Keyed) -> 
 
 @pytest.mark.parametrize("field", ["input_reference", "image_reference", "image_url", "release", "lora"])
 def test_10_no_address_is_ever_fetched(http: httpx2.Client, key: Keyed, field: str) -> None:
+    refusals = (422, "unknown_field"), (422, "unsupported_field")  # the latter: what other services have
     with socket.create_server(("127.0.0.1", 0)) as trap:
         trap.settimeout(0.2)
         url = f"http://127.0.0.1:{trap.getsockname()[1]}/x"
         for address in (url, "http://169.254.169.254/", "file:///etc/passwd", "s3://other/x"):
             answer = http.post("/v1/videos", json={"prompt": "x", field: address}, headers=key())
-            assert (answer.status_code, answer.json()["error"]["code"]) == (422, "unknown_field")
+            assert (answer.status_code, answer.json()["error"]["code"]) in refusals
         with pytest.raises(TimeoutError):
             trap.accept()
 

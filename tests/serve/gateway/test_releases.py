@@ -282,7 +282,7 @@ def test_a_model_that_is_not_there_is_404_whatever_its_name(name: str, http: htt
 def test_a_video_keeps_its_release_when_weights_change_or_its_replica_dies(
     service: SideBySide, http: httpx2.Client, until: Until
 ) -> None:
-    video = start(http, num_frames=105)["id"]
+    video = start(http, num_frames=309)["id"]
     service.share(next=1)
     until(lambda: http.get(f"/v1/videos/{video}").json()["chunks_done"] >= 2, "two chunks")
     first = service.holder(video)
