@@ -48,21 +48,34 @@ class Proxy:
 def nginx(upstream: str, folder: Path) -> Iterator[Proxy]:
     """nginx before the service at that address. Of the recipe, addresses and folders alone are the test's own."""
     port = free_port()
-    recipe = (RECIPES / "nginx.conf").read_text()
     own = {
         "server 127.0.0.1:8000;": f"server {urlsplit(upstream).netloc};",
         "listen 8080;": f"listen 127.0.0.1:{port};",
         "/var/log/nginx/": f"{folder}/",
         "/var/cache/nginx/": f"{folder}/",
     }
-    for theirs, ours in own.items():
-        assert theirs in recipe, theirs
-        recipe = recipe.replace(theirs, ours)
-    (folder / "diagonal.conf").write_text(recipe)
+    (folder / "diagonal.conf").write_text(_with(own, (RECIPES / "nginx.conf").read_text()))
     user = "user root;" if os.geteuid() == 0 else ""  # its workers write into the test's own folder
     (folder / "nginx.conf").write_text(_NGINX.format(folder=folder, user=user))
     with _running([need_program("nginx"), "-p", str(folder), "-c", str(folder / "nginx.conf")], port, folder):
         yield Proxy(f"http://127.0.0.1:{port}", folder)
+
+
+@contextmanager
+def haproxy(upstream: str, folder: Path) -> Iterator[Proxy]:
+    """HAProxy before the service at that address. Of the recipe, the two addresses alone are the test's own."""
+    port = free_port()
+    own = {"127.0.0.1:8000": urlsplit(upstream).netloc, "bind :8080": f"bind 127.0.0.1:{port}"}
+    (folder / "haproxy.cfg").write_text(_with(own, (RECIPES / "haproxy.cfg").read_text()))
+    with _running([need_program("haproxy"), "-db", "-f", str(folder / "haproxy.cfg")], port, folder):
+        yield Proxy(f"http://127.0.0.1:{port}", folder)
+
+
+def _with(own: dict[str, str], recipe: str) -> str:
+    for theirs, ours in own.items():
+        assert theirs in recipe, theirs
+        recipe = recipe.replace(theirs, ours)
+    return recipe
 
 
 def free_port() -> int:

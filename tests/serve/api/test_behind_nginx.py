@@ -101,18 +101,3 @@ def test_what_is_finished_is_asked_for_once(
             return found["/chunks/{chunk}.m4s"] == 2
 
         until(asked_twice, "what is not there may be there next time")
-
-
-def test_no_log_of_the_proxy_holds_a_token(proxy: Proxy, http: httpx2.Client, stream: str, until: Until) -> None:
-    made = link(http, stream)
-    with http_client(proxy.url) as viewer:
-        for path in (made["watch_path"], made["playlist_path"], f"{made['playlist_path']}?_HLS_msn=77"):
-            viewer.get(f"/{path}")
-        viewer.get(f"/v1/shared/{made['token']}")
-        encoded = viewer.get(f"/v1/%73hared/{made['token'].replace('_', '%5F')}//init.mp4")
-        assert encoded.status_code in (200, 404)
-    _, public, secret = made["token"].split("_", 2)
-    until(lambda: proxy.logged().count(f"vt_{public}_...") == 5, "a line of each request, a moment after its answer")
-    kept = proxy.logged()
-    assert secret not in kept
-    assert f"/v1/shared/vt_{public}_.../index.m3u8?_HLS_msn=77" in kept
