@@ -10,6 +10,7 @@ from diagonal.chain import Link
 from diagonal.geometry import ChunkGeometry
 
 KEPT_CHUNKS = 96  # of a stream without an end: what a slow viewer, or one who comes back, may still read
+MAX_VIEWERS = 100  # of one video
 WINDOW_S = 60.0  # over which the frames of an account are counted
 LOCAL = "local"  # who a video belongs to when callers of this machine need no key
 LIVE = "live-"  # begins the name of a reader that owns its session; the hash of its resume token follows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,8 +73,6 @@ class WeightsAndBiases:
     """A run of the project `diagonal` (or `WANDB_PROJECT`); `WANDB_MODE=offline` keeps it in the stage's folder."""
 
     def __init__(self, run: str, settings: Mapping[str, Any], folder: Path, update: int) -> None:
-        import os
-
         import wandb
 
         self._wandb, project = wandb, os.environ.get("WANDB_PROJECT", PROJECT)
@@ -97,8 +96,6 @@ class MLflow:
     """A run of the experiment `diagonal` (or `MLFLOW_EXPERIMENT_NAME`) at `MLFLOW_TRACKING_URI`."""
 
     def __init__(self, run: str, settings: Mapping[str, Any], folder: Path, update: int) -> None:
-        import os
-
         from mlflow import MlflowClient
 
         self._client, experiment = MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)

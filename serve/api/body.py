@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
@@ -45,21 +46,21 @@ async def _form(scope: Scope, data: bytes) -> dict[str, object]:
         fields = await Request(scope, receive).form(max_files=8, max_fields=64)
     except (MultiPartException, HTTPException) as error:
         raise Problem(400, "invalid_form", "the body is not the form that its Content-Type says") from error
-    if len(fields) != len(fields.multi_items()):
+    outers = {name.partition("[")[0] for name in fields if "[" in name}
+    if len(fields) != len(fields.multi_items()) or not outers.isdisjoint(fields):
         raise Problem(422, "repeated_field", "a field is given more than once")
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for name, value in fields.items():
         outer, bracket, inner = name.partition("[")  # OpenAI's SDKs write nested objects as extra[pacing]
         plain = value if isinstance(value, str) else ["a file"]
         if not bracket:
             found[name] = plain
             continue
-        nested = found.setdefault(outer, {})
-        if not isinstance(nested, dict) or not inner.endswith("]") or "[" in inner:
+        if not inner.endswith("]") or "[" in inner:
             raise Problem(
                 422, "invalid_value", f"{name} is no field of a form: allowed is such as extra[pacing]", param=name
             )
-        nested[inner[:-1]] = plain
+        found.setdefault(outer, {})[inner[:-1]] = plain
     return found
 
 

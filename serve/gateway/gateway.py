@@ -22,6 +22,7 @@ from serve.gateway.requests import asked_change, new_video, new_video_id
 from serve.policies.load_shedding import RecentRefusals
 from serve.records import (
     KEPT_CHUNKS,
+    MAX_VIEWERS,
     Caller,
     Guest,
     Idempotency,
@@ -42,7 +43,7 @@ from serve.settings import ServeSettings
 from serve.tokens import CLIENT_SECRET_S, Secret
 from serve.tracing import traces_of
 from serve.wire.problems import Problem, not_found, refused, wrong_value
-from serve.wire.schemas import MAX_VIEWERS, InteractionRequest, VideoRequest, ViewerRequest
+from serve.wire.schemas import InteractionRequest, VideoRequest, ViewerRequest
 
 _READY_TIMEOUT_S = 5.0
 _LOOK_EVERY_S = 0.2

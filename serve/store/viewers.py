@@ -6,11 +6,9 @@ import hmac
 
 import sqlalchemy as sql
 
-from serve.records import Role, Viewer
+from serve.records import MAX_VIEWERS, Role, Viewer
 from serve.store.tables import VIDEOS, VIEWERS, Tables
 from serve.tokens import VIEWER, Secret, new_secret
-
-MAX_VIEWERS = 100  # as `serve.wire.schemas` publishes it
 
 
 class Viewers:

@@ -30,7 +30,6 @@ MAX_MESSAGE_BYTES = 128 * 1024
 MAX_PENDING = 64
 MAX_LINKS = 10_000  # in one answer
 MAX_CHUNK = 2**31 - 1
-MAX_VIEWERS = 100
 MAX_SHARED_S, SHARED_S = 7 * 24 * 3600, 24 * 3600
 EventId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
 

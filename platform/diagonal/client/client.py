@@ -203,15 +203,9 @@ class DiagonalClient:
                         done, attempt = done + len(part), 0
                         yield part
                 return
-            except httpx2.HTTPError as error:
-                failure: DiagonalError = _no_answer(error, self.url)
-            except DiagonalError as error:
-                failure = error
-            wait_s = _wait_s(failure, attempt)
-            if attempt == self._max_retries or wait_s is None or (done and not tag):
-                raise failure
+            except (httpx2.HTTPError, DiagonalError) as error:
+                self._wait_to_try_again(error, attempt, possible=not done or bool(tag))
             attempt += 1
-            time.sleep(wait_s)
 
     def stream(self, video_id: str, start_chunk: int = 0) -> Iterator[bytes]:
         """The parts of a video's MP4 as they are made: its initialisation segment, then each chunk, whole.
@@ -227,16 +221,10 @@ class DiagonalClient:
                         yield part
                     begun, chunk, attempt = True, chunk + is_chunk, 0 if is_chunk else attempt
                 return
-            except httpx2.HTTPError as error:
-                failure: DiagonalError = _no_answer(error, self.url)
-            except DiagonalError as error:
-                failure = error
-            wait_s = _wait_s(failure, attempt)
-            if attempt == self._max_retries or wait_s is None:
-                raise failure
+            except (httpx2.HTTPError, DiagonalError) as error:
+                self._wait_to_try_again(error, attempt)
             self._check_goes_on(video_id)
             attempt += 1
-            time.sleep(wait_s)
 
     def realtime(
         self,
@@ -331,20 +319,25 @@ class DiagonalClient:
         return dict(answer)
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx2.Response:
-        for attempt in range(self._max_retries + 1):
+        attempt = 0
+        while True:
             try:
                 response = self._http.request(method, path, **arguments)
                 _raise_for(response)
                 return response
-            except httpx2.HTTPError as error:
-                failure = _no_answer(error, self.url)
-            except DiagonalError as error:
-                failure = error
-            wait_s = _wait_s(failure, attempt)
-            if attempt == self._max_retries or wait_s is None:
-                raise failure
-            time.sleep(wait_s)
-        raise AssertionError("the loop returns or raises")
+            except (httpx2.HTTPError, DiagonalError) as error:
+                self._wait_to_try_again(error, attempt)
+            attempt += 1
+
+    def _wait_to_try_again(
+        self, error: httpx2.HTTPError | DiagonalError, attempt: int, *, possible: bool = True
+    ) -> None:
+        """Wait before the next attempt; raises the error where another one is of no use, or was the last."""
+        failure = error if isinstance(error, DiagonalError) else _no_answer(error, self.url)
+        wait_s = _wait_s(failure, attempt)
+        if attempt == self._max_retries or wait_s is None or not possible:
+            raise failure from (None if failure is error else error)
+        time.sleep(wait_s)
 
 
 def _failed(video: Video) -> DiagonalError:

@@ -103,3 +103,11 @@ def test_a_wrong_name_is_still_an_error_and_all_of_them_are_told(http: httpx2.Cl
 
 def test_a_finished_video_says_how_long_it_took(http: httpx2.Client, until: Until) -> None:
     assert 0 <= finished(http, until, num_frames=9)["inference_time_s"] < 60
+
+
+@pytest.mark.parametrize("names", [("extra[pacing]", "extra"), ("extra", "extra[pacing]")])
+def test_a_form_that_says_a_field_whole_and_in_parts_is_refused(http: httpx2.Client, names: tuple[str, str]) -> None:
+    values = {"extra[pacing]": "realtime", "extra": '{"record": true}'}
+    parts = [("prompt", (None, "x")), *((name, (None, values[name])) for name in names)]
+    answer = http.post("/v1/videos", files=parts)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "repeated_field")

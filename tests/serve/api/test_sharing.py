@@ -17,7 +17,7 @@ import pytest
 import segno
 
 from serve.api.auth import REQUESTS_AT_ONCE, SHARED_FOLDER
-from serve.store.viewers import MAX_VIEWERS
+from serve.records import MAX_VIEWERS
 from serve.wire import schemas
 from tests.serve.api.test_hls import entries
 from tests.serve.harness import FakeEngine, Keyed, Service, Until, http_client, shade, shades
@@ -179,7 +179,7 @@ def test_what_is_asked_wrongly_is_named(idle_http: httpx2.Client, field: str, va
 
 
 def test_a_video_has_a_bounded_number_of_viewers(owner: httpx2.Client, until: Until) -> None:
-    assert MAX_VIEWERS == schemas.MAX_VIEWERS
+    assert MAX_VIEWERS == 100
     video = finished(owner, until)
     made = [shared(owner, video)["id"] for _ in range(MAX_VIEWERS)]
     assert code(owner.post(f"/v1/videos/{video}/viewers")) == (409, "too_many_viewers")

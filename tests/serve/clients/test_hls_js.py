@@ -133,6 +133,11 @@ def test_a_revoked_link_stops(
 ) -> None:
     video = endless(http_)
     page = plays(open_page, pages, until, address=shared(service, http_, video))
+    plays_on(page, until, 2.0)
+    assert [error for error in page.run("window.errors") if error[1]] == []
     viewer = http_.get(f"/v1/videos/{video}/viewers").json()["data"][0]["id"]
     http_.delete(f"/v1/videos/{video}/viewers/{viewer}").raise_for_status()
     until(lambda: any(fatal for _, fatal in page.run("window.errors")), "hls.js gives up", seconds=60)
+    (gave_up, *_) = [details for details, fatal in page.run("window.errors") if fatal]
+    assert gave_up in ("levelLoadError", "fragLoadError"), "for what the link no longer gives"
+    assert status(http_, video)["status"] == "in_progress", "the video itself goes on"

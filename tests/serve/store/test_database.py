@@ -20,6 +20,7 @@ from alembic.runtime.migration import MigrationContext
 from diagonal.chain import Link
 from diagonal.errors import FieldError
 from serve.records import (
+    MAX_VIEWERS,
     Caller,
     EncodedChunk,
     Idempotency,
@@ -37,7 +38,7 @@ from serve.store.database import Database, chunk_events
 from serve.store.migrations import VERSION_TABLE, configuration, upgrade
 from serve.store.quotas import Quotas
 from serve.store.tables import TABLES, Tables
-from serve.store.viewers import MAX_VIEWERS, Viewers
+from serve.store.viewers import Viewers
 from serve.tokens import parse_secret
 
 VIDEO = VideoRecord(
