@@ -78,56 +78,89 @@ PAPERS = Variant(
 )
 
 
+# What is claimed of the recipe.
+END_POINTS = (
+    Experiment(
+        "table1",
+        "Table 1",
+        "Is the recipe as good as teacher and Self Forcing at half the forwards, and what does each stage bring?",
+        "clips",
+        (CODEC, TEACHER, INITIAL, STAGE1, GUIDANCE, SELF_FORCING, OURS),
+        5,
+        thorough=True,
+    ),
+    Experiment("pieces", "Section 3.3", "Where in a clip does motion go wrong?", "pieces", (TEACHER, OURS)),
+    Experiment("fig7", "Fig. 7 and 8", "Do long streams drift?", "streams", (OURS, SELF_FORCING), 5),
+    Experiment("fig9", "Fig. 9", "How soon is a changed prompt obeyed, and is the seam seen?", "turns", (OURS,)),
+)
+# The recipe beside others, and without its parts.
+RECIPES = (
+    Experiment(
+        "others",
+        "Table 1",
+        "And Self Forcing's published window, CausVid's three steps, and the paper's own list?",
+        "clips",
+        (TEACHER, SELF_FORCING, SELF_FORCING_21, CAUSVID, PAPERS, OURS),
+        3,
+    ),
+    Experiment(
+        "table2",
+        "Table 2",
+        "What does each part bring?",
+        "clips",
+        (
+            Variant("without diagonal forcing: a clean context", settings=("schedule.context=0.0", *OWN_CONTEXT)),
+            Variant("without the clean sink", settings=("schedule.sink_context=null",)),
+            Variant("without the clean newest frame", settings=("schedule.clean_newest=false",)),
+            Variant("without the motion loss", settings=(NO_MOTION,)),
+            Variant("without diagonal denoising", settings=("schedule.steps=4@250",)),
+            OURS,
+        ),
+        3,
+    ),
+    Experiment(
+        "table3",
+        "Table 3",
+        "Which step schedule?",
+        "clips",
+        tuple(
+            Variant(f"{steps}{end}", "sampled", (f"schedule.steps={steps}{end}",))
+            for end in ("", "@250")
+            for steps in TABLE3
+            if "5" not in steps or not end  # five steps end behind raw 250 by themselves
+        ),
+    ),
+)
+MOTION_LOSSES = (
+    Experiment(
+        "fig5b",
+        "Fig. 5b",
+        "How heavy should the motion loss be?",
+        "clips",
+        tuple(Variant(f"gamma {gamma:g}", settings=(f"distill.loss.gamma={gamma}",)) for gamma in GAMMAS),
+    ),
+    Experiment(
+        "fig6",
+        "Fig. 6",
+        "Does the motion loss restore motion, and does its regression help?",
+        "clips",
+        (
+            TEACHER,
+            Variant("without the motion loss", settings=(NO_MOTION,)),
+            Variant("with its matching term alone", settings=(MOTION, "distill.loss.flow_regression=0.0")),
+            Variant("with its regression too", settings=(MOTION, "distill.loss.flow_regression=1.0")),
+        ),
+    ),
+)
+
+
 def experiments(shift: float) -> tuple[Experiment, ...]:
     """All of them; `shift` is the schedule's, by which raw timesteps are told as levels."""
+    return (*END_POINTS, *RECIPES, *_contexts(shift), *MOTION_LOSSES)
+
+
+def _contexts(shift: float) -> tuple[Experiment, ...]:
     return (
-        Experiment(
-            "table1",
-            "Table 1",
-            "Is the recipe as good as teacher and Self Forcing at half the forwards, and what does each stage bring?",
-            "clips",
-            (CODEC, TEACHER, INITIAL, STAGE1, GUIDANCE, SELF_FORCING, OURS),
-            5,
-            thorough=True,
-        ),
-        Experiment("pieces", "Section 3.3", "Where in a clip does motion go wrong?", "pieces", (TEACHER, OURS)),
-        Experiment("fig7", "Fig. 7 and 8", "Do long streams drift?", "streams", (OURS, SELF_FORCING), 5),
-        Experiment("fig9", "Fig. 9", "How soon is a changed prompt obeyed, and is the seam seen?", "turns", (OURS,)),
-        Experiment(
-            "others",
-            "Table 1",
-            "And Self Forcing's published window, CausVid's three steps, and the paper's own list?",
-            "clips",
-            (TEACHER, SELF_FORCING, SELF_FORCING_21, CAUSVID, PAPERS, OURS),
-            3,
-        ),
-        Experiment(
-            "table2",
-            "Table 2",
-            "What does each part bring?",
-            "clips",
-            (
-                Variant("without diagonal forcing: a clean context", settings=("schedule.context=0.0", *OWN_CONTEXT)),
-                Variant("without the clean sink", settings=("schedule.sink_context=null",)),
-                Variant("without the clean newest frame", settings=("schedule.clean_newest=false",)),
-                Variant("without the motion loss", settings=(NO_MOTION,)),
-                Variant("without diagonal denoising", settings=("schedule.steps=4@250",)),
-                OURS,
-            ),
-            3,
-        ),
-        Experiment(
-            "table3",
-            "Table 3",
-            "Which step schedule?",
-            "clips",
-            tuple(
-                Variant(f"{steps}{end}", "sampled", (f"schedule.steps={steps}{end}",))
-                for end in ("", "@250")
-                for steps in TABLE3
-                if "5" not in steps or not end  # five steps end behind raw 250 by themselves
-            ),
-        ),
         Experiment(
             "fig2",
             "Fig. 2",
@@ -153,25 +186,6 @@ def experiments(shift: float) -> tuple[Experiment, ...]:
                     settings=(f"schedule.context={raw_level(raw, shift)}", *OWN_CONTEXT),
                 )
                 for raw in CONTEXT_RAW
-            ),
-        ),
-        Experiment(
-            "fig5b",
-            "Fig. 5b",
-            "How heavy should the motion loss be?",
-            "clips",
-            tuple(Variant(f"gamma {gamma:g}", settings=(f"distill.loss.gamma={gamma}",)) for gamma in GAMMAS),
-        ),
-        Experiment(
-            "fig6",
-            "Fig. 6",
-            "Does the motion loss restore motion, and does its regression help?",
-            "clips",
-            (
-                TEACHER,
-                Variant("without the motion loss", settings=(NO_MOTION,)),
-                Variant("with its matching term alone", settings=(MOTION, "distill.loss.flow_regression=0.0")),
-                Variant("with its regression too", settings=(MOTION, "distill.loss.flow_regression=1.0")),
             ),
         ),
     )
