@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -270,7 +271,7 @@ class CacheBatch:
     def tail(self, frames: int, of: int) -> CacheBatch:
         """The same pages with the current chunk's first frames as context: what is then written are its last `frames`
         of `of`."""
-        tail, page_tokens = CacheBatch(self._caches), self._pool.keys.shape[2]
+        tail, page_tokens = copy(self), self._pool.keys.shape[2]  # its tables too: nothing is sent to the device
         tail._tail_of, tail._lead = self, page_tokens - page_tokens * frames // of
         return tail
 
@@ -294,11 +295,10 @@ class CacheBatch:
 
     def clone(self, static: StaticContext) -> CacheBatch:
         """The same pages, in tables of its own, which `copy_` changes; its turned context lies in `static`."""
-        copy = CacheBatch.__new__(CacheBatch)
-        copy._pool, copy.context_chunks, copy._static = self._pool, self.context_chunks, static
-        copy._caches, copy._whole, copy._tail_of, copy._lead = self._caches, None, None, 0
-        copy._context, copy._current, copy._rotated = self._context.clone(), self._current.clone(), {}
-        return copy
+        other = copy(self)
+        other._static, other._rotated = static, {}
+        other._context, other._current = self._context.clone(), self._current.clone()
+        return other
 
     def copy_(self, other: CacheBatch) -> None:
         """See the other's pages from now on, in the same memory: for graphs that were captured over it."""
