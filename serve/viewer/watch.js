@@ -82,7 +82,7 @@ function full() {
 video.addEventListener("playing", () => { get("play").hidden = true; if (!over) show("playing", "live"); });
 video.addEventListener("waiting", () => { if (!over) show("waiting", "waiting…"); });
 video.addEventListener("pause", () => { if (!video.ended) get("play").hidden = false; });
-video.addEventListener("ended", () => { over = true; show("idle", "finished"); });
+video.addEventListener("ended", () => { over = true; get("form").hidden = true; show("idle", "finished"); });
 video.addEventListener("error", () => { if (video.src && !over) fail(video.error); });
 video.addEventListener("click", toggle);
 get("play").addEventListener("click", toggle);

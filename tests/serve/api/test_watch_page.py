@@ -12,6 +12,8 @@ from tests.serve.browser import Browser, Open
 from tests.serve.harness import FakeEngine, Service, Until, shade, start, status
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+STAGE_BOTTOM = "document.getElementById('stage').getBoundingClientRect().bottom"
+FORM_TOP = "document.getElementById('form').getBoundingClientRect().top"
 CHOOSE_STEER = """(() => {
   const role = document.getElementById("share-role");
   role.value = "steer";
@@ -73,6 +75,11 @@ def test_a_link_that_steers_changes_the_prompt_for_all_who_watch(
 ) -> None:
     page = open_page(f"{service.urls[0]}/{link(http, live, role='steer', name='Ann')['watch_path']}")
     watching(page, until)
+    for width, height in ((390, 844), (1280, 800)):
+        page.look(width, height, "dark")
+        video_bottom, prompt_top = (page.run(edge) for edge in (STAGE_BOTTOM, FORM_TOP))
+        assert video_bottom <= prompt_top, f"at {width} pixels the prompt stands below the video"
+        assert page.run("document.documentElement.scrollWidth") <= width
     page.run("document.getElementById('prompt').focus()")
     page.type(SECOND)
     page.press("Enter")
@@ -86,9 +93,10 @@ def test_a_finished_video_plays_to_its_end_also_by_the_browsers_own_player(
 ) -> None:
     video = start(http, frames=33, prompt=FIRST)
     until(lambda: status(http, video)["status"] == "completed", "completed")
-    address = f"{service.urls[0]}/{link(http, video)['watch_path']}"
+    address = f"{service.urls[0]}/{link(http, video, role='steer')['watch_path']}"
     page = open_page(address)
     until(lambda: page.text("state") == "finished", "finished", seconds=90)
+    assert hidden(page, "form"), "there is nothing left to steer"
     assert played_s(page) == pytest.approx(33 / 16, abs=0.1)
     page.call("Page.enable")
     page.call("Page.addScriptToEvaluateOnNewDocument", source=NATIVE)
